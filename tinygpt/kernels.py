@@ -1,0 +1,4 @@
+"""placeholder until the C core is in."""
+from . import ops
+def backend(name=None):
+    return ops
