@@ -1,4 +1,305 @@
-"""placeholder until the C core is in."""
-from . import ops
-def backend(name=None):
-    return ops
+"""The operations of `ops.py` in C: the same names, arguments and results, in float32 and float64.
+
+A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in csrc/.
+Caches may hold other things than those of `ops`, so a forward and its backward come from the same backend. Arrays that
+the C core cannot walk (odd strides, another type) are copied first.
+
+Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or avx512: which
+instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built, `backend()` is NumPy, with one
+warning.
+"""
+
+import math
+import os
+import sys
+import warnings
+from types import ModuleType
+
+import numpy as np
+
+from . import ops, storage
+from .errors import UserError
+from .ops import Array, Grad, Out
+
+try:
+    from ._core import ffi, lib
+except ImportError:
+    lib = None
+
+
+def available() -> tuple[str, ...]:
+    """The backends that work here, the fastest first."""
+    return ("c", "numpy") if lib else ("numpy",)
+
+
+def backend(name: str | None = None) -> ModuleType:
+    """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest there is."""
+    name = name or os.environ.get("TINYGPT_BACKEND") or available()[0]
+    if name not in ("c", "numpy"):
+        raise UserError(f"backend {name!r}: TINYGPT_BACKEND is c or numpy")
+    if name == "c" and not lib:
+        raise UserError("backend c: the C core is not built here; install a C compiler, then tinygpt again")
+    if not lib and "TINYGPT_BACKEND" not in os.environ:
+        warnings.warn("no C core here, running on NumPy, several times slower: for the C core install a C compiler, "
+                      "then tinygpt again; TINYGPT_BACKEND=numpy silences this", stacklevel=2)  # fmt: skip
+    return sys.modules[__name__] if name == "c" else ops
+
+
+def set_threads(n: int) -> None:
+    """How many threads the C core uses, itself included. Results do not depend on it."""
+    if n < 1:
+        raise UserError(f"{n} threads: there must be at least 1")
+    lib.tinygpt_set_threads(n)
+
+
+def _configure() -> str:
+    """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the instruction set in use."""
+    wanted, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS")
+    isa = lib.tinygpt_choose_isa(wanted.encode() if wanted else ffi.NULL)
+    if not isa:
+        raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
+    if threads is not None and not (threads.isdecimal() and int(threads) > 0):
+        raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    set_threads(int(threads or cores))
+    return ffi.string(isa).decode()
+
+
+# --- from arrays to pointers -------------------------------------------------------------------------------------
+
+
+def _pointer(a: Array | bool | None):
+    if a is None or a is False:  # an argument left out, a gradient not wanted
+        return ffi.NULL
+    # from_buffer is three times faster, and takes only arrays without gaps
+    return ffi.from_buffer(a) if a.flags.c_contiguous else ffi.cast("void *", a.__array_interface__["data"][0])
+
+
+def _run(op: str, dtype: np.dtype, *fields) -> None:
+    """Runs `op` on the struct with these fields, in the order of tinygpt.h; arrays become pointers."""
+    if dtype != np.float32 and dtype != np.float64:
+        raise TypeError(f"{op}: arrays are float32 or float64, not {dtype}")
+    values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
+    lib.tinygpt_run(getattr(lib, f"OP_{op}"), dtype == np.float64, ffi.new(f"struct {op} *", values))
+
+
+def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
+    """`a` as the C core reads it: of this type, without gaps; ValueError where its shape is another."""
+    if a.shape != shape:
+        raise ValueError(f"expected an array of shape {shape}, not {a.shape}")
+    return np.ascontiguousarray(a, dtype)
+
+
+def _result(out: Out, dtype: np.dtype, shape: tuple) -> Array:
+    """`out`, if the C core can write into it, or a new array."""
+    if out is None:
+        return storage.empty(shape, dtype)
+    if out.shape != tuple(shape) or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out: expected a writable array without gaps, {dtype} {tuple(shape)}, not {out.dtype} {out.shape}")
+    return out
+
+
+def _grad(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
+    return False if out is False else _result(out, dtype, shape)
+
+
+def _ids(ids: Array, below: int, what: str) -> Array:
+    if ids.size and (ids.min() < 0 or ids.max() >= below):
+        raise IndexError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside 0 to {below - 1}")
+    return np.ascontiguousarray(ids, np.int32)
+
+
+# --- the operations: see ops.py for what each computes -----------------------------------------------------------
+
+
+def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tuple]:
+    w, ids = np.ascontiguousarray(w), _ids(ids, len(w), "id")
+    out = _result(out, w.dtype, (*ids.shape, w.shape[1]))
+    _run("embedding_forward", w.dtype, out, w, ids, ids.size, w.shape[1])
+    return out, (ids, w.shape)
+
+
+def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Grad:
+    ids, shape = cache
+    if dw is False:
+        return False
+    dout = _like(dout, dout.dtype, (*ids.shape, shape[1]))
+    dw = np.zeros(shape, dout.dtype) if dw is None else _result(dw, dout.dtype, shape)
+    _run("embedding_backward", dout.dtype, dw, dout, ids, ids.size, shape[1])
+    return dw
+
+
+def gemm(a: Array, b: Array, bias: Array | None = None, out: Out = None) -> Array:
+    """a (M, K) times b (K, N), plus bias (N,) on every row. a and b may have any strides, so `.T` costs nothing; so may
+    out, if either its rows or its columns have no gaps."""
+    (M, K), N = a.shape, b.shape[1]
+    if b.shape[0] != K:
+        raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
+    b = np.asarray(b, a.dtype)
+    if out is None:
+        out = storage.empty((M, N), a.dtype)
+    if out.shape != (M, N) or out.dtype != a.dtype:
+        raise ValueError(f"out: expected {a.dtype} {(M, N)}, not {out.dtype} {out.shape}")
+    size = a.itemsize
+    if out.strides[1] != size and N > 1 and bias is None:
+        return gemm(b.T, a.T, out=out.T).T  # the columns have no gaps: compute the transpose
+    if (out.strides[1] != size and N > 1) or out.strides[0] < N * size and M > 1:
+        raise ValueError("out: neither its rows nor its columns are without gaps")
+    strides = [s // size for s in (out.strides[0], *a.strides, *b.strides)]
+    _run("gemm", a.dtype, out, a, b, None if bias is None else _like(bias, a.dtype, (N,)), M, N, K, *strides)
+    return out
+
+
+def linear_forward(x: Array, w: Array, b: Array | None = None, out: Out = None) -> tuple[Array, tuple]:
+    out = _result(out, x.dtype, (*x.shape[:-1], w.shape[1]))
+    gemm(x.reshape(-1, x.shape[-1]), w, b, out.reshape(-1, w.shape[1]))
+    return out, (x, w)
+
+
+def linear_backward(
+    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None
+) -> tuple[Grad, Grad, Grad]:
+    x, w = cache
+    x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
+    if dx is not False:
+        dx = _result(dx, x.dtype, x.shape)
+        gemm(dout_rows, w.T, out=dx.reshape(x_rows.shape))
+    if dw is not False:
+        dw = gemm(x_rows.T, dout_rows, out=dw)
+    if db is not False:
+        db, dout_rows = _result(db, x.dtype, w.shape[1:]), np.ascontiguousarray(dout_rows)
+        _run("column_sum", x.dtype, db, dout_rows, *dout_rows.shape)
+    return dx, dw, db
+
+
+def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None) -> tuple[Array, tuple]:
+    x, channels = np.ascontiguousarray(x), x.shape[-1:]
+    g, b = _like(g, x.dtype, channels), _like(b, x.dtype, channels)
+    out = _result(out, x.dtype, x.shape)
+    mean, rstd = storage.empty((2, *x.shape[:-1]), x.dtype)
+    _run("layernorm_forward", x.dtype, out, mean, rstd, x, g, b, mean.size, x.shape[-1], float(eps))
+    return out, (x, g, mean, rstd)
+
+
+def layernorm_backward(
+    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None
+) -> tuple[Grad, Grad, Grad]:
+    x, g, mean, rstd = cache
+    dout = _like(dout, x.dtype, x.shape)
+    dx, dg, db = _grad(dx, x.dtype, x.shape), _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
+    _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, mean.size, x.shape[-1])
+    return dx, dg, db
+
+
+def gelu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+    x, out = np.ascontiguousarray(x), _result(out, x.dtype, x.shape)
+    _run("gelu_forward", x.dtype, out, x, x.size)
+    return out, (x,)
+
+
+def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    (x,) = cache
+    dx = _result(dx, x.dtype, x.shape)
+    _run("gelu_backward", x.dtype, dx, _like(dout, x.dtype, x.shape), x, x.size)
+    return dx
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0, out: Out = None
+) -> tuple[Array, tuple]:
+    (B, T, C), S = q.shape, k.shape[1]
+    if k.shape != (B, S, C) or v.shape != k.shape or T > S or C % n_head:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads")
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if start is not None:
+        start = _like(start, np.int32, (B, T))
+        if start.size and start.min() < 0:
+            raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
+    out, lse = _result(out, q.dtype, q.shape), storage.empty((B, n_head, T), q.dtype)
+    sizes = B, T, S, n_head, C // n_head, prefix
+    _run("attention_forward", q.dtype, out, lse, q, k, v, start, *sizes, *_strides(q, k, v))
+    return out, (q, k, v, out, lse, start, sizes)
+
+
+def attention_backward(
+    dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
+) -> tuple[Array, Array, Array]:
+    q, k, v, out, lse, start, sizes = cache
+    dout = _like(dout, q.dtype, q.shape)
+    grads = []
+    for grad, x in ((dq, q), (dk, k), (dv, v)):
+        if grad is None:
+            grad = storage.empty(x.shape, x.dtype)
+        if grad.shape != x.shape or grad.dtype != x.dtype or _rows(grad) is not grad:
+            raise ValueError(f"attention: a gradient of shape {x.shape}, {x.dtype}, cannot be written to {grad.shape}")
+        grads.append(grad)
+    strides = *_strides(q, k, v), *_strides(*grads)
+    _run("attention_backward", q.dtype, *grads, dout, out, lse, q, k, v, start, *sizes, *strides)
+    return tuple(grads)
+
+
+def _rows(a: Array) -> Array:
+    """`a` (B, S, C) itself, if its channels have no gaps, or a copy: rows may lie apart, as q does in (B, T, 3C)."""
+    return a if a.strides[2] == a.itemsize or a.shape[2] == 1 else np.ascontiguousarray(a)
+
+
+def _strides(*arrays: Array) -> list[int]:
+    return [s // a.itemsize for a in arrays for s in a.strides[:2]]
+
+
+def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
+    out, x = _result(out, x.dtype, x.shape), np.ascontiguousarray(x)
+    _run("residual_forward", x.dtype, out, x, _like(branch, x.dtype, x.shape), x.size)
+    return out, None
+
+
+residual_backward = ops.residual_backward  # no arithmetic
+
+
+def dropout_forward(x: Array, rate: float, seed: int, out: Out = None) -> tuple[Array, tuple]:
+    out, x = _result(out, x.dtype, x.shape), np.ascontiguousarray(x)
+    _run("dropout_forward", x.dtype, out, x, x.size, int(seed), round(rate * 2**24), 1 / (1 - rate))
+    return out, (rate, seed)
+
+
+def dropout_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    return dropout_forward(dout, *cache, out=dx)[0]
+
+
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
+    V, logits = logits.shape[-1], np.ascontiguousarray(logits)
+    targets = _like(_ids(targets, V, "target"), np.int32, logits.shape[:-1])
+    nll, lse = storage.empty((2, *targets.shape), logits.dtype)
+    _run("cross_entropy_forward", logits.dtype, nll, lse, logits, targets, targets.size, V)
+    return nll, (logits, targets, lse)
+
+
+def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
+    logits, targets, lse = cache
+    dlogits, dnll = _result(dlogits, logits.dtype, logits.shape), _like(dnll, logits.dtype, targets.shape)
+    _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, lse, targets, targets.size, logits.shape[-1])
+    return dlogits
+
+
+def sum_of_squares(x: Array) -> float:
+    total, x = np.zeros(1), np.ascontiguousarray(x)
+    _run("sum_of_squares", x.dtype, total, x, x.size)
+    return float(total[0])
+
+
+def adamw(
+    w: Array, g: Array, m: Array, v: Array, *, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, scale: float = 1.0,
+) -> None:  # fmt: skip
+    w, m, v, g = (*(_result(a, w.dtype, w.shape) for a in (w, m, v)), _like(g, w.dtype, w.shape))
+    rate, shrink, correction2 = lr / (1 - beta1**step), 1 - lr * weight_decay, 1 / (1 - beta2**step)
+    factors = (scale, beta1, beta2, eps, rate, shrink, correction2)
+    _run("adamw", w.dtype, w, m, v, g, w.size, *map(float, factors))
+
+
+if lib:
+    isa = _configure()
+    # where both backends have a function, its contract is written once
+    for _name, _function in vars(ops).items():
+        if callable(_function) and _name in globals() and not globals()[_name].__doc__:
+            globals()[_name].__doc__ = _function.__doc__

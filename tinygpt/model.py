@@ -118,12 +118,14 @@ class GPT:
         rng: np.random.Generator | None = None,
         kv=None,
         keep: bool = True,
+        last: bool = False,
     ) -> tuple[Array, tuple]:
         """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
 
         positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default. start (B, T): where each query's view begins, see
         `ops.visible_keys`. rng: turns dropout on. kv: a `generate.KVCache`, whose keys and values come before these and
         which is extended. keep=False: buffers are shared by all layers and the cache is of no use to `backward`.
+        last=True: logits of the last position only, (B, 1, V), with keep=False; the head is a third of GPT-2's work.
         Raises UserError for a sequence longer than block_size. Results live until `ws` is used again.
         """
         (B, T), C = ids.shape, self.config.n_embd
@@ -149,7 +151,10 @@ class GPT:
         c_norm = None
         if not self.config.post_norm:
             x, c_norm = self._layernorm(x, "ln_f", run)
-        logits, c_head = self.ops.linear_forward(x, self.params["wte.weight"].T, out=buffer("logits", self.config.vocab_size))
+        if last:
+            x = np.ascontiguousarray(x[:, -1:])
+        logits = ws("logits", (*x.shape[:2], self.config.vocab_size), x.dtype)
+        logits, c_head = self.ops.linear_forward(x, self.params["wte.weight"].T, out=logits)
         return logits, (buffer, c_tok, c_pos, c_drop, sublayers, c_norm, c_head)
 
     def _sublayer(self, x: Array, norm: str, branch: Callable, run: _Pass) -> tuple[Array, tuple]:

@@ -1,0 +1,231 @@
+/* attention.c: causal multi-head attention, forward, backward, and one query against a cache of keys.
+
+   A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and holds their
+   scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T matrix is stored: a strip
+   is S x QUERIES, and backward makes it again from lse, the log of each softmax's denominator (Dao et al. 2022).
+
+   Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six products are all
+   the tile of gemm.c, with one operand broadcast and the other read along its rows:
+
+       forward     scores  = k q^T       out = scores^T v
+       backward    dprobs  = v dout^T    dv += probs dout     dk += dscores q     dq = dscores^T k
+
+   Keys and values are first copied into rows padded with zeros, so that tiles need no edges. Which keys a query sees
+   is the one rule in tinygpt.h; a panel runs from the first key that any of its queries sees to the last. */
+
+enum { QUERIES = COLS };
+
+INLINE size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+/* rows x D at a stride -> padded x Dp, zeros outside, times scale. */
+static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded, size_t Dp, real scale)
+{
+    memset(out, 0, padded * Dp * sizeof(real));
+    for (size_t i = 0; i < rows; i++)
+        for (size_t d = 0; d < D; d++)
+            out[i * Dp + d] = in[i * stride + d] * scale;
+}
+
+/* QUERIES x Dp -> D x QUERIES. */
+static void transpose(real *restrict out, const real *restrict in, size_t D, size_t Dp)
+{
+    for (size_t d = 0; d < D; d++)
+        for (size_t q = 0; q < QUERIES; q++)
+            out[d * QUERIES + q] = in[q * Dp + d];
+}
+
+/* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
+static void keys_by_queries(real *strip, const real *rows, const real *columns, size_t D, size_t Dp, size_t begin, size_t end)
+{
+    for (size_t j = begin; j < end; j += LINES)
+        tile(LINES, strip + j * QUERIES, QUERIES, NULL, 0, rows + j * Dp, Dp, 1, columns, QUERIES, D);
+}
+
+/* out[q] = sum over the keys of strip[j][q] rows[j]: out and dq. */
+static void queries_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin, size_t end)
+{
+    for (size_t q = 0; q < QUERIES; q += LINES)
+        for (size_t c = 0; c < Dp; c += COLS)
+            tile(LINES, out + q * Dp + c, Dp, NULL, 0, strip + begin * QUERIES + q, 1, QUERIES, rows + begin * Dp + c, Dp,
+                 end - begin);
+}
+
+/* out[j] += sum over the queries of strip[j][q] rows[q]: dk and dv. */
+static void keys_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin, size_t end)
+{
+    for (size_t j = begin; j < end; j += LINES)
+        for (size_t c = 0; c < Dp; c += COLS)
+            tile(LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c, Dp, QUERIES);
+}
+
+/* What the queries of a panel see: for each lane its own key and the first one after the prefix; for all of them the keys
+   from begin to end, and those between `open` and `shut`, which every lane sees. */
+struct view {
+    ivec own[2], first[2];
+    size_t prefix, begin, end, open, shut;
+};
+
+static struct view look(const int32_t *start, size_t T, size_t S, size_t prefix, size_t i, size_t n)
+{
+    struct view w = {.prefix = prefix, .begin = S, .end = up(S - T + i + n, LINES), .open = 0, .shut = S - T + i + 1};
+    for (size_t q = 0; q < QUERIES; q++) {
+        size_t query = i + (q < n ? q : n - 1), own = S - T + query; /* lanes without a query see what the last one sees */
+        size_t first = start ? (size_t)start[query] < own ? (size_t)start[query] : own : 0;
+        w.own[q / LANES][q % LANES] = own;
+        w.first[q / LANES][q % LANES] = first;
+        w.begin = first < w.begin ? first : w.begin;
+        w.open = first > w.open ? first : w.open;
+    }
+    w.begin = prefix ? 0 : w.begin / LINES * LINES;
+    return w;
+}
+
+/* x where lane block `half` sees key j, elsewhere `hidden`. */
+INLINE vec mask(const struct view *w, size_t j, int half, vec x, real hidden)
+{
+    if (j >= w->open && j < w->shut)
+        return x;
+    ivec after = w->first[half] <= (integer)j;
+    return pick((w->own[half] >= (integer)j) & (j < w->prefix ? ~(ivec){0} : after), x, all(hidden));
+}
+
+static void attention_forward_heads(const void *args, size_t begin, size_t end)
+{
+    const struct attention_forward *a = args;
+    const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
+    const real scale = 1 / (real)sqrt(D);
+    real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 3 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real)), *v = k + Sp * Dp;
+    real *q = v + Sp * Dp, *q_t = q + QUERIES * Dp, *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
+    for (size_t bh = begin; bh < end; bh++) {
+        const size_t b = bh / a->H, h = bh % a->H;
+        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp, 1);
+        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp, 1);
+        for (size_t i = 0; i < T; i += QUERIES) {
+            const size_t n = T - i < QUERIES ? T - i : QUERIES;
+            const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
+            copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp, scale);
+            transpose(q_t, q, D, Dp);
+            keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
+            real lse[QUERIES], inverse[QUERIES];
+            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: down for the top, down for the sum */
+                real *s = strip + half * LANES;
+                vec top = all(-INFINITY), total = {0};
+                for (size_t j = w.begin; j < w.end; j++) {
+                    vec x = mask(&w, j, half, load(s + j * QUERIES), -INFINITY);
+                    store(s + j * QUERIES, x);
+                    top = vmax(top, x);
+                }
+                for (size_t j = w.begin; j < w.end; j++) {
+                    vec p = vexp(load(s + j * QUERIES) - top);
+                    store(s + j * QUERIES, p);
+                    total += p;
+                }
+                for (size_t lane = 0; lane < LANES; lane++)
+                    lse[half * LANES + lane] = top[lane] + (real)log(total[lane]);
+                store(inverse + half * LANES, 1 / total);
+            }
+            queries_by_channels(out, strip, v, Dp, w.begin, w.end);
+            for (size_t r = 0; r < n; r++) {
+                a->lse[bh * T + i + r] = lse[r];
+                for (size_t d = 0; d < D; d++)
+                    a->out[((b * T + i + r) * a->H + h) * D + d] = out[r * Dp + d] * inverse[r];
+            }
+        }
+    }
+}
+
+/* T = 1, the step of generation: the lanes hold channels, as there is one query only. */
+static void attention_decode_heads(const void *args, size_t begin, size_t end)
+{
+    const struct attention_forward *a = args;
+    const size_t D = a->D, S = a->S;
+    const real scale = 1 / (real)sqrt(D);
+    real *p = scratch(SCRATCH_PRIVATE, S * sizeof(real));
+    for (size_t bh = begin; bh < end; bh++) {
+        const size_t b = bh / a->H, h = bh % a->H, first = !a->start ? 0 : (size_t)a->start[b] < S ? (size_t)a->start[b] : S - 1;
+        const real *q = a->q + b * a->q_batch + h * D;
+        real top = -INFINITY, total = 0;
+        for (size_t j = 0; j < S; j++) {
+            const real *k = a->k + b * a->k_batch + j * a->k_row + h * D;
+            vec dot = {0};
+            for (size_t d = 0; d < D; d += LANES)
+                dot += load_n(q + d, D - d, 0) * load_n(k + d, D - d, 0);
+            p[j] = j < a->prefix || j >= first ? scale * sum(dot) : -INFINITY;
+            top = p[j] > top ? p[j] : top;
+        }
+        for (size_t j = 0; j < S; j += LANES) {
+            vec e = vexp(load_n(p + j, S - j, -INFINITY) - top);
+            store_n(p + j, e, S - j);
+            total += sum(e);
+        }
+        a->lse[bh] = top + (real)log(total);
+        for (size_t d = 0; d < D; d += LANES) {
+            vec out = {0};
+            for (size_t j = 0; j < S; j++)
+                out += p[j] * load_n(a->v + b * a->v_batch + j * a->v_row + h * D + d, D - d, 0);
+            store_n(a->out + bh * D + d, out / total, D - d);
+        }
+    }
+}
+
+static void attention_forward(const void *args)
+{
+    const struct attention_forward *a = args;
+    parallel(a->T == 1 ? attention_decode_heads : attention_forward_heads, a, a->B * a->H, 1 + 4096 / (a->T * a->S * a->D + 1));
+}
+
+static void attention_backward_heads(const void *args, size_t begin, size_t end)
+{
+    const struct attention_backward *a = args;
+    const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
+    const real scale = 1 / (real)sqrt(D);
+    real *k = scratch(SCRATCH_PRIVATE, ((4 * Sp + 5 * QUERIES) * Dp + 2 * Sp * QUERIES) * sizeof(real));
+    real *v = k + Sp * Dp, *dk = v + Sp * Dp, *dv = dk + Sp * Dp, *q = dv + Sp * Dp, *q_t = q + QUERIES * Dp;
+    real *dout = q_t + QUERIES * Dp, *dout_t = dout + QUERIES * Dp, *dq = dout_t + QUERIES * Dp;
+    real *probs = dq + QUERIES * Dp, *dscores = probs + Sp * QUERIES;
+    for (size_t bh = begin; bh < end; bh++) {
+        const size_t b = bh / a->H, h = bh % a->H;
+        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp, 1);
+        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp, 1);
+        memset(dk, 0, 2 * Sp * Dp * sizeof(real));
+        for (size_t i = 0; i < T; i += QUERIES) {
+            const size_t n = T - i < QUERIES ? T - i : QUERIES, at = (b * T + i) * a->H * D + h * D;
+            const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
+            copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp, scale);
+            copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp, 1);
+            transpose(q_t, q, D, Dp);
+            transpose(dout_t, dout, D, Dp);
+            keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
+            keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
+            real lse[QUERIES] = {0}, delta[QUERIES] = {0}; /* delta = sum_j probs dprobs = dout . out */
+            for (size_t r = 0; r < n; r++) {
+                lse[r] = a->lse[bh * T + i + r];
+                for (size_t d = 0; d < D; d++)
+                    delta[r] += dout[r * Dp + d] * a->out[at + r * a->H * D + d];
+            }
+            for (size_t j = w.begin; j < w.end; j++)
+                for (int half = 0; half < 2; half++) {
+                    const size_t x = j * QUERIES + half * LANES;
+                    vec p = mask(&w, j, half, vexp(load(probs + x) - load(lse + half * LANES)), 0);
+                    store(probs + x, p);
+                    store(dscores + x, p * (load(dscores + x) - load(delta + half * LANES)));
+                }
+            keys_by_channels(dv, probs, dout, Dp, w.begin, w.end);
+            keys_by_channels(dk, dscores, q, Dp, w.begin, w.end); /* q carries the scale */
+            queries_by_channels(dq, dscores, k, Dp, w.begin, w.end);
+            for (size_t r = 0; r < n; r++)
+                for (size_t d = 0; d < D; d++)
+                    a->dq[b * a->dq_batch + (i + r) * a->dq_row + h * D + d] = scale * dq[r * Dp + d];
+        }
+        for (size_t j = 0; j < S; j++) {
+            memcpy(a->dk + b * a->dk_batch + j * a->dk_row + h * D, dk + j * Dp, D * sizeof(real));
+            memcpy(a->dv + b * a->dv_batch + j * a->dv_row + h * D, dv + j * Dp, D * sizeof(real));
+        }
+    }
+}
+
+static void attention_backward(const void *args)
+{
+    const struct attention_backward *a = args;
+    parallel(attention_backward_heads, a, a->B * a->H, 1 + 4096 / (a->T * a->S * a->D + 1));
+}

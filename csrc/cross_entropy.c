@@ -1,0 +1,48 @@
+/* cross_entropy.c: -log softmax(logits)[target], and its gradient. The probabilities are never stored: backward makes
+   them again from the logits and the log of the denominator, which is one number a row. */
+
+static void cross_entropy_forward_rows(const void *args, size_t begin, size_t end)
+{
+    const struct cross_entropy_forward *a = args;
+    const size_t V = a->V;
+    for (size_t i = begin; i < end; i++) {
+        const real *x = a->logits + i * V;
+        vec top = all(-INFINITY), total = {0};
+        for (size_t v = 0; v < V; v += LANES)
+            top = vmax(top, load_n(x + v, V - v, -INFINITY));
+        real most = max_lane(top);
+        for (size_t v = 0; v < V; v += LANES)
+            total += vexp(load_n(x + v, V - v, -INFINITY) - most);
+        a->lse[i] = most + (real)log(sum(total));
+        a->nll[i] = a->lse[i] - x[a->targets[i]];
+    }
+}
+
+static void cross_entropy_forward(const void *args)
+{
+    const struct cross_entropy_forward *a = args;
+    parallel(cross_entropy_forward_rows, a, a->rows, 1 + 4096 / a->V);
+}
+
+static void cross_entropy_backward_rows(const void *args, size_t begin, size_t end)
+{
+    const struct cross_entropy_backward *a = args;
+    const size_t V = a->V;
+    for (size_t i = begin; i < end; i++) {
+        const real *x = a->logits + i * V, weight = a->dnll[i], lse = a->lse[i];
+        real *dx = a->dlogits + i * V;
+        if (weight == 0) { /* not weight times the softmax: a masked row's logits may be infinite */
+            memset(dx, 0, V * sizeof(real));
+            continue;
+        }
+        for (size_t v = 0; v < V; v += LANES)
+            store_n(dx + v, weight * vexp(load_n(x + v, V - v, 0) - lse), V - v);
+        dx[a->targets[i]] -= weight;
+    }
+}
+
+static void cross_entropy_backward(const void *args)
+{
+    const struct cross_entropy_backward *a = args;
+    parallel(cross_entropy_backward_rows, a, a->rows, 1 + 4096 / a->V);
+}

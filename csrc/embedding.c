@@ -1,0 +1,65 @@
+/* embedding.c: rows of a table by number, and the gradient's way back; the residual sum and dropout beside it. */
+
+static void embedding_forward_rows(const void *args, size_t begin, size_t end)
+{
+    const struct embedding_forward *a = args;
+    for (size_t i = begin; i < end; i++)
+        memcpy(a->out + i * a->C, a->w + (size_t)a->ids[i] * a->C, a->C * sizeof(real));
+}
+
+static void embedding_forward(const void *args)
+{
+    const struct embedding_forward *a = args;
+    parallel(embedding_forward_rows, a, a->rows, 1 + 8192 / (a->C + 1));
+}
+
+/* Two rows may name the same id, so threads share the channels, not the rows. */
+static void embedding_backward_channels(const void *args, size_t begin, size_t end)
+{
+    const struct embedding_backward *a = args;
+    for (size_t i = 0; i < a->rows; i++) {
+        real *restrict dw = a->dw + (size_t)a->ids[i] * a->C;
+        const real *restrict dout = a->dout + i * a->C;
+        for (size_t c = begin; c < end; c++)
+            dw[c] += dout[c];
+    }
+}
+
+static void embedding_backward(const void *args)
+{
+    const struct embedding_backward *a = args;
+    parallel(embedding_backward_channels, a, a->C, 64);
+}
+
+static void residual_forward_range(const void *args, size_t begin, size_t end)
+{
+    const struct residual_forward *a = args;
+    for (size_t i = begin; i < end; i++)
+        a->out[i] = a->x[i] + a->branch[i];
+}
+
+static void residual_forward(const void *args)
+{
+    const struct residual_forward *a = args;
+    parallel(residual_forward_range, a, a->n, 16384);
+}
+
+/* The hash of ops.dropout_mask: element number i gives the same answer in any order. */
+static void dropout_range(const void *args, size_t begin, size_t end)
+{
+    const struct dropout_forward *a = args;
+    const real scale = a->scale;
+    for (size_t i = begin; i < end; i++) {
+        uint64_t z = a->seed + (i + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+        z ^= z >> 31;
+        a->out[i] = z >> 40 >= a->threshold ? a->x[i] * scale : 0;
+    }
+}
+
+static void dropout_forward(const void *args)
+{
+    const struct dropout_forward *a = args;
+    parallel(dropout_range, a, a->n, 4096);
+}

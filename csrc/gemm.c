@@ -1,0 +1,170 @@
+/* gemm.c: matrix multiply, the operation that training spends its time in.
+
+   Goto's algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). At the bottom, `tile` keeps a small
+   block of c in registers and adds to it one outer product a step: ROWS numbers of a times 2 vectors of b. A step
+   loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the time. Around it,
+   blocking keeps what is used again close:
+
+       for each DEPTH of K, for each WIDTH of columns:
+           pack b: panels of 2 vectors' columns, in the order in which the tiles read them     stays in the outer cache
+           for each block of rows (threads share these):
+               pack a: panels of ROWS rows                                                     stays in the inner cache
+               for each panel of b, for each panel of a: one tile
+
+   Packing also turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run the
+   same inner loop. Each element of c is summed in one order, whatever the threads do. */
+
+enum { DEPTH = 256, WIDTH = 2048, BLOCK_ROWS = 12 * ROWS, COLS = 2 * LANES };
+
+/* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows and j < COLS. from NULL
+   is zeros. `rows`, and in each use the strides of a, are compile-time constants, so that c lives in registers. */
+INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a, size_t a_row,
+                 size_t a_col, const real *b, size_t b_row, size_t depth)
+{
+    vec acc[ROWS][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        acc[i][0] = from ? load(from + i * from_row) : (vec){0};
+        acc[i][1] = from ? load(from + i * from_row + LANES) : (vec){0};
+    }
+    for (size_t p = 0; p < depth; p++) {
+        vec b0 = load(b + p * b_row), b1 = load(b + p * b_row + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            real x = a[i * a_row + p * a_col];
+            acc[i][0] += x * b0;
+            acc[i][1] += x * b1;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        store(c + i * c_row, acc[i][0]);
+        store(c + i * c_row + LANES, acc[i][1]);
+    }
+}
+
+/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros from width on.
+   across is the stride from line to line, along the stride in a line. */
+static void pack(real *restrict out, const real *restrict in, size_t width, size_t full, size_t depth, size_t across,
+                 size_t along)
+{
+    if (width < full)
+        memset(out, 0, full * depth * sizeof(real));
+    if (across == 1 && width == full && full == COLS)
+        for (size_t p = 0; p < depth; p++) {
+            store(out + p * COLS, load(in + p * along));
+            store(out + p * COLS + LANES, load(in + p * along + LANES));
+        }
+    else if (across == 1)
+        for (size_t p = 0; p < depth; p++)
+            memcpy(out + p * full, in + p * along, width * sizeof(real));
+    else
+        for (size_t i = 0; i < width; i++)
+            for (size_t p = 0; p < depth; p++)
+                out[p * full + i] = in[i * across + p * along];
+}
+
+/* One DEPTH x WIDTH block of b, and the grid of tasks that multiplies it. */
+struct block {
+    const struct gemm *g;
+    real *packed_b;
+    size_t depth_begin, depth, col_begin, cols; /* cols in columns, not panels */
+    size_t row_pieces, col_pieces;
+};
+
+static void pack_b(const void *args, size_t begin, size_t end)
+{
+    const struct block *t = args;
+    const struct gemm *g = t->g;
+    for (size_t panel = begin; panel < end; panel++) {
+        size_t j = panel * COLS, width = t->cols - j < COLS ? t->cols - j : COLS;
+        const real *b = g->b + t->depth_begin * g->b_row + (t->col_begin + j) * g->b_col;
+        pack(t->packed_b + j * t->depth, b, width, COLS, t->depth, g->b_col, g->b_row);
+    }
+}
+
+/* Rows i to i + height of c, columns j to j + width, from packed panels: whole tiles into c, edges by way of a copy. */
+static void one_tile(const struct gemm *g, const struct block *t, const real *a, const real *b, size_t i, size_t j,
+                     size_t height, size_t width)
+{
+    real *c = g->c + i * g->c_row + j;
+    const int first = t->depth_begin == 0; /* the others add to what is there */
+    const real *from = first ? g->bias ? g->bias + j : NULL : c;
+    size_t from_row = first ? 0 : g->c_row;
+    if (height == ROWS && width == COLS) {
+        tile(ROWS, c, g->c_row, from, from_row, a, 1, ROWS, b, COLS, t->depth);
+        return;
+    }
+    real edge[ROWS * COLS] = {0};
+    for (size_t r = 0; r < height && from; r++)
+        memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
+    tile(ROWS, edge, COLS, edge, COLS, a, 1, ROWS, b, COLS, t->depth);
+    for (size_t r = 0; r < height; r++)
+        memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
+}
+
+static void multiply(const void *args, size_t begin, size_t end)
+{
+    const struct block *t = args;
+    const struct gemm *g = t->g;
+    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (t->cols + COLS - 1) / COLS;
+    real *packed_a = scratch(SCRATCH_PRIVATE, BLOCK_ROWS * t->depth * sizeof(real));
+    for (size_t task = begin; task < end; task++) {
+        size_t r = task / t->col_pieces, s = task % t->col_pieces;
+        size_t row_end = (r + 1) * row_tiles / t->row_pieces * ROWS;
+        size_t panel_begin = s * panels / t->col_pieces, panel_end = (s + 1) * panels / t->col_pieces;
+        row_end = row_end < g->M ? row_end : g->M;
+        for (size_t i0 = r * row_tiles / t->row_pieces * ROWS; i0 < row_end; i0 += BLOCK_ROWS) {
+            size_t i1 = i0 + BLOCK_ROWS < row_end ? i0 + BLOCK_ROWS : row_end;
+            for (size_t i = i0; i < i1; i += ROWS)
+                pack(packed_a + (i - i0) * t->depth, g->a + i * g->a_row + t->depth_begin * g->a_col,
+                     i1 - i < ROWS ? i1 - i : ROWS, ROWS, t->depth, g->a_row, g->a_col);
+            for (size_t panel = panel_begin; panel < panel_end; panel++)
+                for (size_t i = i0; i < i1; i += ROWS) {
+                    size_t j = panel * COLS, width = t->cols - j < COLS ? t->cols - j : COLS;
+                    one_tile(g, t, packed_a + (i - i0) * t->depth, t->packed_b + j * t->depth, i, t->col_begin + j,
+                             i1 - i < ROWS ? i1 - i : ROWS, width);
+                }
+        }
+    }
+}
+
+static void gemm(const void *args)
+{
+    const struct gemm *g = args;
+    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, wanted = 4 * thread_count();
+    const size_t blocks = (g->K + DEPTH - 1) / DEPTH, depth = blocks ? (g->K + blocks - 1) / blocks : 0;
+    struct block t = {.g = g, .packed_b = scratch(SCRATCH_SHARED, (WIDTH + COLS) * (depth + 1) * sizeof(real))};
+    if (!g->K && g->M) /* an empty sum */
+        for (size_t i = 0; i < g->M; i++)
+            for (size_t j = 0; j < g->N; j++)
+                g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
+    for (t.col_begin = 0; t.col_begin < g->N && g->M; t.col_begin += WIDTH)
+        for (t.depth_begin = 0; t.depth_begin < g->K; t.depth_begin += depth) {
+            t.cols = g->N - t.col_begin < WIDTH ? g->N - t.col_begin : WIDTH;
+            t.depth = g->K - t.depth_begin < depth ? g->K - t.depth_begin : depth;
+            size_t panels = (t.cols + COLS - 1) / COLS;
+            t.row_pieces = row_tiles < wanted ? row_tiles : (row_tiles + 11) / 12 > wanted ? (row_tiles + 11) / 12 : wanted;
+            t.col_pieces = (wanted + t.row_pieces - 1) / t.row_pieces; /* few rows: share the columns too */
+            t.col_pieces = t.col_pieces < panels ? t.col_pieces : panels;
+            parallel(pack_b, &t, panels, 1 + 16384 / (t.depth * COLS));
+            parallel(multiply, &t, t.row_pieces * t.col_pieces, 1);
+        }
+}
+
+/* A column at a time would jump; a range of columns is added up row by row, and its sums stay in the cache. */
+static void column_sum_range(const void *args, size_t begin, size_t end)
+{
+    const struct column_sum *a = args;
+    real *restrict out = a->out;
+    memset(out + begin, 0, (end - begin) * sizeof(real));
+    for (size_t i = 0; i < a->rows; i++)
+        for (size_t j = begin; j < end; j++)
+            out[j] += a->x[i * a->cols + j];
+}
+
+static void column_sum(const void *args)
+{
+    const struct column_sum *a = args;
+    parallel(column_sum_range, a, a->cols, 64);
+}

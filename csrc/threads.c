@@ -1,0 +1,134 @@
+/* threads.c: the only file that knows about threads.
+
+   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller take ranges
+   of it from a shared counter. Between the kernels of a training step there are microseconds, so a worker looks for
+   the next job for a while before it goes to sleep.
+
+   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone. A child
+   process made by fork has none of its parent's threads; the handler below forgets them, and the child makes its own. */
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { MOST_THREADS = 256, LOOKS = 20000 };
+
+static struct {
+    void (*work)(const void *, size_t, size_t);
+    const void *args;
+    size_t n, piece;
+    atomic_size_t next;       /* first item nobody has taken */
+    atomic_size_t unfinished; /* workers that are still on this job */
+    atomic_size_t job;        /* counts jobs: a change is the signal */
+    atomic_flag busy;
+    size_t threads, workers; /* wanted, with the caller; started */
+    size_t asleep;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} pool = {.threads = 1, .busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void take_ranges(void)
+{
+    size_t begin;
+    while ((begin = atomic_fetch_add(&pool.next, pool.piece)) < pool.n)
+        pool.work(pool.args, begin, begin + pool.piece < pool.n ? begin + pool.piece : pool.n);
+}
+
+static void *worker(void *first_job)
+{
+    for (size_t seen = (size_t)(uintptr_t)first_job;; seen++) {
+        for (int look = 0; look < LOOKS && atomic_load(&pool.job) == seen; look++)
+            relax();
+        if (atomic_load(&pool.job) == seen) {
+            pthread_mutex_lock(&pool.lock);
+            pool.asleep++;
+            while (atomic_load(&pool.job) == seen)
+                pthread_cond_wait(&pool.wake, &pool.lock);
+            pool.asleep--;
+            pthread_mutex_unlock(&pool.lock);
+        }
+        take_ranges();
+        atomic_fetch_sub(&pool.unfinished, 1);
+    }
+    return NULL;
+}
+
+static void forget_workers(void)
+{
+    pool.workers = pool.asleep = 0;
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    atomic_flag_clear(&pool.busy);
+}
+
+static void start_workers(void)
+{
+    static int registered;
+    if (!registered)
+        registered = !pthread_atfork(NULL, NULL, forget_workers);
+    for (; pool.workers + 1 < pool.threads; pool.workers++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker, (void *)(uintptr_t)atomic_load(&pool.job)))
+            pool.threads = pool.workers + 1; /* the machine has no more: do with these */
+        else
+            pthread_detach(thread);
+    }
+}
+
+void parallel(void (*work)(const void *, size_t, size_t), const void *args, size_t n, size_t grain)
+{
+    if (n <= grain || pool.threads == 1 || atomic_flag_test_and_set(&pool.busy)) {
+        if (n)
+            work(args, 0, n);
+        return;
+    }
+    start_workers();
+    size_t even = (n + 4 * pool.threads - 1) / (4 * pool.threads); /* some spare, for a thread that is held up */
+    pool.work = work, pool.args = args, pool.n = n, pool.piece = (even + grain - 1) / grain * grain;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.unfinished, pool.workers);
+    pthread_mutex_lock(&pool.lock); /* a worker is either before its last look or counted asleep */
+    atomic_fetch_add(&pool.job, 1);
+    if (pool.asleep)
+        pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_ranges();
+    for (int look = 1; atomic_load(&pool.unfinished); look++)
+        look % LOOKS ? relax() : (void)sched_yield(); /* the worker may be waiting for this very processor */
+    atomic_flag_clear(&pool.busy);
+}
+
+void *scratch(int slot, size_t bytes)
+{
+    static _Thread_local struct { void *memory; size_t bytes; } slots[SCRATCH_SLOTS];
+    if (slots[slot].bytes < bytes) {
+        free(slots[slot].memory);
+        if (posix_memalign(&slots[slot].memory, 64, bytes)) {
+            fprintf(stderr, "tinygpt: no memory for %zu bytes of scratch\n", bytes);
+            abort();
+        }
+        slots[slot].bytes = bytes;
+    }
+    return slots[slot].memory;
+}
+
+size_t thread_count(void) { return pool.threads; }
+
+/* More threads start with the next job; fewer cannot be had, so this is for before the first one. */
+void tinygpt_set_threads(size_t n)
+{
+    pool.threads = n < 1 ? 1 : n > MOST_THREADS ? MOST_THREADS : n;
+}

@@ -1,0 +1,143 @@
+/* tinygpt.h: all that Python may call, one struct of arguments per operation.
+
+   Shapes: B batch, T time (queries), S keys, C channels, H heads, D = C / H, V vocabulary; rows = B * T.
+   Arrays are row-major and contiguous unless a stride is given; strides count elements. `real` is float or double:
+   every kernel is compiled for both, and for each instruction set (see variants/). Results come first.
+   What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
+
+   Three readers share this file: the kernels, variants/dispatch.c, and csrc/build.py, which hands it to cffi with
+   `real` read as void and lines that begin with # left out. */
+#ifndef TINYGPT_H
+#define TINYGPT_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define OPS(X) \
+    X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) X(layernorm_backward) \
+    X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) X(residual_forward) \
+    X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) X(sum_of_squares) X(adamw)
+
+/* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a with
+   a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
+struct gemm {
+    real *c;
+    const real *a, *b, *bias;
+    size_t M, N, K, c_row, a_row, a_col, b_row, b_col;
+};
+
+/* out[j] = sum over i of x[i][j]: the gradient of a bias. */
+struct column_sum {
+    real *out;
+    const real *x;
+    size_t rows, cols;
+};
+
+struct embedding_forward {
+    real *out;             /* (rows, C) */
+    const real *w;         /* (V, C) */
+    const int32_t *ids;    /* (rows) */
+    size_t rows, C;
+};
+
+struct embedding_backward {
+    real *dw;              /* (V, C), added to */
+    const real *dout;      /* (rows, C) */
+    const int32_t *ids;
+    size_t rows, C;
+};
+
+struct layernorm_forward {
+    real *out, *mean, *rstd;    /* (rows, C), (rows), (rows) */
+    const real *x, *g, *b;      /* (rows, C), (C), (C) */
+    size_t rows, C;
+    double eps;
+};
+
+struct layernorm_backward {
+    real *dx, *dg, *db;         /* each may be NULL: not wanted */
+    const real *dout, *x, *g, *mean, *rstd;
+    size_t rows, C;
+};
+
+struct gelu_forward {
+    real *out;
+    const real *x;
+    size_t n;
+};
+
+struct gelu_backward {
+    real *dx;
+    const real *dout, *x;
+    size_t n;
+};
+
+/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. lse (B, H, T) is the log
+   of each softmax's denominator. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i for which
+   j < prefix or j >= start[b][i], and its own always. */
+struct attention_forward {
+    real *out, *lse;
+    const real *q, *k, *v;
+    const int32_t *start;
+    size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
+};
+
+struct attention_backward {
+    real *dq, *dk, *dv;
+    const real *dout, *out, *lse, *q, *k, *v;
+    const int32_t *start;
+    size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
+    size_t dq_batch, dq_row, dk_batch, dk_row, dv_batch, dv_row;
+};
+
+struct residual_forward {
+    real *out;
+    const real *x, *branch;
+    size_t n;
+};
+
+struct dropout_forward {
+    real *out;
+    const real *x;
+    size_t n;
+    uint64_t seed, threshold;    /* dropped where the upper 24 bits of the hash are below the threshold */
+    double scale;
+};
+
+struct cross_entropy_forward {
+    real *nll, *lse;             /* (rows), (rows) */
+    const real *logits;          /* (rows, V) */
+    const int32_t *targets;      /* (rows) */
+    size_t rows, V;
+};
+
+struct cross_entropy_backward {
+    real *dlogits;               /* (rows, V) */
+    const real *dnll, *logits, *lse;
+    const int32_t *targets;
+    size_t rows, V;
+};
+
+struct sum_of_squares {
+    double *out;                 /* one number */
+    const real *x;
+    size_t n;
+};
+
+struct adamw {
+    real *w, *m, *v;
+    const real *g;
+    size_t n;
+    double scale, beta1, beta2, eps, rate, shrink, correction2;
+    /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
+};
+
+/* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. */
+void tinygpt_run(int op, int is_double, const void *args);
+
+/* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns its name, or NULL
+   where the machine lacks the one asked for. */
+const char *tinygpt_choose_isa(const char *name);
+
+void tinygpt_set_threads(size_t n);
+
+#endif

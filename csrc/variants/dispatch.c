@@ -1,0 +1,38 @@
+/* dispatch.c: which variant of the kernels runs. */
+#include <string.h>
+
+typedef void real;
+#include "../tinygpt.h"
+
+typedef void (*const kernel)(const void *args);
+extern kernel tinygpt_f32_base[], tinygpt_f64_base[];
+#ifdef __x86_64__
+extern kernel tinygpt_f32_avx2[], tinygpt_f64_avx2[], tinygpt_f32_avx512[], tinygpt_f64_avx512[];
+#endif
+
+static kernel *tables[2] = {tinygpt_f32_base, tinygpt_f64_base};
+
+static int use(const char *wanted, const char *name, int supported, kernel *f32, kernel *f64)
+{
+    if (!supported || (wanted && strcmp(wanted, name)))
+        return 0;
+    tables[0] = f32, tables[1] = f64;
+    return 1;
+}
+
+const char *tinygpt_choose_isa(const char *name)
+{
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (use(name, "avx512", avx512, tinygpt_f32_avx512, tinygpt_f64_avx512))
+        return "avx512";
+    if (use(name, "avx2", avx2, tinygpt_f32_avx2, tinygpt_f64_avx2))
+        return "avx2";
+#endif
+    return use(name, "base", 1, tinygpt_f32_base, tinygpt_f64_base) ? "base" : NULL;
+}
+
+void tinygpt_run(int op, int is_double, const void *args) { tables[is_double][op](args); }

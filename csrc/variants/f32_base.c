@@ -1,0 +1,11 @@
+/* float, every machine: 16-byte vectors are SSE2 on x86-64 and NEON on arm64, which has twice the registers. */
+#define REAL_IS_DOUBLE 0
+#define VECTOR_BYTES 16
+#ifdef __aarch64__
+#define ROWS 12
+#else
+#define ROWS 6
+#endif
+#define LINES 4
+#define TABLE tinygpt_f32_base
+#include "kernels.inc"

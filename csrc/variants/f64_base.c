@@ -1,0 +1,11 @@
+/* double, every machine: 16-byte vectors are SSE2 on x86-64 and NEON on arm64, which has twice the registers. */
+#define REAL_IS_DOUBLE 1
+#define VECTOR_BYTES 16
+#ifdef __aarch64__
+#define ROWS 12
+#else
+#define ROWS 6
+#endif
+#define LINES 4
+#define TABLE tinygpt_f64_base
+#include "kernels.inc"

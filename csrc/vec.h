@@ -1,0 +1,91 @@
+/* vec.h: the vector type, and what C has no operator for: partial loads, reductions, exp.
+
+   `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by lane, a
+   scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width. */
+#include <math.h>
+#include <string.h>
+
+#define LANES (VECTOR_BYTES / sizeof(real))
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const real *p) { return *(const vec_in_memory *)p; }
+INLINE void store(real *p, vec v) { *(vec_in_memory *)p = v; }
+INLINE vec all(real x) { return x - (vec){0}; }
+INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec vmax(vec a, vec b) { return pick(a > b, a, b); }
+
+/* The first n lanes, for the end of a row; the other lanes get `fill`, or are not written. */
+INLINE vec load_n(const real *p, size_t n, real fill)
+{
+    if (n >= LANES)
+        return load(p);
+    vec v = all(fill);
+    memcpy(&v, p, n * sizeof(real));
+    return v;
+}
+
+INLINE void store_n(real *p, vec v, size_t n)
+{
+    if (n >= LANES)
+        store(p, v);
+    else
+        memcpy(p, &v, n * sizeof(real));
+}
+
+/* Over the lanes, halving: the same order on every machine with this vector width. */
+INLINE real sum(vec v)
+{
+    real x[LANES];
+    store(x, v);
+    for (size_t half = LANES / 2; half; half /= 2)
+        for (size_t i = 0; i < half; i++)
+            x[i] += x[i + half];
+    return x[0];
+}
+
+INLINE real max_lane(vec v)
+{
+    real x[LANES];
+    store(x, v);
+    for (size_t half = LANES / 2; half; half /= 2)
+        for (size_t i = 0; i < half; i++)
+            x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+
+/* exp, lane by lane. In double libm's own, so that finite differences see no approximation. In float:
+
+   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). Taylor's series to r^7 leaves
+   r^8/8! < 5.2e-9 of exp(r), a tenth of float's rounding. 2^n is made by writing n into the exponent bits; as 2^128 has
+   none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a fraction, which rounds,
+   and puts n into the lowest bits. ln 2 is taken away in two parts so that n times the first is exact.
+   Results under 2.5e-38 become 0: denormal numbers would cost a hundred times more than they are worth. */
+INLINE vec vexp(vec x)
+{
+#if REAL_IS_DOUBLE
+    vec y;
+    for (size_t i = 0; i < LANES; i++)
+        y[i] = exp(x[i]);
+    return y;
+#else
+    const float lowest = -86.6f, highest = 89.0f, magic = 12582912.0f;
+    vec c = pick(x < lowest, all(lowest), pick(x > highest, all(highest), x));
+    vec rounded = c * 1.44269504f + magic;
+    vec n = rounded - magic;
+    vec r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    ivec bits = (ivec)rounded - (ivec)all(magic); /* n */
+    vec y = (p + p) * (vec)((bits + 126) << 23);
+    return pick(x < lowest, all(0), pick(x > 88.7228f, all(INFINITY), y));
+#endif
+}

@@ -1,0 +1,171 @@
+"""Byte-level byte-pair encoding: splitting text into pieces, learning merges, applying them.
+
+It starts from the 256 bytes, so that any text in any script can be written. Learning counts neighbouring
+tokens and joins the most frequent pair into a new token, again and again; encoding repeats these merges in
+the order in which they were learned. Before that, text is split into pieces (a word with the space before
+it, a number, a run of punctuation), and no merge crosses from one piece to the next.
+
+Here tokens are numbers; `tokenizer.py` gives them names, files and special tokens.
+
+References: Sennrich, Haddow, Birch 2016, "Neural Machine Translation of Rare Words with Subword Units",
+section 3.2; Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
+"""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+import numpy as np
+
+# In files a byte is written as one visible character: bytes that print stand for themselves, the other 68 for
+# U+0100 and onwards (a space is U+0120, "Ġ"). The order here is that of GPT-2's first 256 ids.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
+
+Pair = tuple[int, int]
+
+
+@functools.cache
+def _splitter() -> re.Pattern:
+    r"""GPT-2's rule, '(s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, for Python's re.
+
+    re has no \p{..}: letters and numbers are listed, as ranges, from this Python's Unicode tables. \p{N} is
+    what Python calls numeric and is no letter (as 一 and 二 are). \s is spelled out, because Python's has
+    U+001C to U+001F too, which are not white space to Unicode.
+    """
+    chars = np.arange(0x110000, dtype=np.uint32).view("U1")
+    is_letter = np.char.isalpha(chars)
+
+    def ranges(mask: np.ndarray) -> str:
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+        return "".join(f"{chr(a)}-{chr(b - 1)}" for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+    letter, number = ranges(is_letter), ranges(np.char.isnumeric(chars) & ~is_letter)
+    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(rf"'(?:[stmd]|re|ve|ll)| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+"
+                      rf"|[{space}]+(?![^{space}])|[{space}]+")
+
+
+# No piece goes on from other characters to white space, so a text may be cut between them and split part by
+# part: a list of all its pieces would take ten times the memory of the text.
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+_PART = 1_000_000
+
+
+def pieces(text: str) -> Iterator[str]:
+    r"""Split text by GPT-2's rule; the pieces joined are the text.
+
+    >>> list(pieces("I'm  here:\n42 cats"))
+    ['I', "'m", ' ', ' here', ':', '\n', '42', ' cats']
+    """
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + _PART)
+        stop = cut.start() if cut else len(text)
+        yield from _splitter().findall(text, start, stop)
+        start = stop
+
+
+def learn_merges(words: dict[bytes, int], count: int) -> list[Pair]:
+    """The most frequent pair of neighbouring tokens, then the most frequent once it is joined, and so on.
+
+    words: each distinct piece and how often it occurs. Token i < 256 is the i-th byte of BYTE_OF; merge n
+    makes token 256 + n. Returns `count` pairs, or fewer if no neighbours are left. Of equally frequent pairs
+    the smaller comes first, as in Hugging Face's trainer; "aaa" has "aa" twice.
+
+    >>> learn_merges({b"abab": 1, b"ab": 5}, 2)    # "a" is token 64, "b" is 65
+    [(64, 65), (256, 256)]
+
+    All words lie in one linked list, and `places` says where a pair begins, so that a merge takes as many
+    steps as the pair has occurrences. Joining makes entries of `places` and of the heap untrue: they stay,
+    and are recognised when they come up.
+    """
+    token_of = {byte: i for i, byte in enumerate(BYTE_OF.values())}
+    tokens, weight = [-1], [0]    # -1 stands between words, and where a token was joined to the one before
+    for word, times in words.items():
+        tokens += [*map(token_of.__getitem__, word), -1]
+        weight += [times] * (len(word) + 1)
+    left, right = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
+    frequency, places, heap, merges = defaultdict(int), defaultdict(list), [], []
+    unqueued = set()    # pairs whose frequency is not in the heap
+
+    def count_pair(i: int, j: int, times: int) -> None:
+        pair = tokens[i], tokens[j]
+        if min(pair) >= 0:
+            frequency[pair] += times
+            if times > 0:
+                places[pair].append(i)
+                unqueued.add(pair)
+
+    for i, j in pairwise(range(len(tokens))):
+        count_pair(i, j, weight[i])
+    while len(merges) < count:
+        for pair in unqueued:
+            heappush(heap, (-frequency[pair], pair))
+        unqueued.clear()
+        times, pair = heappop(heap) if heap else (0, None)
+        if times == 0:
+            break
+        if -times != frequency[pair]:
+            unqueued.add(pair)
+            continue
+        new = 256 + len(merges)
+        merges.append(pair)
+        for i in sorted(places.pop(pair)):
+            j = right[i]
+            if (tokens[i], tokens[j]) == pair:
+                before, after = left[i], right[j]
+                count_pair(before, i, -weight[i])
+                count_pair(j, after, -weight[i])
+                tokens[i], tokens[j] = new, -1
+                right[i], left[after] = after, i
+                count_pair(before, i, weight[i])
+                count_pair(i, after, weight[i])
+        frequency[pair] = 0
+    return merges
+
+
+def apply_merges(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> list[int]:
+    """Join the pair of lowest rank, the leftmost first, until no merge applies: n log n steps for n tokens.
+
+    merges: pair -> (rank, the token that it becomes).
+
+    >>> apply_merges([1, 2, 2, 1, 2], {(1, 2): (0, 3), (2, 2): (1, 4), (3, 2): (2, 5)})
+    [5, 3]
+    """
+    # A linked list: place i holds a token, or -1 once that is joined to the one before. The -1 at the end is
+    # what the last token has to its right, and, being tokens[-1], what the first has to its left.
+    find, n = merges.get, len(tokens)
+    tokens = [*tokens, -1]
+    left, right = list(range(-1, n)), list(range(1, n + 2))
+    heap = [(found[0], i) for i, pair in enumerate(pairwise(tokens)) if (found := find(pair))]
+    heapify(heap)
+    while heap:
+        rank, i = heappop(heap)
+        j = right[i]
+        found = find((tokens[i], tokens[j]))
+        if found is None or found[0] != rank:    # one of the two has been joined to another since
+            continue
+        tokens[i], tokens[j] = found[1], -1
+        right[i], left[right[j]] = right[j], i
+        for a, b in ((left[i], i), (i, right[i])):
+            if found := find((tokens[a], tokens[b])):
+                heappush(heap, (found[0], a))
+    return [token for token in tokens if token >= 0]
+
+
+def merge_steps(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """What `apply_merges` does, to be looked at: for each step (rank, tokens after it). Quadratic.
+
+    >>> list(merge_steps([1, 2, 2, 1], {(1, 2): (0, 3), (3, 2): (1, 4)}))
+    [(0, [3, 2, 1]), (1, [4, 1])]
+    """
+    while found := [(*merges[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in merges]:
+        rank, new, i = min(found)
+        tokens = [*tokens[:i], new, *tokens[i + 2:]]
+        yield rank, tokens
