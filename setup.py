@@ -13,7 +13,8 @@ CSRC = Path("csrc")
 
 
 def core():
-    """The extension. cffi is given tinygpt.h itself, its preprocessor lines left out and pointers to numbers read as `void *`."""
+    """The extension. cffi is given tinygpt.h itself, its preprocessor lines left out and pointers to numbers
+    read as `void *`."""
     header = (CSRC / "tinygpt.h").read_text(encoding="utf-8")
     ops = re.findall(r"X\((\w+)\)", header)
     declarations = re.sub(r"^#(.*\\\n)*.*$", "", header, flags=re.MULTILINE)
@@ -29,7 +30,14 @@ def core():
         define_macros=[("Py_LIMITED_API", "0x030A0000")],
         py_limited_api=True,
         # No math errno: sqrt becomes one instruction. Not -ffast-math: NaN and infinity keep their meaning.
-        extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-Wno-psabi"],
+        extra_compile_args=[
+            "-std=gnu11",
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-pthread",
+            "-Wno-psabi",
+        ],
         extra_link_args=["-pthread"],
         libraries=["m"],
     )

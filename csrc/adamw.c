@@ -40,8 +40,8 @@ static void adamw_range(const void *args, size_t begin, size_t end)
     const struct adamw *a = args;
     real *restrict w = a->w, *restrict m = a->m, *restrict v = a->v;
     const real *restrict g = a->g;
-    const real scale = a->scale, slow1 = 1 - a->beta1, slow2 = 1 - a->beta2, shrink = a->shrink, rate = a->rate,
-               correction2 = a->correction2, eps = a->eps;
+    const real scale = a->scale, slow1 = 1 - a->beta1, slow2 = 1 - a->beta2, shrink = a->shrink;
+    const real rate = a->rate, correction2 = a->correction2, eps = a->eps;
     for (size_t i = begin; i < end; i++) {
         real gi = g[i] * scale;
         m[i] += slow1 * (gi - m[i]);

@@ -1,24 +1,27 @@
 /* attention.c: causal multi-head attention, forward, backward, and one query against a cache of keys.
 
-   A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and holds their
-   scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T matrix is stored: a strip
-   is S x QUERIES, and backward makes it again from lse, the log of each softmax's denominator (Dao et al. 2022).
+   A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and
+   holds their scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T
+   matrix is stored: a strip is S x QUERIES, and backward makes it again from lse, the log of each softmax's
+   denominator (Dao et al. 2022).
 
-   Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six products are all
-   the tile of gemm.c, with one operand broadcast and the other read along its rows:
+   Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six
+   products are all the tile of gemm.c, with one operand broadcast and the other read along its rows:
 
        forward     scores  = k q^T       out = scores^T v
        backward    dprobs  = v dout^T    dv += probs dout     dk += dscores q     dq = dscores^T k
 
-   Keys and values are first copied into rows padded with zeros, so that tiles need no edges. Which keys a query sees
-   is the one rule in tinygpt.h; a panel runs from the first key that any of its queries sees to the last. */
+   Keys and values are first copied into rows padded with zeros, so that tiles need no edges. Which keys a
+   query sees is the one rule in tinygpt.h; a panel runs from the first key that any of its queries sees to
+   the last. */
 
 enum { QUERIES = COLS };
 
 INLINE size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* rows x D at a stride -> padded x Dp, zeros outside, times scale. */
-static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded, size_t Dp, real scale)
+static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded,
+                      size_t Dp, real scale)
 {
     memset(out, 0, padded * Dp * sizeof(real));
     for (size_t i = 0; i < rows; i++)
@@ -35,31 +38,35 @@ static void transpose(real *restrict out, const real *restrict in, size_t D, siz
 }
 
 /* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
-static void keys_by_queries(real *strip, const real *rows, const real *columns, size_t D, size_t Dp, size_t begin, size_t end)
+static void keys_by_queries(real *strip, const real *rows, const real *columns, size_t D, size_t Dp,
+                            size_t begin, size_t end)
 {
     for (size_t j = begin; j < end; j += LINES)
         tile(LINES, strip + j * QUERIES, QUERIES, NULL, 0, rows + j * Dp, Dp, 1, columns, QUERIES, D);
 }
 
 /* out[q] = sum over the keys of strip[j][q] rows[j]: out and dq. */
-static void queries_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin, size_t end)
+static void queries_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin,
+                                size_t end)
 {
     for (size_t q = 0; q < QUERIES; q += LINES)
         for (size_t c = 0; c < Dp; c += COLS)
-            tile(LINES, out + q * Dp + c, Dp, NULL, 0, strip + begin * QUERIES + q, 1, QUERIES, rows + begin * Dp + c, Dp,
-                 end - begin);
+            tile(LINES, out + q * Dp + c, Dp, NULL, 0, strip + begin * QUERIES + q, 1, QUERIES,
+                 rows + begin * Dp + c, Dp, end - begin);
 }
 
 /* out[j] += sum over the queries of strip[j][q] rows[q]: dk and dv. */
-static void keys_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin, size_t end)
+static void keys_by_channels(real *out, const real *strip, const real *rows, size_t Dp, size_t begin,
+                             size_t end)
 {
     for (size_t j = begin; j < end; j += LINES)
         for (size_t c = 0; c < Dp; c += COLS)
-            tile(LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c, Dp, QUERIES);
+            tile(LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c,
+                 Dp, QUERIES);
 }
 
-/* What the queries of a panel see: for each lane its own key and the first one after the prefix; for all of them the keys
-   from begin to end, and those between `open` and `shut`, which every lane sees. */
+/* What the queries of a panel see: for each lane its own key and the first one after the prefix; for all of
+   them the keys from begin to end, and those between `open` and `shut`, which every lane sees. */
 struct view {
     ivec own[2], first[2];
     size_t prefix, begin, end, open, shut;
@@ -67,9 +74,10 @@ struct view {
 
 static struct view look(const int32_t *start, size_t T, size_t S, size_t prefix, size_t i, size_t n)
 {
-    struct view w = {.prefix = prefix, .begin = S, .end = up(S - T + i + n, LINES), .open = 0, .shut = S - T + i + 1};
+    struct view w = {.prefix = prefix, .begin = S, .end = up(S - T + i + n, LINES), .shut = S - T + i + 1};
     for (size_t q = 0; q < QUERIES; q++) {
-        size_t query = i + (q < n ? q : n - 1), own = S - T + query; /* lanes without a query see what the last one sees */
+        size_t query = i + (q < n ? q : n - 1); /* a lane without a query sees what the last one sees */
+        size_t own = S - T + query;
         size_t first = start ? (size_t)start[query] < own ? (size_t)start[query] : own : 0;
         w.own[q / LANES][q % LANES] = own;
         w.first[q / LANES][q % LANES] = first;
@@ -94,8 +102,9 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
     const struct attention_forward *a = args;
     const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
     const real scale = 1 / (real)sqrt(D);
-    real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 3 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real)), *v = k + Sp * Dp;
-    real *q = v + Sp * Dp, *q_t = q + QUERIES * Dp, *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
+    real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 3 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real));
+    real *v = k + Sp * Dp, *q = v + Sp * Dp, *q_t = q + QUERIES * Dp;
+    real *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
     for (size_t bh = begin; bh < end; bh++) {
         const size_t b = bh / a->H, h = bh % a->H;
         copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp, 1);
@@ -107,7 +116,7 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
             transpose(q_t, q, D, Dp);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
             real lse[QUERIES], inverse[QUERIES];
-            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: down for the top, down for the sum */
+            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: first the top, then the sum */
                 real *s = strip + half * LANES;
                 vec top = all(-INFINITY), total = {0};
                 for (size_t j = w.begin; j < w.end; j++) {
@@ -142,7 +151,8 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
     const real scale = 1 / (real)sqrt(D);
     real *p = scratch(SCRATCH_PRIVATE, S * sizeof(real));
     for (size_t bh = begin; bh < end; bh++) {
-        const size_t b = bh / a->H, h = bh % a->H, first = !a->start ? 0 : (size_t)a->start[b] < S ? (size_t)a->start[b] : S - 1;
+        const size_t b = bh / a->H, h = bh % a->H, start = a->start ? a->start[b] : 0;
+        const size_t first = start < S ? start : S - 1; /* its own key at the least */
         const real *q = a->q + b * a->q_batch + h * D;
         real top = -INFINITY, total = 0;
         for (size_t j = 0; j < S; j++) {
@@ -171,7 +181,8 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
 static void attention_forward(const void *args)
 {
     const struct attention_forward *a = args;
-    parallel(a->T == 1 ? attention_decode_heads : attention_forward_heads, a, a->B * a->H, 1 + 4096 / (a->T * a->S * a->D + 1));
+    const size_t grain = 1 + 4096 / (a->T * a->S * a->D + 1);
+    parallel(a->T == 1 ? attention_decode_heads : attention_forward_heads, a, a->B * a->H, grain);
 }
 
 static void attention_backward_heads(const void *args, size_t begin, size_t end)

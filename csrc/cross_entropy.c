@@ -1,5 +1,5 @@
-/* cross_entropy.c: -log softmax(logits)[target], and its gradient. The probabilities are never stored: backward makes
-   them again from the logits and the log of the denominator, which is one number a row. */
+/* cross_entropy.c: -log softmax(logits)[target], and its gradient. The probabilities are never stored:
+   backward makes them again from the logits and the log of the denominator, which is one number a row. */
 
 static void cross_entropy_forward_rows(const void *args, size_t begin, size_t end)
 {

@@ -1,4 +1,5 @@
-/* embedding.c: rows of a table by number, and the gradient's way back; the residual sum and dropout beside it. */
+/* embedding.c: rows of a table by number, and the gradient's way back; the residual sum and dropout beside
+   it. */
 
 static void embedding_forward_rows(const void *args, size_t begin, size_t end)
 {

@@ -1,52 +1,53 @@
 /* gemm.c: matrix multiply, the operation that training spends its time in.
 
-   Goto's algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). At the bottom, `tile` keeps a small
-   block of c in registers and adds to it one outer product a step: ROWS numbers of a times 2 vectors of b. A step
-   loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the time. Around it,
-   blocking keeps what is used again close:
+   Goto's algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). At the bottom, `tile` keeps a
+   small block of c in registers and adds to it one outer product a step: ROWS numbers of a times 2 vectors of
+   b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the
+   time. Around it, blocking keeps what is used again close:
 
        for each DEPTH of K, for each WIDTH of columns:
-           pack b: panels of 2 vectors' columns, in the order in which the tiles read them     stays in the outer cache
-           for each block of rows (threads share these):
-               pack a: panels of ROWS rows                                                     stays in the inner cache
-               for each panel of b, for each panel of a: one tile
+           pack b: panels of 2 vectors' columns, in the order in which tiles read     (outer cache)
+           for each block of rows, shared by the threads:
+               pack a: panels of ROWS rows                                            (inner cache)
+               for each panel of b, for each panel of a: one tile                     (registers)
 
-   Packing also turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run the
-   same inner loop. Each element of c is summed in one order, whatever the threads do. */
+   Packing also turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes
+   all run the same inner loop. Each element of c is summed in one order, whatever the threads do. */
 
 enum { DEPTH = 256, WIDTH = 2048, BLOCK_ROWS = 12 * ROWS, COLS = 2 * LANES };
 
-/* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows and j < COLS. from NULL
-   is zeros. `rows`, and in each use the strides of a, are compile-time constants, so that c lives in registers. */
-INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a, size_t a_row,
-                 size_t a_col, const real *b, size_t b_row, size_t depth)
+/* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
+   from NULL is zeros. `rows`, and in each use the strides of a, are compile-time constants, so that c
+   lives in registers. */
+INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
+                 size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {
     vec acc[ROWS][2];
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < rows; i++) {
         acc[i][0] = from ? load(from + i * from_row) : (vec){0};
         acc[i][1] = from ? load(from + i * from_row + LANES) : (vec){0};
     }
     for (size_t p = 0; p < depth; p++) {
         vec b0 = load(b + p * b_row), b1 = load(b + p * b_row + LANES);
-#pragma GCC unroll 16
+        UNROLL
         for (int i = 0; i < rows; i++) {
             real x = a[i * a_row + p * a_col];
             acc[i][0] += x * b0;
             acc[i][1] += x * b1;
         }
     }
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < rows; i++) {
         store(c + i * c_row, acc[i][0]);
         store(c + i * c_row + LANES, acc[i][1]);
     }
 }
 
-/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros from width on.
-   across is the stride from line to line, along the stride in a line. */
-static void pack(real *restrict out, const real *restrict in, size_t width, size_t full, size_t depth, size_t across,
-                 size_t along)
+/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros
+   from width on. across is the stride from line to line, along the stride in a line. */
+static void pack(real *restrict out, const real *restrict in, size_t width, size_t full, size_t depth,
+                 size_t across, size_t along)
 {
     if (width < full)
         memset(out, 0, full * depth * sizeof(real));
@@ -83,9 +84,10 @@ static void pack_b(const void *args, size_t begin, size_t end)
     }
 }
 
-/* Rows i to i + height of c, columns j to j + width, from packed panels: whole tiles into c, edges by way of a copy. */
-static void one_tile(const struct gemm *g, const struct block *t, const real *a, const real *b, size_t i, size_t j,
-                     size_t height, size_t width)
+/* Rows i to i + height of c, columns j to j + width, from packed panels: whole tiles into c, edges by way of
+   a copy. */
+static void one_tile(const struct gemm *g, const struct block *t, const real *a, const real *b, size_t i,
+                     size_t j, size_t height, size_t width)
 {
     real *c = g->c + i * g->c_row + j;
     const int first = t->depth_begin == 0; /* the others add to what is there */
@@ -122,8 +124,8 @@ static void multiply(const void *args, size_t begin, size_t end)
             for (size_t panel = panel_begin; panel < panel_end; panel++)
                 for (size_t i = i0; i < i1; i += ROWS) {
                     size_t j = panel * COLS, width = t->cols - j < COLS ? t->cols - j : COLS;
-                    one_tile(g, t, packed_a + (i - i0) * t->depth, t->packed_b + j * t->depth, i, t->col_begin + j,
-                             i1 - i < ROWS ? i1 - i : ROWS, width);
+                    one_tile(g, t, packed_a + (i - i0) * t->depth, t->packed_b + j * t->depth, i,
+                             t->col_begin + j, i1 - i < ROWS ? i1 - i : ROWS, width);
                 }
         }
     }
@@ -132,9 +134,11 @@ static void multiply(const void *args, size_t begin, size_t end)
 static void gemm(const void *args)
 {
     const struct gemm *g = args;
-    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, wanted = 4 * thread_count();
+    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, row_blocks = (g->M + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const size_t wanted = 4 * thread_count();
     const size_t blocks = (g->K + DEPTH - 1) / DEPTH, depth = blocks ? (g->K + blocks - 1) / blocks : 0;
-    struct block t = {.g = g, .packed_b = scratch(SCRATCH_SHARED, (WIDTH + COLS) * (depth + 1) * sizeof(real))};
+    real *packed_b = scratch(SCRATCH_SHARED, (WIDTH + COLS) * (depth + 1) * sizeof(real));
+    struct block t = {.g = g, .packed_b = packed_b};
     if (!g->K && g->M) /* an empty sum */
         for (size_t i = 0; i < g->M; i++)
             for (size_t j = 0; j < g->N; j++)
@@ -144,7 +148,7 @@ static void gemm(const void *args)
             t.cols = g->N - t.col_begin < WIDTH ? g->N - t.col_begin : WIDTH;
             t.depth = g->K - t.depth_begin < depth ? g->K - t.depth_begin : depth;
             size_t panels = (t.cols + COLS - 1) / COLS;
-            t.row_pieces = row_tiles < wanted ? row_tiles : (row_tiles + 11) / 12 > wanted ? (row_tiles + 11) / 12 : wanted;
+            t.row_pieces = row_tiles < wanted ? row_tiles : row_blocks > wanted ? row_blocks : wanted;
             t.col_pieces = (wanted + t.row_pieces - 1) / t.row_pieces; /* few rows: share the columns too */
             t.col_pieces = t.col_pieces < panels ? t.col_pieces : panels;
             parallel(pack_b, &t, panels, 1 + 16384 / (t.depth * COLS));
@@ -152,7 +156,7 @@ static void gemm(const void *args)
         }
 }
 
-/* A column at a time would jump; a range of columns is added up row by row, and its sums stay in the cache. */
+/* A column at a time would jump; a range of columns, row by row, keeps its sums in the cache. */
 static void column_sum_range(const void *args, size_t begin, size_t end)
 {
     const struct column_sum *a = args;

@@ -1,4 +1,5 @@
-/* layernorm.c: y = g (x - mean) rstd + b over each row of C channels, and its gradient. See ops.py for the why. */
+/* layernorm.c: y = g (x - mean) rstd + b over each row of C channels, and its gradient. See ops.py for the
+   why. */
 
 static void layernorm_forward_rows(const void *args, size_t begin, size_t end)
 {
@@ -17,7 +18,8 @@ static void layernorm_forward_rows(const void *args, size_t begin, size_t end)
         real rstd = 1 / (real)sqrt(sum(squares) / C + a->eps);
         for (size_t c = 0; c < C; c += LANES) {
             vec xhat = (load_n(x + c, C - c, 0) - mean) * rstd;
-            store_n(a->out + i * C + c, xhat * load_n(a->g + c, C - c, 0) + load_n(a->b + c, C - c, 0), C - c);
+            vec y = xhat * load_n(a->g + c, C - c, 0) + load_n(a->b + c, C - c, 0);
+            store_n(a->out + i * C + c, y, C - c);
         }
         a->mean[i] = mean;
         a->rstd[i] = rstd;

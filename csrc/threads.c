@@ -1,11 +1,12 @@
 /* threads.c: the only file that knows about threads.
 
-   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller take ranges
-   of it from a shared counter. Between the kernels of a training step there are microseconds, so a worker looks for
-   the next job for a while before it goes to sleep.
+   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller
+   take ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so
+   a worker looks for the next job for a while before it goes to sleep.
 
-   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone. A child
-   process made by fork has none of its parent's threads; the handler below forgets them, and the child makes its own. */
+   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone.
+   A child process made by fork has none of its parent's threads; the handler below forgets them, and the
+   child makes its own. */
 #include "threads.h"
 
 #include <pthread.h>
@@ -29,7 +30,12 @@ static struct {
     size_t asleep;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-} pool = {.threads = 1, .busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+} pool = {
+    .threads = 1,
+    .busy = ATOMIC_FLAG_INIT,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .wake = PTHREAD_COND_INITIALIZER,
+};
 
 static inline void relax(void)
 {
@@ -96,7 +102,7 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
         return;
     }
     start_workers();
-    size_t even = (n + 4 * pool.threads - 1) / (4 * pool.threads); /* some spare, for a thread that is held up */
+    size_t even = (n + 4 * pool.threads - 1) / (4 * pool.threads); /* four each: one thread may be held up */
     pool.work = work, pool.args = args, pool.n = n, pool.piece = (even + grain - 1) / grain * grain;
     atomic_store(&pool.next, 0);
     atomic_store(&pool.unfinished, pool.workers);

@@ -1,11 +1,14 @@
 /* threads.h: the two things a kernel may ask of the machine. */
 #include <stddef.h>
 
-/* Calls work(args, begin, end) for ranges that cover 0 to n and begin at multiples of `grain`, on all threads; returns
-   when all are done. Which range a thread gets is a matter of chance, so an item's result must not depend on it. */
-void parallel(void (*work)(const void *args, size_t begin, size_t end), const void *args, size_t n, size_t grain);
+/* Calls work(args, begin, end) for ranges that cover 0 to n and begin at multiples of `grain`, on all
+   threads; returns when all are done. Which range a thread gets is a matter of chance, so an item's result
+   must not depend on it. */
+void parallel(void (*work)(const void *args, size_t begin, size_t end), const void *args, size_t n,
+              size_t grain);
 
-/* Memory of the calling thread, on a cache line, kept until the next call with the same slot; slots do not overlap. */
+/* Memory of the calling thread, on a cache line, kept until the next call with the same slot; slots do not
+   overlap. */
 enum { SCRATCH_SHARED, SCRATCH_PRIVATE, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 

@@ -1,24 +1,25 @@
 /* tinygpt.h: all that Python may call, one struct of arguments per operation.
 
    Shapes: B batch, T time (queries), S keys, C channels, H heads, D = C / H, V vocabulary; rows = B * T.
-   Arrays are row-major and contiguous unless a stride is given; strides count elements. `real` is float or double:
-   every kernel is compiled for both, and for each instruction set (see variants/). Results come first.
-   What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
+   Arrays are row-major and contiguous unless a stride is given; strides count elements. `real` is float or
+   double: every kernel is compiled for both, and for each instruction set (see variants/). Results come
+   first. What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
 
-   Three readers share this file: the kernels, variants/dispatch.c, and csrc/build.py, which hands it to cffi with
-   `real` read as void and lines that begin with # left out. */
+   Three readers share this file: the kernels, variants/dispatch.c, and csrc/build.py, which hands it to cffi
+   with `real` read as void and lines that begin with # left out. */
 #ifndef TINYGPT_H
 #define TINYGPT_H
 #include <stddef.h>
 #include <stdint.h>
 
 #define OPS(X) \
-    X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) X(layernorm_backward) \
-    X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) X(residual_forward) \
-    X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) X(sum_of_squares) X(adamw)
+    X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
+    X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
+    X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
+    X(sum_of_squares) X(adamw)
 
-/* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a with
-   a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
+/* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a
+   with a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
 struct gemm {
     real *c;
     const real *a, *b, *bias;
@@ -71,9 +72,9 @@ struct gelu_backward {
     size_t n;
 };
 
-/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. lse (B, H, T) is the log
-   of each softmax's denominator. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i for which
-   j < prefix or j >= start[b][i], and its own always. */
+/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. lse (B, H, T) is
+   the log of each softmax's denominator. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i
+   for which j < prefix or j >= start[b][i], and its own always. */
 struct attention_forward {
     real *out, *lse;
     const real *q, *k, *v;
@@ -134,8 +135,8 @@ struct adamw {
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. */
 void tinygpt_run(int op, int is_double, const void *args);
 
-/* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns its name, or NULL
-   where the machine lacks the one asked for. */
+/* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns
+   its name, or NULL where the machine lacks the one asked for. */
 const char *tinygpt_choose_isa(const char *name);
 
 void tinygpt_set_threads(size_t n);

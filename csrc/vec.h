@@ -1,7 +1,7 @@
 /* vec.h: the vector type, and what C has no operator for: partial loads, reductions, exp.
 
-   `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by lane, a
-   scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width. */
+   `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by
+   lane, a scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width. */
 #include <math.h>
 #include <string.h>
 
@@ -11,6 +11,12 @@ typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
 
 #define INLINE static inline __attribute__((always_inline))
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 INLINE vec load(const real *p) { return *(const vec_in_memory *)p; }
 INLINE void store(real *p, vec v) { *(vec_in_memory *)p = v; }
@@ -59,11 +65,12 @@ INLINE real max_lane(vec v)
 
 /* exp, lane by lane. In double libm's own, so that finite differences see no approximation. In float:
 
-   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). Taylor's series to r^7 leaves
-   r^8/8! < 5.2e-9 of exp(r), a tenth of float's rounding. 2^n is made by writing n into the exponent bits; as 2^128 has
-   none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a fraction, which rounds,
-   and puts n into the lowest bits. ln 2 is taken away in two parts so that n times the first is exact.
-   Results under 2.5e-38 become 0: denormal numbers would cost a hundred times more than they are worth. */
+   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). Taylor's series to r^7
+   leaves r^8/8! < 5.2e-9 of exp(r), a tenth of float's rounding. 2^n is made by writing n into the exponent
+   bits; as 2^128 has none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a
+   fraction, which rounds, and puts n into the lowest bits. ln 2 is taken away in two parts so that n times
+   the first is exact. Results under 2.5e-38 become 0: denormal numbers would cost a hundred times more than
+   they are worth. */
 INLINE vec vexp(vec x)
 {
 #if REAL_IS_DOUBLE

@@ -1,15 +1,14 @@
 """The operations of `ops.py` in C: the same names, arguments and results, in float32 and float64.
 
-A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in csrc/.
-Caches may hold other things than those of `ops`, so a forward and its backward come from the same backend. Arrays that
-the C core cannot walk (odd strides, another type) are copied first.
+A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in
+csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
+backend. Arrays that the C core cannot walk (odd strides, another type) are copied first.
 
-Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or avx512: which
-instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built, `backend()` is NumPy, with one
-warning.
+Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or
+avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
+`backend()` is NumPy, with one warning.
 """
 
-import math
 import os
 import sys
 import warnings
@@ -33,15 +32,19 @@ def available() -> tuple[str, ...]:
 
 
 def backend(name: str | None = None) -> ModuleType:
-    """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest there is."""
+    """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest
+    there is."""
     name = name or os.environ.get("TINYGPT_BACKEND") or available()[0]
     if name not in ("c", "numpy"):
         raise UserError(f"backend {name!r}: TINYGPT_BACKEND is c or numpy")
     if name == "c" and not lib:
         raise UserError("backend c: the C core is not built here; install a C compiler, then tinygpt again")
     if not lib and "TINYGPT_BACKEND" not in os.environ:
-        warnings.warn("no C core here, running on NumPy, several times slower: for the C core install a C compiler, "
-                      "then tinygpt again; TINYGPT_BACKEND=numpy silences this", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            "no C core here, running on NumPy, which is slower: install a C compiler, then tinygpt again; "
+            "TINYGPT_BACKEND=numpy silences this",
+            stacklevel=2,
+        )
     return sys.modules[__name__] if name == "c" else ops
 
 
@@ -65,14 +68,16 @@ def _configure() -> str:
     return ffi.string(isa).decode()
 
 
-# --- from arrays to pointers -------------------------------------------------------------------------------------
+# --- from arrays to pointers --------------------------------------------------------------------------------
 
 
 def _pointer(a: Array | bool | None):
     if a is None or a is False:  # an argument left out, a gradient not wanted
         return ffi.NULL
     # from_buffer is three times faster, and takes only arrays without gaps
-    return ffi.from_buffer(a) if a.flags.c_contiguous else ffi.cast("void *", a.__array_interface__["data"][0])
+    return (
+        ffi.from_buffer(a) if a.flags.c_contiguous else ffi.cast("void *", a.__array_interface__["data"][0])
+    )
 
 
 def _run(op: str, dtype: np.dtype, *fields) -> None:
@@ -94,8 +99,12 @@ def _result(out: Out, dtype: np.dtype, shape: tuple) -> Array:
     """`out`, if the C core can write into it, or a new array."""
     if out is None:
         return storage.empty(shape, dtype)
-    if out.shape != tuple(shape) or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"out: expected a writable array without gaps, {dtype} {tuple(shape)}, not {out.dtype} {out.shape}")
+    if (
+        out.shape != tuple(shape)
+        or out.dtype != dtype
+        or not (out.flags.c_contiguous and out.flags.writeable)
+    ):
+        raise ValueError(f"out: not a writable {dtype} array of shape {tuple(shape)} without gaps")
     return out
 
 
@@ -109,7 +118,7 @@ def _ids(ids: Array, below: int, what: str) -> Array:
     return np.ascontiguousarray(ids, np.int32)
 
 
-# --- the operations: see ops.py for what each computes -----------------------------------------------------------
+# --- the operations: see ops.py for what each computes ------------------------------------------------------
 
 
 def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tuple]:
@@ -130,8 +139,8 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Grad:
 
 
 def gemm(a: Array, b: Array, bias: Array | None = None, out: Out = None) -> Array:
-    """a (M, K) times b (K, N), plus bias (N,) on every row. a and b may have any strides, so `.T` costs nothing; so may
-    out, if either its rows or its columns have no gaps."""
+    """a (M, K) times b (K, N), plus bias (N,) on every row. a and b may have any strides, so `.T` costs
+    nothing; so may out, if either its rows or its columns have no gaps."""
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
@@ -172,7 +181,9 @@ def linear_backward(
     return dx, dw, db
 
 
-def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None) -> tuple[Array, tuple]:
+def layernorm_forward(
+    x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None
+) -> tuple[Array, tuple]:
     x, channels = np.ascontiguousarray(x), x.shape[-1:]
     g, b = _like(g, x.dtype, channels), _like(b, x.dtype, channels)
     out = _result(out, x.dtype, x.shape)
@@ -209,7 +220,9 @@ def attention_forward(
 ) -> tuple[Array, tuple]:
     (B, T, C), S = q.shape, k.shape[1]
     if k.shape != (B, S, C) or v.shape != k.shape or T > S or C % n_head:
-        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads")
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads"
+        )
     q, k, v = _rows(q), _rows(k), _rows(v)
     if start is not None:
         start = _like(start, np.int32, (B, T))
@@ -231,7 +244,9 @@ def attention_backward(
         if grad is None:
             grad = storage.empty(x.shape, x.dtype)
         if grad.shape != x.shape or grad.dtype != x.dtype or _rows(grad) is not grad:
-            raise ValueError(f"attention: a gradient of shape {x.shape}, {x.dtype}, cannot be written to {grad.shape}")
+            raise ValueError(
+                f"attention: a gradient of shape {x.shape}, {x.dtype}, cannot be written to {grad.shape}"
+            )
         grads.append(grad)
     strides = *_strides(q, k, v), *_strides(*grads)
     _run("attention_backward", q.dtype, *grads, dout, out, lse, q, k, v, start, *sizes, *strides)
@@ -239,7 +254,8 @@ def attention_backward(
 
 
 def _rows(a: Array) -> Array:
-    """`a` (B, S, C) itself, if its channels have no gaps, or a copy: rows may lie apart, as q does in (B, T, 3C)."""
+    """`a` (B, S, C) itself, if its channels have no gaps, or a copy: rows may lie apart, as q does in (B, T,
+    3C)."""
     return a if a.strides[2] == a.itemsize or a.shape[2] == 1 else np.ascontiguousarray(a)
 
 
@@ -277,7 +293,17 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
     logits, targets, lse = cache
     dlogits, dnll = _result(dlogits, logits.dtype, logits.shape), _like(dnll, logits.dtype, targets.shape)
-    _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, lse, targets, targets.size, logits.shape[-1])
+    _run(
+        "cross_entropy_backward",
+        logits.dtype,
+        dlogits,
+        dnll,
+        logits,
+        lse,
+        targets,
+        targets.size,
+        logits.shape[-1],
+    )
     return dlogits
 
 

@@ -1,13 +1,16 @@
 """GPT: configuration, parameters, forward and backward.
 
-    x      = wte[ids] + wpe[positions]
-    block:   x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))        GPT-2, pre-norm (Radford et al. 2019, section 2.3)
-             x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))        GPT-1, post-norm (Radford et al. 2018, section 4.1)
-    logits = ln_f(x) wte^T                                       the head is the token table again; GPT-1 has no ln_f
+    x      = wte[ids] + wpe[positions] block:   x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))        GPT-2,
+    pre-norm (Radford et al. 2019, section 2.3)
+             x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))        GPT-1, post-norm (Radford et al. 2018,
+             section 4.1)
+    logits = ln_f(x) wte^T                                       the head is the token table again; GPT-1 has
+    no ln_f
 
-Parameters carry GPT-2's names and layout as Hugging Face has them, weights (in, out). Backward is the forward read from
-the bottom up. It computes gradients for the names it is given an array for and no others: freezing is leaving names out.
-Loss, optimizer and data are elsewhere; so is generation, which hands `forward` a KV cache.
+Parameters carry GPT-2's names and layout as Hugging Face has them, weights (in, out). Backward is the forward
+read from the bottom up. It computes gradients for the names it is given an array for and no others: freezing
+is leaving names out. Loss, optimizer and data are elsewhere; so is generation, which hands `forward` a KV
+cache.
 """
 
 from __future__ import annotations
@@ -43,13 +46,16 @@ class GPTConfig:
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}: it must be at least 1")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: each head gets n_embd / n_head channels")
+            raise UserError(
+                f"n_head {self.n_head} does not divide n_embd {self.n_embd}, and heads share it evenly"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter: those that weight decay shrinks first, then vectors."""
-        C, shapes = self.n_embd, {"wte.weight": (self.vocab_size, self.n_embd), "wpe.weight": (self.block_size, self.n_embd)}
+        C = self.n_embd
+        shapes = {"wte.weight": (self.vocab_size, C), "wpe.weight": (self.block_size, C)}
         for layer in range(self.n_layer):
             h = f"h.{layer}."
             shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
@@ -60,7 +66,7 @@ class GPTConfig:
             shapes |= {h + "mlp.c_proj.weight": (4 * C, C), h + "mlp.c_proj.bias": (C,)}
         if not self.post_norm:
             shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # stable: matrices, then vectors
+        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # stable: matrices first
 
 
 PRESETS = {
@@ -75,13 +81,18 @@ PRESETS = {
 
 
 class GPT:
-    """A model: `config`, `params` (name -> view into the buffer `flat`) and the backend `ops` it computes with.
+    """A model: its `config`, its `params` (name -> view into the buffer `flat`), its backend `ops`.
 
-    `rng` draws the initial weights; without it they are zero, for a checkpoint to fill. dtype is float32 or float64.
+    `rng` draws the initial weights; without it they are zero, for a checkpoint to fill. dtype is float32 or
+    float64.
     """
 
     def __init__(
-        self, config: GPTConfig, rng: np.random.Generator | None = None, dtype: type = np.float32, ops: ModuleType | None = None
+        self,
+        config: GPTConfig,
+        rng: np.random.Generator | None = None,
+        dtype: type = np.float32,
+        ops: ModuleType | None = None,
     ) -> None:
         self.config = config
         self.ops = ops or kernels.backend()
@@ -90,8 +101,9 @@ class GPT:
             self._initialise(rng)
 
     def _initialise(self, rng: np.random.Generator) -> None:
-        """GPT-2's: normal with deviation 0.02, the two projections into the residual stream scaled by 1/sqrt(2 layers), so
-        that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3); biases 0, gains 1."""
+        """GPT-2's: normal with deviation 0.02, the two projections into the residual stream scaled by
+        1/sqrt(2 layers), so that the stream's variance does not grow with depth (Radford et al. 2019, section
+        2.3); biases 0, gains 1."""
         for name, p in self.params.items():
             if p.ndim == 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -103,10 +115,10 @@ class GPT:
         """A zeroed flat buffer and its named views for the gradients of `names` (all parameters if None)."""
         names = set(self.params if names is None else names)
         if unknown := names - set(self.params):
-            raise UserError(f"no parameter is called {sorted(unknown)[0]!r}; there are {', '.join(list(self.params)[:3])}, ...")
+            raise UserError(f"no parameter is called {sorted(unknown)[0]!r}; h.0.mlp.c_fc.weight is one")
         return storage.flat({n: p.shape for n, p in self.params.items() if n in names}, self.flat.dtype)
 
-    # --- forward -----------------------------------------------------------------------------------------------
+    # --- forward --------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -122,25 +134,29 @@ class GPT:
     ) -> tuple[Array, tuple]:
         """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
 
-        positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default. start (B, T): where each query's view begins, see
-        `ops.visible_keys`. rng: turns dropout on. kv: a `generate.KVCache`, whose keys and values come before these and
-        which is extended. keep=False: buffers are shared by all layers and the cache is of no use to `backward`.
-        last=True: logits of the last position only, (B, 1, V), with keep=False; the head is a third of GPT-2's work.
-        Raises UserError for a sequence longer than block_size. Results live until `ws` is used again.
+        positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default. start (B, T): where each query's view
+        begins, see `ops.visible_keys`. rng: turns dropout on. kv: a `generate.KVCache`, whose keys and values
+        come before these and which is extended. keep=False: buffers are shared by all layers and the cache is
+        of no use to `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False; the
+        head is a third of GPT-2's work. Raises UserError for a sequence longer than block_size. Results live
+        until `ws` is used again.
         """
         (B, T), C = ids.shape, self.config.n_embd
         ws = ws or storage.Workspace()
         if positions is None:
             positions = np.arange(T, dtype=np.int32) + (kv.length if kv is not None else 0)
         if positions.size and positions.max() >= self.config.block_size:
-            raise UserError(f"a sequence of {positions.max() + 1} tokens is longer than block_size, {self.config.block_size}")
+            limit = self.config.block_size
+            raise UserError(f"a sequence of {positions.max() + 1} tokens is longer than block_size, {limit}")
 
         def buffer(name: str, *channels: int) -> Array:
             return ws(name, (B, T, *channels), self.flat.dtype)
 
         run = _Pass(buffer, rng if self.config.dropout else None, start, kv, keep)
         tok, c_tok = self.ops.embedding_forward(ids, self.params["wte.weight"], out=buffer("tok", C))
-        pos, c_pos = self.ops.embedding_forward(np.broadcast_to(positions, (B, T)), self.params["wpe.weight"], out=buffer("pos", C))
+        pos, c_pos = self.ops.embedding_forward(
+            np.broadcast_to(positions, (B, T)), self.params["wpe.weight"], out=buffer("pos", C)
+        )
         x, _ = self.ops.residual_forward(tok, pos, out=buffer("x", C))
         x, c_drop = self._dropout(x, "x.drop", run)
         sublayers = []
@@ -158,7 +174,7 @@ class GPT:
         return logits, (buffer, c_tok, c_pos, c_drop, sublayers, c_norm, c_head)
 
     def _sublayer(self, x: Array, norm: str, branch: Callable, run: _Pass) -> tuple[Array, tuple]:
-        """Half a block: a branch off the stream `x`, and its sum with the stream; the norm before or after."""
+        """Half a block: a branch off the stream `x` and its sum with it; the norm before or after."""
         h, c_norm = (x, None) if self.config.post_norm else self._layernorm(x, norm, run)
         y, c_branch = branch(h, norm.rsplit(".", 1)[0], run)
         y, c_drop = self._dropout(y, f"{norm}.drop", run)
@@ -200,14 +216,18 @@ class GPT:
         if run.rng is None:
             return x, None
         seed = int(run.rng.integers(2**63))
-        return self.ops.dropout_forward(x, self.config.dropout, seed, out=run.buffer(run.name(name), x.shape[-1]))
+        return self.ops.dropout_forward(
+            x, self.config.dropout, seed, out=run.buffer(run.name(name), x.shape[-1])
+        )
 
-    # --- backward: the forward, read from the bottom up -----------------------------------------------------------
+    # --- backward: the forward, read from the bottom up -----------------------------------------------------
 
     def backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> None:
-        """Writes into `grads` (name -> array, see `gradients`) the gradients of the loss, given its gradient `dlogits`.
+        """Writes into `grads` (name -> array, see `gradients`) the gradients of the loss, given its gradient
+        `dlogits`.
 
-        dlogits (B, T, V). A name that `grads` does not have is not computed, nor is anything below the lowest name.
+        dlogits (B, T, V). A name that `grads` does not have is not computed, nor is anything below the lowest
+        name.
         """
         buffer, c_tok, c_pos, c_drop, sublayers, c_norm, c_head = cache
         C, lowest = self.config.n_embd, min(map(self._depth, grads), default=self.config.n_layer)
@@ -240,9 +260,13 @@ class GPT:
         dh = branch_backward(dy, *c_branch, buffer, grads)
         if not self.config.post_norm:
             dh = self._layernorm_backward(dh, c_norm, buffer("d" + norm[-4:], C), grads)
-        return self.ops.residual_forward(dx, dh, out=dx)[0]  # the stream feeds the sum and the branch: gradients add
+        return self.ops.residual_forward(dx, dh, out=dx)[
+            0
+        ]  # the stream feeds the sum and the branch: gradients add
 
-    def _attention_backward(self, dy, c_qkv, c_attn, c_proj, buffer: Callable, grads: dict[str, Array]) -> Array:
+    def _attention_backward(
+        self, dy, c_qkv, c_attn, c_proj, buffer: Callable, grads: dict[str, Array]
+    ) -> Array:
         C = self.config.n_embd
         da = self._linear_backward(dy, c_proj, buffer("da", C), grads)
         dqkv = buffer("dqkv", 3 * C)
@@ -265,7 +289,7 @@ class GPT:
         dg, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
         return self.ops.layernorm_backward(dout, c, dx=dx, dg=dg, db=db)[0]
 
-    # --- loss ----------------------------------------------------------------------------------------------------
+    # --- loss -----------------------------------------------------------------------------------------------
 
     def loss(
         self,
@@ -278,7 +302,8 @@ class GPT:
     ) -> float:
         """sum(weights * nll), in nats, and where `grads` is given its gradients.
 
-        ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to `forward`.
+        ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to
+        `forward`.
         """
         ws = ws or storage.Workspace()
         logits, cache = self.forward(ids, ws, keep=grads is not None, **forward)
@@ -293,7 +318,8 @@ class GPT:
 
 @dataclasses.dataclass
 class _Pass:
-    """What one forward needs everywhere: where buffers come from, dropout's generator, what each query sees."""
+    """What one forward needs everywhere: where buffers come from, dropout's generator, what each query
+    sees."""
 
     buffer: Callable[..., Array]
     rng: np.random.Generator | None
@@ -302,5 +328,6 @@ class _Pass:
     keep: bool
 
     def name(self, buffer: str) -> str:
-        """Without a backward to come, all layers share the first one's buffers: `h.3.attn.c_attn` becomes `attn.c_attn`."""
+        """Without a backward to come, all layers share the first one's buffers: `h.3.attn.c_attn` becomes
+        `attn.c_attn`."""
         return buffer if self.keep or not buffer.startswith("h.") else buffer.split(".", 2)[2]

@@ -2,7 +2,7 @@
 
 Shapes, here and in csrc/tinygpt.h:
 
-    B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H head size    V vocabulary
+    B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H    V vocabulary
 
 Each operation is a pair:
 
@@ -14,11 +14,11 @@ respect to the forward's inputs, in their order. The cache is an ordinary value:
 nor to `dout`, so calling it twice gives the same answer.
 
 Where the results go. `out=` takes an array to write into. In a backward, `dx=`, `dw=` and so on each take an
-array to write into, None to have one made, or False: that gradient is not computed, and False comes back in its
-place. That is how frozen weights cost nothing.
+array to write into, None to have one made, or False: that gradient is not computed, and False comes back in
+its place. That is how frozen weights cost nothing.
 
-What this file does not do: be fast. `kernels.py` has the same functions in C; tests hold the two together, and
-`tinygpt gradcheck` holds both to finite differences. Every function works in float32 and in float64.
+What this file does not do: be fast. `kernels.py` has the same functions in C; tests hold the two together,
+and `tinygpt gradcheck` holds both to finite differences. Every function works in float32 and in float64.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ Out = Array | None  # an array to write into, or None: make one
 Grad = Array | bool | None  # the same, or False: do not compute this gradient
 
 
-# --- embedding -------------------------------------------------------------------------------------------------
+# --- embedding ----------------------------------------------------------------------------------------------
 
 
 def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tuple]:
@@ -37,7 +37,9 @@ def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tup
     ids (B, T) integers in [0, V), w (V, C) -> out (B, T, C). Raises IndexError for an id outside the table.
     """
     if ids.size and (ids.min() < 0 or ids.max() >= len(w)):
-        raise IndexError(f"id {ids.min() if ids.min() < 0 else ids.max()} is outside the table of {len(w)} rows")
+        raise IndexError(
+            f"id {ids.min() if ids.min() < 0 else ids.max()} is outside the table of {len(w)} rows"
+        )
     out = np.take(w, ids, axis=0, out=out, mode="clip")  # mode: with out=, "raise" would buffer the result
     return out, (ids, w.shape)
 
@@ -57,13 +59,13 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Array | bo
     return dw
 
 
-# --- linear ----------------------------------------------------------------------------------------------------
+# --- linear -------------------------------------------------------------------------------------------------
 
 
 def linear_forward(x: Array, w: Array, b: Array | None = None, out: Out = None) -> tuple[Array, tuple]:
     """out = x w + b. x (..., I), w (I, O), b (O,) or None -> out (..., O).
 
-    The weight is (in, out) and used as it lies, which is GPT-2's layout. The tied head passes `wte.T`, a view.
+    The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view.
     """
     out = np.matmul(x, w, out=out)
     if b is not None:
@@ -76,9 +78,9 @@ def linear_backward(
 ) -> tuple[Array | bool, Array | bool, Array | bool]:
     """dx = dout w^T, dw = x^T dout, db = the sum of dout's rows.
 
-    Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and w[i, o]
-    and b[o] are used once for every row n, so their gradients are sums over the rows. A forward without a bias
-    takes db=False.
+    Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
+    w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
+    without a bias takes db=False.
     """
     x, w = cache
     x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
@@ -91,10 +93,12 @@ def linear_backward(
     return dx, dw, db
 
 
-# --- layer normalisation ---------------------------------------------------------------------------------------
+# --- layer normalisation ------------------------------------------------------------------------------------
 
 
-def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None) -> tuple[Array, tuple]:
+def layernorm_forward(
+    x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None
+) -> tuple[Array, tuple]:
     """out = g xhat + b, with xhat = (x - mean) rstd and rstd = 1 / sqrt(variance + eps), over the channels.
 
     x (..., C), g and b (C,) -> out (..., C). Ba, Kiros and Hinton 2016. The variance is the mean of squared
@@ -113,8 +117,8 @@ def layernorm_backward(
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), with dxhat = dout g.
 
     Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
-    all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along either
-    cannot reach x. The two means are the projections on those directions.
+    all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
+    either cannot reach x. The two means are the projections on those directions.
     """
     x, g, mean, rstd = cache
     channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
@@ -131,7 +135,7 @@ def layernorm_backward(
     return dx, dg, db
 
 
-# --- GELU ------------------------------------------------------------------------------------------------------
+# --- GELU ---------------------------------------------------------------------------------------------------
 
 SQRT_2_OVER_PI = float(np.sqrt(2 / np.pi))
 
@@ -156,16 +160,16 @@ def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
     return np.multiply(dout, 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du, out=dx)
 
 
-# --- causal multi-head attention -------------------------------------------------------------------------------
+# --- causal multi-head attention ----------------------------------------------------------------------------
 
 
 def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int = 0) -> Array:
     """Which keys each query sees, as booleans (B, 1, T, S).
 
-    The queries are the last T of S positions. Query i of row b stands at key S - T + i and sees the first `prefix`
-    keys and the keys start[b, i] to its own, its own always. start (B, T) counts from 0 and includes the prefix.
-    That one rule is causality, packed documents (start: where the document begins), padding on the left (start:
-    where the text begins), the KV cache (T < S) and prefix tuning.
+    The queries are the last T of S positions. Query i of row b stands at key S - T + i and sees the first
+    `prefix` keys and the keys start[b, i] to its own, its own always. start (B, T) counts from 0 and includes
+    the prefix. That one rule is causality, packed documents (start: where the document begins), padding on
+    the left (start: where the text begins), the KV cache (T < S) and prefix tuning.
     """
     key = np.arange(S)
     own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1)
@@ -176,10 +180,10 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
 def attention_forward(
     q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0, out: Out = None
 ) -> tuple[Array, tuple]:
-    """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, section 3.2.
+    """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, 3.2.
 
-    q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h owns channels h D to (h + 1) D of each. `start` and
-    `prefix` say which keys are visible (see `visible_keys`); without them query i sees keys 0 to S - T + i.
+    q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h owns channels h D to (h + 1) D of each. `start`
+    and `prefix` say which keys are visible, see `visible_keys`; without them query i sees 0 to S - T + i.
     """
     (B, T, C), S = q.shape, k.shape[1]
     visible = visible_keys(B, T, S, start, prefix)
@@ -189,10 +193,7 @@ def attention_forward(
     scores -= scores.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
     probs = np.exp(scores)
     probs /= probs.sum(-1, keepdims=True)
-    merged = _merge(probs @ _split(v, n_head))
-    if out is not None:
-        np.copyto(out, merged)
-    return merged if out is None else out, (q, k, v, probs)
+    return _write(out, _merge(probs @ _split(v, n_head))), (q, k, v, probs)
 
 
 def attention_backward(
@@ -200,9 +201,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """The forward's three products in reverse order, with the softmax between them.
 
-    From out = P v:            dP = dout v^T and dv = P^T dout.
-    From P = softmax(scores):  dscores = P (dP - sum_s P dP), as a probability can only grow at the others' cost.
-    From scores = q k^T s:     dq = s dscores k and dk = s dscores^T q, where s = 1 / sqrt(D).
+    out = P v              dP = dout v^T,  dv = P^T dout
+    P = softmax(scores)    dscores = P (dP - sum of P dP over the keys): they share one sum
+    scores = r q k^T       dq = r dscores k,  dk = r dscores^T q,  where r = 1 / sqrt(D)
     """
     q, k, v, probs = cache
     n_head = probs.shape[1]
@@ -210,17 +211,10 @@ def attention_backward(
     dout = _split(dout, n_head)
     dprobs = dout @ _split(v, n_head).swapaxes(2, 3)  # (B, H, T, S)
     dscores = scale * probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True))
-    grads = (
-        _merge(dscores @ _split(k, n_head)),
-        _merge(dscores.swapaxes(2, 3) @ _split(q, n_head)),
-        _merge(probs.swapaxes(2, 3) @ dout),
-    )
-    outs = []
-    for grad, out in zip(grads, (dq, dk, dv)):
-        if out is not None:
-            np.copyto(out, grad)
-        outs.append(grad if out is None else out)
-    return tuple(outs)
+    dq = _write(dq, _merge(dscores @ _split(k, n_head)))
+    dk = _write(dk, _merge(dscores.swapaxes(2, 3) @ _split(q, n_head)))
+    dv = _write(dv, _merge(probs.swapaxes(2, 3) @ dout))
+    return dq, dk, dv
 
 
 def _split(x: Array, n_head: int) -> Array:
@@ -233,7 +227,14 @@ def _merge(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)  # (B, T, C)
 
 
-# --- residual connection and dropout ---------------------------------------------------------------------------
+def _write(out: Out, result: Array) -> Array:
+    if out is None:
+        return result
+    np.copyto(out, result)
+    return out
+
+
+# --- residual connection and dropout ------------------------------------------------------------------------
 
 
 def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
@@ -262,8 +263,8 @@ def dropout_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
 
 
 def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
-    """Booleans, True with probability 1 - rate: the output function of SplitMix64 (Steele, Lea and Flood 2014,
-    figure 18) at element number + 1; the upper 24 bits are compared with the rate."""
+    """Booleans, True with probability 1 - rate: the output function of SplitMix64 (Steele, Lea and Flood
+    2014, figure 18) at element number + 1; the upper 24 bits are compared with the rate."""
     z = np.arange(1, np.prod(shape, dtype=np.int64) + 1, dtype=np.uint64)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed)
@@ -273,18 +274,20 @@ def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
     return (z >> np.uint64(40) >= np.uint64(round(rate * 2**24))).reshape(shape)
 
 
-# --- softmax cross-entropy -------------------------------------------------------------------------------------
+# --- softmax cross-entropy ----------------------------------------------------------------------------------
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """nll = -log softmax(logits)[target], in nats, one for each target.
 
     logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is their weighted sum, (weights *
-    nll).sum(): weights of 1/N are the mean, of 0 a mask, of -advantage/N a policy gradient. The weight of each
-    target is therefore what backward takes as `dout`. Raises IndexError for a target outside the vocabulary.
+    nll).sum(): weights of 1/N are the mean, of 0 a mask, of -advantage/N a policy gradient. The weight of
+    each target is therefore what backward takes as `dout`. IndexError for a target outside the vocabulary.
     """
     if targets.size and (targets.min() < 0 or targets.max() >= logits.shape[-1]):
-        raise IndexError(f"a target is outside the vocabulary of {logits.shape[-1]}; mask it with weight 0 instead")
+        raise IndexError(
+            f"a target is outside the vocabulary of {logits.shape[-1]}; mask it with weight 0 instead"
+        )
     top = logits.max(-1, keepdims=True)
     lse = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))  # log of the softmax's denominator
     nll = (lse - np.take_along_axis(logits, targets[..., None], -1))[..., 0]
@@ -292,20 +295,22 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 
 def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
-    """dlogits = weight (softmax(logits) - onehot(target)): push the target up by what the others are too likely.
+    """dlogits = weight (softmax(logits) - onehot(target)): push up the target, down what is too likely.
 
     dnll (...) is the weight of each target. A weight of 0 gives a row of zeros, whatever the logits are.
     """
     logits, targets, lse = cache
     weight = dnll[..., None]
     dlogits = np.exp(logits - lse, out=dlogits)
-    np.put_along_axis(dlogits, targets[..., None], np.take_along_axis(dlogits, targets[..., None], -1) - 1, -1)
+    np.put_along_axis(
+        dlogits, targets[..., None], np.take_along_axis(dlogits, targets[..., None], -1) - 1, -1
+    )
     dlogits *= weight
     dlogits[dnll == 0] = 0
     return dlogits
 
 
-# --- the optimizer's two passes over all weights ---------------------------------------------------------------
+# --- the optimizer's two passes over all weights ------------------------------------------------------------
 
 
 def sum_of_squares(x: Array) -> float:
@@ -317,7 +322,7 @@ def adamw(
     w: Array, g: Array, m: Array, v: Array, *, step: int, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """One AdamW update of w and of its two moments m and v, all 1-D, in place. Loshchilov and Hutter 2019, algorithm 2.
+    """One AdamW update of w and of its moments m and v, all 1-D, in place. Loshchilov and Hutter 2019.
 
         g <- scale g                                (gradient clipping's factor)
         m <- beta1 m + (1 - beta1) g                mean of gradients

@@ -1,7 +1,7 @@
 """Memory: one flat buffer with named views, and buffers that are used again from step to step.
 
-Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its name.
-Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each.
+Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its
+name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each.
 """
 
 import math
@@ -20,7 +20,9 @@ def empty(shape: tuple[int, ...] | int, dtype: np.dtype | type) -> np.ndarray:
     return raw[skip : skip + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def flat(shapes: dict[str, tuple[int, ...]], dtype: np.dtype | type) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def flat(
+    shapes: dict[str, tuple[int, ...]], dtype: np.dtype | type
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """A zeroed buffer that holds tensors of these shapes one after the other, and the named views into it."""
     buffer = empty(sum(map(math.prod, shapes.values())), dtype)
     buffer[:] = 0
@@ -34,8 +36,9 @@ def flat(shapes: dict[str, tuple[int, ...]], dtype: np.dtype | type) -> tuple[np
 class Workspace:
     """Named scratch arrays, made at first use and handed out again at the next.
 
-    `ws("fc", (B, T, 4 * C), dtype)` is the same memory each time: what a model's forward returned from a workspace is
-    valid until the next forward in that workspace. Two passes that must live side by side take two workspaces.
+    `ws("fc", (B, T, 4 * C), dtype)` is the same memory each time: what a model's forward returned from a
+    workspace is valid until the next forward in that workspace. Two passes that must live side by side take
+    two workspaces.
     """
 
     def __init__(self) -> None:

@@ -316,8 +316,8 @@ def _from_spec(spec: dict, eos: str | None) -> CharTokenizer | BPETokenizer:
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
-            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported (byte-level BPE "
-                            "that splits as GPT-2, or tinygpt's characters)")
+            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported: byte-level BPE that "
+                            " splits as GPT-2, or tinygpt's characters")
     vocab, special = _vocabulary(spec)
     if eos not in special:
         if eos not in (None, END_OF_TEXT):
@@ -332,7 +332,8 @@ def _from_spec(spec: dict, eos: str | None) -> CharTokenizer | BPETokenizer:
         foreign = [token for token in plain if not token or not BYTE_OF.keys() >= set(token)]
         spelled = special.keys() & ({a + b for a, b in merges} | BYTE_OF.keys())
     if foreign:
-        raise UserError(f"token {short(min(foreign))} is not {'one character' if characters else 'byte-level'}")
+        kind = "one character" if characters else "in byte-level writing"
+        raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
         raise UserError(f"special token {short(min(spelled))} is one that text can spell")
     return CharTokenizer(vocab, special, eos) if characters else BPETokenizer(vocab, merges, special, eos)

@@ -134,8 +134,8 @@ def test_random_ids_decode_the_same(trained):
 @pytest.fixture(scope="module")
 def probes():
     """Each assigned code point beside one of every class, and beside spaces: enough to tell its class."""
-    chars = (char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs", "Co"))
-    return [f"a{char}a1{char}1!{char}!\n{char}\n {char}  {char}'{char}" for char in chars]
+    return [f"a{char}a1{char}1!{char}!\n{char}\n {char}  {char}'{char}" for char in map(chr, range(0x110000))
+            if unicodedata.category(char) not in ("Cn", "Cs", "Co")]
 
 
 def test_every_assigned_code_point_is_split_as_by_regex(probes):
