@@ -17,24 +17,14 @@
 
 enum { QUERIES = COLS };
 
-INLINE size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-/* rows x D at a stride -> padded x Dp, zeros outside, times scale. */
+/* rows x D at a stride -> padded x Dp, zeros outside. */
 static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded,
-                      size_t Dp, real scale)
+                      size_t Dp)
 {
     memset(out, 0, padded * Dp * sizeof(real));
     for (size_t i = 0; i < rows; i++)
         for (size_t d = 0; d < D; d++)
-            out[i * Dp + d] = in[i * stride + d] * scale;
-}
-
-/* QUERIES x Dp -> D x QUERIES. */
-static void transpose(real *restrict out, const real *restrict in, size_t D, size_t Dp)
-{
-    for (size_t d = 0; d < D; d++)
-        for (size_t q = 0; q < QUERIES; q++)
-            out[d * QUERIES + q] = in[q * Dp + d];
+            out[i * Dp + d] = in[i * stride + d];
 }
 
 /* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
@@ -102,25 +92,23 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
     const struct attention_forward *a = args;
     const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
     const real scale = 1 / (real)sqrt(D);
-    real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 3 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real));
-    real *v = k + Sp * Dp, *q = v + Sp * Dp, *q_t = q + QUERIES * Dp;
-    real *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
+    real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 2 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real));
+    real *v = k + Sp * Dp, *q_t = v + Sp * Dp, *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
     for (size_t bh = begin; bh < end; bh++) {
         const size_t b = bh / a->H, h = bh % a->H;
-        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp, 1);
-        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp, 1);
+        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp);
+        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp);
         for (size_t i = 0; i < T; i += QUERIES) {
             const size_t n = T - i < QUERIES ? T - i : QUERIES;
             const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
-            copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp, scale);
-            transpose(q_t, q, D, Dp);
+            pack(q_t, a->q + b * a->q_batch + i * a->q_row + h * D, n, QUERIES, D, a->q_row, 1);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
             real lse[QUERIES], inverse[QUERIES];
             for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: first the top, then the sum */
                 real *s = strip + half * LANES;
                 vec top = all(-INFINITY), total = {0};
                 for (size_t j = w.begin; j < w.end; j++) {
-                    vec x = mask(&w, j, half, load(s + j * QUERIES), -INFINITY);
+                    vec x = mask(&w, j, half, scale * load(s + j * QUERIES), -INFINITY);
                     store(s + j * QUERIES, x);
                     top = vmax(top, x);
                 }
@@ -196,16 +184,16 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
     real *probs = dq + QUERIES * Dp, *dscores = probs + Sp * QUERIES;
     for (size_t bh = begin; bh < end; bh++) {
         const size_t b = bh / a->H, h = bh % a->H;
-        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp, 1);
-        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp, 1);
+        copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp);
+        copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp);
         memset(dk, 0, 2 * Sp * Dp * sizeof(real));
         for (size_t i = 0; i < T; i += QUERIES) {
             const size_t n = T - i < QUERIES ? T - i : QUERIES, at = (b * T + i) * a->H * D + h * D;
             const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
-            copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp, scale);
-            copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp, 1);
-            transpose(q_t, q, D, Dp);
-            transpose(dout_t, dout, D, Dp);
+            copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp);
+            copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);
+            pack(q_t, q, QUERIES, QUERIES, D, Dp, 1);
+            pack(dout_t, dout, QUERIES, QUERIES, D, Dp, 1);
             keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
             keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
             real lse[QUERIES] = {0}, delta[QUERIES] = {0}; /* delta = sum_j probs dprobs = dout . out */
@@ -217,16 +205,16 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             for (size_t j = w.begin; j < w.end; j++)
                 for (int half = 0; half < 2; half++) {
                     const size_t x = j * QUERIES + half * LANES;
-                    vec p = mask(&w, j, half, vexp(load(probs + x) - load(lse + half * LANES)), 0);
+                    vec p = mask(&w, j, half, vexp(scale * load(probs + x) - load(lse + half * LANES)), 0);
                     store(probs + x, p);
-                    store(dscores + x, p * (load(dscores + x) - load(delta + half * LANES)));
+                    store(dscores + x, scale * p * (load(dscores + x) - load(delta + half * LANES)));
                 }
             keys_by_channels(dv, probs, dout, Dp, w.begin, w.end);
-            keys_by_channels(dk, dscores, q, Dp, w.begin, w.end); /* q carries the scale */
+            keys_by_channels(dk, dscores, q, Dp, w.begin, w.end);
             queries_by_channels(dq, dscores, k, Dp, w.begin, w.end);
             for (size_t r = 0; r < n; r++)
                 for (size_t d = 0; d < D; d++)
-                    a->dq[b * a->dq_batch + (i + r) * a->dq_row + h * D + d] = scale * dq[r * Dp + d];
+                    a->dq[b * a->dq_batch + (i + r) * a->dq_row + h * D + d] = dq[r * Dp + d];
         }
         for (size_t j = 0; j < S; j++) {
             memcpy(a->dk + b * a->dk_batch + j * a->dk_row + h * D, dk + j * Dp, D * sizeof(real));

@@ -8,13 +8,14 @@
        for each DEPTH of K, for each WIDTH of columns:
            pack b: panels of 2 vectors' columns, in the order in which tiles read     (outer cache)
            for each block of rows, shared by the threads:
-               pack a: panels of ROWS rows                                            (inner cache)
-               for each panel of b, for each panel of a: one tile                     (registers)
+               for each panel of b                                                    (inner cache)
+                   for each ROWS rows of a: one tile                                  (registers)
 
-   Packing also turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes
-   all run the same inner loop. Each element of c is summed in one order, whatever the threads do. */
+   Packing turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run
+   the same inner loop. Rows of a that are contiguous are read where they lie. Each element of c is summed in
+   one order, whatever the threads do. */
 
-enum { DEPTH = 256, WIDTH = 2048, BLOCK_ROWS = 12 * ROWS, COLS = 2 * LANES };
+enum { DEPTH = 256, WIDTH = 1024, BLOCK_ROWS = 16 * ROWS, COLS = 2 * LANES };
 
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
    from NULL is zeros. `rows`, and in each use the strides of a, are compile-time constants, so that c
@@ -44,25 +45,28 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
     }
 }
 
-/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros
-   from width on. across is the stride from line to line, along the stride in a line. */
-static void pack(real *restrict out, const real *restrict in, size_t width, size_t full, size_t depth,
+/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros from
+   width on. across is the stride from line to line, along the stride in a line; full is a constant. */
+INLINE void pack(real *restrict out, const real *restrict in, size_t width, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
-    if (width < full)
-        memset(out, 0, full * depth * sizeof(real));
-    if (across == 1 && width == full && full == COLS)
-        for (size_t p = 0; p < depth; p++) {
-            store(out + p * COLS, load(in + p * along));
-            store(out + p * COLS + LANES, load(in + p * along + LANES));
-        }
-    else if (across == 1)
-        for (size_t p = 0; p < depth; p++)
-            memcpy(out + p * full, in + p * along, width * sizeof(real));
-    else
-        for (size_t i = 0; i < width; i++)
-            for (size_t p = 0; p < depth; p++)
-                out[p * full + i] = in[i * across + p * along];
+    size_t p = 0;
+    if (width == full && across == 1)
+        for (; p < depth; p++)
+            memcpy(out + p * full, in + p * along, full * sizeof(real));
+    else if (width == full && along == 1 && full % LANES == 0)
+        for (; p + LANES <= depth; p += LANES)
+            for (size_t i = 0; i < full; i += LANES) {
+                vec square[LANES];
+                for (size_t l = 0; l < LANES; l++)
+                    square[l] = load(in + (i + l) * across + p);
+                transpose(square);
+                for (size_t l = 0; l < LANES; l++)
+                    store(out + (p + l) * full + i, square[l]);
+            }
+    for (; p < depth; p++)
+        for (size_t i = 0; i < full; i++)
+            out[p * full + i] = i < width ? in[i * across + p * along] : 0;
 }
 
 /* One DEPTH x WIDTH block of b, and the grid of tasks that multiplies it. */
@@ -78,54 +82,58 @@ static void pack_b(const void *args, size_t begin, size_t end)
     const struct block *t = args;
     const struct gemm *g = t->g;
     for (size_t panel = begin; panel < end; panel++) {
-        size_t j = panel * COLS, width = t->cols - j < COLS ? t->cols - j : COLS;
+        const size_t j = panel * COLS, width = least(t->cols - j, COLS);
         const real *b = g->b + t->depth_begin * g->b_row + (t->col_begin + j) * g->b_col;
         pack(t->packed_b + j * t->depth, b, width, COLS, t->depth, g->b_col, g->b_row);
     }
 }
 
-/* Rows i to i + height of c, columns j to j + width, from packed panels: whole tiles into c, edges by way of
-   a copy. */
-static void one_tile(const struct gemm *g, const struct block *t, const real *a, const real *b, size_t i,
-                     size_t j, size_t height, size_t width)
+/* c's rows i to i + height, columns j to j + width: whole tiles in place, edges by way of a copy. b is the panel;
+   a is packed where it must be: when its rows have gaps, and at the bottom, where rows are missing. */
+static void one_tile(const struct block *t, const real *packed_a, const real *b, size_t i, size_t j, size_t height,
+                     size_t width)
 {
-    real *c = g->c + i * g->c_row + j;
+    const struct gemm *g = t->g;
+    real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
     const int first = t->depth_begin == 0; /* the others add to what is there */
     const real *from = first ? g->bias ? g->bias + j : NULL : c;
-    size_t from_row = first ? 0 : g->c_row;
-    if (height == ROWS && width == COLS) {
-        tile(ROWS, c, g->c_row, from, from_row, a, 1, ROWS, b, COLS, t->depth);
-        return;
+    size_t from_row = first ? 0 : g->c_row, out_row = g->c_row;
+    if (height < ROWS || width < COLS) {
+        for (size_t r = 0; r < height && from; r++)
+            memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
+        from = out = edge;
+        from_row = out_row = COLS;
     }
-    real edge[ROWS * COLS] = {0};
-    for (size_t r = 0; r < height && from; r++)
-        memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
-    tile(ROWS, edge, COLS, edge, COLS, a, 1, ROWS, b, COLS, t->depth);
-    for (size_t r = 0; r < height; r++)
+    if (packed_a)
+        tile(ROWS, out, out_row, from, from_row, packed_a, 1, ROWS, b, COLS, t->depth);
+    else
+        tile(ROWS, out, out_row, from, from_row, g->a + i * g->a_row + t->depth_begin, g->a_row, 1, b, COLS, t->depth);
+    for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
 }
 
+/* A task is a piece of the rows and a piece of the panels. */
 static void multiply(const void *args, size_t begin, size_t end)
 {
     const struct block *t = args;
     const struct gemm *g = t->g;
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (t->cols + COLS - 1) / COLS;
-    real *packed_a = scratch(SCRATCH_PRIVATE, BLOCK_ROWS * t->depth * sizeof(real));
+    real *packed = scratch(SCRATCH_PRIVATE, BLOCK_ROWS * t->depth * sizeof(real));
     for (size_t task = begin; task < end; task++) {
-        size_t r = task / t->col_pieces, s = task % t->col_pieces;
-        size_t row_end = (r + 1) * row_tiles / t->row_pieces * ROWS;
-        size_t panel_begin = s * panels / t->col_pieces, panel_end = (s + 1) * panels / t->col_pieces;
-        row_end = row_end < g->M ? row_end : g->M;
-        for (size_t i0 = r * row_tiles / t->row_pieces * ROWS; i0 < row_end; i0 += BLOCK_ROWS) {
-            size_t i1 = i0 + BLOCK_ROWS < row_end ? i0 + BLOCK_ROWS : row_end;
+        const size_t r = task / t->col_pieces, s = task % t->col_pieces;
+        const size_t stop = least((r + 1) * row_tiles / t->row_pieces * ROWS, g->M);
+        for (size_t i0 = r * row_tiles / t->row_pieces * ROWS; i0 < stop; i0 += BLOCK_ROWS) {
+            const size_t i1 = least(i0 + BLOCK_ROWS, stop);
             for (size_t i = i0; i < i1; i += ROWS)
-                pack(packed_a + (i - i0) * t->depth, g->a + i * g->a_row + t->depth_begin * g->a_col,
-                     i1 - i < ROWS ? i1 - i : ROWS, ROWS, t->depth, g->a_row, g->a_col);
-            for (size_t panel = panel_begin; panel < panel_end; panel++)
+                if (g->a_col != 1 || i1 - i < ROWS)
+                    pack(packed + (i - i0) * t->depth, g->a + i * g->a_row + t->depth_begin * g->a_col,
+                         least(i1 - i, ROWS), ROWS, t->depth, g->a_row, g->a_col);
+            for (size_t panel = s * panels / t->col_pieces; panel < (s + 1) * panels / t->col_pieces; panel++)
                 for (size_t i = i0; i < i1; i += ROWS) {
-                    size_t j = panel * COLS, width = t->cols - j < COLS ? t->cols - j : COLS;
-                    one_tile(g, t, packed_a + (i - i0) * t->depth, t->packed_b + j * t->depth, i,
-                             t->col_begin + j, i1 - i < ROWS ? i1 - i : ROWS, width);
+                    const size_t j = panel * COLS;
+                    const real *packed_a = g->a_col != 1 || i1 - i < ROWS ? packed + (i - i0) * t->depth : NULL;
+                    one_tile(t, packed_a, t->packed_b + j * t->depth, i, t->col_begin + j, least(i1 - i, ROWS),
+                             least(t->cols - j, COLS));
                 }
         }
     }
@@ -145,12 +153,12 @@ static void gemm(const void *args)
                 g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
     for (t.col_begin = 0; t.col_begin < g->N && g->M; t.col_begin += WIDTH)
         for (t.depth_begin = 0; t.depth_begin < g->K; t.depth_begin += depth) {
-            t.cols = g->N - t.col_begin < WIDTH ? g->N - t.col_begin : WIDTH;
-            t.depth = g->K - t.depth_begin < depth ? g->K - t.depth_begin : depth;
+            t.cols = least(g->N - t.col_begin, WIDTH);
+            t.depth = least(g->K - t.depth_begin, depth);
             size_t panels = (t.cols + COLS - 1) / COLS;
             t.row_pieces = row_tiles < wanted ? row_tiles : row_blocks > wanted ? row_blocks : wanted;
             t.col_pieces = (wanted + t.row_pieces - 1) / t.row_pieces; /* few rows: share the columns too */
-            t.col_pieces = t.col_pieces < panels ? t.col_pieces : panels;
+            t.col_pieces = least(t.col_pieces, panels);
             parallel(pack_b, &t, panels, 1 + 16384 / (t.depth * COLS));
             parallel(multiply, &t, t.row_pieces * t.col_pieces, 1);
         }

@@ -18,6 +18,9 @@ typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
+INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+INLINE size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
 INLINE vec load(const real *p) { return *(const vec_in_memory *)p; }
 INLINE void store(real *p, vec v) { *(vec_in_memory *)p = v; }
 INLINE vec all(real x) { return x - (vec){0}; }
@@ -40,6 +43,39 @@ INLINE void store_n(real *p, vec v, size_t n)
         store(p, v);
     else
         memcpy(p, &v, n * sizeof(real));
+}
+
+/* v[i][j] <- v[j][i] for a square of LANES vectors. One round writes rows i and i + LANES/2, their elements in turn,
+   as rows 2i and 2i + 1; log2(LANES) rounds are a transpose, as each moves one bit of i to j and one of j to i. */
+#if VECTOR_BYTES / (4 + 4 * REAL_IS_DOUBLE) == 2
+#define LOW 0, 2
+#define HIGH 1, 3
+#elif VECTOR_BYTES / (4 + 4 * REAL_IS_DOUBLE) == 4
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#elif VECTOR_BYTES / (4 + 4 * REAL_IS_DOUBLE) == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+INLINE void transpose(vec *v)
+{
+    for (size_t round = 1; round < LANES; round *= 2) {
+        vec old[LANES];
+        memcpy(old, v, sizeof(old));
+        for (size_t i = 0; i < LANES / 2; i++) {
+            v[2 * i] = SHUFFLE(old[i], old[i + LANES / 2], LOW);
+            v[2 * i + 1] = SHUFFLE(old[i], old[i + LANES / 2], HIGH);
+        }
+    }
 }
 
 /* Over the lanes, halving: the same order on every machine with this vector width. */

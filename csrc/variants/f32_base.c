@@ -3,9 +3,9 @@
 #define REAL_IS_DOUBLE 0
 #define VECTOR_BYTES 16
 #ifdef __aarch64__
-#define ROWS 12
+#define ROWS 8
 #else
-#define ROWS 6
+#define ROWS 4
 #endif
 #define LINES 4
 #define TABLE tinygpt_f32_base
