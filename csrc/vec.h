@@ -115,8 +115,9 @@ INLINE vec vexp(vec x)
         y[i] = exp(x[i]);
     return y;
 #else
-    const float lowest = -86.6f, highest = 89.0f, magic = 12582912.0f;
-    vec c = pick(x < lowest, all(lowest), pick(x > highest, all(highest), x));
+    const float lowest = -86.6f, highest = 88.72f, magic = 12582912.0f;
+    const ivec under = x < lowest, over = x > highest;
+    vec c = (vec)((ivec)x & ~(under | over)); /* 0 where the result is not in range: exp(0) = 1 for now */
     vec rounded = c * 1.44269504f + magic;
     vec n = rounded - magic;
     vec r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -129,6 +130,6 @@ INLINE vec vexp(vec x)
     p = p * r + 1.0f;
     ivec bits = (ivec)rounded - (ivec)all(magic); /* n */
     vec y = (p + p) * (vec)((bits + 126) << 23);
-    return pick(x < lowest, all(0), pick(x > 88.7228f, all(INFINITY), y));
+    return (vec)(((ivec)y & ~under) | (over & (ivec)all(INFINITY))); /* 1's bits and infinity's are infinity's */
 #endif
 }

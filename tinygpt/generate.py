@@ -64,8 +64,8 @@ class KVCache:
 def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
     """The distribution that `sample` draws from: (..., V) -> (..., V), of the same dtype.
 
-    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept are kept too, so
-    that the order of the vocabulary has no influence. Raises UserError for logits that are not finite.
+    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept stay too: the
+    order of the vocabulary has no influence. Raises UserError for logits that are not finite.
     """
     V, top = logits.shape[-1], logits.max(-1, keepdims=True)
     if not np.isfinite(top).all():

@@ -30,7 +30,7 @@ import numpy as np
 from .errors import UserError
 
 Array = np.ndarray
-Inputs = dict | list | tuple
+Inputs = dict | list | tuple | Array  # by name, in order, or a single one
 DIRECTIONS = 8
 STEP = 2e-3  # of the tensor's own size: h^4 is then 1e-11, and rounding, 1e-16 / h, stays below it
 FLOOR = 1e-4  # of |L| / |x|, the size of an ordinary gradient: rounding in the slope is some 1e-13 of that
@@ -146,15 +146,18 @@ def _compare(name: str, x: Array, grad: Array, difference: Callable, size: float
     scale = float(np.sqrt(np.mean(np.square(x)))) or 1.0
     floor = FLOOR * size / scale
 
-    def slope(d: Array) -> float:
-        return _slope(lambda h: difference(name, d.reshape(x.shape), h), STEP * scale, floor)
+    def slope(d: Array, doubt: float = 1e-9) -> float:
+        return _slope(lambda h: difference(name, d.reshape(x.shape), h), STEP * scale, doubt, floor)
 
     by_element = x.size <= small
     directions = np.eye(x.size) if by_element else rng.standard_normal((DIRECTIONS, x.size))
-    analytic, numeric = directions @ grad.ravel(), np.array([slope(d) for d in directions])
-    gap, top = np.abs(analytic - numeric), max(np.abs(analytic).max(), np.abs(numeric).max(), floor)
-    rel_err = float(gap.max() / top) if gap.any() else 0.0
-    ok = rel_err <= tol  # False for nan
+    analytic = directions @ grad.ravel()
+    for doubt in (1e-5, 1e-9):  # again with more care before saying that something is wrong
+        numeric = np.array([slope(d, doubt) for d in directions])
+        gap, top = np.abs(analytic - numeric), max(np.abs(analytic).max(), np.abs(numeric).max(), floor)
+        rel_err = float(gap.max() / top) if gap.any() else 0.0
+        if ok := rel_err <= tol:  # False for nan
+            break
     if not by_element and ok:
         return Result(_d(name), rel_err, ok)
     worst = int(gap.argmax()) if by_element else _bisect(grad.ravel(), slope, rng)
@@ -163,15 +166,16 @@ def _compare(name: str, x: Array, grad: Array, difference: Callable, size: float
     return Result(_d(name), rel_err, ok, index, float(grad[index]), float(found))
 
 
-def _slope(difference: Callable[[float], float], h: float, floor: float) -> float:
-    """f'(0), given f(h) - f(-h) as a function of h; nan where f is."""
-    best, least_doubt = math.nan, math.inf
+def _slope(difference: Callable[[float], float], h: float, doubt: float, floor: float) -> float:
+    """f'(0), given f(h) - f(-h) as a function of h; nan where f is. The first step at which D(h) and D(h/2)
+    differ by no more than `doubt`, relatively, is taken, or the one at which they differ least."""
+    best, least = math.nan, math.inf
     for step in (h, h / 16, h / 256, h / 4096):
         coarse, fine = difference(step) / (2 * step), difference(step / 2) / step
-        slope, doubt = fine + (fine - coarse) / 3, abs(fine - coarse)
-        if doubt < least_doubt:
-            best, least_doubt = slope, doubt
-        if least_doubt <= 1e-5 * max(abs(slope), floor):
+        slope, gap = fine + (fine - coarse) / 3, abs(fine - coarse)
+        if gap < least:
+            best, least = slope, gap
+        if least <= doubt * max(abs(slope), floor):
             break
     return best
 
@@ -196,6 +200,7 @@ def named(forward: Callable, inputs: Inputs) -> dict:
     """The inputs by name: their own in a dict, those of forward's parameters in a sequence."""
     if isinstance(inputs, dict):
         return dict(inputs)
+    inputs = _as_tuple(inputs)
     names = parameters(forward) + [f"input {i}" for i in range(len(inputs))]  # numbers for forward(*args)
     return dict(zip(names, inputs, strict=False))
 

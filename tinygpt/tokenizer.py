@@ -316,8 +316,8 @@ def _from_spec(spec: dict, eos: str | None) -> CharTokenizer | BPETokenizer:
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
-            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported: byte-level BPE that "
-                            " splits as GPT-2, or tinygpt's characters")
+            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported (byte-level "
+                            "BPE with GPT-2's splitting rule, or tinygpt's characters)")
     vocab, special = _vocabulary(spec)
     if eos not in special:
         if eos not in (None, END_OF_TEXT):
