@@ -1,12 +1,16 @@
 /* threads.c: the only file that knows about threads.
 
-   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller
-   take ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so
-   a worker looks for the next job for a while before it goes to sleep.
+   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller take
+   ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so a worker
+   looks for the next job for a while before it goes to sleep.
 
-   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone.
-   A child process made by fork has none of its parent's threads; the handler below forgets them, and the
-   child makes its own. */
+   The caller never waits for a worker that has not begun: on a busy machine one may not get a processor for
+   milliseconds, and the caller then does all the work itself. A worker enters a job through a gate, which the
+   caller shuts when no items are left; it then waits only for those inside.
+
+   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone. A
+   child process made by fork has none of its parent's threads; the handler below forgets them, and the child
+   makes its own. */
 #include "threads.h"
 
 #include <pthread.h>
@@ -18,13 +22,15 @@
 
 enum { MOST_THREADS = 256, LOOKS = 20000 };
 
+enum { OPEN = 1, INSIDE = 2 }; /* the gate: one bit, and above it the number of workers inside */
+
 static struct {
     void (*work)(const void *, size_t, size_t);
     const void *args;
     size_t n, piece;
-    atomic_size_t next;       /* first item nobody has taken */
-    atomic_size_t unfinished; /* workers that are still on this job */
-    atomic_size_t job;        /* counts jobs: a change is the signal */
+    atomic_size_t next; /* first item nobody has taken */
+    atomic_size_t gate;
+    atomic_size_t job; /* counts jobs: a change is the signal */
     atomic_flag busy;
     size_t threads, workers; /* wanted, with the caller; started */
     size_t asleep;
@@ -53,9 +59,18 @@ static void take_ranges(void)
         pool.work(pool.args, begin, begin + pool.piece < pool.n ? begin + pool.piece : pool.n);
 }
 
-static void *worker(void *first_job)
+static int enter(void)
 {
-    for (size_t seen = (size_t)(uintptr_t)first_job;; seen++) {
+    size_t gate = atomic_load(&pool.gate);
+    while (gate & OPEN)
+        if (atomic_compare_exchange_weak(&pool.gate, &gate, gate + INSIDE))
+            return 1;
+    return 0;
+}
+
+static void *worker(void *last_job)
+{
+    for (size_t seen = (size_t)(uintptr_t)last_job;;) {
         for (int look = 0; look < LOOKS && atomic_load(&pool.job) == seen; look++)
             relax();
         if (atomic_load(&pool.job) == seen) {
@@ -66,8 +81,11 @@ static void *worker(void *first_job)
             pool.asleep--;
             pthread_mutex_unlock(&pool.lock);
         }
-        take_ranges();
-        atomic_fetch_sub(&pool.unfinished, 1);
+        seen = atomic_load(&pool.job);
+        if (enter()) {
+            take_ranges();
+            atomic_fetch_sub(&pool.gate, INSIDE);
+        }
     }
     return NULL;
 }
@@ -75,6 +93,7 @@ static void *worker(void *first_job)
 static void forget_workers(void)
 {
     pool.workers = pool.asleep = 0;
+    atomic_store(&pool.gate, 0);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
     atomic_flag_clear(&pool.busy);
@@ -105,14 +124,15 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
     size_t even = (n + 4 * pool.threads - 1) / (4 * pool.threads); /* four each: one thread may be held up */
     pool.work = work, pool.args = args, pool.n = n, pool.piece = (even + grain - 1) / grain * grain;
     atomic_store(&pool.next, 0);
-    atomic_store(&pool.unfinished, pool.workers);
+    atomic_store(&pool.gate, OPEN);
     pthread_mutex_lock(&pool.lock); /* a worker is either before its last look or counted asleep */
     atomic_fetch_add(&pool.job, 1);
     if (pool.asleep)
         pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     take_ranges();
-    for (int look = 1; atomic_load(&pool.unfinished); look++)
+    atomic_fetch_and(&pool.gate, ~(size_t)OPEN);
+    for (int look = 1; atomic_load(&pool.gate); look++)
         look % LOOKS ? relax() : (void)sched_yield(); /* the worker may be waiting for this very processor */
     atomic_flag_clear(&pool.busy);
 }
