@@ -139,9 +139,61 @@ static void multiply(const void *args, size_t begin, size_t end)
     }
 }
 
+/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time it
+   takes. So b is not packed but read once, in the order in which it lies. */
+enum { FEW = 8 };
+
+/* Rows of b contiguous: c's columns begin to end stay in the inner cache, and four rows of b at a time are added. */
+static void few_rows_by_columns(const void *args, size_t begin, size_t end)
+{
+    const struct gemm *g = args;
+    for (size_t i = 0; i < g->M; i++)
+        for (size_t j = begin; j < end; j++)
+            g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
+    for (size_t p = 0; p < g->K; p += 4) {
+        const real *b[4];
+        real x[FEW][4] = {{0}};
+        for (size_t l = 0; l < 4; l++) {
+            b[l] = g->b + least(p + l, g->K - 1) * g->b_row; /* past the end: any row, times 0 */
+            for (size_t i = 0; i < g->M && p + l < g->K; i++)
+                x[i][l] = g->a[i * g->a_row + p + l];
+        }
+        for (size_t j = begin; j < end; j += LANES) {
+            const size_t n = end - j;
+            vec b0 = load_n(b[0] + j, n, 0), b1 = load_n(b[1] + j, n, 0);
+            vec b2 = load_n(b[2] + j, n, 0), b3 = load_n(b[3] + j, n, 0);
+            for (size_t i = 0; i < g->M; i++) {
+                real *c = g->c + i * g->c_row + j;
+                store_n(c, load_n(c, n, 0) + x[i][0] * b0 + x[i][1] * b1 + x[i][2] * b2 + x[i][3] * b3, n);
+            }
+        }
+    }
+}
+
+/* Columns of b contiguous, as in the tied head: each element of c is a dot product along one of them. */
+static void few_rows_by_dots(const void *args, size_t begin, size_t end)
+{
+    const struct gemm *g = args;
+    for (size_t j = begin; j < end; j++) {
+        const real *b = g->b + j * g->b_col;
+        vec dot[FEW] = {{0}};
+        for (size_t p = 0; p < g->K; p += LANES) {
+            vec y = load_n(b + p, g->K - p, 0);
+            for (size_t i = 0; i < g->M; i++)
+                dot[i] += load_n(g->a + i * g->a_row + p, g->K - p, 0) * y;
+        }
+        for (size_t i = 0; i < g->M; i++)
+            g->c[i * g->c_row + j] = sum(dot[i]) + (g->bias ? g->bias[j] : 0);
+    }
+}
+
 static void gemm(const void *args)
 {
     const struct gemm *g = args;
+    if (g->M <= FEW && g->K && g->a_col == 1 && (g->b_col == 1 || g->b_row == 1)) {
+        parallel(g->b_col == 1 ? few_rows_by_columns : few_rows_by_dots, g, g->N, up(1 + 65536 / g->K, 64));
+        return;
+    }
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, row_blocks = (g->M + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const size_t wanted = 4 * thread_count();
     const size_t blocks = (g->K + DEPTH - 1) / DEPTH, depth = blocks ? (g->K + blocks - 1) / blocks : 0;

@@ -82,10 +82,11 @@ def _pointer(a: Array | bool | None):
 
 def _run(op: str, dtype: np.dtype, *fields) -> None:
     """Runs `op` on the struct with these fields, in the order of tinygpt.h; arrays become pointers."""
-    if dtype != np.float32 and dtype != np.float64:
+    if dtype.char not in "fd":
         raise TypeError(f"{op}: arrays are float32 or float64, not {dtype}")
+    number, struct = _OPS[op]
     values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
-    lib.tinygpt_run(getattr(lib, f"OP_{op}"), dtype == np.float64, ffi.new(f"struct {op} *", values))
+    lib.tinygpt_run(number, dtype.char == "d", ffi.new(struct, values))
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
@@ -325,6 +326,8 @@ def adamw(
 
 if lib:
     isa = _configure()
+    # name -> its number in tinygpt.h, the type of a pointer to its struct
+    _OPS = {n[3:]: (getattr(lib, n), ffi.typeof(f"struct {n[3:]} *")) for n in dir(lib) if n.startswith("OP_")}
     # where both backends have a function, its contract is written once
     for _name, _function in vars(ops).items():
         if callable(_function) and _name in globals() and not globals()[_name].__doc__:

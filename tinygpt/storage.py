@@ -16,7 +16,7 @@ def empty(shape: tuple[int, ...] | int, dtype: np.dtype | type) -> np.ndarray:
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
     raw = np.empty(math.prod(shape) * dtype.itemsize + ALIGN, np.uint8)
-    skip = -raw.ctypes.data % ALIGN
+    skip = -raw.__array_interface__["data"][0] % ALIGN
     return raw[skip : skip + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
@@ -43,13 +43,17 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+        self._views: dict[tuple, np.ndarray] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[name, dtype] = empty(size, dtype)
-        return buffer[:size].reshape(shape)
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            size, buffer = math.prod(shape), self._buffers.get((name, dtype))
+            if buffer is None or buffer.size < size:
+                self._views.clear()  # some are of the buffer that is replaced here
+                buffer = self._buffers[name, dtype] = empty(size, dtype)
+            view = self._views[name, shape, dtype] = buffer[:size].reshape(shape)
+        return view
 
     @property
     def nbytes(self) -> int:
