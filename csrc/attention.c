@@ -2,8 +2,8 @@
 
    A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and
    holds their scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T
-   matrix is stored: a strip is S x QUERIES, and backward makes it again from lse, the log of each softmax's
-   denominator (Dao et al. 2022).
+   matrix is stored: a strip is S x QUERIES, and backward makes it again from each softmax's largest score and
+   sum (Dao et al. 2022).
 
    Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six
    products are all the tile of gemm.c, with one operand broadcast and the other read along its rows:
@@ -25,6 +25,14 @@ static void copy_rows(real *out, const real *in, size_t rows, size_t stride, siz
     for (size_t i = 0; i < rows; i++)
         for (size_t d = 0; d < D; d++)
             out[i * Dp + d] = in[i * stride + d];
+}
+
+/* The scores are the same numbers in backward as in forward only if the scale is rounded into q, before the
+   sums. */
+static void scale_by(real factor, real *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] *= factor;
 }
 
 /* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
@@ -102,30 +110,32 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
             const size_t n = T - i < QUERIES ? T - i : QUERIES;
             const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
             pack(q_t, a->q + b * a->q_batch + i * a->q_row + h * D, n, QUERIES, D, a->q_row, 1);
+            scale_by(scale, q_t, D * QUERIES);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
-            real lse[QUERIES], inverse[QUERIES];
-            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: first the top, then the sum */
+            real top[QUERIES], total[QUERIES];
+            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: the top, then the sum */
                 real *s = strip + half * LANES;
-                vec top = all(-INFINITY), total = {0};
+                vec most = all(-INFINITY), whole = {0};
                 for (size_t j = w.begin; j < w.end; j++) {
-                    vec x = mask(&w, j, half, scale * load(s + j * QUERIES), -INFINITY);
+                    vec x = mask(&w, j, half, load(s + j * QUERIES), -INFINITY);
                     store(s + j * QUERIES, x);
-                    top = vmax(top, x);
+                    most = vmax(most, x);
                 }
                 for (size_t j = w.begin; j < w.end; j++) {
-                    vec p = vexp(load(s + j * QUERIES) - top);
+                    vec p = vexp(load(s + j * QUERIES) - most);
                     store(s + j * QUERIES, p);
-                    total += p;
+                    whole += p;
                 }
-                for (size_t lane = 0; lane < LANES; lane++)
-                    lse[half * LANES + lane] = top[lane] + (real)log(total[lane]);
-                store(inverse + half * LANES, 1 / total);
+                store(top + half * LANES, most);
+                store(total + half * LANES, whole);
             }
             queries_by_channels(out, strip, v, Dp, w.begin, w.end);
             for (size_t r = 0; r < n; r++) {
-                a->lse[bh * T + i + r] = lse[r];
+                const real share = 1 / total[r];
+                a->top[bh * T + i + r] = top[r];
+                a->total[bh * T + i + r] = total[r];
                 for (size_t d = 0; d < D; d++)
-                    a->out[((b * T + i + r) * a->H + h) * D + d] = out[r * Dp + d] * inverse[r];
+                    a->out[((b * T + i + r) * a->H + h) * D + d] = out[r * Dp + d] * share;
             }
         }
     }
@@ -156,7 +166,8 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
             store_n(p + j, e, S - j);
             total += sum(e);
         }
-        a->lse[bh] = top + (real)log(total);
+        a->top[bh] = top;
+        a->total[bh] = total;
         for (size_t d = 0; d < D; d += LANES) {
             vec out = {0};
             for (size_t j = 0; j < S; j++)
@@ -194,20 +205,23 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);
             pack(q_t, q, QUERIES, QUERIES, D, Dp, 1);
             pack(dout_t, dout, QUERIES, QUERIES, D, Dp, 1);
+            scale_by(scale, q_t, D * QUERIES);
             keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
             keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
-            real lse[QUERIES] = {0}, delta[QUERIES] = {0}; /* delta = sum_j probs dprobs = dout . out */
-            for (size_t r = 0; r < n; r++) {
-                lse[r] = a->lse[bh * T + i + r];
+            real top[QUERIES] = {0}, share[QUERIES] = {0}, delta[QUERIES] = {0};
+            for (size_t r = 0; r < n; r++) { /* delta = sum over the keys of probs dprobs = dout . out */
+                top[r] = a->top[bh * T + i + r];
+                share[r] = 1 / a->total[bh * T + i + r];
                 for (size_t d = 0; d < D; d++)
                     delta[r] += dout[r * Dp + d] * a->out[at + r * a->H * D + d];
             }
             for (size_t j = w.begin; j < w.end; j++)
                 for (int half = 0; half < 2; half++) {
-                    const size_t x = j * QUERIES + half * LANES;
-                    vec p = mask(&w, j, half, vexp(scale * load(probs + x) - load(lse + half * LANES)), 0);
+                    const size_t x = j * QUERIES + half * LANES, lane = half * LANES;
+                    vec p = load(share + lane) * vexp(load(probs + x) - load(top + lane));
+                    p = mask(&w, j, half, p, 0);
                     store(probs + x, p);
-                    store(dscores + x, scale * p * (load(dscores + x) - load(delta + half * LANES)));
+                    store(dscores + x, scale * p * (load(dscores + x) - load(delta + lane)));
                 }
             keys_by_channels(dv, probs, dout, Dp, w.begin, w.end);
             keys_by_channels(dk, dscores, q, Dp, w.begin, w.end);

@@ -1,5 +1,6 @@
 /* cross_entropy.c: -log softmax(logits)[target], and its gradient. The probabilities are never stored:
-   backward makes them again from the logits and the log of the denominator, which is one number a row. */
+   backward makes them again from the logits and two numbers a row, the largest logit and the sum of exp(logit
+   - largest). */
 
 static void cross_entropy_forward_rows(const void *args, size_t begin, size_t end)
 {
@@ -13,8 +14,9 @@ static void cross_entropy_forward_rows(const void *args, size_t begin, size_t en
         real most = max_lane(top);
         for (size_t v = 0; v < V; v += LANES)
             total += vexp(load_n(x + v, V - v, -INFINITY) - most);
-        a->lse[i] = most + (real)log(sum(total));
-        a->nll[i] = a->lse[i] - x[a->targets[i]];
+        a->top[i] = most;
+        a->total[i] = sum(total);
+        a->nll[i] = (real)log(a->total[i]) - (x[a->targets[i]] - most);
     }
 }
 
@@ -29,14 +31,14 @@ static void cross_entropy_backward_rows(const void *args, size_t begin, size_t e
     const struct cross_entropy_backward *a = args;
     const size_t V = a->V;
     for (size_t i = begin; i < end; i++) {
-        const real *x = a->logits + i * V, weight = a->dnll[i], lse = a->lse[i];
+        const real *x = a->logits + i * V, weight = a->dnll[i], top = a->top[i], share = weight / a->total[i];
         real *dx = a->dlogits + i * V;
         if (weight == 0) { /* not weight times the softmax: a masked row's logits may be infinite */
             memset(dx, 0, V * sizeof(real));
             continue;
         }
         for (size_t v = 0; v < V; v += LANES)
-            store_n(dx + v, weight * vexp(load_n(x + v, V - v, 0) - lse), V - v);
+            store_n(dx + v, share * vexp(load_n(x + v, V - v, 0) - top), V - v);
         dx[a->targets[i]] -= weight;
     }
 }

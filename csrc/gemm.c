@@ -45,8 +45,8 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
     }
 }
 
-/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros from
-   width on. across is the stride from line to line, along the stride in a line; full is a constant. */
+/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros
+   from width on. across is the stride from line to line, along the stride in a line; full is a constant. */
 INLINE void pack(real *restrict out, const real *restrict in, size_t width, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
@@ -88,10 +88,10 @@ static void pack_b(const void *args, size_t begin, size_t end)
     }
 }
 
-/* c's rows i to i + height, columns j to j + width: whole tiles in place, edges by way of a copy. b is the panel;
-   a is packed where it must be: when its rows have gaps, and at the bottom, where rows are missing. */
-static void one_tile(const struct block *t, const real *packed_a, const real *b, size_t i, size_t j, size_t height,
-                     size_t width)
+/* c's rows i to i + height, columns j to j + width: whole tiles in place, edges by way of a copy. b is the
+   panel; a is packed where it must be: when its rows have gaps, and at the bottom, where rows are missing. */
+static void one_tile(const struct block *t, const real *packed_a, const real *b, size_t i, size_t j,
+                     size_t height, size_t width)
 {
     const struct gemm *g = t->g;
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
@@ -104,10 +104,11 @@ static void one_tile(const struct block *t, const real *packed_a, const real *b,
         from = out = edge;
         from_row = out_row = COLS;
     }
+    const real *a = packed_a ? packed_a : g->a + i * g->a_row + t->depth_begin;
     if (packed_a)
-        tile(ROWS, out, out_row, from, from_row, packed_a, 1, ROWS, b, COLS, t->depth);
+        tile(ROWS, out, out_row, from, from_row, a, 1, ROWS, b, COLS, t->depth);
     else
-        tile(ROWS, out, out_row, from, from_row, g->a + i * g->a_row + t->depth_begin, g->a_row, 1, b, COLS, t->depth);
+        tile(ROWS, out, out_row, from, from_row, a, g->a_row, 1, b, COLS, t->depth);
     for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
 }
@@ -131,19 +132,20 @@ static void multiply(const void *args, size_t begin, size_t end)
             for (size_t panel = s * panels / t->col_pieces; panel < (s + 1) * panels / t->col_pieces; panel++)
                 for (size_t i = i0; i < i1; i += ROWS) {
                     const size_t j = panel * COLS;
-                    const real *packed_a = g->a_col != 1 || i1 - i < ROWS ? packed + (i - i0) * t->depth : NULL;
-                    one_tile(t, packed_a, t->packed_b + j * t->depth, i, t->col_begin + j, least(i1 - i, ROWS),
-                             least(t->cols - j, COLS));
+                    const int in_place = g->a_col == 1 && i1 - i >= ROWS;
+                    one_tile(t, in_place ? NULL : packed + (i - i0) * t->depth, t->packed_b + j * t->depth, i,
+                             t->col_begin + j, least(i1 - i, ROWS), least(t->cols - j, COLS));
                 }
         }
     }
 }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time it
-   takes. So b is not packed but read once, in the order in which it lies. */
+/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time
+   it takes. So b is not packed but read once, in the order in which it lies. */
 enum { FEW = 8 };
 
-/* Rows of b contiguous: c's columns begin to end stay in the inner cache, and four rows of b at a time are added. */
+/* Rows of b contiguous: c's columns begin to end stay in the inner cache, and four rows of b at a time are
+   added. */
 static void few_rows_by_columns(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;

@@ -1,16 +1,16 @@
 /* threads.c: the only file that knows about threads.
 
-   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller take
-   ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so a worker
-   looks for the next job for a while before it goes to sleep.
+   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller
+   take ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so
+   a worker looks for the next job for a while before it goes to sleep.
 
    The caller never waits for a worker that has not begun: on a busy machine one may not get a processor for
    milliseconds, and the caller then does all the work itself. A worker enters a job through a gate, which the
    caller shuts when no items are left; it then waits only for those inside.
 
-   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone. A
-   child process made by fork has none of its parent's threads; the handler below forgets them, and the child
-   makes its own. */
+   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone.
+   A child process made by fork has none of its parent's threads; the handler below forgets them, and the
+   child makes its own. */
 #include "threads.h"
 
 #include <pthread.h>

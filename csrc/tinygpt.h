@@ -5,8 +5,8 @@
    double: every kernel is compiled for both, and for each instruction set (see variants/). Results come
    first. What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
 
-   Three readers share this file: the kernels, variants/dispatch.c, and csrc/build.py, which hands it to cffi
-   with `real` read as void and lines that begin with # left out. */
+   Three readers share this file: the kernels, variants/dispatch.c, and setup.py, which hands it to cffi
+   with pointers to numbers read as void * and lines that begin with # left out. */
 #ifndef TINYGPT_H
 #define TINYGPT_H
 #include <stddef.h>
@@ -72,11 +72,12 @@ struct gelu_backward {
     size_t n;
 };
 
-/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. lse (B, H, T) is
-   the log of each softmax's denominator. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i
-   for which j < prefix or j >= start[b][i], and its own always. */
+/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. A softmax is kept
+   as its largest score, top, and the sum of exp(score - top), total: their log-sum-exp would lose what top
+   rounds off. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i for which j < prefix or j
+   >= start[b][i], and its own always. */
 struct attention_forward {
-    real *out, *lse;
+    real *out, *top, *total;     /* top, total (B, H, T) */
     const real *q, *k, *v;
     const int32_t *start;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
@@ -84,7 +85,7 @@ struct attention_forward {
 
 struct attention_backward {
     real *dq, *dk, *dv;
-    const real *dout, *out, *lse, *q, *k, *v;
+    const real *dout, *out, *top, *total, *q, *k, *v;
     const int32_t *start;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
     size_t dq_batch, dq_row, dk_batch, dk_row, dv_batch, dv_row;
@@ -105,7 +106,7 @@ struct dropout_forward {
 };
 
 struct cross_entropy_forward {
-    real *nll, *lse;             /* (rows), (rows) */
+    real *nll, *top, *total;     /* (rows) each */
     const real *logits;          /* (rows, V) */
     const int32_t *targets;      /* (rows) */
     size_t rows, V;
@@ -113,7 +114,7 @@ struct cross_entropy_forward {
 
 struct cross_entropy_backward {
     real *dlogits;               /* (rows, V) */
-    const real *dnll, *logits, *lse;
+    const real *dnll, *logits, *top, *total;
     const int32_t *targets;
     size_t rows, V;
 };

@@ -1,7 +1,8 @@
 /* vec.h: the vector type, and what C has no operator for: partial loads, reductions, exp.
 
    `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by
-   lane, a scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width. */
+   lane, a scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width.
+   */
 #include <math.h>
 #include <string.h>
 
@@ -45,8 +46,9 @@ INLINE void store_n(real *p, vec v, size_t n)
         memcpy(p, &v, n * sizeof(real));
 }
 
-/* v[i][j] <- v[j][i] for a square of LANES vectors. One round writes rows i and i + LANES/2, their elements in turn,
-   as rows 2i and 2i + 1; log2(LANES) rounds are a transpose, as each moves one bit of i to j and one of j to i. */
+/* v[i][j] <- v[j][i] for a square of LANES vectors. One round writes rows i and i + LANES/2, their elements
+   in turn, as rows 2i and 2i + 1; log2(LANES) rounds are a transpose, as each moves one bit of i to j and one
+   of j to i. */
 #if VECTOR_BYTES / (4 + 4 * REAL_IS_DOUBLE) == 2
 #define LOW 0, 2
 #define HIGH 1, 3
@@ -130,6 +132,6 @@ INLINE vec vexp(vec x)
     p = p * r + 1.0f;
     ivec bits = (ivec)rounded - (ivec)all(magic); /* n */
     vec y = (p + p) * (vec)((bits + 126) << 23);
-    return (vec)(((ivec)y & ~under) | (over & (ivec)all(INFINITY))); /* 1's bits and infinity's are infinity's */
+    return (vec)(((ivec)y & ~under) | (over & (ivec)all(INFINITY))); /* 1 | infinity = infinity, in bits */
 #endif
 }

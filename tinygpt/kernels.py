@@ -229,16 +229,16 @@ def attention_forward(
         start = _like(start, np.int32, (B, T))
         if start.size and start.min() < 0:
             raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
-    out, lse = _result(out, q.dtype, q.shape), storage.empty((B, n_head, T), q.dtype)
+    out, (top, total) = _result(out, q.dtype, q.shape), storage.empty((2, B, n_head, T), q.dtype)
     sizes = B, T, S, n_head, C // n_head, prefix
-    _run("attention_forward", q.dtype, out, lse, q, k, v, start, *sizes, *_strides(q, k, v))
-    return out, (q, k, v, out, lse, start, sizes)
+    _run("attention_forward", q.dtype, out, top, total, q, k, v, start, *sizes, *_strides(q, k, v))
+    return out, (q, k, v, out, top, total, start, sizes)
 
 
 def attention_backward(
     dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
 ) -> tuple[Array, Array, Array]:
-    q, k, v, out, lse, start, sizes = cache
+    q, k, v, out, top, total, start, sizes = cache
     dout = _like(dout, q.dtype, q.shape)
     grads = []
     for grad, x in ((dq, q), (dk, k), (dv, v)):
@@ -250,7 +250,7 @@ def attention_backward(
             )
         grads.append(grad)
     strides = *_strides(q, k, v), *_strides(*grads)
-    _run("attention_backward", q.dtype, *grads, dout, out, lse, q, k, v, start, *sizes, *strides)
+    _run("attention_backward", q.dtype, *grads, dout, out, top, total, q, k, v, start, *sizes, *strides)
     return tuple(grads)
 
 
@@ -286,25 +286,16 @@ def dropout_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     V, logits = logits.shape[-1], np.ascontiguousarray(logits)
     targets = _like(_ids(targets, V, "target"), np.int32, logits.shape[:-1])
-    nll, lse = storage.empty((2, *targets.shape), logits.dtype)
-    _run("cross_entropy_forward", logits.dtype, nll, lse, logits, targets, targets.size, V)
-    return nll, (logits, targets, lse)
+    nll, top, total = storage.empty((3, *targets.shape), logits.dtype)
+    _run("cross_entropy_forward", logits.dtype, nll, top, total, logits, targets, targets.size, V)
+    return nll, (logits, targets, top, total)
 
 
 def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
-    logits, targets, lse = cache
+    logits, targets, top, total = cache
     dlogits, dnll = _result(dlogits, logits.dtype, logits.shape), _like(dnll, logits.dtype, targets.shape)
-    _run(
-        "cross_entropy_backward",
-        logits.dtype,
-        dlogits,
-        dnll,
-        logits,
-        lse,
-        targets,
-        targets.size,
-        logits.shape[-1],
-    )
+    sizes = targets.size, logits.shape[-1]
+    _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, top, total, targets, *sizes)
     return dlogits
 
 

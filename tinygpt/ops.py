@@ -288,10 +288,10 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
         raise IndexError(
             f"a target is outside the vocabulary of {logits.shape[-1]}; mask it with weight 0 instead"
         )
-    top = logits.max(-1, keepdims=True)
-    lse = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))  # log of the softmax's denominator
-    nll = (lse - np.take_along_axis(logits, targets[..., None], -1))[..., 0]
-    return nll, (logits, targets, lse)
+    top = logits.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    total = np.exp(logits - top).sum(-1, keepdims=True)
+    nll = np.log(total) - (np.take_along_axis(logits, targets[..., None], -1) - top)
+    return nll[..., 0], (logits, targets, top, total)
 
 
 def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
@@ -299,13 +299,12 @@ def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Ar
 
     dnll (...) is the weight of each target. A weight of 0 gives a row of zeros, whatever the logits are.
     """
-    logits, targets, lse = cache
-    weight = dnll[..., None]
-    dlogits = np.exp(logits - lse, out=dlogits)
-    np.put_along_axis(
-        dlogits, targets[..., None], np.take_along_axis(dlogits, targets[..., None], -1) - 1, -1
-    )
-    dlogits *= weight
+    logits, targets, top, total = cache
+    at = targets[..., None]
+    dlogits = np.exp(logits - top, out=dlogits)
+    dlogits /= total
+    np.put_along_axis(dlogits, at, np.take_along_axis(dlogits, at, -1) - 1, -1)
+    dlogits *= dnll[..., None]
     dlogits[dnll == 0] = 0
     return dlogits
 
