@@ -1,8 +1,7 @@
 /* vec.h: the vector type, and what C has no operator for: partial loads, reductions, exp.
 
    `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by
-   lane, a scalar operand counts for all lanes, and comparisons give a vector of 0 and -1 of the same width.
-   */
+   lane, a scalar operand counts for all lanes, and comparisons give 0 and -1 lane by lane. */
 #include <math.h>
 #include <string.h>
 

@@ -126,7 +126,6 @@ def learn_merges(words: dict[bytes, int], count: int) -> list[Pair]:
                 right[i], left[after] = after, i
                 count_pair(before, i, weight[i])
                 count_pair(i, after, weight[i])
-        frequency[pair] = 0
     return merges
 
 

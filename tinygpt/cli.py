@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
+import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .errors import UserError
@@ -42,6 +46,164 @@ def main() -> None:
 
 
 # --- tinygpt pretrain ------------------------------------------------------------------------------------------
+
+
+_UNDER_1 = click.FloatRange(0, 1, max_open=True)
+
+
+def _options(*options: Callable):
+    """One decorator from several, in the order in which --help lists them."""
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), options[::-1], command)
+
+
+def _training(max_iters: int, learning_rate: float, warmup_iters: int, eval_interval: int):
+    """The options of `train.TrainConfig`, which all training stages share; what they differ in."""
+    over_0 = click.FloatRange(0, min_open=True)
+    return _options(
+        click.option("--max-iters", default=max_iters, type=click.IntRange(1), help="Updates of the weights."),
+        click.option("--learning-rate", default=learning_rate, type=over_0, help="At its highest."),
+        click.option("--min-lr", type=click.FloatRange(0), show_default="a tenth of it", help="At the end."),
+        click.option("--warmup-iters", default=warmup_iters, type=click.IntRange(0), help="On the way up."),
+        click.option("--weight-decay", default=0.1, type=click.FloatRange(0), help="Of matrices."),
+        click.option("--beta1", default=0.9, type=_UNDER_1, help="Of the mean of gradients."),
+        click.option("--beta2", default=0.99, type=_UNDER_1, help="Of the mean of their squares."),
+        click.option("--grad-clip", default=1.0, type=click.FloatRange(0), help="Largest norm; 0: any."),
+        click.option("--eval-interval", default=eval_interval, type=click.IntRange(1),
+                     help="Updates from one evaluation, and save, to the next."),
+        click.option("--seed", default=1337, type=click.IntRange(0), help="Of weights, batches and dropout."),
+    )  # fmt: skip
+
+
+def _train_config(options: dict):
+    """Takes the options of `_training` out of a command's."""
+    from .train import TrainConfig
+
+    values = {field: options.pop(field) for field in TrainConfig.__dataclass_fields__}
+    if values["min_lr"] is None:
+        values["min_lr"] = values["learning_rate"] / 10
+    return TrainConfig(**values)
+
+
+def _progress(max_iters: int) -> Callable[[dict], None]:
+    """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
+    terminal, every = sys.stdout.isatty(), max(1, max_iters // 20)
+    first, began, shown = None, time.perf_counter(), 0.0
+
+    def report(record: dict) -> None:
+        nonlocal first, shown
+        n, now = record["iter"], time.perf_counter()
+        first = n - 1 if first is None else first
+        left = int((now - began) / (n - first) * (max_iters - n))
+        val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+        text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{val}"
+        text += f"  {record['tokens_per_s'] / 1000:.1f}k tokens/s  {left // 60}:{left % 60:02} left"
+        if not terminal:
+            if val or n % every == 0:
+                click.echo(text)
+        elif val:
+            click.echo(f"\r\033[K{text}")
+        elif now - shown > 0.1:
+            shown, done = now, 20 * n // max_iters
+            click.echo(f"\r\033[K[{'#' * done}{'-' * (20 - done)}] {text}", nl=False)
+
+    return report
+
+
+@main.command()
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
+@click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What to cut text into.")
+@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="With --tokenizer bpe.")
+@click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model.")
+@click.option("--overwrite", is_flag=True, help="Replace the model that is there.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Go on with the run there and its settings. --data only says where the text is now.")  # fmt: skip
+@click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Begin with the model there, tinygpt's or GPT-2 as downloaded, and its tokenizer.")  # fmt: skip
+@click.option("--preset", default="nano", help="Sizes, by name: nano, small, baby, gpt2, gpt2-medium, gpt2-large, "
+              "gpt2-xl. The next four change one each.")  # fmt: skip
+@click.option("--n-layer", type=click.IntRange(1), help="Blocks.  [nano: 4]")
+@click.option("--n-head", type=click.IntRange(1), help="Heads in each; divides --n-embd.  [nano: 4]")
+@click.option("--n-embd", type=click.IntRange(1), help="Channels.  [nano: 128]")
+@click.option("--block-size", type=click.IntRange(1), help="Tokens of context.  [nano: 64]")
+@click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
+@click.option("--dropout", default=0.0, type=_UNDER_1, help="Helps where there is little text.")
+@click.option("--batch-size", default=12, type=click.IntRange(1), help="Sequences at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=click.IntRange(1), help="Batches in an update.")
+@_training(max_iters=5000, learning_rate=1e-3, warmup_iters=100, eval_interval=500)
+@click.pass_context
+def pretrain(ctx: click.Context, **options) -> None:
+    """Train a model to predict the next token of a text.
+
+    Without options: a small model, one character at a time, on Python's own documentation, in about two
+    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
+    --resume goes on.
+    """
+    from . import pretrain as stage
+
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    folder = options["resume"] or options["out"]
+    if options["resume"]:
+        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
+        run = stage.resume(folder, options["data"])
+    else:
+        run = _begin(given, **options)
+    model, n = run.optimizer.model, len(run.train_tokens)
+    click.echo(
+        f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
+        f"{len(run.val_tokens):,} to evaluate on"
+    )
+    try:
+        stage.pretrain(run, _progress(run.settings.train.max_iters))
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. To go on: tinygpt pretrain --resume {shlex.quote(str(folder))}")
+        sys.exit(130)
+    _finish(folder, model, run.tokenizer)
+
+
+def _refuse(names: set[str], reason: str) -> None:
+    if names:
+        written = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+        raise click.UsageError(f"{reason}: leave out {written}")
+
+
+def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, overwrite, resume, **options):
+    """A new run from the options; `given` has the names of those that the user wrote."""
+    from . import pretrain as stage
+    from .checkpoint import read_config
+    from .model import PRESETS
+
+    if preset not in PRESETS:
+        raise click.UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}")
+    if tokenizer != "bpe":
+        _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
+    sizes = {name: options.pop(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    changes = {name: value for name, value in sizes.items() if value is not None}
+    changes |= {name: options.pop(name) for name in ("post_norm", "dropout")}
+    if init_from:
+        fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
+        _refuse(given & fixed, "--init-from takes the model and its tokenizer as they are")
+        model = dataclasses.replace(read_config(init_from), dropout=changes["dropout"])
+    else:
+        model = dataclasses.replace(PRESETS[preset], **changes)
+    train = _train_config(options)
+    block_size = sizes["block_size"] or model.block_size
+    settings = stage.Settings(model=model, train=train, block_size=block_size, **options)
+    return stage.begin(
+        out, settings, tokenizer=tokenizer, vocab_size=vocab_size, init_from=init_from, overwrite=overwrite
+    )
+
+
+def _finish(folder: Path, model, tokenizer) -> None:
+    """A sample, and what to run next."""
+    import numpy as np
+
+    from .generate import encode_prompt, stream
+
+    rng, start = np.random.default_rng(0), encode_prompt(tokenizer, "")
+    text = "".join(stream(model, tokenizer, start, 300, temperature=0.8, rng=rng))
+    name = shlex.quote(str(folder))
+    click.echo(f"\nA sample:\n{text.strip()}\n\nSaved in {folder}. Next: tinygpt generate {name}")
 
 
 # --- tinygpt generate, tinygpt chat ----------------------------------------------------------------------------

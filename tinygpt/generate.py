@@ -125,7 +125,7 @@ def steps(
     A prompt ends with an id of `stop`, which is yielded, or after `max_new_tokens`, and then costs nothing.
 
     Shorter prompts are padded on the left. Padding is invisible (`ops.visible_keys`), positions count from a
-    prompt's first token, and prompt i draws the numbers from i * max_new_tokens on of `rng`: a prompt's
+    prompt's first token, and each prompt has a generator of its own, seeded by one number of `rng`:
     neighbours have no influence, and a batch gives what calls for one prompt after the other give.
 
     There are block_size positions. A longer prompt loses its beginning, with a warning. A text that outgrows
@@ -137,11 +137,11 @@ def steps(
     seen = [_fit(prompt, model.config.block_size) for prompt in prompts]  # what the next token follows from
     longest = max(map(len, seen), default=0)
     kv = KVCache(model, len(seen), min(model.config.block_size, longest + max_new_tokens))
-    shape = len(seen), max_new_tokens
-    uniform = rng.random(shape) if temperature else np.zeros(shape)
+    seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
+    draws = [np.random.default_rng(seed).random for seed in seeds]
     stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
     rows, pad, ids = np.arange(len(seen)), None, None
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
@@ -149,7 +149,8 @@ def steps(
         else:
             at = kv.length - pad
             logits, _ = model.forward(ids[:, None], ws, positions=at, start=pad, kv=kv, keep=False)
-        ids = sample(logits[:, -1], uniform[rows, step], temperature, top_k, top_p)
+        uniform = np.array([draws[row]() for row in rows]) if temperature else np.zeros(len(rows))
+        ids = sample(logits[:, -1], uniform, temperature, top_k, top_p)
         for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
             seen[row].append(i)
         yield rows, ids
@@ -161,9 +162,9 @@ def steps(
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
     for name, value, right, rule in (  # comparisons that are False for NaN
-        ("temperature", temperature, temperature >= 0, "at least 0, which is greedy"),
-        ("top_k", top_k, top_k >= 0, "at least 0, which is off"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1, which is off"),
+        ("temperature", temperature, temperature >= 0, "at least 0; 0 is greedy"),
+        ("top_k", top_k, top_k >= 0, "at least 0; 0 is off"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1; 1 is off"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
     ):
         if not right:
@@ -240,8 +241,8 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
     """The text of `pieces` as it comes, up to where it holds `stop`; "" never stops.
 
-    >>> list(until(["one\\n", "two\\n", "\\nthree"], "\\n\\n"))
-    ['one', '\\ntwo']
+    >>> list(until(["one.", " two", ". ", "three"], ". t"))
+    ['one', '']
     """
     text = ""
     for piece in pieces:

@@ -24,7 +24,7 @@ from tinygpt.bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_step
 from tinygpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: some 20 MB at most
+CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
 
 
 class Explained(NamedTuple):
@@ -247,9 +247,9 @@ def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict, dict
     for name in special:
         if len(list(pieces(name))) < 2:    # as one piece it could be learned, and then text could spell it
             raise UserError(f"special token {name!r} could be a word of the text: write it as <|name|>")
-    if len(set(special)) < len(special):
-        raise UserError(f"a special token is given twice: {', '.join(special)}")
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
+    if len(vocab) < len(tokens) + len(special):
+        raise UserError(f"special tokens {short(list(special))}: one is given twice, or is a token of the text")
     return vocab, {name: vocab[name] for name in special}, next(iter(special), None)
 
 
