@@ -16,7 +16,7 @@
     X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
     X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(sum_of_squares) X(adamw)
+    X(sum_of_squares) X(adamw) X(fma_peak) X(read_memory)
 
 /* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a
    with a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
@@ -131,6 +131,19 @@ struct adamw {
     size_t n;
     double scale, beta1, beta2, eps, rate, shrink, correction2;
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
+};
+
+/* For `tinygpt bench`: the work of registers alone, and of memory alone; see peak.c. */
+struct fma_peak {
+    real *out;                   /* (tasks) */
+    double *flops;               /* one number: the operations that were made */
+    size_t tasks, steps;
+};
+
+struct read_memory {
+    real *out;                   /* (tasks) */
+    const real *x;
+    size_t tasks, n;
 };
 
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. */

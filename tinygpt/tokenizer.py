@@ -10,7 +10,6 @@ Not here: Unigram, WordPiece, other splitting rules, normalisation. The algorith
 
 import codecs
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -20,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinygpt.bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, pieces
-from tinygpt.errors import UserError
+from .atomic import replacing
+from .bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, pieces
+from .errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
@@ -249,7 +249,7 @@ def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict, dict
             raise UserError(f"special token {name!r} could be a word of the text: write it as <|name|>")
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     if len(vocab) < len(tokens) + len(special):
-        raise UserError(f"special tokens {short(list(special))}: one is given twice, or is a token of the text")
+        raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text")
     return vocab, {name: vocab[name] for name in special}, next(iter(special), None)
 
 
@@ -399,13 +399,5 @@ def _read_object(path: Path) -> dict:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    """Write beside and rename, so that a reader finds the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            json.dump(value, file, ensure_ascii=False, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8", newline="\n")

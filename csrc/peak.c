@@ -1,0 +1,51 @@
+/* peak.c: what this machine can do at most, for `tinygpt bench` to hold the kernels against. */
+
+/* `steps` times 16 independent multiply-adds of whole vectors, in registers, in each of `tasks`. */
+static void fma_peak_tasks(const void *args, size_t begin, size_t end)
+{
+    const struct fma_peak *a = args;
+    for (size_t task = begin; task < end; task++) {
+        vec x = all(0.999f), y = all(0.001f), sums[16];
+        for (size_t i = 0; i < 16; i++)
+            sums[i] = all(i + task);
+        for (size_t step = 0; step < a->steps; step++) {
+            UNROLL
+            for (size_t i = 0; i < 16; i++)
+                sums[i] = sums[i] * x + y;
+        }
+        for (size_t i = 1; i < 16; i++)
+            sums[0] += sums[i];
+        a->out[task] = sum(sums[0]); /* used, or the compiler would leave it all out */
+    }
+}
+
+static void fma_peak(const void *args)
+{
+    const struct fma_peak *a = args;
+    *a->flops = 2.0 * 16 * LANES * a->steps * a->tasks;
+    parallel(fma_peak_tasks, a, a->tasks, 1);
+}
+
+/* Reads x once; out takes a sum for each of the tasks. */
+static void read_memory_tasks(const void *args, size_t begin, size_t end)
+{
+    const struct read_memory *a = args;
+    const size_t length = a->n / a->tasks;
+    for (size_t task = begin; task < end; task++) {
+        vec sums[8] = {{0}};
+        for (size_t i = task * length; i + 8 * LANES <= (task + 1) * length; i += 8 * LANES) {
+            UNROLL
+            for (size_t k = 0; k < 8; k++)
+                sums[k] += load(a->x + i + k * LANES);
+        }
+        for (size_t k = 1; k < 8; k++)
+            sums[0] += sums[k];
+        a->out[task] = sum(sums[0]);
+    }
+}
+
+static void read_memory(const void *args)
+{
+    const struct read_memory *a = args;
+    parallel(read_memory_tasks, a, a->tasks, 1);
+}

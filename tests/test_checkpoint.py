@@ -1,0 +1,398 @@
+"""Folders and files: what is written comes back, what is wrong is one line, what was there is not lost.
+
+TINYGPT_FUZZ=10000 sets the number of mutated files.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygpt import checkpoint
+from tinygpt import tokenizer as tokenizers
+from tinygpt.atomic import replacing
+from tinygpt.errors import UserError
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.optim import AdamW
+
+FUZZ = int(os.environ.get("TINYGPT_FUZZ", 400))
+TOKENIZER = tokenizers.CharTokenizer.train("abcdefghijk\n")
+CONFIG = GPTConfig(vocab_size=12, block_size=6, n_layer=2, n_head=2, n_embd=8, dropout=0.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    model: GPTConfig
+    rate: float = 0.5
+    names: tuple[str, ...] = ("a", "b")
+
+
+def make(**changes) -> GPT:
+    return GPT(dataclasses.replace(CONFIG, **changes), np.random.default_rng(0))
+
+
+def write(path: Path, tensors: dict[str, tuple[str, tuple, bytes]], metadata: dict | None = None) -> None:
+    """safetensors by hand: name -> (type, shape, bytes)."""
+    header, data = {} if metadata is None else {"__metadata__": metadata}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def tensors(model: GPT, prefix="transformer.") -> dict[str, tuple[str, tuple, bytes]]:
+    return {prefix + name: ("F32", p.shape, p.tobytes()) for name, p in model.params.items()}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    checkpoint.save(tmp_path, make(), TOKENIZER)
+    return tmp_path
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    for word in words:
+        assert word in str(error.value)
+
+
+# --- what is written comes back -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_model_comes_back(tmp_path, post_norm, dtype):
+    """Guards: tensors that change places, settings that are lost, weights rounded twice."""
+    config = dataclasses.replace(CONFIG, post_norm=post_norm, layer_norm_epsilon=1e-6)
+    model = GPT(config, np.random.default_rng(0), dtype)
+    checkpoint.save(tmp_path / "new" / "folder", model, TOKENIZER)
+    again, tokenizer = checkpoint.load(tmp_path / "new" / "folder")
+    assert again.config == config and again.flat.dtype == np.float32
+    assert again.flat.tobytes() == model.flat.astype(np.float32).tobytes()
+    assert tokenizer.tokens == TOKENIZER.tokens
+
+
+def test_the_files_are_what_transformers_expects(folder):
+    """Guards: a key without prefix, a file that transformers refuses for its missing format, wrong ids."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "gpt2" and config["n_positions"] == 6 and config["attn_pdrop"] == 0
+    assert config["bos_token_id"] is None and config["eos_token_id"] is None
+    found, metadata = checkpoint._header(folder / "model.safetensors")
+    assert metadata == {"format": "pt"}
+    assert set(found) == {"transformer." + name for name in make().params}
+    assert sorted(os.listdir(folder)) == sorted(set(checkpoint.FILES) - {"trainer.safetensors"})
+
+
+@pytest.mark.parametrize("layout", ["bare", "masks", "head", "head in half", "shards", "F16", "BF16"])
+def test_the_hubs_layouts(folder, layout):
+    """Guards: each way in which files on the hub differ from ours; half precision misread."""
+    model, path = make(), folder / "model.safetensors"
+    if layout.endswith("16"):  # numbers that both halves hold exactly
+        model.flat[:] = np.round(model.flat * 1000) / 64
+    files = tensors(model, "" if layout == "bare" else "transformer.")
+    if layout == "masks":
+        files |= {f"transformer.h.{i}.attn.bias": ("U8", (1, 1, 6, 6), bytes(36)) for i in range(2)}
+        files |= {f"h.{i}.attn.masked_bias": ("F32", (), bytes(4)) for i in range(2)}
+    if layout.startswith("head"):
+        files["lm_head.weight"] = files["transformer.wte.weight"]
+    if layout == "F16":
+        half = {n: p.astype(np.float16).tobytes() for n, p in model.params.items()}
+        files = {n: ("F16", p.shape, half[n]) for n, p in model.params.items()}
+    if layout == "BF16":
+        half = {n: (p.view(np.uint32) >> 16).astype(np.uint16).tobytes() for n, p in model.params.items()}
+        files = {n: ("BF16", p.shape, half[n]) for n, p in model.params.items()}
+    if layout == "shards":
+        path.unlink()
+        names = list(files)
+        parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+        for name, part in parts.items():
+            write(folder / name, {n: files[n] for n in part})
+        index = {"weight_map": {n: name for name, part in parts.items() for n in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        write(path, files)
+    assert checkpoint.load(folder)[0].flat.tobytes() == model.flat.tobytes()
+
+
+def test_loading_takes_the_memory_of_the_weights(tmp_path):
+    """Guards: a second copy of everything, which for GPT-2 XL is 6 GB."""
+    model = make(n_embd=256, n_layer=8)
+    checkpoint.save(tmp_path, model, TOKENIZER)
+    size = model.flat.nbytes
+    tracemalloc.start()
+    checkpoint.load(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * size + (8 << 20)  # and two parts of a tensor, 4 MB each
+
+
+def test_a_run_comes_back(tmp_path):
+    """Guards: moments that change places, a step that is lost, settings of another type."""
+    optimizer = AdamW(make())
+    for part in (optimizer.m, optimizer.v):
+        part[:] = np.random.default_rng(1).normal(size=part.shape)
+    optimizer.steps = 41
+    settings = Settings(CONFIG, 0.25, ("x",))
+    checkpoint.save_trainer(tmp_path, optimizer, settings)
+    assert checkpoint.read_settings(tmp_path, Settings) == settings
+    again = AdamW(GPT(CONFIG))
+    checkpoint.load_trainer(tmp_path, again)
+    assert again.steps == 41 and again.model.flat.tobytes() == optimizer.model.flat.tobytes()
+    assert again.m.tobytes() == optimizer.m.tobytes() and again.v.tobytes() == optimizer.v.tobytes()
+
+
+# --- what is wrong is one line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("model_type", "llama"), ("model_type", None), ("activation_function", "gelu"), ("n_inner", 31),
+    ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False), ("add_cross_attention", True),
+    ("tie_word_embeddings", False), ("quantization_config", {"bits": 4}), ("pruned_heads", {"0": [1]}),
+    ("layer_norm_epsilon", 0), ("layer_norm_epsilon", float("nan")), ("n_head", 3), ("resid_pdrop", 1.5),
+    ("n_embd", "8"), ("n_embd", True), ("n_layer", 2.0), ("vocab_size", -1), ("n_positions", [6]),
+])  # fmt: skip
+def test_a_config_that_means_another_model(folder, field, value):
+    """Guards: a model that loads and computes something else."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    ours = {"n_positions": "block_size", "resid_pdrop": "dropout"}
+    refused(folder, str(folder), ours.get(field, field))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"vocab_size": 13}, ["wte.weight", "(12, 8)", "(13, 8)"]),
+    ({"n_positions": 7}, ["wpe.weight"]),
+    ({"n_layer": 1}, ["h.1."]),
+    ({"n_layer": 3}, ["h.2."]),
+    ({"n_embd": 10**9}, ["wte.weight"]),
+    ({"n_embd": 2 * 10**30}, ["wte.weight"]),
+    ({"n_layer": 10**12}, ["n_layer"]),
+    ({"model_type": "openai-gpt"}, ["tokens_embed.weight"]),
+], ids=str)  # fmt: skip
+def test_a_config_that_disagrees_with_the_tensors(folder, change, words):
+    """Guards: a traceback from reshape, and memory asked for because a forged number says so."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    tracemalloc.start()
+    refused(folder, *words)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("name", "tensor", "words"), [
+    ("transformer.wpe.weight", None, ["wpe.weight"]),
+    ("transformer.score.weight", ("F32", (1,), bytes(4)), ["score.weight"]),
+    ("transformer.wpe.weight", ("F64", (6, 8), bytes(384)), ["F64"]),
+    ("transformer.wpe.weight", ("I32", (6, 8), bytes(192)), ["I32"]),
+    ("transformer.wpe.weight", ("F32", (8, 6), bytes(192)), ["wpe.weight", "(8, 6)"]),
+    ("lm_head.weight", ("F32", (12, 8), bytes(384)), ["lm_head.weight", "tied"]),
+    ("lm_head.weight", ("F32", (8, 12), bytes(384)), ["lm_head.weight", "tied"]),
+], ids=str)  # fmt: skip
+def test_tensors_that_are_not_the_models(folder, name, tensor, words):
+    """Guards: an untied head, a reward head or integers that are silently ignored."""
+    files = tensors(make()) | {name: tensor}
+    write(folder / "model.safetensors", {n: t for n, t in files.items() if t})
+    refused(folder, str(folder), *words)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\x02", b"PK\x03\x04 a zip of pickles", (2**60).to_bytes(8, "little") + b"{}", bytes(8), b"\xff" * 99,
+    (2).to_bytes(8, "little") + b"{}", (20000).to_bytes(8, "little") + b"[" * 20000,
+    b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}',
+], ids=lambda content: str(content[:12]))  # fmt: skip
+def test_files_that_are_no_safetensors(folder, content):
+    """Guards: a traceback, a crash, or gigabytes for a header that a forged length promises."""
+    (folder / "model.safetensors").write_bytes(content)
+    tracemalloc.start()
+    refused(folder, str(folder))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("removed", "words"), [
+    ("config.json", ["config.json"]), ("model.safetensors", ["model.safetensors"]),
+    ("tokenizer.json", ["tokenizer.json"]),
+])  # fmt: skip
+def test_a_folder_without_a_file(folder, removed, words):
+    """Guards: an error that names a function instead of the file."""
+    (folder / removed).unlink()
+    refused(folder, *words)
+    refused(folder / "nowhere", "no such folder")
+    if removed == "model.safetensors":
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        refused(folder, "pytorch_model.bin", "save_pretrained")
+
+
+@pytest.mark.parametrize("index", [
+    [], {}, {"weight_map": ["a"]}, {"weight_map": {"a": "../secret.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}},
+    {"weight_map": {"a": 1}}, {"weight_map": {}}, {"weight_map": {"a": ".."}}, {"weight_map": {"a": ""}},
+    {"weight_map": {"a": "missing.safetensors"}}, {"weight_map": {"a": "x\0"}},
+], ids=str)  # fmt: skip
+def test_an_index_that_leads_elsewhere(folder, index):
+    """Guards: a downloaded folder that makes us open files outside of it."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as error:
+        checkpoint.load(folder)
+    assert "passwd" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_model(folder):
+    """Guards: ids outside the token table, found only when such a text is met."""
+    tokenizers.CharTokenizer.train("abcdefghijklmnop\n").save(folder)
+    refused(folder, "tokenizer", "17", "12")
+
+
+@pytest.mark.parametrize(("state", "words"), [
+    (None, ["is not a run"]), ("nonsense", ["is not a run"]), ("[]", ["is not a run"]), ("3", ["is not a run"]),
+    ({"step": -1}, ["is not a run"]), ({"step": 1.5}, ["is not a run"]), ({"step": "1"}, ["is not a run"]),
+    ({"settings": []}, ["JSON object"]), ({"settings": {}}, ["incomplete"]),
+    ({"settings": {"model": {}, "what": 1}}, ["what"]), ({"settings": {"model": {"n_embd": 7}}}, ["n_head"]),
+    ({"settings": {"model": {"n_embd": 10**9, "n_head": 1}}}, ["weights"]),
+    ({"settings": {"model": {"n_layer": 10**12}}}, ["weights"]),
+    ({"settings": {"model": {}, "rate": "fast"}}, ["rate"]), ({"settings": {"model": {}, "names": [1]}}, ["names"]),
+    ({"settings": {"model": {}, "rate": 10**400}}, ["rate"]),
+], ids=str)  # fmt: skip
+def test_a_run_that_is_none(tmp_path, state, words):
+    """Guards: a forged or foreign trainer.safetensors that crashes, or makes us ask for memory."""
+    checkpoint.save_trainer(tmp_path, AdamW(make()), Settings(CONFIG))
+    path = tmp_path / "trainer.safetensors"
+    parts = {name: ("F32", t.shape, bytes(4 * t.shape[0])) for name, t in checkpoint._header(path)[0].items()}
+    if isinstance(state, dict):
+        state = json.dumps({"step": 3, "settings": {"model": dataclasses.asdict(CONFIG)}} | state)
+    write(path, parts, {} if state is None else {"tinygpt": state})
+    tracemalloc.start()
+    with pytest.raises(UserError) as error:
+        checkpoint.read_settings(tmp_path, Settings)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+    assert all(word in str(error.value) for word in words), str(error.value)
+    with pytest.raises(UserError, match="nothing to resume"):
+        checkpoint.read_settings(tmp_path / "nowhere", Settings)
+
+
+# --- mutated files ------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    None, True, -1, 0, 1, 7, 10**9, 2**63, 10**40, 1.5, 1e308, float("nan"), float("inf"), "", "x", "F64", "\ud800",
+    [], [0], [[[]]], {}, {"a": 1}, [2**62, 2**62], [-1, 4],
+]  # fmt: skip
+
+
+def mutated_bytes(raw: bytes, rng: random.Random) -> bytes:
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        at, size = rng.randrange(len(raw) + 1), rng.choice([0, 1, 1, 2, 8, 100])
+        if rng.random() < 0.7:  # most of it where it hurts
+            at = min(at, rng.randrange(2000))
+        raw[at : at + size] = rng.randbytes(rng.choice([0, size, size, 1, 8]))
+    return bytes(raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.2 else raw)
+
+
+def mutated_json(value, rng: random.Random):
+    """The value with one thing in it, at any depth, replaced, removed or doubled."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
+        return rng.choice(HOSTILE)
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key, value = rng.choice(keys), value.copy()
+    action = rng.random()
+    if action < 0.1:
+        del value[key]
+    elif action < 0.2 and isinstance(value, dict):
+        value[rng.choice(["x", "\ud800", "transformer.wte.weight", "__metadata__"])] = value[key]
+    else:
+        value[key] = mutated_json(value[key], rng)
+    return value
+
+
+def mutate(path: Path, rng: random.Random) -> None:
+    raw = path.read_bytes()
+    if rng.random() < 0.4:
+        path.write_bytes(mutated_bytes(raw, rng))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(mutated_json(json.loads(raw), rng)))
+    else:
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + size])
+        if path.name == "trainer.safetensors" and rng.random() < 0.5:
+            state = mutated_json(json.loads(header["__metadata__"]["tinygpt"]), rng)
+            header["__metadata__"]["tinygpt"] = json.dumps(state)
+        else:
+            header = mutated_json(header, rng)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "trainer.safetensors"])
+def test_mutated_files_load_or_are_one_line(folder, name):
+    """Guards: whatever nobody thought of: a crash, another exception, a huge allocation, several lines."""
+    checkpoint.save_trainer(folder, AdamW(make()), Settings(CONFIG))
+    original, outcomes = (folder / name).read_bytes(), {"loaded": 0, "refused": 0}
+    tracemalloc.start()
+    for seed in range(FUZZ // 4):
+        (folder / name).write_bytes(original)
+        mutate(folder / name, random.Random(f"{name} {seed}"))
+        tracemalloc.reset_peak()
+        try:
+            if name == "trainer.safetensors":
+                settings = checkpoint.read_settings(folder, Settings)
+                checkpoint.load_trainer(folder, AdamW(GPT(settings.model)))
+            else:
+                checkpoint.load(folder)
+            outcomes["loaded"] += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, (seed, str(error))
+            outcomes["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20, seed
+    tracemalloc.stop()
+    assert outcomes["refused"] > FUZZ // 10 and outcomes["loaded"], outcomes
+
+
+# --- what was there is not lost -----------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """Guards: half a file under the real name; leftovers that fill the disk."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as beside:
+        beside.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with replacing(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(folder):
+    """Guards: the last good model truncated by the save that did not fit. A limit on file sizes is the disk."""
+    resource = pytest.importorskip("resource")
+    optimizer = AdamW(make())
+    checkpoint.save_trainer(folder, optimizer, Settings(CONFIG))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    optimizer.model.flat[:] += 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 5000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            for save in (
+                lambda: checkpoint.save_trainer(folder, optimizer, Settings(CONFIG)),
+                lambda: checkpoint.save(folder, optimizer.model, TOKENIZER),
+            ):
+                with pytest.raises(UserError, match=re.escape(str(folder))):
+                    save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

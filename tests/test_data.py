@@ -1,0 +1,169 @@
+"""Text files, token streams and batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygpt import data
+from tinygpt.errors import UserError
+from tinygpt.tokenizer import BPETokenizer, CharTokenizer
+
+SHAKESPEARE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
+TEXT = "A b\n\n c  d'll\te\u00a0 \u2009f\n g\u3042\u3044 \u3046\r\n  \n\n '\u00e9\u00e9 \u001c x \U0001f600 zzz  " * 3
+
+
+def text(documents) -> list[str]:
+    return ["".join(document) for document in documents]
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+def test_a_folders_texts_in_the_order_of_their_names(tmp_path):
+    """Guards: an order that depends on the disk, binaries and hidden files taken for text."""
+    for name in ("b.txt", "a/z.md", "a/y.rst", ".git/c.txt", ".hidden.txt", "image.png", "c.TXT.bak"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    assert text(data.documents([tmp_path])) == ["a/y.rst", "a/z.md", "b.txt"]
+    assert text(data.documents([tmp_path / "b.txt", tmp_path / "a"])) == ["b.txt", "a/y.rst", "a/z.md"]
+    assert text(data.documents([tmp_path / "image.png"])) == ["image.png"]  # named by the user, so it is text
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty file", "no text", "device"])
+def test_what_is_no_text_is_one_line(tmp_path, kind):
+    """Guards: a traceback, or training on nothing."""
+    (tmp_path / "empty file").touch()
+    (tmp_path / "no text").mkdir()
+    path = Path("/dev/null") if kind == "device" else tmp_path / kind
+    with pytest.raises(UserError, match=path.name) as error:
+        data.documents([path])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize(("content", "offset"), [
+    (b"ab \xff cd", 3), ("é 東京 ".encode() + b"\xe6\x9d", 10), ("é 東 ".encode() + b"\xe6\x9d x", 7), (b"\x80", 0),
+    (b"\xef\xbb\xbfa\xc3", 4),
+])  # fmt: skip
+def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, monkeypatch, chunk, content, offset):
+    """Guards: an offset within a chunk instead of the file's, a cut-off character at the end let through."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"bad.txt: byte {offset} is not UTF-8"):
+        list(data.TextFile(path))
+
+
+@pytest.mark.parametrize("chunk", [*range(1, 12), 50])
+def test_reading_in_chunks_changes_no_token(tmp_path, monkeypatch, chunk):
+    """Guards: a word, a run of spaces or a character that is torn by a chunk's end."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    tokenizer = BPETokenizer.train(TEXT, 330)
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    chunks = list(data.TextFile(path))
+    assert "".join(chunks) == TEXT and (len(chunks) > 9 or chunk == 50)
+    assert np.concatenate([tokenizer.encode(chunk) for chunk in chunks]).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_the_mark_at_a_files_beginning_is_no_text(tmp_path, monkeypatch, chunk):
+    """Guards: U+FEFF as a character of the vocabulary; but only the first is a mark."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes("\ufeffab \ufeffc".encode())
+    assert text(data.documents([tmp_path])) == ["ab \ufeffc"]
+
+
+def test_pythons_own_texts():
+    """Guards: a corpus that differs from run to run, that is too small, or whose vocabulary is too large."""
+    texts = data.python_texts()
+    assert sum(map(len, texts)) > 1_000_000
+    assert len(set("".join(texts))) <= 96
+    assert len(set(texts)) == len(texts)
+    assert any("The \"try\" statement" in t or '"try" statement' in t for t in texts)  # a topic
+    assert any("Serialize ``obj`` to a JSON formatted" in t for t in texts)  # a docstring
+    assert texts == data.python_texts()
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_kept_apart(tmp_path):
+    """Guards: the last word of a document that goes on in the next."""
+    documents = [["ab", "c"], ["a"]]
+    char = CharTokenizer.train(data.joined(documents))
+    assert char.decode(data.stream(documents, char, tmp_path)[0]) == "abc\n\na"
+    bpe = BPETokenizer.train("abc", 257)
+    assert bpe.decode(data.stream(documents, bpe, tmp_path)[0]) == "abc<|endoftext|>a"
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_a_stream_on_disk_is_the_one_in_memory(tmp_path, vocab_size):
+    """Guards: chunks lost where memory ends and the file begins, ids over 65535 cut to two bytes."""
+    tokenizer = BPETokenizer.train(TEXT, 300)
+    tokenizer.tokens += [b"?"] * (vocab_size - tokenizer.vocab_size)
+    documents = [[TEXT, " " + TEXT], [TEXT]]
+    memory, mark = data.stream(documents, tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
+    disk, again = data.stream(documents, tokenizer, tmp_path, in_memory=100)
+    assert isinstance(disk, np.memmap) and mark == again
+    assert disk.dtype == memory.dtype == (np.uint16 if vocab_size == 300 else np.uint32)
+    assert disk.tolist() == memory.tolist()
+
+
+def test_a_stream_on_disk_is_found_again_and_only_for_its_text(tmp_path, monkeypatch):
+    """Guards: encoding gigabytes anew on each resume, and training on the ids of another text."""
+    tokenizer = BPETokenizer.train(TEXT, 300)
+    first, mark = data.stream([[TEXT]], tokenizer, tmp_path, in_memory=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", None)  # whoever calls it fails
+        again, _ = data.stream([[TEXT[:9], TEXT[9:]]], tokenizer, tmp_path, in_memory=10)
+    assert again.tolist() == first.tolist()
+    other, other_mark = data.stream([[TEXT + "x"]], tokenizer, tmp_path, in_memory=10)
+    assert other_mark != mark and tokenizer.decode(other) == TEXT + "x"
+    assert data.fingerprint([[TEXT]], BPETokenizer.train(TEXT, 270)) != mark
+    assert len(list(tmp_path.iterdir())) == 1  # the old text's is not kept
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def test_split_and_blocks_are_nanogpts():
+    """Guards: a validation part that leaks into training, a block that is left out or counted twice."""
+    tokens = np.arange(1001, dtype=np.uint16)
+    train, val = data.split(tokens, 7)
+    assert len(train) == 900 and val.tolist() == list(range(900, 1001))
+    blocks = list(data.consecutive_blocks(val, 4, 7))
+    ids, targets = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    assert [len(b[0]) for b in blocks] == [4, 4, 4, 2] and ids.dtype == targets.dtype == np.int32
+    assert ids.ravel().tolist() == list(range(900, 998)) and (targets == ids + 1).all()
+
+
+def test_tiny_shakespeare_has_1742_blocks(tmp_path):
+    """Guards: a whole-split validation loss that is over another split than nanoGPT's."""
+    if not SHAKESPEARE.exists():
+        pytest.skip("needs tiny Shakespeare")
+    documents = data.documents([SHAKESPEARE])
+    tokenizer = CharTokenizer.train(data.joined(documents))
+    train, val = data.split(data.stream(documents, tokenizer, tmp_path)[0], 64)
+    assert (tokenizer.vocab_size, len(train), len(val)) == (65, 1_003_854, 111_540)
+    assert sum(len(ids) for ids, _ in data.consecutive_blocks(val, 12, 64)) == 1742
+
+
+@pytest.mark.parametrize(("count", "block"), [(10, 9), (80, 8), (0, 1)])
+def test_a_split_shorter_than_a_block_is_one_line(count, block):
+    """Guards: a division by zero, or a run that never sees a validation loss."""
+    with pytest.raises(UserError, match=f"a block of {block} needs {block + 1}"):
+        data.split(np.zeros(count, np.uint16), block)
+
+
+def test_random_blocks_reach_every_place():
+    """Guards: a last token that is never a target, a first that is never read, targets that are not next."""
+    tokens = np.arange(20, dtype=np.uint16)
+    ids, targets = data.random_blocks(tokens, 500, 4, np.random.default_rng(0))
+    assert ids.shape == (500, 4) and ids.dtype == np.int32
+    assert (targets == ids + 1).all() and ids.min() == 0 and targets.max() == 19
+    again, _ = data.random_blocks(tokens, 500, 4, np.random.default_rng(0))
+    assert (ids == again).all()

@@ -1,0 +1,307 @@
+"""The C core against the textbook: odd sizes, extreme inputs, strides, threads, instruction sets, processes.
+
+The reference is `ops.py` in float64 on the same numbers: a figure is the C core's own error, without NumPy's.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tinygpt import kernels, ops
+from tinygpt.errors import UserError
+from tinygpt.gradcheck import is_float
+
+SIZES = [1, 3, 7, 17, 33, 65, 129, 257]
+LIMIT = {np.float32: 1e-5, np.float64: 1e-12}  # of max|C - NumPy| / max|NumPy|
+needs_c = pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def c(request):
+    """The C backend, with each instruction set that this machine has."""
+    if "c" not in kernels.available():
+        pytest.skip("the C core is not built here")
+    if not kernels.lib.tinygpt_choose_isa(request.param.encode()):
+        pytest.skip(f"no {request.param} here")
+    yield kernels
+    kernels.lib.tinygpt_choose_isa(kernels.isa.encode())
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def dtype(request):
+    return request.param
+
+
+def error(got, expected, unit: float = 0.0) -> float:
+    """max|difference| / max|expected|, the worst of a tuple; infinity for NaN. Where all that is expected is
+    zero, terms of size `unit` were to cancel, and the difference is compared with that."""
+    if isinstance(expected, tuple):
+        return max(error(g, e, unit) for g, e in zip(got, expected, strict=True))
+    assert got.shape == expected.shape
+    gap = np.abs(got.astype(np.float64) - expected).max(initial=0)
+    top = np.abs(expected).max(initial=0) or unit
+    return 0.0 if gap == 0 else float(gap / top) if gap < np.inf and top else np.inf
+
+
+def compare(c, name, dtype, inputs, dout, unit=0.0):
+    """Forward and backward of one operation in both backends."""
+    results = []
+    for backend, kind in ((c, dtype), (ops, np.float64)):
+        cast = [a.astype(dtype).astype(kind) if is_float(a) else a for a in (*inputs, dout)]
+        out, cache = getattr(backend, f"{name}_forward")(*cast[:-1])
+        grads = getattr(backend, f"{name}_backward")(cast[-1], cache)
+        results.append((out, *grads) if isinstance(grads, tuple) else (out, grads))
+    got, expected = results
+    assert all(g.dtype == dtype for g in got)
+    assert error(got, expected, unit) <= LIMIT[dtype]
+
+
+# --- agreement ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0, 1, 1e4])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("name", ["embedding", "layernorm", "gelu", "residual", "dropout", "cross_entropy"])
+def test_rows(c, rng, dtype, name, n, scale):
+    """Sizes around every vector width leave every possible tail; 0 and 1e4 are where shortcuts break."""
+    x, dout = scale * rng.standard_normal((5, n)), rng.standard_normal((5, n))
+    inputs = {
+        "embedding": (rng.integers(0, 3, (5,)), x),
+        "layernorm": (x, rng.standard_normal(n), rng.standard_normal(n)),
+        "gelu": (x,),
+        "residual": (x, dout),
+        "dropout": (x, 0.3, 12345),
+        "cross_entropy": (x, rng.integers(0, n, 5)),
+    }[name]
+    unit = 316 * np.abs(dout).max()  # layernorm of one channel: dx = rstd (dout - dout), rstd = 1e-5**-0.5
+    compare(c, name, dtype, inputs, dout[:, 0] if name == "cross_entropy" else dout, unit)
+
+
+@pytest.mark.parametrize("D", [1, 16, 33])
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 65), (7, 17), (33, 33), (129, 257)])
+def test_attention(c, rng, dtype, T, S, D):
+    q, k, v = (rng.standard_normal((2, n, 2 * D)) for n in (T, S, S))
+    start = np.sort(rng.integers(0, S, (2, T)))
+    for more in ((), (start,), (start + 1, 1)):
+        # a query that sees one key gives dq = scale (dout v - dout v) k
+        compare(c, "attention", dtype, (q, k, v, 2, *more), rng.standard_normal(q.shape), unit=1.0)
+
+
+@pytest.mark.parametrize("scale", [0, 1e4])
+def test_attention_at_extremes(c, rng, dtype, scale):
+    """Scores of 0 make every key equal; at 1e8 one takes all, and exp of anything else must not overflow."""
+    q, k, v = scale * rng.standard_normal((3, 2, 33, 34))
+    compare(c, "attention", dtype, (q, k, v, 2), rng.standard_normal(q.shape), unit=scale**2)
+
+
+GEMMS = [(1, 1, 1), (3, 7, 17), (17, 1, 33), (1, 257, 33), (65, 3, 7), (33, 65, 129), (257, 129, 65)]
+
+
+@pytest.mark.parametrize("M, N, K", GEMMS)
+@pytest.mark.parametrize("scale", [0, 1, 1e4])
+def test_linear(c, rng, dtype, M, N, K, scale):
+    """The three products NN (out), NT (dx) and TN (dw), of which every training step consists."""
+    w, b = rng.standard_normal((K, N)), rng.standard_normal(N)
+    compare(c, "linear", dtype, (scale * rng.standard_normal((M, K)), w, b), rng.standard_normal((M, N)))
+
+
+@pytest.mark.parametrize("M, N, K", GEMMS)
+def test_the_tied_head(c, rng, dtype, M, N, K):
+    """A weight that is a transposed view, and a gradient written through one."""
+    x, table, dout = (rng.standard_normal(s).astype(dtype) for s in ((M, K), (N, K), (M, N)))
+    out, cache = c.linear_forward(x, table.T)
+    dtable = np.empty_like(table)
+    dx, dw, db = c.linear_backward(dout, cache, dw=dtable.T, db=False)
+    expected, (ex_dx, ex_dw, _) = ops.linear_forward(x, table.T)[0], ops.linear_backward(dout, (x, table.T))
+    assert error((out, dx, dtable), (expected, ex_dx, ex_dw.T)) <= LIMIT[dtype]
+    assert np.shares_memory(dw, dtable)
+    assert db is False
+
+
+@pytest.mark.parametrize("n", [*SIZES, 100_003])
+def test_the_optimizers_passes(c, rng, dtype, n):
+    state = [rng.standard_normal(n).astype(dtype) for _ in range(3)] + [rng.random(n).astype(dtype)]
+    settings = {"step": 3, "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    mine, reference = [a.copy() for a in state], [a.astype(np.float64) for a in state]
+    c.adamw(*mine, **settings, scale=0.5)
+    ops.adamw(*reference, **settings, scale=0.5)
+    assert error(tuple(mine), tuple(reference)) <= LIMIT[dtype]
+    assert c.sum_of_squares(state[0]) == pytest.approx(ops.sum_of_squares(state[0]), rel=1e-7)
+
+
+def test_gelu_far_out(c, dtype):
+    """llm.c 19: -Ofast broke GELU at large inputs."""
+    x = np.array([-1e4, -88.5, -30, -20, -10.1, -5, -1e-4, -0.0, 1e-30, 5, 10.1, 20, 30, 88.5, 1e4])
+    compare(c, "gelu", dtype, (x,), np.ones_like(x))
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def test_queries_keys_and_values_are_views(c, rng, dtype):
+    """As in the model: three views of one (B, T, 3C) buffer, and their gradients written into another."""
+    C, dout = 34, rng.standard_normal((2, 9, 34)).astype(dtype)
+    qkv, dqkv = rng.standard_normal((2, 9, 3 * C)).astype(dtype), np.full((2, 9, 3 * C), np.nan, dtype)
+    views, grads = ([a[..., i * C : (i + 1) * C] for i in range(3)] for a in (qkv, dqkv))
+    out, cache = c.attention_forward(*views, 2, out=np.empty_like(dout))
+    c.attention_backward(dout, cache, *grads)
+    alone, cache = c.attention_forward(*(np.ascontiguousarray(v) for v in views), 2)
+    np.testing.assert_array_equal(out, alone)
+    np.testing.assert_array_equal(dqkv, np.concatenate(c.attention_backward(dout, cache), -1))
+
+
+def test_no_rows(c, dtype):
+    """A batch of nothing: gradients of weights are zero, not what was in memory."""
+    w, nothing = np.ones((4, 3), dtype), np.empty((0, 4), dtype)
+    out, cache = c.linear_forward(nothing, w, np.ones(3, dtype))
+    assert out.shape == (0, 3)
+    dw, db = np.full((4, 3), np.nan, dtype), np.full(3, np.nan, dtype)
+    dx, dw, db = c.linear_backward(out, cache, dw=dw, db=db)
+    assert dx.shape == (0, 4)
+    np.testing.assert_array_equal(dw, 0)
+    np.testing.assert_array_equal(db, 0)
+
+
+@needs_c
+@pytest.mark.parametrize("call", [
+    lambda x: kernels.linear_forward(x, np.ones((5, 3))),
+    lambda x: kernels.layernorm_forward(x, np.ones(5), np.ones(4)),
+    lambda x: kernels.residual_forward(x, np.ones((2, 5))),
+    lambda x: kernels.gelu_forward(x, out=np.empty((2, 5))),
+    lambda x: kernels.gelu_forward(x, out=np.empty((2, 4), np.float32)),
+    lambda x: kernels.gelu_forward(x, out=np.empty((4, 2)).T),
+    lambda x: kernels.attention_forward(x[None], x[None, :1], x[None, :1], 2),
+    lambda x: kernels.attention_forward(x[None], x[None], x[None], 3),
+    lambda x: kernels.cross_entropy_forward(x, np.zeros(3, int)),
+])  # fmt: skip
+def test_shapes_are_checked_before_c_sees_them(call):
+    """In C a wrong shape is not an error but somebody else's memory."""
+    with pytest.raises(ValueError):
+        call(np.ones((2, 4)))
+
+
+# --- threads and processes ---------------------------------------------------------------------------------
+
+TRAIN = """
+    import hashlib, numpy as np
+    from tinygpt import kernels
+    from tinygpt.model import GPT, GPTConfig
+    rng = np.random.default_rng(0)
+    model = GPT(GPTConfig(101, 33, 2, 2, 66, dropout=0.1), rng)
+    ids = rng.integers(101, size=(5, 34))
+    flat, grads = model.gradients()
+    m, v = np.zeros_like(flat), np.zeros_like(flat)
+    for step in range(1, 6):
+        loss = model.loss(ids[:, :-1], ids[:, 1:], None, grads, rng=np.random.default_rng(step))
+        scale = min(1, 1 / model.ops.sum_of_squares(flat) ** 0.5)
+        model.ops.adamw(model.flat, flat, m, v, step=step, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8,
+                        weight_decay=0.1, scale=scale)
+    print(loss, hashlib.sha256(model.flat.tobytes()).hexdigest())
+"""
+
+
+def python(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a program in a fresh interpreter, with only these TINYGPT_ variables; a hang fails the test."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TINYGPT_")}
+    path = os.pathsep.join(filter(None, [os.getcwd(), kept.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        env={**kept, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@needs_c
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads():
+    runs = {n: python(TRAIN, TINYGPT_THREADS=n, TINYGPT_BACKEND="c").stdout for n in "1237"}
+    assert len(runs["1"].split()) == 2
+    assert len(set(runs.values())) == 1, runs
+
+
+@needs_c
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set_trains_alike(isa):
+    """Not to the same bytes: each adds in its own order."""
+    run = python(TRAIN, TINYGPT_ISA=isa)
+    if "not an instruction set of this machine" in run.stderr:
+        pytest.skip(f"no {isa} here")
+    expected = float(python(TRAIN, TINYGPT_BACKEND="numpy").stdout.split()[0])
+    assert float(run.stdout.split()[0]) == pytest.approx(expected, rel=1e-5)
+
+
+@needs_c
+def test_python_threads_may_call_at_the_same_time(rng):
+    """The pool serves one caller; the others do their work alone, with the same answers."""
+    x, w = rng.standard_normal((200, 150)), rng.standard_normal((150, 170))
+    expected, _ = kernels.linear_forward(x, w)
+    with ThreadPoolExecutor(4) as pool:
+        for out, _ in pool.map(lambda _: kernels.linear_forward(x, w), range(200)):
+            np.testing.assert_array_equal(out, expected)
+
+
+@needs_c
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_can_compute():
+    """The child has none of its parent's threads: waiting for them would hang, as multiprocessing may."""
+    run = python("""
+        import os, warnings, numpy as np
+        from tinygpt import kernels
+        warnings.simplefilter("ignore")  # Python 3.12 warns of fork where there are threads
+        x = np.ones((300, 300))
+        expected = kernels.linear_forward(x, x)[0]
+        for _ in range(5):
+            if not (child := os.fork()):
+                os._exit(not (kernels.linear_forward(x, x)[0] == expected).all())
+            assert os.waitpid(child, 0)[1] == 0
+            assert (kernels.linear_forward(x, x)[0] == expected).all()
+        print("done")
+    """, TINYGPT_THREADS="2")  # fmt: skip
+    assert run.stdout == "done\n", run.stderr
+
+
+# --- choosing ----------------------------------------------------------------------------------------------
+
+
+def test_the_backend_is_chosen_by_name(monkeypatch):
+    monkeypatch.setenv("TINYGPT_BACKEND", "numpy")
+    assert kernels.backend() is ops
+    monkeypatch.setenv("TINYGPT_BACKEND", "fortran")
+    with pytest.raises(UserError, match="TINYGPT_BACKEND is c or numpy"):
+        kernels.backend()
+    assert kernels.backend("numpy") is ops
+
+
+def test_both_backends_have_the_same_functions():
+    for name in dir(ops):
+        if name.endswith(("_forward", "_backward")) or name in ("adamw", "sum_of_squares"):
+            assert callable(getattr(kernels, name)), name
+
+
+@needs_c
+@pytest.mark.parametrize("variable, value", [
+    ("TINYGPT_THREADS", "0"), ("TINYGPT_THREADS", "-1"), ("TINYGPT_THREADS", "two"), ("TINYGPT_ISA", "mmx"),
+])  # fmt: skip
+def test_a_wrong_variable_is_one_line(variable, value):
+    run = python("from tinygpt.cli import main; main()", "gradcheck", **{variable: value})
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert f"{variable}={value}" in run.stderr
+
+
+def test_without_the_c_core_it_works_and_says_so_once():
+    program = """
+        import sys
+        sys.modules["tinygpt._core"] = None  # as where there is no compiler: importing it fails
+        from tinygpt import GPT, GPTConfig, kernels, ops
+        for _ in range(2):
+            assert GPT(GPTConfig(5, 4, 1, 1, 4)).ops is ops
+        print(*kernels.available())
+    """
+    run = python(program)
+    assert run.stdout == "numpy\n", run.stderr
+    assert run.stderr.count("no C core here") == 1
+    assert python(program, TINYGPT_BACKEND="numpy").stderr == ""

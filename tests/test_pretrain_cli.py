@@ -1,0 +1,273 @@
+"""`tinygpt pretrain`: what a user does with it, what goes wrong, and what survives a kill.
+
+TINYGPT_KILLS=100 sets the number of runs that are killed.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tinygpt import checkpoint, data
+from tinygpt.cli import main
+
+KILLS = int(os.environ.get("TINYGPT_KILLS", 4))
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "the cat sat on the mat.\nthe dog lay in the sun.\n" * 40
+TINY = [
+    *("--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4"),
+    *("--max-iters", "60", "--eval-interval", "4", "--warmup-iters", "5", "--learning-rate", "1e-2"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the user is: a folder with text.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+def pretrain(*options: str, status: int = 0) -> str:
+    result = CliRunner().invoke(main, ["pretrain", *map(str, options)])
+    assert result.exit_code == status, result.output + str(result.exception)
+    assert status in (0, 130) or "Traceback" not in result.output
+    return result.output
+
+
+def begin(*options: str) -> str:
+    return pretrain("--data", "text.txt", *TINY, *options)
+
+
+def records(out: str = "out") -> list[dict]:
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def content(path: str | Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(path).iterdir()}
+
+
+# --- what a user does ---------------------------------------------------------------------------------------
+
+
+def test_text_in_model_out(folder):
+    """Guards: the main job."""
+    output = begin()
+    assert "val loss" in output and "A sample:" in output and "tinygpt generate out" in output
+    assert [r["iter"] for r in records()] == list(range(1, 61))
+    assert [r["iter"] for r in records() if "val_loss" in r] == list(range(4, 61, 4))
+    assert records()[-1]["val_loss"] < 1.5 < records()[0]["train_loss"]
+    model, tokenizer = checkpoint.load("out")
+    assert model.config.n_layer == 2 and tokenizer.vocab_size == len(set(TEXT))
+
+
+def test_without_options_it_reads_python(folder, monkeypatch):
+    """Guards: a first command that needs a download or an option."""
+    monkeypatch.setattr(data, "python_texts", lambda: [TEXT, TEXT.upper()])
+    assert "80,98" in pretrain("--max-iters", "1").replace("809,856", "80,98")  # nano: 4 layers, 128 channels
+    assert checkpoint.load("out")[0].config.n_embd == 128
+
+
+@pytest.mark.parametrize("options", [["--tokenizer", "bpe", "--vocab-size", "270"], ["--post-norm"]], ids=str)
+def test_other_models(folder, options):
+    """Guards: an option that is read and not used."""
+    begin(*options, "--dropout", "0.1", "--gradient-accumulation-steps", "2", "--max-iters", "3")
+    model, tokenizer = checkpoint.load("out")
+    assert model.config.post_norm == ("--post-norm" in options) and model.config.dropout == 0.1
+    assert model.config.vocab_size == tokenizer.vocab_size == (len(set(TEXT)) if model.config.post_norm else 270)
+
+
+def test_going_on_from_another_model(folder):
+    """Guards: weights that are initialised anew, a tokenizer trained on the new text, a context cut in the file."""
+    begin("--tokenizer", "bpe", "--vocab-size", "270")
+    Path("other.txt").write_text(TEXT.upper(), encoding="utf-8")
+    few = ["--data", "other.txt", "--max-iters", "2", "--learning-rate", "1e-6", "--block-size", "8"]
+    pretrain("--init-from", "out", "--out", "tuned", *few)
+    (model, tokenizer), (before, old) = checkpoint.load("tuned"), checkpoint.load("out")
+    assert tokenizer.tokens == old.tokens and model.config == before.config
+    assert 0 < np.abs(model.flat - before.flat).max() < 1e-5
+    assert "only 16 positions" in pretrain("--init-from", "out", *few, "--block-size", "17", "--out", "x", status=2)
+    Path("new.txt").write_text("other letters: äöü" * 99, encoding="utf-8")
+    begin("--out", "char", "--max-iters", "1")
+    assert "is not in this vocabulary" in pretrain(
+        "--init-from", "char", "--data", "new.txt", "--out", "y", status=2
+    )
+    pretrain("--init-from", "out", *few, "--out", "out", "--overwrite")  # in its own place
+
+
+def test_resuming_takes_everything_from_the_run(folder, monkeypatch):
+    """Guards: a resumed run that is another run; one that cannot find its text from another folder."""
+    begin("--dropout", "0.1", "--gradient-accumulation-steps", "2", "--out", "whole")
+    saves, save = [], checkpoint.save_trainer
+
+    def stop(*arguments):
+        save(*arguments)
+        saves.append(arguments)
+        if len(saves) == 6:
+            raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_trainer", stop)
+        output = pretrain("--data", "text.txt", *TINY, "--dropout", "0.1", "--gradient-accumulation-steps", "2", status=2)
+    assert "the disk is gone" in output and records()[-1]["iter"] == 20
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    pretrain("--resume", "../out")
+    monkeypatch.chdir(folder)
+    assert content("out")["model.safetensors"] == content("whole")["model.safetensors"]
+    for ours, whole in zip(records("out"), records("whole"), strict=True):
+        assert all(ours[key] == whole[key] for key in whole if key not in ("elapsed_s", "tokens_per_s"))
+    assert sorted(times := [r["elapsed_s"] for r in records()]) == times
+    assert "A sample:" in pretrain("--resume", "out")  # a finished run has nothing left to do
+
+
+def test_resuming_with_the_text_gone_moved_or_changed(folder):
+    """Guards: a run that goes on with another text."""
+    begin("--max-iters", "4")
+    Path("text.txt").rename("moved.txt")
+    assert "text.txt: no such file" in pretrain("--resume", "out", status=2)
+    pretrain("--resume", "out", "--data", "moved.txt")
+    Path("moved.txt").write_text(TEXT + "x", encoding="utf-8")
+    before = content("out")
+    assert "moved.txt: is not the text" in pretrain("--resume", "out", status=2)
+    assert content("out") == before
+    assert "leave out --max-iters, --seed" in pretrain("--resume", "out", "--seed", "1", "--max-iters", "9", status=2)
+    assert "nothing to resume" in pretrain("--resume", ".", status=2)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--batch-size", "0"], "--batch-size"),
+    (["--learning-rate", "-1"], "--learning-rate"),
+    (["--learning-rate", "nan"], "learning_rate"),
+    (["--min-lr", "1"], "min_lr"),
+    (["--n-head", "3"], "n_head 3 does not divide n_embd 16"),
+    (["--data", "missing.txt"], "missing.txt"),
+    (["--data", "empty.txt"], "empty.txt: is empty"),
+    (["--data", "empty"], "empty: has no text"),
+    (["--data", "latin.txt"], "latin.txt: byte 5 is not UTF-8"),
+    (["--data", "text.txt", "--block-size", "999"], "a block of 999 needs 1000"),
+    (["--data", "short.txt"], "give more text or a smaller block size"),
+    (["--preset", "huge"], "nano"),
+    (["--tokenizer", "words"], "words"),
+    (["--tokenizer", "bpe", "--vocab-size", "100"], "vocab_size 100 is too small"),
+    (["--vocab-size", "300"], "--vocab-size"),
+    (["--init-from", "nowhere"], "leave out"),
+    (["--out", "text.txt"], "text.txt: is a file"),
+    (["--out", "text.txt/out"], "text.txt"),
+    (["--out", "model"], "--overwrite"),
+    (["--dropout", "1"], "--dropout"),
+], ids=str)  # fmt: skip
+def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words):
+    """Guards: a traceback, an hour of training before the error, another model lost."""
+    Path("latin.txt").write_bytes("Z\u00fcrich \u00e9".encode("latin-1").replace(b"\xfc", b"ue") * 99)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("too short")
+    Path("empty").mkdir()
+    Path("model").mkdir()
+    Path("model", "model.safetensors").write_text("precious")
+    output = pretrain(*TINY, *(["--data", "text.txt"] if "--data" not in options else []), *options, status=2)
+    (line,) = [line for line in output.splitlines() if not line.startswith(("Usage:", "Try ")) and line]
+    assert words in line and line.startswith(("tinygpt: ", "Error: "))
+    assert content("model") == {"model.safetensors": b"precious"}
+    assert not Path("out").exists() or not content("out")
+
+
+def test_sizes_and_a_model_to_begin_with(folder):
+    """Guards: --n-layer silently ignored beside --init-from."""
+    begin("--max-iters", "1")
+    output = pretrain("--init-from", "out", "--out", "x", "--n-layer", "9", "--preset", "gpt2", status=2)
+    assert "leave out --n-layer, --preset" in output
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(folder):
+    """Guards: an hour of training before the error."""
+    Path("out").mkdir(mode=0o500)
+    assert "read-only" in pretrain("--data", "text.txt", *TINY, status=2)
+
+
+def test_overwriting_needs_to_be_said(folder):
+    """Guards: a model lost to a repeated command, metrics of two runs in one file."""
+    begin("--max-iters", "4")
+    before = content("out")
+    assert "--overwrite" in pretrain("--data", "text.txt", *TINY, status=2)
+    assert content("out") == before
+    pretrain("--data", "text.txt", *TINY, "--max-iters", "4", "--seed", "1", "--overwrite")
+    assert content("out")["model.safetensors"] != before["model.safetensors"] and len(records()) == 4
+
+
+def test_a_run_that_explodes_keeps_what_it_had(folder):
+    """Guards: a checkpoint full of NaN, and no word on what to do."""
+    output = pretrain("--data", "text.txt", *TINY, "--learning-rate", "1e30", "--grad-clip", "0", status=2)
+    assert "lower learning rate" in output.splitlines()[-1]
+    assert np.isfinite(checkpoint.load("out")[0].flat).all()
+
+
+# --- what survives ------------------------------------------------------------------------------------------
+
+
+def start(*options: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", "from tinygpt.cli import main; main()", "pretrain", *options]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+
+
+def wait_for_iterations(run: subprocess.Popen) -> None:
+    while run.poll() is None and (not Path("out/metrics.jsonl").exists() or not content("out")["metrics.jsonl"]):
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_killed_run_comes_out_the_same(folder):
+    """Guards: weights and moments of different updates, half a file, records lost or told twice."""
+    began = time.perf_counter()
+    options = ["--data", "text.txt", *TINY, "--eval-interval", "2"]
+    assert start(*options, "--out", "whole").wait() == 0
+    length = time.perf_counter() - began
+    whole, rng, killed = content("whole")["model.safetensors"], random.Random(0), 0
+    for _ in range(KILLS):
+        shutil.rmtree("out", ignore_errors=True)
+        run = start(*options)
+        time.sleep(length * rng.uniform(0.2, 1))
+        killed += run.poll() is None
+        run.kill()
+        run.communicate()
+        if Path("out/metrics.jsonl").exists():  # from the first iteration on there is a model, whole
+            checkpoint.load("out")
+            run = start("--resume", "out")
+        else:
+            run = start(*options, "--overwrite")
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+        assert content("out")["model.safetensors"] == whole
+        assert [r["iter"] for r in records()] == list(range(1, 61))
+        assert set(content("out")) == {*checkpoint.FILES, "metrics.jsonl"}  # no leftovers
+    assert killed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_says_how_to_go_on(folder):
+    """Guards: a traceback, and the work since the last save lost."""
+    options = ["--data", "text.txt", *TINY, "--eval-interval", "10000", "--max-iters", "10000"]
+    run = start(*options)
+    wait_for_iterations(run)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate()
+    assert run.returncode == 130 and "Traceback" not in output
+    assert output.splitlines()[-1].endswith("tinygpt pretrain --resume out")
+    state = json.loads(checkpoint._header(Path("out/trainer.safetensors"))[1]["tinygpt"])
+    assert 1 <= state["step"] == len(records()) < 10000

@@ -1,0 +1,367 @@
+"""Models on disk: the Hugging Face folder of a GPT-2, and the one file from which training goes on.
+
+A folder has config.json, model.safetensors and the tokenizer's files, as `transformers` writes and reads
+them. A post-norm model is GPT-1's architecture, so it is written as an "openai-gpt". Reading takes what the
+hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated, several
+files, half precision. What would change the computation and is not supported, is refused by name.
+
+trainer.safetensors is a run in the middle: weights, both moments, step and settings. It is one file because a
+run that is killed between two files would have weights and moments of different steps.
+
+Files are data, never code: no pickle. A header or config that lies is found out before memory is asked for.
+Tensors are read one by one into the model's own buffer, so that loading takes the memory of the weights and
+no more.
+
+Not here: pytorch_model.bin, adapters.
+
+Reference: https://github.com/huggingface/safetensors, "Format".
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from . import tokenizer as tokenizers
+from .atomic import replacing
+from .errors import UserError
+from .model import GPT, GPTConfig
+from .optim import AdamW
+
+Array = np.ndarray
+Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
+T = TypeVar("T")
+
+CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetensors"
+FILES = (CONFIG, WEIGHTS, TRAINER, "tokenizer.json", "tokenizer_config.json")
+INDEX = "model.safetensors.index.json"  # in which file each tensor is, where there are several
+
+# --- config.json --------------------------------------------------------------------------------------------
+
+# GPTConfig's fields as config.json calls them; dropout is written under two names and read from one.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "dropout": "resid_pdrop",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+}
+# What else a config may say, each with the values that mean this model; the first is also meant by silence.
+_COMMON = {"tie_word_embeddings": (True,), "quantization_config": (None,), "pruned_heads": (None, {})}
+_SUPPORTED = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        **_COMMON,
+    },
+    "openai-gpt": {"afn": ("gelu",), **_COMMON},  # which is gelu_new there
+}
+_ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+
+
+def _config_json(config: GPTConfig, eos_id: int | None) -> dict:
+    kind = "openai-gpt" if config.post_norm else "gpt2"
+    values = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
+    return {
+        "model_type": kind,
+        "architectures": [_ARCHITECTURES[kind]],
+        **values,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": 0.0,
+        **first,
+        "bos_token_id": eos_id,  # null, or transformers takes GPT-2's 50256
+        "eos_token_id": eos_id,
+    }
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The sizes in a folder's config.json. Raises UserError for one that describes another kind of model."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder")
+    raw = _json_object(path)
+    kind = raw.get("model_type")
+    if kind not in list(_SUPPORTED):  # a list, as a forged kind may have no hash
+        raise UserError(f"{path}: model_type is {_short(kind)}; supported are {' and '.join(_SUPPORTED)}")
+    for name, allowed in _SUPPORTED[kind].items():
+        if name in raw and raw[name] not in allowed:
+            raise UserError(f"{path}: {name} is {_short(raw[name])}; only {allowed[0]} is supported")
+    values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
+    config = from_json(GPTConfig, values | {"post_norm": kind == "openai-gpt"}, str(path))
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: n_inner is {_short(raw['n_inner'])}; only 4 n_embd is supported")
+    if not 0 < config.layer_norm_epsilon < 1:
+        raise UserError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon}; it is between 0 and 1")
+    return config
+
+
+def from_json(cls: type[T], values: object, where: str) -> T:
+    """A dataclass from a JSON object, fields of other dataclasses included.
+
+    Raises UserError for a value of another type than the field's, and what the dataclass itself raises.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: should be a JSON object, is {_short(values)}")
+    hints, built = get_type_hints(cls), {}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint):
+            built[name] = from_json(hint, value, f"{where}: {name}")
+        elif hint == tuple[str, ...] and isinstance(value, list) and all(type(v) is str for v in value):
+            built[name] = tuple(value)
+        elif type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53):
+            built[name] = hint(value)
+        else:
+            raise UserError(f"{where}: {_short(name)} is {_short(value)}, which it cannot be")
+    try:
+        return cls(**built)
+    except TypeError:  # a field without default is missing
+        raise UserError(f"{where}: is incomplete") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Writes the whole folder; `transformers` loads it with from_pretrained.
+
+    The weights come first: where there is no room for them, a model that was there before stays as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder, model)
+    tokenizer.save(folder, model_max_length=model.config.block_size)
+    with replacing(folder / CONFIG) as beside:
+        text = json.dumps(_config_json(model.config, tokenizer.eos_id), indent=2)
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def save_weights(folder: Path, model: GPT) -> None:
+    """Writes model.safetensors, in float32; until it is whole the old one stays."""
+    tensors = {
+        "transformer." + _their_name(name, model.config): np.asarray(p, np.float32)
+        for name, p in model.params.items()
+    }
+    _write(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
+    """The model, float32, and the tokenizer of a folder: tinygpt's, or a GPT-2 as downloaded from the hub.
+
+    Raises UserError for anything that is not exactly such a model.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    found = _tensors_of(folder)
+    head = found.pop("lm_head.weight", None)
+    _check_shapes(found, config, folder)
+    model = GPT(config)
+    for name, p in model.params.items():
+        found[_their_name(name, config)].read(p)
+    if head is not None and not head.equals(model.params["wte.weight"]):
+        raise UserError(f"{folder}: lm_head.weight is not the token table: only a tied head is supported")
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return model, tokenizer
+
+
+def _their_name(name: str, config: GPTConfig) -> str:
+    if config.post_norm:
+        return re.sub("^wte", "tokens_embed", re.sub("^wpe", "positions_embed", name))
+    return name
+
+
+def _tensors_of(folder: Path) -> "dict[str, _Tensor]":
+    """All tensors of a folder under their bare names, without the buffers that hold causal masks."""
+    files = [folder / WEIGHTS]
+    if not files[0].exists():
+        if (folder / "pytorch_model.bin").exists():
+            raise UserError(
+                f"{folder}: has pytorch_model.bin, which can run code when it is opened, and no {WEIGHTS}: "
+                "convert it with transformers' save_pretrained"
+            )
+        if not (folder / INDEX).exists():
+            raise UserError(f"{folder}: has no {WEIGHTS}")
+        names = _json_object(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(map(_is_name, names.values())):
+            raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
+        files = [folder / name for name in sorted(set(names.values()))]
+    tensors = {name: tensor for file in files for name, tensor in _header(file)[0].items()}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
+
+
+def _is_name(value: object) -> bool:
+    """Whether this is the name of a file in the folder, not a path that leads elsewhere."""
+    return isinstance(value, str) and Path(value).name == value
+
+
+def _check_shapes(found: "dict[str, _Tensor]", config: GPTConfig, folder: Path) -> None:
+    if config.n_layer > len(found):  # before the list of names, which a forged number would make endless
+        raise UserError(
+            f"{folder}: {CONFIG} has n_layer {config.n_layer}, but there are {len(found)} tensors"
+        )
+    wanted = {_their_name(name, config): shape for name, shape in config.shapes().items()}
+    for name in [*wanted, *found]:
+        if name not in found:
+            raise UserError(f"{folder}: has no tensor {name}, which {CONFIG} calls for")
+        if name not in wanted:
+            raise UserError(f"{folder}: the tensor {_short(name)} is no part of the model in {CONFIG}")
+        if found[name].shape != wanted[name]:
+            raise UserError(f"{folder}: {name} has shape {found[name].shape}, by {CONFIG} {wanted[name]}")
+
+
+# --- trainer.safetensors ------------------------------------------------------------------------------------
+
+
+def save_trainer(folder: Path, optimizer: AdamW, settings: object) -> None:
+    """Writes all that changes in training, and a dataclass that says what does not, as one file.
+
+    Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
+    """
+    state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
+    tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
+    _write(folder / TRAINER, tensors, {"tinygpt": json.dumps(state)})
+
+
+def read_settings(folder: Path, cls: type[T]) -> T:
+    """The dataclass `cls` that was saved with a run; its field `model` is the GPTConfig.
+
+    Raises UserError where there is no such run, and where the file is too small for the model it tells of.
+    """
+    path = folder / TRAINER
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {TRAINER}, so there is nothing to resume")
+    tensors, _, settings = _read_trainer(path)
+    settings = from_json(cls, settings, str(path))
+    config, size = settings.model, math.prod(tensors["weights"].shape)
+    deepest = (
+        size // 25
+    )  # a layer has 25 weights or more: without this a forged depth would list names for ever
+    if config.n_layer > deepest or sum(map(math.prod, config.shapes().values())) != size:
+        raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
+    return settings
+
+
+def load_trainer(folder: Path, optimizer: AdamW) -> None:
+    """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
+    tensors, step, _ = _read_trainer(folder / TRAINER)
+    for name, out in (("weights", optimizer.model.flat), ("m", optimizer.m), ("v", optimizer.v)):
+        if tensors[name].shape != out.shape:
+            raise UserError(f"{folder / TRAINER}: {name} has shape {tensors[name].shape}, not {out.shape}")
+        tensors[name].read(out)
+    optimizer.steps = step
+
+
+def _read_trainer(path: Path) -> "tuple[dict[str, _Tensor], int, object]":
+    tensors, metadata = _header(path)
+    try:
+        state = json.loads(metadata["tinygpt"])
+        step, settings = state["step"], state["settings"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    if type(step) is not int or step < 0 or tensors.keys() != {"weights", "m", "v"}:
+        raise UserError(f"{path}: is not a run that tinygpt saved")
+    return tensors, step, settings
+
+
+# --- safetensors: 8 bytes of length, a JSON header, the tensors ---------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, out: Array) -> None:
+        """Fills `out`, contiguous and of this shape."""
+        for part, values in self._parts(out):
+            part[:] = values
+
+    def equals(self, other: Array) -> bool:
+        """Whether `other`, contiguous, has this shape and these values."""
+        return self.shape == other.shape and all(np.array_equal(*parts) for parts in self._parts(other))
+
+    def _parts(self, array: Array) -> Iterator[tuple[Array, Array]]:
+        """Yields a part of the array, flat, and the file's values for it, some megabytes at a time."""
+        if self.dtype not in _DTYPES:
+            raise UserError(f"{self.path}: holds {_short(self.dtype)}; supported are {', '.join(_DTYPES)}")
+        stored, convert = _DTYPES[self.dtype]
+        flat = array.reshape(-1)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for i in range(0, flat.size, 1 << 20):
+                part = flat[i : i + (1 << 20)]
+                values = np.fromfile(file, stored, part.size)
+                if values.size != part.size:
+                    raise UserError(f"{self.path}: ends too early: get it again")
+                yield part, convert(values)
+
+
+_DTYPES = {  # in the file; to numbers
+    "F32": ("<f4", lambda values: values),
+    "F16": ("<f2", lambda values: values),
+    "BF16": ("<u2", lambda values: (values.astype(np.uint32) << 16).view(np.float32)),  # the upper half
+}
+
+
+def _header(path: Path) -> tuple[dict[str, _Tensor], dict]:
+    """A file's tensors, not yet read, and its metadata. The library checks that all sizes and places fit."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, "np"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no safetensors file, or damaged ({_short(str(error))})") from None
+    metadata = header.pop("__metadata__", None) or {}
+    offsets = {name: 8 + length + t["data_offsets"][0] for name, t in header.items()}
+    return {n: _Tensor(path, t["dtype"], tuple(t["shape"]), offsets[n]) for n, t in header.items()}, metadata
+
+
+def _write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+    with replacing(path) as beside:
+        try:
+            save_file(tensors, beside, metadata)
+        except SafetensorError as error:  # a full disk, a folder that is read-only
+            raise UserError(f"{path}: cannot be written ({error}); what was there before is kept") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({_short(str(error))}): get it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds {_short(value)}")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,237 @@
+"""Text into token streams, and token streams into batches.
+
+A document is an iterable of strings that can be gone through again and again: a text file some megabytes at a
+time, or a list with one string. Strings are cut before white space, where no tokenizer joins what is cut
+apart. A stream is one array of ids, on disk where it is large. Its last tenth is for validation.
+
+`documents()` without paths is a corpus that every Python carries: its own documentation.
+
+Not here: other formats than text, other encodings than UTF-8, masks of instruction data.
+"""
+
+import ast
+import codecs
+import hashlib
+import itertools
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .atomic import replacing
+from .errors import UserError
+from .tokenizer import BPETokenizer, CharTokenizer
+
+Array = np.ndarray
+Tokenizer = CharTokenizer | BPETokenizer
+Document = Iterable[str]
+
+SUFFIXES = (".txt", ".md", ".rst")  # what a folder is searched for
+CHUNK = 1 << 22  # bytes read at a time
+IN_MEMORY = 1 << 28  # bytes of ids; a longer stream goes to a file
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+class TextFile:
+    """A document in a UTF-8 file, chunk by chunk. Bytes that are not UTF-8 raise UserError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+        with open(self.path, "rb") as file:
+            if file.read(3) != codecs.BOM_UTF8:  # which some Windows programs put before a text
+                file.seek(0)
+            read = file.tell()
+            while block := file.read(CHUNK):
+                text += self._decode(decoder, block, read)
+                read += len(block)
+                cut = _LAST_CUT.match(text)
+                if cut:
+                    yield cut[0]
+                    text = text[cut.end() :]
+            yield text + self._decode(decoder, b"", read)
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, block: bytes, read: int) -> str:
+        pending, _ = decoder.getstate()  # the first bytes of a character that the last block ended in
+        try:
+            return decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = read - len(pending) + error.start
+            problem = f"{self.path}: byte {offset} is not UTF-8: convert the file to UTF-8 text"
+            raise UserError(problem) from None
+
+
+# Up to the last place where white space follows something else: no piece of GPT-2's rule spans it.
+_LAST_CUT = re.compile(r"(?s).*\S(?=[ \n])")
+
+
+def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
+    """The text files at these paths, those of a folder sorted by name; without paths Python's own texts.
+
+    In a folder and those below it, files ending in .txt, .md or .rst count, hidden ones and empty ones do
+    not. Raises UserError for a path that is missing, not a file, or empty.
+    """
+    if not paths:
+        return [[text] for text in python_texts()]
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += (found := _in_folder(path))
+            if not found:
+                raise UserError(f"{path}: has no text: in a folder, files in {', '.join(SUFFIXES)} are taken")
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise UserError(f"{path}: is not a file that can be read several times: save the text to one")
+        elif not path.stat().st_size:
+            raise UserError(f"{path}: is empty")
+        else:
+            files.append(path)
+    return [TextFile(path) for path in files]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = _walk(folder, SUFFIXES, lambda name: name.startswith("."))
+    return [path for path in found if path.is_file() and path.stat().st_size]
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...], skip: Callable[[str], bool]) -> list[Path]:
+    """The files in a folder and below it that end in one of `suffixes`, sorted, without what `skip` names."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not skip(name)]
+        found += [Path(parent, name) for name in files if name.endswith(suffixes) and not skip(name)]
+    return sorted(found)
+
+
+def python_texts() -> list[str]:
+    """About 2 MB of English that every Python has: pydoc's topics and the standard library's docstrings.
+
+    The sources are parsed, not imported. Left out are tests, docstrings that occur a second time, and, to
+    keep the vocabulary at 96 characters, the few texts with characters other than ASCII and curly quotes
+    (made straight). The order is shuffled, always in the same way, so that the last tenth is a fair sample of
+    the whole.
+    """
+    from pydoc_data.topics import topics
+
+    texts = [text for _, text in sorted(topics.items())]
+    texts += _docstrings(Path(sysconfig.get_path("stdlib")))
+    texts = [text.strip().translate(_STRAIGHT) for text in texts]
+    texts = list(dict.fromkeys(text for text in texts if re.fullmatch(r"[ -~\n]+", text)))
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "..."})
+_NO_PROSE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+
+
+def _docstrings(library: Path) -> Iterator[str]:
+    for path in _walk(library, (".py",), _NO_PROSE.__contains__):
+        nodes = [ast.parse(path.read_bytes())]
+        while nodes:  # as ast.walk, but not down into expressions, where most of its time would go
+            node = nodes.pop()
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield ast.get_docstring(node) or ""
+            nodes += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler))]
+
+
+def joined(documents: Iterable[Document]) -> Iterator[str]:
+    """All text, chunk by chunk, with a blank line between documents."""
+    for n, document in enumerate(documents):
+        if n:
+            yield "\n\n"
+        yield from document
+
+
+def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
+    """SHA-256 of all text and of the vocabulary: what a stream of ids is made from."""
+    digest = hashlib.sha256()
+    for part in (*tokenizer.tokens, *(chunk.encode() for chunk in joined(documents))):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+def stream(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, in_memory: int = IN_MEMORY
+) -> tuple[Array, str]:
+    """The ids of all documents, (N,), uint16 or uint32 as the vocabulary needs, and their fingerprint.
+
+    Between documents stands the tokenizer's end-of-text id, or a blank line where it has none. A stream of
+    more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call with the same text
+    finds it.
+    """
+    mark = fingerprint(documents, tokenizer)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    file = folder / f"tokens-{mark[:16]}.bin"
+    if file.exists():
+        return np.memmap(file, dtype, "r"), mark
+    parts = (ids.astype(dtype) for ids in _encode(documents, tokenizer))
+    head, size = [], 0
+    for ids in parts:
+        head.append(ids)
+        size += ids.nbytes
+        if size > in_memory:
+            break
+    else:
+        return np.concatenate(head), mark
+    for old in folder.glob("tokens-*.bin"):
+        old.unlink()
+    with replacing(file) as beside, open(beside, "wb") as out:
+        for ids in itertools.chain(head, parts):
+            out.write(ids)
+    return np.memmap(file, dtype, "r"), mark
+
+
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:
+    for n, document in enumerate(documents):
+        if n:
+            yield tokenizer.encode("\n\n") if tokenizer.eos_id is None else np.array([tokenizer.eos_id])
+        yield from map(tokenizer.encode, document)
+
+
+def split(tokens: Array, block_size: int) -> tuple[Array, Array]:
+    """The first nine tenths for training and the last for validation, as nanoGPT cuts them.
+
+    Raises UserError where either is too short for one block and the target of its last token.
+    """
+    n = int(0.9 * len(tokens))
+    for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):
+        if len(part) <= block_size:
+            raise UserError(
+                f"the {name} part of the text has {len(part)} tokens, and a block of {block_size} needs "
+                f"{block_size + 1}: give more text or a smaller block size"
+            )
+    return tokens[:n], tokens[n:]
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def random_blocks(
+    tokens: Array, count: int, block_size: int, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Ids and the ids that follow them, both (count, block_size) int32, from uniformly drawn places."""
+    return _blocks(tokens, rng.integers(len(tokens) - block_size, size=count), block_size)
+
+
+def consecutive_blocks(tokens: Array, count: int, block_size: int) -> Iterator[tuple[Array, Array]]:
+    """The whole stream cut into blocks, up to `count` at a time, without the rest that fills no block."""
+    starts = np.arange(0, len(tokens) - block_size, block_size)
+    for i in range(0, len(starts), count):
+        yield _blocks(tokens, starts[i : i + count], block_size)
+
+
+def _blocks(tokens: Array, starts: Array, block_size: int) -> tuple[Array, Array]:
+    places = starts[:, None] + np.arange(block_size)  # (B, T)
+    return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)

@@ -1,0 +1,193 @@
+"""What `tinygpt gradcheck` is pointed at: the reader's own code, by name, or everything in this project.
+
+The checking is in `gradcheck.py`; printing is in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+
+from . import kernels
+from .errors import UserError
+from .gradcheck import Inputs, Result, arrays, gradcheck, is_float, named, parameters
+from .model import GPT, GPTConfig
+from .storage import Workspace
+
+Pair = tuple[Callable, Callable, Inputs]  # forward, backward, inputs
+
+# --- the reader's own code ---------------------------------------------------------------------------------
+
+
+class MissingInputsError(UserError):
+    """There is nothing to call the pair with; `remedy` is the lines to add, given forward's parameters."""
+
+    def __init__(self, message: str, name: str, names: list[str]) -> None:
+        super().__init__(message)
+        example = ", ".join(f'"{n}": rng.standard_normal((4, 8))' for n in names)
+        self.remedy = f"""add, with shapes that fit,
+
+    def {name}_inputs(rng):
+        return {{{example}}}
+
+or say {" ".join(f"--shape {n}=4,8" for n in names)}"""
+
+
+def find(target: str, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> Pair:
+    """The forward, the backward and the inputs that `module:name` or `path/to/file.py:name` stands for.
+
+    Either `name_forward` and `name_backward`; or `name`, an object (or a class that is made without
+    arguments) with forward(x) -> out, backward(dout) -> dx, `params` and `grads` (dicts of float64 arrays).
+    The inputs are standard normal arrays of `shapes`, or else what `name_inputs(rng)` returns. Raises
+    UserError where one of these is missing, MissingInputsError where it is the last.
+    """
+    where, _, name = target.rpartition(":")
+    if not (where and name):
+        raise UserError(f"{target}: write module:name, as in mymodule:layernorm or folder/file.py:layernorm")
+    module, name = _load(where), name.removesuffix("_forward")
+    forward, backward, layer = (getattr(module, name + end, None) for end in ("_forward", "_backward", ""))
+    if forward is None and hasattr(layer, "forward"):
+        layer = layer() if isinstance(layer, type) else layer
+        for attribute in ("backward", "params", "grads"):
+            if not hasattr(layer, attribute):
+                raise UserError(f"{target} has forward, but not {attribute}")
+        forward = layer.forward
+    elif forward is None or backward is None:
+        lacks = f"{name}_{'forward' if forward is None else 'backward'}"
+        close = difflib.get_close_matches(lacks, dir(module), 1)
+        raise UserError(f"{where} has no {lacks}" + (f"; is it {close[0]}?" if close else ""))
+    if shapes:
+        inputs = {n: rng.standard_normal(shape) for n, shape in shapes.items()}
+    elif make := getattr(module, f"{name}_inputs", None):
+        inputs = make(rng)
+    else:
+        raise MissingInputsError(f"{where} has no {name}_inputs", name, parameters(forward, required=True))
+    return (forward, backward, inputs) if backward else layer_pair(layer, inputs)
+
+
+def _load(where: str) -> ModuleType:
+    """Imports a module by name, as `python` would in this folder, or a file by its path."""
+    path = os.path.abspath(where) if where.endswith(".py") else None
+    if path and not os.path.isfile(path):
+        raise UserError(f"{where}: there is no such file")
+    sys.path.insert(0, os.path.dirname(path) if path else os.getcwd())
+    try:
+        if not path:
+            return importlib.import_module(where)
+        spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def layer_pair(layer: object, inputs: Inputs) -> Pair:
+    """A layer with state as a pair of functions of its inputs and its parameters, the latter under the names
+    of their gradients, "grads['w']". Its parameters keep the last values they were called with."""
+    inputs = named(layer.forward, inputs)
+    params = {f"grads[{n!r}]": p for n, p in layer.params.items()}
+    for n, p in layer.params.items():
+        if p.dtype != np.float64:
+            raise UserError(f"params[{n!r}] is {p.dtype}: differences need a layer that is made in float64")
+
+    def forward(**values):
+        for n, p in params.items():
+            p[...] = values[n]  # in place: the layer may know the array by another name too
+        return layer.forward(*(values[n] for n in inputs)), None
+
+    def backward(dout, cache):
+        for _, grad in arrays(layer.grads):
+            grad[...] = 0  # a layer may add to its gradients, as PyTorch's do
+        dx = layer.backward(dout)
+        if missing := set(layer.params) - set(layer.grads):
+            raise UserError(f"after backward, grads has no {min(missing)!r}, but params has")
+        floats = [n for n, x in inputs.items() if is_float(x)]
+        grads = dict(zip(floats, dx if isinstance(dx, tuple | list) else (dx,), strict=False))
+        return grads | {f"grads[{n!r}]": layer.grads[n] for n in layer.params}
+
+    return forward, backward, inputs | {n: p.copy() for n, p in params.items()}
+
+
+# --- this project's own ------------------------------------------------------------------------------------
+
+
+def check_project(tol: float = 1e-7, seed: int = 0) -> Iterator[tuple[str, str, Result]]:
+    """Name, backend and worst gradient of every operation and of the whole model, in each backend."""
+    for backend in kernels.available():
+        for name, pair in project_pairs(kernels.backend(backend), np.random.default_rng(seed)):
+            results = gradcheck(*pair, tol, seed=seed, small=16 if "model" in name else 256)
+            yield name, backend, min(results, key=lambda r: (r.ok, -r.rel_err))
+
+
+def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[str, Pair]]:
+    """Name and pair of everything in a backend that has a gradient."""
+    normal = rng.standard_normal
+    x, ids = normal((2, 5, 6)), np.array([[0, 2, 2, 6], [1, 2, 0, 4]])
+    start = np.array([[0, 0, 0, 3, 3], [1, 1, 2, 2, 4]])  # two documents; padding, then documents
+
+    def head_forward(x, w):
+        return ops.linear_forward(x, w.T)
+
+    def head_backward(dout, cache):
+        dw = np.zeros((7, 6))  # the tied head writes its gradient through a transposed view of the table's
+        return ops.linear_backward(dout, cache, dw=dw.T, db=False)[0], dw
+
+    def attention(T, S, **more):
+        qkv = {"q": normal((2, T, 6)), "k": normal((2, S, 6)), "v": normal((2, S, 6))}
+        return ops.attention_forward, ops.attention_backward, {**qkv, "n_head": 2, **more}
+
+    def pair(name, **inputs):
+        return name, (getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward"), inputs)
+
+    yield pair("embedding", ids=ids, w=normal((7, 6)))
+    yield pair("linear", x=x, w=normal((6, 3)), b=normal(3))
+    yield "tied head", (head_forward, head_backward, {"x": x, "w": normal((7, 6))})
+    yield pair("layernorm", x=x, g=normal(6), b=normal(6))
+    yield pair("gelu", x=3 * x)
+    yield "attention", attention(5, 5)
+    yield "attention, T = 1", attention(1, 1)
+    yield "attention, packed", attention(5, 5, start=start)
+    yield "attention, S > T", attention(3, 7)
+    yield "attention, prefix", attention(5, 7, start=start + 2, prefix=2)
+    yield pair("residual", x=x, branch=normal(x.shape))
+    yield pair("dropout", x=x, rate=0.4, seed=7)
+    yield pair("cross_entropy", logits=normal((2, 4, 7)), targets=ids)
+    yield "whole model", model_pair(ops, rng, post_norm=False)
+    yield "whole model, post-norm", model_pair(ops, rng, post_norm=True)
+
+
+def model_pair(ops: ModuleType, rng: np.random.Generator, post_norm: bool) -> Pair:
+    """A small GPT as one function of all its parameters: packed documents, dropout, head, cross-entropy.
+
+    The weights are of order 0.3: at an initialisation's 0.02 many gradients would drown in the rounding.
+    """
+    config = GPTConfig(11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.2, post_norm=post_norm)
+    model, ws = GPT(config, dtype=np.float64, ops=ops), Workspace()
+    start = np.array([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]])
+    ids, targets = rng.integers(config.vocab_size, size=(2, 2, 6))
+    weights = {n: 0.3 * rng.standard_normal(p.shape) for n, p in model.params.items()}
+    for name in weights:
+        weights[name] += ".ln_" in f".{name}" and name.endswith("weight")  # gains around 1
+
+    def forward(**weights):
+        for name, w in weights.items():
+            model.params[name][:] = w
+        dropout, positions = np.random.default_rng(1), np.arange(6) - start
+        logits, cache = model.forward(ids, ws, positions=positions, start=start, rng=dropout)
+        nll, c_nll = ops.cross_entropy_forward(logits, targets)
+        return nll, (cache, c_nll)
+
+    def backward(dnll, caches):
+        cache, c_nll = caches
+        _, grads = model.gradients()
+        model.backward(ops.cross_entropy_backward(dnll, c_nll), cache, grads)
+        return grads
+
+    return forward, backward, weights

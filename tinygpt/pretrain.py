@@ -1,0 +1,177 @@
+"""Pre-training: predict each next token of a text.
+
+A run lives in one folder, which is at every moment a model that can be loaded: `begin` makes it, `resume`
+takes it up where it was saved last, `pretrain` trains. The model in the folder is always the newest, not the one
+with the best validation loss, which metrics.jsonl tells.
+
+Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
+
+Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.1.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import checkpoint, data, train
+from . import tokenizer as tokenizers
+from .atomic import sync
+from .errors import UserError
+from .model import GPT, GPTConfig
+from .optim import AdamW
+
+METRICS = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run depends on, apart from its tokenizer: saved with it, and all that `resume` needs."""
+
+    model: GPTConfig
+    train: train.TrainConfig
+    data: tuple[str, ...] = ()  # files and folders; none: Python's own texts
+    fingerprint: str = ""  # of the text and the vocabulary
+    block_size: int = 64  # of the training sequences: at most the model's
+    batch_size: int = 12
+    gradient_accumulation_steps: int = 1  # batches of that size for each update
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.block_size > self.model.block_size:
+            limit = self.model.block_size
+            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
+
+
+class Run(NamedTuple):
+    """A run that is ready to go on from update `optimizer.steps`."""
+
+    folder: Path
+    settings: Settings
+    optimizer: AdamW
+    tokenizer: data.Tokenizer
+    train_tokens: np.ndarray
+    val_tokens: np.ndarray
+
+
+def begin(
+    folder: Path,
+    settings: Settings,
+    *,
+    tokenizer: str = "char",
+    vocab_size: int = 1024,
+    init_from: Path | None = None,
+    overwrite: bool = False,
+) -> Run:
+    """A new run in `folder`, which is written last, after all that can be wrong has been checked.
+
+    tokenizer: "char", "bpe" (both are made from the data; `vocab_size` is for the latter) or a folder that
+    has one. init_from: a model's folder, whose weights, sizes and tokenizer are taken; of settings.model only
+    the dropout is. The model's vocabulary is the tokenizer's. Raises UserError, also where `folder` has a
+    model and not `overwrite`.
+    """
+    _check_folder(folder, overwrite)
+    settings = dataclasses.replace(settings, data=tuple(str(Path(path).resolve()) for path in settings.data))
+    documents = data.documents(settings.data)
+    if init_from is not None:
+        model, tok = checkpoint.load(init_from)
+        model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
+    else:
+        tok = _tokenizer(tokenizer, vocab_size, documents)
+        config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
+        model = GPT(config, np.random.default_rng(settings.train.seed))
+    tokens, mark = data.stream(documents, tok, folder)
+    parts = data.split(tokens, settings.block_size)
+    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
+    optimizer = settings.train.optimizer(model)
+    checkpoint.save_trainer(
+        folder, optimizer, settings
+    )  # the largest first: a full disk then changes nothing
+    checkpoint.save(folder, model, tok)
+    return Run(folder, settings, optimizer, tok, *parts)
+
+
+def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
+    """The run in `folder` as it was saved last. `paths`: where the data is now, if it was moved.
+
+    Raises UserError where there is no run, and where the data is gone or another.
+    """
+    settings = checkpoint.read_settings(folder, Settings)
+    if paths:
+        settings = dataclasses.replace(settings, data=tuple(str(Path(path).resolve()) for path in paths))
+    tok = tokenizers.load(folder)
+    tokens, mark = data.stream(data.documents(settings.data), tok, folder)
+    if mark != settings.fingerprint:
+        source = ", ".join(settings.data) or "the documentation of this Python"
+        raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
+    optimizer = settings.train.optimizer(GPT(settings.model))
+    checkpoint.load_trainer(folder, optimizer)
+    checkpoint.save_weights(folder, optimizer.model)  # a kill may have come between the two files
+    return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
+
+
+def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
+    """Trains to the end; saves at every evaluation, at the end and on Ctrl-C, then raising KeyboardInterrupt.
+
+    Each record of `train.train`, with `val_loss` where it was evaluated, over the whole validation part,
+    becomes a line of metrics.jsonl and goes to `report`.
+    """
+    settings, model = run.settings, run.optimizer.model
+    B, T, n = settings.batch_size, settings.block_size, settings.gradient_accumulation_steps
+    mean = np.full((B, T), 1 / (n * B * T), np.float32)
+
+    def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
+        return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
+
+    def evaluate() -> train.Record:
+        blocks = data.consecutive_blocks(run.val_tokens, B, T)
+        batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
+        return {"val_loss": train.mean_loss(model, batches)}
+
+    def save() -> None:
+        sync(metrics)  # the record of an update is on the disk before the update is
+        checkpoint.save_trainer(run.folder, run.optimizer, settings)
+        checkpoint.save_weights(run.folder, model)
+
+    metrics = run.folder / METRICS
+    records = train.resume_metrics(metrics, run.optimizer.steps)
+    with open(metrics, "a", encoding="utf-8", buffering=1) as file:
+
+        def log(record: train.Record) -> None:
+            file.write(json.dumps(record) + "\n")
+            report(record)
+
+        train.train(
+            run.optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save,
+            elapsed_s=records[-1]["elapsed_s"] if records else 0.0,
+        )  # fmt: skip
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and a run needs a folder")
+    found = [name for name in (*checkpoint.FILES, METRICS) if (folder / name).exists()]
+    if found and not overwrite:
+        raise UserError(
+            f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
+            "replaces it, --out takes another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: this folder is read-only")
+
+
+def _tokenizer(kind: str, vocab_size: int, documents: list[data.Document]) -> data.Tokenizer:
+    if kind == "char":
+        return tokenizers.CharTokenizer.train(data.joined(documents))
+    if kind == "bpe":
+        return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(documents), vocab_size)
+    return tokenizers.load(kind)

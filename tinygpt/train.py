@@ -1,0 +1,212 @@
+"""The one training loop: every stage gives it batches, and it makes updates from them.
+
+    for each update:  gradients of loss = sum(weights * nll) over the batches;  clip;  AdamW;  a record
+
+It reports through a callback and prints nothing. The random numbers of update n come from a generator made
+from (seed, n): a run that was interrupted continues with the very numbers it would have had, nothing needs to
+be stored for that, and evaluating or sampling on the way does not change the run.
+
+Not here: where batches come from, what is saved and where, several processes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .atomic import replacing
+from .errors import UserError
+from .model import GPT
+from .optim import AdamW, learning_rate
+from .storage import Workspace
+
+Array = np.ndarray
+Record = dict[str, float]  # what a report tells of one update
+
+
+class Batch(NamedTuple):
+    """Sequences, and how much each target counts: the weights of an update usually sum to 1."""
+
+    ids: Array  # (B, T) int32
+    targets: Array  # (B, T) int32
+    weights: Array  # (B, T); 0 masks
+    start: Array | None = None  # (B, T): where each query's view begins, see ops.visible_keys
+    positions: Array | None = None  # (B, T)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train, under nanoGPT's names. Raises UserError for what cannot be."""
+
+    max_iters: int = 2000
+    learning_rate: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_iters: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0  # 0: none
+    eval_interval: int = 250
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        for name, right, rule in (  # comparisons that are false for NaN
+            ("max_iters", self.max_iters >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
+            ("min_lr", 0 <= self.min_lr <= self.learning_rate, "from 0 to the learning rate"),
+            ("warmup_iters", self.warmup_iters >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and less than 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and less than 1"),
+            ("grad_clip", 0 <= self.grad_clip < math.inf, "at least 0, which is off"),
+            ("eval_interval", self.eval_interval >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not right:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
+
+    def learning_rate_at(self, n: int) -> float:
+        """Of update n, counted from 0."""
+        fields = {"warmup_iters": self.warmup_iters, "max_iters": self.max_iters}
+        return learning_rate(n, peak=self.learning_rate, lowest=self.min_lr, **fields)
+
+    def optimizer(self, model: GPT, names: Iterable[str] | None = None) -> AdamW:
+        """An optimizer with these settings for the parameters `names` of a model, all if None."""
+        fields = ("beta1", "beta2", "weight_decay", "grad_clip")
+        return AdamW(model, names, **{field: getattr(self, field) for field in fields})
+
+
+class NonFiniteError(UserError):
+    """Training stopped before an update because a number in it was infinite or not a number."""
+
+
+def train(
+    optimizer: AdamW,
+    batches: Callable[[int, np.random.Generator], Sequence[Batch]],
+    config: TrainConfig,
+    *,
+    evaluate: Callable[[], Record] = dict,
+    report: Callable[[Record], None] = lambda record: None,
+    save: Callable[[], None] = lambda: None,
+    elapsed_s: float = 0.0,
+) -> None:
+    """Updates the optimizer's model, from update `optimizer.steps` on, until config.max_iters are made.
+
+    batches(n, rng) gives the batches of update n (from 0): one, or several whose gradients are added up.
+    `report` gets a record of each update: iter (from 1), train_loss, lr, grad_norm, tokens_per_s, elapsed_s
+    (to which the argument is added), and every eval_interval updates and after the last what `evaluate`
+    returns. `save` is called after each such report, and on Ctrl-C when the update is done, after which
+    KeyboardInterrupt is raised.
+
+    Raises NonFiniteError, before the update or the save in question.
+    """
+    began, ws, saved = time.perf_counter() - elapsed_s, Workspace(), optimizer.steps
+    with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
+        while optimizer.steps < config.max_iters:
+            record = _update(optimizer, batches, config, ws, saved)
+            n = optimizer.steps
+            due = n % config.eval_interval == 0 or n == config.max_iters
+            found = evaluate() if due else {}
+            for name, value in found.items():
+                _check_finite(value, name, n, saved)
+            report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | found)
+            if due or interrupted:
+                save()
+                saved = n
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _update(optimizer: AdamW, batches: Callable, config: TrainConfig, ws: Workspace, saved: int) -> Record:
+    n, began = optimizer.steps, time.perf_counter()
+    rng = np.random.default_rng([config.seed, n])
+    todo = batches(n, rng)
+    loss = accumulate(optimizer, todo, ws, rng)
+    _check_finite(loss, "loss", n + 1, saved)
+    lr = config.learning_rate_at(n)
+    norm = optimizer.step(lr)
+    _check_finite(norm, "gradient's norm", n + 1, saved)
+    rate = sum(batch.ids.size for batch in todo) / (time.perf_counter() - began)
+    return {"iter": n + 1, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1)}
+
+
+def accumulate(
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    ws: Workspace | None = None,
+    rng: np.random.Generator | None = None,
+) -> float:
+    """Puts the gradients of the batches' summed loss into `optimizer.flat`; returns that loss, in nats.
+
+    As the losses are sums, not means, this is what one large batch would give. rng: turns dropout on.
+    """
+    loss, total = 0.0, None
+    for ids, targets, weights, start, positions in batches:
+        loss += optimizer.model.loss(
+            ids, targets, weights, optimizer.grads, ws, start=start, positions=positions, rng=rng
+        )
+        if len(batches) > 1:
+            total = optimizer.flat.copy() if total is None else np.add(total, optimizer.flat, out=total)
+    if total is not None:
+        optimizer.flat[:] = total
+    return loss
+
+
+def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
+    """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
+    total, count, ws = 0.0, 0.0, Workspace()
+    for ids, targets, weights, start, positions in batches:
+        total += model.loss(ids, targets, weights, ws=ws, start=start, positions=positions)
+        count += float(weights.sum(dtype=np.float64))
+    return total / max(count, 1e-30)
+
+
+def _check_finite(value: float, what: str, n: int, saved: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} is {value} at iteration {n}; the model as of iteration {saved} is kept. "
+            "Try a lower learning rate, a longer warm-up, or gradient clipping"
+        )
+
+
+@contextlib.contextmanager
+def _first_interrupt_waits() -> Iterator[list]:
+    """Yields a list that is empty until Ctrl-C; a second Ctrl-C raises KeyboardInterrupt on the spot."""
+    pressed = []
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # signals only ever reach the main thread
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- metrics.jsonl ------------------------------------------------------------------------------------------
+
+
+def resume_metrics(path: Path, step: int) -> list[Record]:
+    """Cuts a file of records back to those of the first `step` updates, and returns them."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+                if json.loads(line)["iter"] <= step:
+                    records.append(json.loads(line))
+    with replacing(path) as beside:
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return records
