@@ -332,7 +332,9 @@ def mutate(path: Path, rng: random.Random) -> None:
         path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "trainer.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer.safetensors"]
+)
 def test_mutated_files_load_or_are_one_line(folder, name):
     """Guards: whatever nobody thought of: a crash, another exception, a huge allocation, several lines."""
     checkpoint.save_trainer(folder, AdamW(make()), Settings(CONFIG))

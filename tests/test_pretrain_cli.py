@@ -73,7 +73,7 @@ def test_text_in_model_out(folder):
 def test_without_options_it_reads_python(folder, monkeypatch):
     """Guards: a first command that needs a download or an option."""
     monkeypatch.setattr(data, "python_texts", lambda: [TEXT, TEXT.upper()])
-    assert "80,98" in pretrain("--max-iters", "1").replace("809,856", "80,98")  # nano: 4 layers, 128 channels
+    assert "33 kinds of token; 3,457 tokens to train on" in pretrain("--max-iters", "1")
     assert checkpoint.load("out")[0].config.n_embd == 128
 
 
@@ -83,7 +83,9 @@ def test_other_models(folder, options):
     begin(*options, "--dropout", "0.1", "--gradient-accumulation-steps", "2", "--max-iters", "3")
     model, tokenizer = checkpoint.load("out")
     assert model.config.post_norm == ("--post-norm" in options) and model.config.dropout == 0.1
-    assert model.config.vocab_size == tokenizer.vocab_size == (len(set(TEXT)) if model.config.post_norm else 270)
+    assert (
+        model.config.vocab_size == tokenizer.vocab_size == (len(set(TEXT)) if model.config.post_norm else 270)
+    )
 
 
 def test_going_on_from_another_model(folder):
@@ -95,7 +97,9 @@ def test_going_on_from_another_model(folder):
     (model, tokenizer), (before, old) = checkpoint.load("tuned"), checkpoint.load("out")
     assert tokenizer.tokens == old.tokens and model.config == before.config
     assert 0 < np.abs(model.flat - before.flat).max() < 1e-5
-    assert "only 16 positions" in pretrain("--init-from", "out", *few, "--block-size", "17", "--out", "x", status=2)
+    assert "only 16 positions" in pretrain(
+        "--init-from", "out", *few, "--block-size", "17", "--out", "x", status=2
+    )
     Path("new.txt").write_text("other letters: äöü" * 99, encoding="utf-8")
     begin("--out", "char", "--max-iters", "1")
     assert "is not in this vocabulary" in pretrain(
@@ -117,7 +121,9 @@ def test_resuming_takes_everything_from_the_run(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_trainer", stop)
-        output = pretrain("--data", "text.txt", *TINY, "--dropout", "0.1", "--gradient-accumulation-steps", "2", status=2)
+        output = pretrain(
+            "--data", "text.txt", *TINY, "--dropout", "0.1", "--gradient-accumulation-steps", "2", status=2
+        )
     assert "the disk is gone" in output and records()[-1]["iter"] == 20
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
@@ -138,9 +144,11 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
     pretrain("--resume", "out", "--data", "moved.txt")
     Path("moved.txt").write_text(TEXT + "x", encoding="utf-8")
     before = content("out")
-    assert "moved.txt: is not the text" in pretrain("--resume", "out", status=2)
+    assert "moved.txt: is not the text" in pretrain("--resume", "out", "--data", "moved.txt", status=2)
     assert content("out") == before
-    assert "leave out --max-iters, --seed" in pretrain("--resume", "out", "--seed", "1", "--max-iters", "9", status=2)
+    assert "leave out --max-iters, --seed" in pretrain(
+        "--resume", "out", "--seed", "1", "--max-iters", "9", status=2
+    )
     assert "nothing to resume" in pretrain("--resume", ".", status=2)
 
 
@@ -156,7 +164,7 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
     (["--data", "missing.txt"], "missing.txt"),
     (["--data", "empty.txt"], "empty.txt: is empty"),
     (["--data", "empty"], "empty: has no text"),
-    (["--data", "latin.txt"], "latin.txt: byte 5 is not UTF-8"),
+    (["--data", "latin.txt"], "tinygpt: latin.txt: byte 1 is not UTF-8"),
     (["--data", "text.txt", "--block-size", "999"], "a block of 999 needs 1000"),
     (["--data", "short.txt"], "give more text or a smaller block size"),
     (["--preset", "huge"], "nano"),
@@ -171,7 +179,7 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words):
     """Guards: a traceback, an hour of training before the error, another model lost."""
-    Path("latin.txt").write_bytes("Z\u00fcrich \u00e9".encode("latin-1").replace(b"\xfc", b"ue") * 99)
+    Path("latin.txt").write_bytes(b"Z\xfcrich " * 99)
     Path("empty.txt").touch()
     Path("short.txt").write_text("too short")
     Path("empty").mkdir()
@@ -222,12 +230,18 @@ def start(*options: str) -> subprocess.Popen:
     command = [sys.executable, "-c", "from tinygpt.cli import main; main()", "pretrain", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": path}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
 
 
 def wait_for_iterations(run: subprocess.Popen) -> None:
-    while run.poll() is None and (not Path("out/metrics.jsonl").exists() or not content("out")["metrics.jsonl"]):
+    while run.poll() is None and (
+        not Path("out/metrics.jsonl").exists() or not content("out")["metrics.jsonl"]
+    ):
         time.sleep(0.01)
 
 

@@ -203,7 +203,9 @@ def test_settings_that_cannot_be(change):
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
     """Guards: iterations that are told twice after a kill, a torn last line, a foreign line."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iter": 1, "a": 1}\n{"iter": 2}\nnonsense\n[1]\n{"iter": 3}\n{"iter": 4, "tr', encoding="utf-8")
+    path.write_text(
+        '{"iter": 1, "a": 1}\n{"iter": 2}\nnonsense\n[1]\n{"iter": 3}\n{"iter": 4, "tr', encoding="utf-8"
+    )
     assert train.resume_metrics(path, 2) == [{"iter": 1, "a": 1}, {"iter": 2}]
     assert path.read_text(encoding="utf-8") == '{"iter": 1, "a": 1}\n{"iter": 2}\n'
     assert train.resume_metrics(tmp_path / "new.jsonl", 0) == []

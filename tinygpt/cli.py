@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import shlex
@@ -23,11 +24,16 @@ from .errors import UserError
 
 
 class Commands(click.Group):
-    """Turns a user's mistake into one line and exit status 2."""
+    """Turns a user's mistake into one line and exit status 2, and a warning into one line."""
 
     def invoke(self, ctx: click.Context):
+        warnings.showwarning = lambda message, *_: click.echo(f"tinygpt: {message}", err=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `tinygpt generate | head`: click ends quietly
+            raise
         except (UserError, OSError) as error:
             click.echo(f"tinygpt: {_one_line(error)}", err=True)
             sys.exit(2)
@@ -45,7 +51,7 @@ def main() -> None:
     """A GPT's whole life on one CPU: train it, tune it, prompt it, and check its every gradient."""
 
 
-# --- tinygpt pretrain ------------------------------------------------------------------------------------------
+# --- tinygpt pretrain ---------------------------------------------------------------------------------------
 
 
 _UNDER_1 = click.FloatRange(0, 1, max_open=True)
@@ -206,7 +212,7 @@ def _finish(folder: Path, model, tokenizer) -> None:
     click.echo(f"\nA sample:\n{text.strip()}\n\nSaved in {folder}. Next: tinygpt generate {name}")
 
 
-# --- tinygpt generate, tinygpt chat ----------------------------------------------------------------------------
+# --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
 
 
 def _sampling(max_new_tokens: int, stop: str):
@@ -232,7 +238,6 @@ def _speaker(folder: Path, max_new_tokens: int, stop: str, seed: int, **sampling
     from . import checkpoint
     from .generate import stream, until
 
-    warnings.showwarning = lambda message, *_: click.echo(f"tinygpt: {message}", err=True)
     model, tokenizer = checkpoint.load(folder)
     sampling["rng"] = np.random.default_rng(seed)
 
@@ -303,10 +308,67 @@ def chat(**options) -> None:
         click.echo()
 
 
-# --- tinygpt tokenizer -----------------------------------------------------------------------------------------
+# --- tinygpt tokenizer --------------------------------------------------------------------------------------
 
 
-# --- tinygpt gradcheck -----------------------------------------------------------------------------------------
+@main.group()
+def tokenizer() -> None:
+    """Train a byte-level BPE, or see how a text is split."""
+
+
+@tokenizer.command("train")
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
+@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, end of text, and merges.")
+@click.option("--out", default="tokenizer", type=click.Path(path_type=Path), help="Folder for tokenizer.json.")
+@click.option("--overwrite", is_flag=True, help="Replace the tokenizer that is there.")
+def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
+    """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
+    from .data import documents, joined
+    from .tokenizer import BPETokenizer
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if (out / "tokenizer.json").exists() and not overwrite:
+        raise UserError(f"{out}: has a tokenizer; --overwrite replaces it, --out names another folder")
+    texts = documents(data)
+    found = BPETokenizer.train(joined(texts), vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    found.save(out)
+    longest = sorted(set(found.tokens) - {name.encode() for name in found.special}, key=len)[-5:]
+    click.echo(f"{found.vocab_size} tokens, the longest {' '.join(map(_shown, longest))}")
+    click.echo(f"Saved in {out}. Next: {shlex.join(['tinygpt', 'tokenizer', 'show', str(out), 'some text'])}")
+
+
+@tokenizer.command("show")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("text")
+def tokenizer_show(folder: Path, text: str) -> None:
+    """Show how the tokenizer in FOLDER splits TEXT: its pieces, each merge in turn, the ids.
+
+    A merge's number is its rank: of all pairs in a piece, the one learned first is merged first.
+    """
+    from . import tokenizer as tokenizers
+
+    found = tokenizers.load(folder)
+    count = 0
+    for piece, steps, ids in found.explain(text):
+        click.echo(repr(piece))
+        for rank, tokens in steps:
+            name = "bytes" if rank is None else f"merge {rank}"
+            click.echo(f"  {name:>12}  {' '.join(map(_shown, tokens))}")
+        click.echo(f"  {'ids':>12}  {' '.join(map(str, ids))}")
+        count += len(ids)
+    click.echo(f"{count} tokens for {len(text)} characters")
+
+
+def _shown(token: bytes) -> str:
+    """A token as text, where it is whole characters that can be printed, or as its bytes."""
+    text = token.decode("utf-8", "replace").replace(" ", "\u2423")
+    return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
+
+
+# --- tinygpt gradcheck --------------------------------------------------------------------------------------
 
 
 def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict:
@@ -322,16 +384,16 @@ def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
 @main.command()
 @click.argument("target", required=False, metavar="[MODULE:NAME]")
 @click.option("--shape", "shapes", multiple=True, callback=_shapes, help="An input's shape, x=4,8; repeat.")
-@click.option("--tol", type=click.FloatRange(0, min_open=True), help="The largest relative error that passes; "
-              "1e-6 for your code and 1e-7 for tinygpt's own, if not given.")  # fmt: skip
+@click.option("--tol", type=click.FloatRange(0, min_open=True),
+              help="The largest relative error that passes. [default: 1e-6; 1e-7 for tinygpt itself]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of inputs, upstream gradients, directions.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects: name, backend, rel_err, ok.")
 def gradcheck(target: str | None, shapes: dict, tol: float | None, seed: int, as_json: bool) -> None:
     """Compare hand-written gradients with finite differences.
 
-    Of your own code: MODULE:NAME, or FILE.py:NAME, stands for NAME_forward and NAME_backward with inputs from
-    NAME_inputs(rng) or --shape, or for an object with forward, backward, params and grads. Without it: of every
-    operation and the whole model of tinygpt, in each backend. Exit status 1 if a gradient is wrong.
+    Of your own code: MODULE:NAME, or FILE.py:NAME, stands for NAME_forward and NAME_backward with inputs
+    from NAME_inputs(rng) or --shape, or for an object with forward, backward, params and grads. Without it:
+    of every operation and the whole model of tinygpt, in each backend. Exit status 1 if one is wrong.
     """
     from . import gradcheck_targets as targets
 
@@ -372,3 +434,32 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
         raise UserError(f"{target} raised {type(error).__name__}: {error} ({where})") from error
+
+
+# --- tinygpt bench ------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("jobs", nargs=-1, metavar="[JOB]...")
+@click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
+@click.option("--quick", is_flag=True, help="A fraction of a second for each job: does it run?")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
+def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> None:
+    """Measure speed, and the share of what this machine can do at most, which is measured too.
+
+    A JOB is peak, gemm, train/SIZE or generate/SIZE/BATCH, such as train/nano or generate/small/64; without one,
+    all but those of GPT-2 124M. A time is the median of a training step, or of a token for each of the batch.
+    """
+    from . import bench as benchmarks
+
+    columns = ("ms", "tokens_per_s", "gflops", "share_of_peak", "gb_per_s", "share_of_bandwidth", "peak_rss_mib")
+    rows = []
+    for row in benchmarks.run(list(jobs), 0.2 if quick else seconds):
+        if not as_json:
+            if not rows:
+                click.echo(f"{'job':22}" + "".join(f"{name:>19}" for name in columns))
+            cells = ("" if row[name] is None else f"{row[name]:,}" for name in columns)
+            click.echo(f"{row['job']:22}" + "".join(f"{cell:>19}" for cell in cells))
+        rows.append(row)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))

@@ -163,19 +163,18 @@ def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
 
 
 def stream(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, in_memory: int = IN_MEMORY
-) -> tuple[Array, str]:
-    """The ids of all documents, (N,), uint16 or uint32 as the vocabulary needs, and their fingerprint.
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, mark: str, in_memory: int = IN_MEMORY
+) -> Array:
+    """The ids of all documents, (N,), uint16 or uint32 as the vocabulary needs.
 
     Between documents stands the tokenizer's end-of-text id, or a blank line where it has none. A stream of
-    more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call with the same text
-    finds it.
+    more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call finds it there by
+    `mark`, the documents' fingerprint.
     """
-    mark = fingerprint(documents, tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     file = folder / f"tokens-{mark[:16]}.bin"
     if file.exists():
-        return np.memmap(file, dtype, "r"), mark
+        return np.memmap(file, dtype, "r")
     parts = (ids.astype(dtype) for ids in _encode(documents, tokenizer))
     head, size = [], 0
     for ids in parts:
@@ -184,13 +183,13 @@ def stream(
         if size > in_memory:
             break
     else:
-        return np.concatenate(head), mark
+        return np.concatenate(head)
     for old in folder.glob("tokens-*.bin"):
         old.unlink()
     with replacing(file) as beside, open(beside, "wb") as out:
         for ids in itertools.chain(head, parts):
             out.write(ids)
-    return np.memmap(file, dtype, "r"), mark
+    return np.memmap(file, dtype, "r")
 
 
 def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:

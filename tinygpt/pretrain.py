@@ -78,7 +78,6 @@ def begin(
     model and not `overwrite`.
     """
     _check_folder(folder, overwrite)
-    settings = dataclasses.replace(settings, data=tuple(str(Path(path).resolve()) for path in settings.data))
     documents = data.documents(settings.data)
     if init_from is not None:
         model, tok = checkpoint.load(init_from)
@@ -87,9 +86,10 @@ def begin(
         tok = _tokenizer(tokenizer, vocab_size, documents)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
         model = GPT(config, np.random.default_rng(settings.train.seed))
-    tokens, mark = data.stream(documents, tok, folder)
-    parts = data.split(tokens, settings.block_size)
-    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
+    mark = data.fingerprint(documents, tok)
+    parts = data.split(data.stream(documents, tok, folder, mark), settings.block_size)
+    paths = _absolute(settings.data)
+    settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
     checkpoint.save_trainer(
         folder, optimizer, settings
@@ -105,15 +105,16 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """
     settings = checkpoint.read_settings(folder, Settings)
     if paths:
-        settings = dataclasses.replace(settings, data=tuple(str(Path(path).resolve()) for path in paths))
+        settings = dataclasses.replace(settings, data=_absolute(paths))
     tok = tokenizers.load(folder)
-    tokens, mark = data.stream(data.documents(settings.data), tok, folder)
-    if mark != settings.fingerprint:
+    documents = data.documents(settings.data)
+    if data.fingerprint(documents, tok) != settings.fingerprint:
         source = ", ".join(settings.data) or "the documentation of this Python"
         raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
     optimizer = settings.train.optimizer(GPT(settings.model))
     checkpoint.load_trainer(folder, optimizer)
     checkpoint.save_weights(folder, optimizer.model)  # a kill may have come between the two files
+    tokens = data.stream(documents, tok, folder, settings.fingerprint)
     return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
 
 
@@ -167,6 +168,10 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: this folder is read-only")
+
+
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Path(path).resolve()) for path in paths)
 
 
 def _tokenizer(kind: str, vocab_size: int, documents: list[data.Document]) -> data.Tokenizer:

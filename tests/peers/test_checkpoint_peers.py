@@ -64,7 +64,9 @@ def test_transformers_reads_what_we_write(tmp_path, kind, post_norm):
     assert theirs.config.eos_token_id == tokenizer.eos_id
     x = ids(config.vocab_size)
     assert np.abs(logits(theirs.eval(), x) - model.forward(x)[0]).max() < 1e-4
-    rates = {name.split(".")[-1]: m.p for name, m in theirs.named_modules() if isinstance(m, torch.nn.Dropout)}
+    rates = {
+        name.split(".")[-1]: m.p for name, m in theirs.named_modules() if isinstance(m, torch.nn.Dropout)
+    }
     assert rates.pop("attn_dropout") == 0 and set(rates.values()) == {0.25}, rates  # as our own dropout
 
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -110,7 +112,9 @@ def test_an_untied_head_is_refused(tmp_path):
     with pytest.raises(UserError, match="tie_word_embeddings"):
         checkpoint.load(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
     with pytest.raises(UserError, match="lm_head.weight"):
         checkpoint.load(tmp_path)
 

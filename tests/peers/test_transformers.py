@@ -1,6 +1,6 @@
 """Logits, loss, every gradient and ten training steps, against transformers with the same random weights.
 
-The same as tests/test_model.py has in store, computed afresh with whatever versions are installed, at odd sizes.
+What tests/test_model.py has in store, computed afresh with the installed versions, at odd and least sizes.
 """
 
 import numpy as np

@@ -1,0 +1,184 @@
+"""How fast this machine runs tinygpt, and what share that is of what the machine can do.
+
+A job is measured in a process of its own: a warm-up, then steps for some seconds, of which the median counts.
+The machine's peak (multiply-adds in registers) and its memory's bandwidth are measured by the same C core, with
+the same threads, just before. A training step's operations are counted as
+
+    6 x parameters x tokens  +  6 x layers x channels x T x tokens
+
+(the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
+
+Not here: other libraries. tests/peers/bench.py puts these figures beside torch's and transformers'.
+"""
+
+import dataclasses
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from . import kernels, storage
+from .errors import UserError
+from .generate import steps
+from .model import GPT, PRESETS
+from .optim import AdamW
+
+TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
+GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
+CONTEXT, PROMPT = 256, 16  # of generation: positions, and tokens before the first new one
+GEMM = [
+    (768, 768, 768),
+    (1024, 3072, 768),
+    (768, 384, 128),
+    (768, 128, 512),
+    (2048, 1024, 256),
+    (2048, 2048, 2048),
+    (256, 50304, 768),
+]
+
+JOBS = [
+    "peak",
+    "gemm",
+    *(f"train/{size}" for size in TRAIN),
+    *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
+]
+SLOW = {job for job in JOBS if "gpt2" in job}
+
+Row = dict[str, object]
+
+
+def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
+    """A row for each job, in order; without names, for all but the slowest.
+
+    A row has job, ms (the median of a step; for batch 1, of a token), tokens_per_s, gflops, share_of_peak (of
+    the multiply-adds), gb_per_s, share_of_bandwidth and peak_rss_mib, each None where it has no meaning. Raises
+    UserError for a name that is not a job.
+    """
+    for job in jobs:
+        if job not in JOBS:
+            raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")
+    if "c" not in kernels.available():
+        raise UserError("bench measures the C core, which is not built here")
+    context = multiprocessing.get_context("spawn")
+    for job in jobs or [job for job in JOBS if job not in SLOW]:
+        with context.Pool(1, maxtasksperchild=1) as process:  # a new process for each call
+            limits = process.apply(machine, (min(1.0, seconds / 4),))
+            yield from process.apply(_measure, (job, seconds, *limits))
+
+
+def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Row]:
+    kind, *rest = job.split("/")
+    if kind == "peak":
+        return [_row(job, None, None, peak, peak, bandwidth, bandwidth)]
+    if kind == "gemm":
+        return [_gemm(shape, peak, seconds / len(GEMM)) for shape in GEMM]
+    if kind == "train":
+        step, tokens, flops = _training(*rest)
+        ms = median_ms(step, seconds)
+        return [_row(job, ms, tokens, flops / ms * 1e3, peak)]
+    step, tokens, weights = _generation(rest[0], int(rest[1]))
+    ms = median_ms(step, seconds)
+    return [_row(job, ms, tokens, 2 * weights * tokens / ms * 1e3, peak, 4 * weights / ms * 1e3, bandwidth)]
+
+
+def _row(job, ms, tokens, flops=None, peak=None, bytes_per_s=None, bandwidth=None) -> Row:
+    return {
+        "job": job,
+        "ms": ms and round(ms, 4),
+        "tokens_per_s": tokens and round(tokens / ms * 1e3, 1),
+        "gflops": flops and round(flops / 1e9, 1),
+        "share_of_peak": flops and round(flops / peak, 3),
+        "gb_per_s": bytes_per_s and round(bytes_per_s / 1e9, 1),
+        "share_of_bandwidth": bytes_per_s and round(bytes_per_s / bandwidth, 3),
+        "peak_rss_mib": _peak_rss(),
+    }
+
+
+def _peak_rss() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def median_ms(step: Callable[[], object], seconds: float) -> float:
+    """Calls `step` twice, then for some seconds (three times at least): the median of its times, in ms."""
+    times = []
+    for _ in range(2):
+        step()
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+def machine(seconds: float = 1.0) -> tuple[float, float]:
+    """Operations a second in float32 (a multiply-add is two), and bytes a second read from memory.
+
+    The best of many tries, as both are limits.
+    """
+    out, flops, tasks = np.zeros(64, np.float32), np.zeros(1), 64
+    far = storage.empty(1 << 26, np.float32)  # 256 MiB: beyond any cache
+    far[:] = 1
+    best = [0.0, 0.0]
+    end = time.perf_counter() + seconds
+    while not best[1] or time.perf_counter() < end:
+        began = time.perf_counter()
+        kernels._run("fma_peak", out.dtype, out, flops, tasks, 50_000)
+        middle = time.perf_counter()
+        kernels._run("read_memory", out.dtype, out, far, tasks, far.size)
+        best[0] = max(best[0], flops[0] / (middle - began))
+        best[1] = max(best[1], far.nbytes / (time.perf_counter() - middle))
+    return best[0], best[1]
+
+
+def _gemm(shape: tuple[int, int, int], peak: float, seconds: float) -> Row:
+    M, N, K = shape
+    rng = np.random.default_rng(0)
+    a, b = (storage.empty(s, np.float32) for s in ((M, K), (K, N)))
+    a[:], b[:] = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
+    out = storage.empty((M, N), np.float32)
+    ms = median_ms(lambda: kernels.gemm(a, b, out=out), seconds)
+    return _row(f"gemm/{M}x{N}x{K}", ms, None, 2 * M * N * K / ms * 1e3, peak)
+
+
+def _training(size: str) -> tuple[Callable[[], object], int, int]:
+    """A training step, its tokens, its operations."""
+    config, (B, T) = PRESETS[size], TRAIN[size]
+    config = dataclasses.replace(config, block_size=T)
+    rng, ws = np.random.default_rng(0), storage.Workspace()
+    model = GPT(config, rng)
+    optimizer = AdamW(model)
+    ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
+
+    def step() -> None:
+        model.loss(ids, targets, grads=optimizer.grads, ws=ws)
+        optimizer.step(1e-3)
+
+    attention = 6 * config.n_layer * config.n_embd * T
+    return step, B * T, (6 * model.flat.size + attention) * B * T
+
+
+def _generation(size: str, batch: int) -> tuple[Callable[[], object], int, int]:
+    """A step of sampling for `batch` prompts, its tokens, the weights that it reads."""
+    config = dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size))
+    rng = np.random.default_rng(0)
+    model = GPT(config, rng)
+    prompts = list(rng.integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32))
+
+    def endless() -> Iterator:
+        while True:
+            yield from steps(model, prompts, CONTEXT - PROMPT, rng=rng)
+
+    tokens = endless()
+    return (
+        lambda: next(tokens),
+        batch,
+        sum(p.size for name, p in model.params.items() if name != "wpe.weight"),
+    )
