@@ -2,8 +2,7 @@
 
    A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and
    holds their scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T
-   matrix is stored: a strip is S x QUERIES, and backward makes it again from each softmax's largest score and
-   sum (Dao et al. 2022).
+   matrix is stored: a strip is S x QUERIES, and backward makes it again (Dao et al. 2022).
 
    Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six
    products are all the tile of gemm.c, with one operand broadcast and the other read along its rows:
@@ -25,14 +24,6 @@ static void copy_rows(real *out, const real *in, size_t rows, size_t stride, siz
     for (size_t i = 0; i < rows; i++)
         for (size_t d = 0; d < D; d++)
             out[i * Dp + d] = in[i * stride + d];
-}
-
-/* The scores are the same numbers in backward as in forward only if the scale is rounded into q, before the
-   sums. */
-static void scale_by(real factor, real *x, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        x[i] *= factor;
 }
 
 /* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
@@ -95,6 +86,27 @@ INLINE vec mask(const struct view *w, size_t j, int half, vec x, real hidden)
     return pick((w->own[half] >= (integer)j) & (j < w->prefix ? ~(ivec){0} : after), x, all(hidden));
 }
 
+/* strip <- exp(scale strip - top) for each query, 0 for a key that it does not see; total: its sums over the
+   keys. */
+static void softmax(real *strip, real *total, real scale, const struct view *w)
+{
+    for (int half = 0; half < 2; half++) {
+        real *s = strip + half * LANES;
+        vec top = all(-INFINITY), whole = {0};
+        for (size_t j = w->begin; j < w->end; j++) {
+            vec x = mask(w, j, half, scale * load(s + j * QUERIES), -INFINITY);
+            store(s + j * QUERIES, x);
+            top = vmax(top, x);
+        }
+        for (size_t j = w->begin; j < w->end; j++) {
+            vec p = vexp(load(s + j * QUERIES) - top);
+            store(s + j * QUERIES, p);
+            whole += p;
+        }
+        store(total + half * LANES, whole);
+    }
+}
+
 static void attention_forward_heads(const void *args, size_t begin, size_t end)
 {
     const struct attention_forward *a = args;
@@ -110,30 +122,12 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
             const size_t n = T - i < QUERIES ? T - i : QUERIES;
             const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
             pack(q_t, a->q + b * a->q_batch + i * a->q_row + h * D, n, QUERIES, D, a->q_row, 1);
-            scale_by(scale, q_t, D * QUERIES);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
-            real top[QUERIES], total[QUERIES];
-            for (int half = 0; half < 2; half++) { /* the softmax of LANES queries: the top, then the sum */
-                real *s = strip + half * LANES;
-                vec most = all(-INFINITY), whole = {0};
-                for (size_t j = w.begin; j < w.end; j++) {
-                    vec x = mask(&w, j, half, load(s + j * QUERIES), -INFINITY);
-                    store(s + j * QUERIES, x);
-                    most = vmax(most, x);
-                }
-                for (size_t j = w.begin; j < w.end; j++) {
-                    vec p = vexp(load(s + j * QUERIES) - most);
-                    store(s + j * QUERIES, p);
-                    whole += p;
-                }
-                store(top + half * LANES, most);
-                store(total + half * LANES, whole);
-            }
+            real total[QUERIES];
+            softmax(strip, total, scale, &w);
             queries_by_channels(out, strip, v, Dp, w.begin, w.end);
             for (size_t r = 0; r < n; r++) {
                 const real share = 1 / total[r];
-                a->top[bh * T + i + r] = top[r];
-                a->total[bh * T + i + r] = total[r];
                 for (size_t d = 0; d < D; d++)
                     a->out[((b * T + i + r) * a->H + h) * D + d] = out[r * Dp + d] * share;
             }
@@ -166,8 +160,6 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
             store_n(p + j, e, S - j);
             total += sum(e);
         }
-        a->top[bh] = top;
-        a->total[bh] = total;
         for (size_t d = 0; d < D; d += LANES) {
             vec out = {0};
             for (size_t j = 0; j < S; j++)
@@ -205,21 +197,20 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);
             pack(q_t, q, QUERIES, QUERIES, D, Dp, 1);
             pack(dout_t, dout, QUERIES, QUERIES, D, Dp, 1);
-            scale_by(scale, q_t, D * QUERIES);
             keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
             keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
-            real top[QUERIES] = {0}, share[QUERIES] = {0}, delta[QUERIES] = {0};
+            real share[QUERIES], delta[QUERIES] = {0};
+            softmax(probs, share, scale, &w);
+            for (size_t r = 0; r < QUERIES; r++)
+                share[r] = 1 / share[r];
             for (size_t r = 0; r < n; r++) { /* delta = sum over the keys of probs dprobs = dout . out */
-                top[r] = a->top[bh * T + i + r];
-                share[r] = 1 / a->total[bh * T + i + r];
                 for (size_t d = 0; d < D; d++)
                     delta[r] += dout[r * Dp + d] * a->out[at + r * a->H * D + d];
             }
             for (size_t j = w.begin; j < w.end; j++)
                 for (int half = 0; half < 2; half++) {
                     const size_t x = j * QUERIES + half * LANES, lane = half * LANES;
-                    vec p = load(share + lane) * vexp(load(probs + x) - load(top + lane));
-                    p = mask(&w, j, half, p, 0);
+                    vec p = load(share + lane) * load(probs + x);
                     store(probs + x, p);
                     store(dscores + x, scale * p * (load(dscores + x) - load(delta + lane)));
                 }

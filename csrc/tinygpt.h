@@ -72,12 +72,11 @@ struct gelu_backward {
     size_t n;
 };
 
-/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. A softmax is kept
-   as its largest score, top, and the sum of exp(score - top), total: their log-sum-exp would lose what top
-   rounds off. start (B, T) or NULL. Query i of row b sees the keys j <= S - T + i for which j < prefix or j
-   >= start[b][i], and its own always. */
+/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. start (B, T) or
+   NULL. Query i of row b sees the keys j <= S - T + i for which j < prefix or j >= start[b][i], and its own
+   always. */
 struct attention_forward {
-    real *out, *top, *total;     /* top, total (B, H, T) */
+    real *out;
     const real *q, *k, *v;
     const int32_t *start;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
@@ -85,7 +84,7 @@ struct attention_forward {
 
 struct attention_backward {
     real *dq, *dk, *dv;
-    const real *dout, *out, *top, *total, *q, *k, *v;
+    const real *dout, *out, *q, *k, *v;
     const int32_t *start;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
     size_t dq_batch, dq_row, dk_batch, dk_row, dv_batch, dv_row;

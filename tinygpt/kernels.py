@@ -34,12 +34,13 @@ def available() -> tuple[str, ...]:
 def backend(name: str | None = None) -> ModuleType:
     """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest
     there is."""
-    name = name or os.environ.get("TINYGPT_BACKEND") or available()[0]
+    wanted = name or os.environ.get("TINYGPT_BACKEND")
+    name = wanted or available()[0]
     if name not in ("c", "numpy"):
         raise UserError(f"backend {name!r}: TINYGPT_BACKEND is c or numpy")
     if name == "c" and not lib:
         raise UserError("backend c: the C core is not built here; install a C compiler, then tinygpt again")
-    if not lib and "TINYGPT_BACKEND" not in os.environ:
+    if not lib and not wanted:
         warnings.warn(
             "no C core here, running on NumPy, which is slower: install a C compiler, then tinygpt again; "
             "TINYGPT_BACKEND=numpy silences this",
@@ -229,16 +230,16 @@ def attention_forward(
         start = _like(start, np.int32, (B, T))
         if start.size and start.min() < 0:
             raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
-    out, (top, total) = _result(out, q.dtype, q.shape), storage.empty((2, B, n_head, T), q.dtype)
+    out = _result(out, q.dtype, q.shape)
     sizes = B, T, S, n_head, C // n_head, prefix
-    _run("attention_forward", q.dtype, out, top, total, q, k, v, start, *sizes, *_strides(q, k, v))
-    return out, (q, k, v, out, top, total, start, sizes)
+    _run("attention_forward", q.dtype, out, q, k, v, start, *sizes, *_strides(q, k, v))
+    return out, (q, k, v, out, start, sizes)
 
 
 def attention_backward(
     dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
 ) -> tuple[Array, Array, Array]:
-    q, k, v, out, top, total, start, sizes = cache
+    q, k, v, out, start, sizes = cache
     dout = _like(dout, q.dtype, q.shape)
     grads = []
     for grad, x in ((dq, q), (dk, k), (dv, v)):
@@ -250,7 +251,7 @@ def attention_backward(
             )
         grads.append(grad)
     strides = *_strides(q, k, v), *_strides(*grads)
-    _run("attention_backward", q.dtype, *grads, dout, out, top, total, q, k, v, start, *sizes, *strides)
+    _run("attention_backward", q.dtype, *grads, dout, out, q, k, v, start, *sizes, *strides)
     return tuple(grads)
 
 
