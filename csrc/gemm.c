@@ -140,60 +140,94 @@ static void multiply(const void *args, size_t begin, size_t end)
     }
 }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time
-   it takes. So b is not packed but read once, in the order in which it lies. */
-enum { FEW = 8 };
+/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time it
+   takes. So b is not packed but read once, as it lies, for GROUP rows or fewer at a time. */
+enum { FEW = 8, GROUP = 4 };
 
-/* Rows of b contiguous: c's columns begin to end stay in the inner cache, and four rows of b at a time are
-   added. */
-static void few_rows_by_columns(const void *args, size_t begin, size_t end)
+/* Rows of b contiguous: tiles, with b read in place but for a last panel that is narrower. */
+static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
-    for (size_t i = 0; i < g->M; i++)
-        for (size_t j = begin; j < end; j++)
-            g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
-    for (size_t p = 0; p < g->K; p += 4) {
-        const real *b[4];
-        real x[FEW][4] = {{0}};
-        for (size_t l = 0; l < 4; l++) {
-            b[l] = g->b + least(p + l, g->K - 1) * g->b_row; /* past the end: any row, times 0 */
-            for (size_t i = 0; i < g->M && p + l < g->K; i++)
-                x[i][l] = g->a[i * g->a_row + p + l];
+    for (size_t j = begin * COLS; j < least(end * COLS, g->N); j += COLS) {
+        const size_t width = least(g->N - j, COLS);
+        const real *b = g->b + j;
+        size_t b_row = g->b_row;
+        if (width < COLS) {
+            real *packed = scratch(SCRATCH_PRIVATE, g->K * COLS * sizeof(real));
+            pack(packed, b, width, COLS, g->K, 1, b_row);
+            b = packed, b_row = COLS;
         }
-        for (size_t j = begin; j < end; j += LANES) {
-            const size_t n = end - j;
-            vec b0 = load_n(b[0] + j, n, 0), b1 = load_n(b[1] + j, n, 0);
-            vec b2 = load_n(b[2] + j, n, 0), b3 = load_n(b[3] + j, n, 0);
-            for (size_t i = 0; i < g->M; i++) {
-                real *c = g->c + i * g->c_row + j;
-                store_n(c, load_n(c, n, 0) + x[i][0] * b0 + x[i][1] * b1 + x[i][2] * b2 + x[i][3] * b3, n);
-            }
+        for (size_t i = 0, rows; i < g->M; i += rows) {
+            const real *a = g->a + i * g->a_row;
+            real out[GROUP * COLS], bias[COLS] = {0};
+            if (g->bias)
+                memcpy(bias, g->bias + j, width * sizeof(real));
+            rows = g->M - i >= 4 ? 4 : g->M - i >= 2 ? 2 : 1;
+            if (rows == 4)
+                tile(4, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            else if (rows == 2)
+                tile(2, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            else
+                tile(1, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            for (size_t r = 0; r < rows; r++)
+                memcpy(g->c + (i + r) * g->c_row + j, out + r * COLS, width * sizeof(real));
         }
     }
 }
 
-/* Columns of b contiguous, as in the tied head: each element of c is a dot product along one of them. */
+/* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns` repeat. */
+INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_t columns)
+{
+    const real *b[GROUP];
+    vec sums[GROUP][GROUP];
+    UNROLL
+    for (size_t l = 0; l < GROUP; l++) {
+        b[l] = g->b + (j + least(l, columns - 1)) * g->b_col;
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            sums[r][l] = all(0);
+    }
+    for (size_t p = 0; p < g->K; p += LANES) {
+        vec x[GROUP];
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            x[r] = load_n(g->a + (i + r) * g->a_row + p, g->K - p, 0);
+        UNROLL
+        for (size_t l = 0; l < GROUP; l++) {
+            vec y = load_n(b[l] + p, g->K - p, 0);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                sums[r][l] += x[r] * y;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (size_t l = 0; l < columns; l++)
+            g->c[(i + r) * g->c_row + j + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0);
+}
+
+/* Columns of b contiguous, as in the tied head. */
 static void few_rows_by_dots(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
-    for (size_t j = begin; j < end; j++) {
-        const real *b = g->b + j * g->b_col;
-        vec dot[FEW] = {{0}};
-        for (size_t p = 0; p < g->K; p += LANES) {
-            vec y = load_n(b + p, g->K - p, 0);
-            for (size_t i = 0; i < g->M; i++)
-                dot[i] += load_n(g->a + i * g->a_row + p, g->K - p, 0) * y;
+    for (size_t j = begin * GROUP; j < least(end * GROUP, g->N); j += GROUP)
+        for (size_t i = 0, rows; i < g->M; i += rows) {
+            const size_t columns = least(g->N - j, GROUP);
+            rows = g->M - i >= 4 ? 4 : g->M - i >= 2 ? 2 : 1;
+            if (rows == 4)
+                dots(4, g, i, j, columns);
+            else if (rows == 2)
+                dots(2, g, i, j, columns);
+            else
+                dots(1, g, i, j, columns);
         }
-        for (size_t i = 0; i < g->M; i++)
-            g->c[i * g->c_row + j] = sum(dot[i]) + (g->bias ? g->bias[j] : 0);
-    }
 }
 
 static void gemm(const void *args)
 {
     const struct gemm *g = args;
     if (g->M <= FEW && g->K && g->a_col == 1 && (g->b_col == 1 || g->b_row == 1)) {
-        parallel(g->b_col == 1 ? few_rows_by_columns : few_rows_by_dots, g, g->N, up(1 + 65536 / g->K, 64));
+        const size_t group = g->b_col == 1 ? COLS : GROUP, grain = 1 + 65536 / (g->K * group);
+        parallel(g->b_col == 1 ? few_rows_by_tiles : few_rows_by_dots, g, up(g->N, group) / group, grain);
         return;
     }
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, row_blocks = (g->M + BLOCK_ROWS - 1) / BLOCK_ROWS;

@@ -16,7 +16,7 @@
     X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
     X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(sum_of_squares) X(adamw) X(fma_peak) X(read_memory)
+    X(sum_of_squares) X(adamw) X(append_rows) X(fma_peak) X(read_memory)
 
 /* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a
    with a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
@@ -132,6 +132,13 @@ struct adamw {
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
 };
 
+/* cache (B, S, C) gets x (B, T, C) at positions from `at` on, each with its strides. */
+struct append_rows {
+    real *cache;
+    const real *x;
+    size_t B, T, C, at, cache_batch, cache_row, x_batch, x_row;
+};
+
 /* For `tinygpt bench`: the work of registers alone, and of memory alone; see peak.c. */
 struct fma_peak {
     real *out;                   /* (tasks) */
@@ -147,6 +154,13 @@ struct read_memory {
 
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. */
 void tinygpt_run(int op, int is_double, const void *args);
+
+/* Many of them, one after the other. */
+struct call {
+    int op, is_double;
+    const void *args;
+};
+void tinygpt_run_all(const struct call *calls, size_t n);
 
 /* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns
    its name, or NULL where the machine lacks the one asked for. */

@@ -2,8 +2,8 @@
 
     python demos/1_pretrain.py [TEXT_FILE ...]
 
-Without a file it reads the documentation that every Python carries. What to watch: the loss starts at the log of the
-vocabulary's size, where every character is as likely as any other, and the samples turn from noise into words.
+Without a file it reads the documentation that every Python carries. What to watch: the loss starts at the log
+of the vocabulary's size, where every character is as likely as any other; samples turn from noise into words.
 `tinygpt pretrain` is this loop with checkpoints, validation on the whole split, and every knob.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     # 2. The model: random weights, with a name and a place in one flat buffer for each.
     config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=BLOCK, n_layer=4, n_head=4, n_embd=128)
     model = GPT(config, rng)
-    print(f"{model.flat.size:,} weights; a loss of ln({tokenizer.vocab_size}) = {np.log(tokenizer.vocab_size):.2f} is a guess")
+    print(f"{model.flat.size:,} weights; a blind guess has loss {np.log(tokenizer.vocab_size):.3f}")
 
     def sample(note: str) -> None:
         prompt = tokenizer.encode("The ")
@@ -54,8 +54,8 @@ def main() -> None:
         if update % 100 == 0 or update == UPDATES - 1:
             ids, targets = data.random_blocks(val_tokens, 8 * BATCH, BLOCK, np.random.default_rng(0))
             validation = model.loss(ids, targets)
-            seconds = time.perf_counter() - began
-            print(f"update {update:5}  loss {loss:.3f}  validation {validation:.3f}  |gradient| {norm:.2f}  {seconds:.1f} s")
+            text = f"update {update:5}  loss {loss:.3f}  validation {validation:.3f}  |gradient| {norm:.2f}"
+            print(f"{text}  {time.perf_counter() - began:.1f} s")
 
     # 4. The same prompt, the same random numbers, other weights.
     sample("after")

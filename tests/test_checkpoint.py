@@ -138,8 +138,8 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path):
 def test_a_run_comes_back(tmp_path):
     """Guards: moments that change places, a step that is lost, settings of another type."""
     optimizer = AdamW(make())
-    for part in (optimizer.m, optimizer.v):
-        part[:] = np.random.default_rng(1).normal(size=part.shape)
+    for seed, part in enumerate((optimizer.m, optimizer.v)):
+        part[:] = np.random.default_rng(seed).normal(size=part.shape)
     optimizer.steps = 41
     settings = Settings(CONFIG, 0.25, ("x",))
     checkpoint.save_trainer(tmp_path, optimizer, settings)
@@ -205,8 +205,8 @@ def test_tensors_that_are_not_the_models(folder, name, tensor, words):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\x02", b"PK\x03\x04 a zip of pickles", (2**60).to_bytes(8, "little") + b"{}", bytes(8), b"\xff" * 99,
-    (2).to_bytes(8, "little") + b"{}", (20000).to_bytes(8, "little") + b"[" * 20000,
+    b"", b"\x02", b"PK\x03\x04 a zip of pickles", (2**60).to_bytes(8, "little") + b"{}", bytes(8),
+    b"\xff" * 99, (2).to_bytes(8, "little") + b"{}", (20000).to_bytes(8, "little") + b"[" * 20000,
     b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}',
 ], ids=lambda content: str(content[:12]))  # fmt: skip
 def test_files_that_are_no_safetensors(folder, content):
@@ -233,8 +233,9 @@ def test_a_folder_without_a_file(folder, removed, words):
 
 
 @pytest.mark.parametrize("index", [
-    [], {}, {"weight_map": ["a"]}, {"weight_map": {"a": "../secret.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}},
-    {"weight_map": {"a": 1}}, {"weight_map": {}}, {"weight_map": {"a": ".."}}, {"weight_map": {"a": ""}},
+    [], {}, {"weight_map": ["a"]}, {"weight_map": {"a": "../secret.safetensors"}},
+    {"weight_map": {"a": "/etc/passwd"}}, {"weight_map": {"a": 1}}, {"weight_map": {}},
+    {"weight_map": {"a": ".."}}, {"weight_map": {"a": ""}},
     {"weight_map": {"a": "missing.safetensors"}}, {"weight_map": {"a": "x\0"}},
 ], ids=str)  # fmt: skip
 def test_an_index_that_leads_elsewhere(folder, index):
@@ -253,13 +254,15 @@ def test_a_tokenizer_of_another_model(folder):
 
 
 @pytest.mark.parametrize(("state", "words"), [
-    (None, ["is not a run"]), ("nonsense", ["is not a run"]), ("[]", ["is not a run"]), ("3", ["is not a run"]),
+    (None, ["is not a run"]), ("nonsense", ["is not a run"]), ("[]", ["is not a run"]),
+    ("3", ["is not a run"]),
     ({"step": -1}, ["is not a run"]), ({"step": 1.5}, ["is not a run"]), ({"step": "1"}, ["is not a run"]),
     ({"settings": []}, ["JSON object"]), ({"settings": {}}, ["incomplete"]),
     ({"settings": {"model": {}, "what": 1}}, ["what"]), ({"settings": {"model": {"n_embd": 7}}}, ["n_head"]),
     ({"settings": {"model": {"n_embd": 10**9, "n_head": 1}}}, ["weights"]),
     ({"settings": {"model": {"n_layer": 10**12}}}, ["weights"]),
-    ({"settings": {"model": {}, "rate": "fast"}}, ["rate"]), ({"settings": {"model": {}, "names": [1]}}, ["names"]),
+    ({"settings": {"model": {}, "rate": "fast"}}, ["rate"]),
+    ({"settings": {"model": {}, "names": [1]}}, ["names"]),
     ({"settings": {"model": {}, "rate": 10**400}}, ["rate"]),
 ], ids=str)  # fmt: skip
 def test_a_run_that_is_none(tmp_path, state, words):
@@ -283,8 +286,8 @@ def test_a_run_that_is_none(tmp_path, state, words):
 # --- mutated files ------------------------------------------------------------------------------------------
 
 HOSTILE = [
-    None, True, -1, 0, 1, 7, 10**9, 2**63, 10**40, 1.5, 1e308, float("nan"), float("inf"), "", "x", "F64", "\ud800",
-    [], [0], [[[]]], {}, {"a": 1}, [2**62, 2**62], [-1, 4],
+    None, True, -1, 0, 1, 7, 10**9, 2**63, 10**40, 1.5, 1e308, float("nan"), float("inf"), "", "x", "F64",
+    "\ud800", [], [0], [[[]]], {}, {"a": 1}, [2**62, 2**62], [-1, 4],
 ]  # fmt: skip
 
 
@@ -379,7 +382,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(folder):
-    """Guards: the last good model truncated by the save that did not fit. A limit on file sizes is the disk."""
+    """Guards: the last good model truncated by a save that did not fit. A limit on file sizes is the disk."""
     resource = pytest.importorskip("resource")
     optimizer = AdamW(make())
     checkpoint.save_trainer(folder, optimizer, Settings(CONFIG))

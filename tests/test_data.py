@@ -1,5 +1,6 @@
 """Text files, token streams and batches."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +23,31 @@ def text(documents) -> list[str]:
 
 def test_a_folders_texts_in_the_order_of_their_names(tmp_path):
     """Guards: an order that depends on the disk, binaries and hidden files taken for text."""
-    for name in ("b.txt", "a/z.md", "a/y.rst", ".git/c.txt", ".hidden.txt", "image.png", "c.TXT.bak"):
+    for name in ("b.txt", "c.md", "a/z.md", "a/y.rst", ".git/c.txt", ".hidden.txt", "image.png", "c.TXT.bak"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
     (tmp_path / "empty.txt").touch()
-    assert text(data.documents([tmp_path])) == ["a/y.rst", "a/z.md", "b.txt"]
+    assert text(data.documents([tmp_path])) == ["a/y.rst", "a/z.md", "b.txt", "c.md"]
     assert text(data.documents([tmp_path / "b.txt", tmp_path / "a"])) == ["b.txt", "a/y.rst", "a/z.md"]
     assert text(data.documents([tmp_path / "image.png"])) == ["image.png"]  # named by the user, so it is text
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty file", "no text", "device"])
-def test_what_is_no_text_is_one_line(tmp_path, kind):
-    """Guards: a traceback, or training on nothing."""
-    (tmp_path / "empty file").touch()
-    (tmp_path / "no text").mkdir()
-    path = Path("/dev/null") if kind == "device" else tmp_path / kind
-    with pytest.raises(UserError, match=path.name) as error:
+@pytest.mark.parametrize(("kind", "words"), [
+    ("missing", "no such file"), ("file", "is empty"), ("folder", "has no text"), ("pipe", "several times"),
+])  # fmt: skip
+def test_what_is_no_text_is_one_line(tmp_path, kind, words):
+    """Guards: a traceback, training on nothing, a pipe that is empty at the second reading."""
+    path = tmp_path / kind
+    {"missing": str, "file": Path.touch, "folder": Path.mkdir, "pipe": os.mkfifo}[kind](path)
+    with pytest.raises(UserError, match=f"{kind}: .*{words}") as error:
         data.documents([path])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1000])
 @pytest.mark.parametrize(("content", "offset"), [
-    (b"ab \xff cd", 3), ("é 東京 ".encode() + b"\xe6\x9d", 10), ("é 東 ".encode() + b"\xe6\x9d x", 7), (b"\x80", 0),
+    (b"ab \xff cd", 3), ("é 東京 ".encode() + b"\xe6\x9d", 10), ("é 東 ".encode() + b"\xe6\x9d x", 7),
+    (b"\x80", 0),
     (b"\xef\xbb\xbfa\xc3", 4),
 ])  # fmt: skip
 def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, monkeypatch, chunk, content, offset):
@@ -144,6 +147,7 @@ def test_split_and_blocks_are_nanogpts():
     ids, targets = (np.concatenate(part) for part in zip(*blocks, strict=True))
     assert [len(b[0]) for b in blocks] == [4, 4, 4, 2] and ids.dtype == targets.dtype == np.int32
     assert ids.ravel().tolist() == list(range(900, 998)) and (targets == ids + 1).all()
+    assert [sum(len(b) for b, _ in data.consecutive_blocks(tokens[:n], 4, 7)) for n in (14, 15)] == [1, 2]
 
 
 def test_tiny_shakespeare_has_1742_blocks(tmp_path):

@@ -3,6 +3,7 @@
 TINYGPT_KILLS=100 sets the number of runs that are killed.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, data
 from tinygpt.cli import main
+from tinygpt.model import PRESETS
 
 KILLS = int(os.environ.get("TINYGPT_KILLS", 4))
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,7 @@ def test_other_models(folder, options):
     """Guards: an option that is read and not used."""
     begin(*options, "--dropout", "0.1", "--gradient-accumulation-steps", "2", "--max-iters", "3")
     model, tokenizer = checkpoint.load("out")
+    assert records()[0]["train_loss"] == pytest.approx(np.log(tokenizer.vocab_size), abs=0.3)
     assert model.config.post_norm == ("--post-norm" in options) and model.config.dropout == 0.1
     assert (
         model.config.vocab_size == tokenizer.vocab_size == (len(set(TEXT)) if model.config.post_norm else 270)
@@ -89,13 +92,15 @@ def test_other_models(folder, options):
 
 
 def test_going_on_from_another_model(folder):
-    """Guards: weights that are initialised anew, a tokenizer trained on the new text, a context cut in the file."""
-    begin("--tokenizer", "bpe", "--vocab-size", "270")
+    """Guards: weights made anew, a tokenizer trained on the new text, a context cut in the file."""
+    begin("--tokenizer", "bpe", "--vocab-size", "270", "--dropout", "0.1")
     Path("other.txt").write_text(TEXT.upper(), encoding="utf-8")
     few = ["--data", "other.txt", "--max-iters", "2", "--learning-rate", "1e-6", "--block-size", "8"]
+    few += ["--dropout", "0.2"]
     pretrain("--init-from", "out", "--out", "tuned", *few)
     (model, tokenizer), (before, old) = checkpoint.load("tuned"), checkpoint.load("out")
-    assert tokenizer.tokens == old.tokens and model.config == before.config
+    assert tokenizer.tokens == old.tokens
+    assert model.config == dataclasses.replace(before.config, dropout=0.2)
     assert 0 < np.abs(model.flat - before.flat).max() < 1e-5
     assert "only 16 positions" in pretrain(
         "--init-from", "out", *few, "--block-size", "17", "--out", "x", status=2
@@ -190,6 +195,12 @@ def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words
     assert words in line and line.startswith(("tinygpt: ", "Error: "))
     assert content("model") == {"model.safetensors": b"precious"}
     assert not Path("out").exists() or not content("out")
+
+
+def test_every_preset_can_be_named():
+    """Guards: a preset that --help promises and the model does not have, or the other way round."""
+    (option,) = [option for option in main.commands["pretrain"].params if option.name == "preset"]
+    assert tuple(option.type.choices) == tuple(PRESETS)
 
 
 def test_sizes_and_a_model_to_begin_with(folder):

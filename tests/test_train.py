@@ -48,6 +48,8 @@ def test_accumulation_is_the_large_batch(rng):
     whole, parts = make(dtype=np.float64), make(dtype=np.float64)
     assert train.accumulate(parts, cut) == pytest.approx(train.accumulate(whole, rows), rel=1e-13)
     assert np.abs(parts.flat - whole.flat).max() < 1e-13 * np.abs(whole.flat).max() * 10
+    expected = whole.model.loss(ids, targets, weights, start=start, positions=positions)
+    assert train.accumulate(whole, rows) == expected
     before = whole.flat.copy()
     train.accumulate(whole, rows)
     assert (whole.flat == before).all()  # and nothing of the last update is left in the next
@@ -113,9 +115,17 @@ def test_looking_at_a_run_does_not_change_it(dropout):
 def test_dropout_and_the_seed_do_something():
     """Guards: an option that is read and not used."""
     runs = [make(), make(0.3), make()]
+    drawn = set()
+
+    def watched(step, rng):
+        (batch,) = batches(step, rng)
+        drawn.add(batch.ids.tobytes())
+        return [batch]
+
     for optimizer, seed in zip(runs, (5, 5, 6), strict=True):
-        train.train(optimizer, batches, train.TrainConfig(**(vars(SETTINGS) | {"seed": seed})))
+        train.train(optimizer, watched, train.TrainConfig(**(vars(SETTINGS) | {"seed": seed})))
     assert len({optimizer.model.flat.tobytes() for optimizer in runs}) == 3
+    assert len(drawn) == 24  # two seeds, twelve updates
 
 
 def test_a_run_in_two_parts_is_the_run():
@@ -160,6 +170,8 @@ def test_numbers_that_are_not_finite_stop_it_before_harm(where):
             optimizer, broken, SETTINGS, evaluate=evaluate, save=lambda: saves.append(optimizer.steps)
         )
     assert saves == [4] and "iteration 4 is kept" in str(error.value)
+    what = {"loss": "the loss is nan", "gradient": "norm is", "evaluation": "val_loss is nan"}
+    assert what[where] in str(error.value)
     assert optimizer.steps == (8 if where == "evaluation" else 6)
     assert f"iteration {8 if where == 'evaluation' else 7}" in str(error.value)
 

@@ -1,8 +1,8 @@
 """How fast this machine runs tinygpt, and what share that is of what the machine can do.
 
 A job is measured in a process of its own: a warm-up, then steps for some seconds, of which the median counts.
-The machine's peak (multiply-adds in registers) and its memory's bandwidth are measured by the same C core, with
-the same threads, just before. A training step's operations are counted as
+The machine's peak (multiply-adds in registers) and its memory's bandwidth are measured by the same C core,
+with the same threads, just before. A training step's operations are counted as
 
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
@@ -53,8 +53,8 @@ def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
     """A row for each job, in order; without names, for all but the slowest.
 
     A row has job, ms (the median of a step; for batch 1, of a token), tokens_per_s, gflops, share_of_peak (of
-    the multiply-adds), gb_per_s, share_of_bandwidth and peak_rss_mib, each None where it has no meaning. Raises
-    UserError for a name that is not a job.
+    the multiply-adds), gb_per_s, share_of_bandwidth and peak_rss_mib, each None where it has no meaning.
+    Raises UserError for a name that is not a job.
     """
     for job in jobs:
         if job not in JOBS:

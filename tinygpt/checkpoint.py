@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from . import tokenizer as tokenizers
 from .atomic import replacing
@@ -153,10 +152,7 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 def save_weights(folder: Path, model: GPT) -> None:
     """Writes model.safetensors, in float32; until it is whole the old one stays."""
-    tensors = {
-        "transformer." + _their_name(name, model.config): np.asarray(p, np.float32)
-        for name, p in model.params.items()
-    }
+    tensors = {f"transformer.{_their_name(name, model.config)}": p for name, p in model.params.items()}
     _write(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
@@ -345,11 +341,21 @@ def _header(path: Path) -> tuple[dict[str, _Tensor], dict]:
 
 
 def _write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    with replacing(path) as beside:
-        try:
-            save_file(tensors, beside, metadata)
-        except SafetensorError as error:  # a full disk, a folder that is read-only
-            raise UserError(f"{path}: cannot be written ({error}); what was there before is kept") from None
+    """Writes float32 tensors. Not by the library, whose own temporary files a kill would leave behind."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.size
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of 8
+    try:
+        with replacing(path) as beside, open(beside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(np.ascontiguousarray(tensor, "<f4"))
+    except OSError as error:
+        problem = f"{path}: cannot be written ({error.strerror}); what was there before is kept"
+        raise UserError(problem) from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

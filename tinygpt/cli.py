@@ -54,7 +54,23 @@ def main() -> None:
 # --- tinygpt pretrain ---------------------------------------------------------------------------------------
 
 
-_UNDER_1 = click.FloatRange(0, 1, max_open=True)
+_PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
+
+
+def _named(kind: click.ParamType, name: str) -> click.ParamType:
+    """The name is what --help shows: N instead of INTEGER RANGE."""
+    kind.name = name
+    return kind
+
+
+_COUNT, _COUNT_OR_0 = (_named(click.IntRange(least), "n") for least in (1, 0))
+_REAL, _RATE = _named(click.FloatRange(0), "x"), _named(click.FloatRange(0, 1, max_open=True), "x")
+
+
+_data = click.option(
+    "--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+    help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.",
+)  # fmt: skip
 
 
 def _options(*options: Callable):
@@ -64,19 +80,18 @@ def _options(*options: Callable):
 
 def _training(max_iters: int, learning_rate: float, warmup_iters: int, eval_interval: int):
     """The options of `train.TrainConfig`, which all training stages share; what they differ in."""
-    over_0 = click.FloatRange(0, min_open=True)
     return _options(
-        click.option("--max-iters", default=max_iters, type=click.IntRange(1), help="Updates of the weights."),
-        click.option("--learning-rate", default=learning_rate, type=over_0, help="At its highest."),
-        click.option("--min-lr", type=click.FloatRange(0), show_default="a tenth of it", help="At the end."),
-        click.option("--warmup-iters", default=warmup_iters, type=click.IntRange(0), help="On the way up."),
-        click.option("--weight-decay", default=0.1, type=click.FloatRange(0), help="Of matrices."),
-        click.option("--beta1", default=0.9, type=_UNDER_1, help="Of the mean of gradients."),
-        click.option("--beta2", default=0.99, type=_UNDER_1, help="Of the mean of their squares."),
-        click.option("--grad-clip", default=1.0, type=click.FloatRange(0), help="Largest norm; 0: any."),
-        click.option("--eval-interval", default=eval_interval, type=click.IntRange(1),
+        click.option("--max-iters", default=max_iters, type=_COUNT, help="Updates of weights."),
+        click.option("--learning-rate", default=learning_rate, type=_REAL, help="At its highest."),
+        click.option("--min-lr", type=_REAL, show_default="a tenth of it", help="At the end."),
+        click.option("--warmup-iters", default=warmup_iters, type=_COUNT_OR_0, help="On the way up."),
+        click.option("--weight-decay", default=0.1, type=_REAL, help="Of matrices."),
+        click.option("--beta1", default=0.9, type=_RATE, help="Of the mean of gradients."),
+        click.option("--beta2", default=0.99, type=_RATE, help="Of the mean of their squares."),
+        click.option("--grad-clip", default=1.0, type=_REAL, help="Largest norm; 0: any."),
+        click.option("--eval-interval", default=eval_interval, type=_COUNT,
                      help="Updates from one evaluation, and save, to the next."),
-        click.option("--seed", default=1337, type=click.IntRange(0), help="Of weights, batches and dropout."),
+        click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of weights, batches and dropout."),
     )  # fmt: skip
 
 
@@ -116,26 +131,27 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
 
 
 @main.command()
-@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
-@click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What to cut text into.")
-@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="With --tokenizer bpe.")
-@click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model.")
-@click.option("--overwrite", is_flag=True, help="Replace the model that is there.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Go on with the run there and its settings. --data only says where the text is now.")  # fmt: skip
-@click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Begin with the model there, tinygpt's or GPT-2 as downloaded, and its tokenizer.")  # fmt: skip
-@click.option("--preset", default="nano", help="Sizes, by name: nano, small, baby, gpt2, gpt2-medium, gpt2-large, "
-              "gpt2-xl. The next four change one each.")  # fmt: skip
-@click.option("--n-layer", type=click.IntRange(1), help="Blocks.  [nano: 4]")
-@click.option("--n-head", type=click.IntRange(1), help="Heads in each; divides --n-embd.  [nano: 4]")
-@click.option("--n-embd", type=click.IntRange(1), help="Channels.  [nano: 128]")
-@click.option("--block-size", type=click.IntRange(1), help="Tokens of context.  [nano: 64]")
+@_options(
+    _data,
+    click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
+    click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
+    click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model."),
+    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
+    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Go on with the run there, with its settings. --data says where the text is now."),
+    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Begin with the model there, tinygpt's or GPT-2 as downloaded, and its tokenizer."),
+    click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
+                 help=f"Sizes, which the next four change: {', '.join(_PRESETS)}."),
+)  # fmt: skip
+@click.option("--n-layer", type=_COUNT, show_default="nano: 4", help="Blocks.")
+@click.option("--n-head", type=_COUNT, show_default="nano: 4", help="Heads; divides --n-embd.")
+@click.option("--n-embd", type=_COUNT, show_default="nano: 128", help="Channels.")
+@click.option("--block-size", type=_COUNT, show_default="nano: 64", help="Tokens of context.")
 @click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
-@click.option("--dropout", default=0.0, type=_UNDER_1, help="Helps where there is little text.")
-@click.option("--batch-size", default=12, type=click.IntRange(1), help="Sequences at a time.")
-@click.option("--gradient-accumulation-steps", default=1, type=click.IntRange(1), help="Batches in an update.")
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
+@click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
 @_training(max_iters=5000, learning_rate=1e-3, warmup_iters=100, eval_interval=500)
 @click.pass_context
 def pretrain(ctx: click.Context, **options) -> None:
@@ -164,7 +180,7 @@ def pretrain(ctx: click.Context, **options) -> None:
     except KeyboardInterrupt:
         click.echo(f"\nStopped. To go on: tinygpt pretrain --resume {shlex.quote(str(folder))}")
         sys.exit(130)
-    _finish(folder, model, run.tokenizer)
+    _finish(run)
 
 
 def _refuse(names: set[str], reason: str) -> None:
@@ -179,8 +195,6 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     from .checkpoint import read_config
     from .model import PRESETS
 
-    if preset not in PRESETS:
-        raise click.UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}")
     if tokenizer != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
     sizes = {name: options.pop(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
@@ -200,16 +214,15 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     )
 
 
-def _finish(folder: Path, model, tokenizer) -> None:
-    """A sample, and what to run next."""
+def _finish(run) -> None:
+    """A sample, which goes on from the first of the validation tokens, and what to run next."""
     import numpy as np
 
-    from .generate import encode_prompt, stream
+    from .generate import stream
 
-    rng, start = np.random.default_rng(0), encode_prompt(tokenizer, "")
-    text = "".join(stream(model, tokenizer, start, 300, temperature=0.8, rng=rng))
-    name = shlex.quote(str(folder))
-    click.echo(f"\nA sample:\n{text.strip()}\n\nSaved in {folder}. Next: tinygpt generate {name}")
+    rng, start, name = np.random.default_rng(0), run.val_tokens[:1].tolist(), shlex.quote(str(run.folder))
+    text = "".join(stream(run.optimizer.model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
+    click.echo(f"\nA sample:\n{text.strip()}\n\nSaved in {run.folder}. Next: tinygpt generate {name}")
 
 
 # --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
@@ -317,10 +330,9 @@ def tokenizer() -> None:
 
 
 @tokenizer.command("train")
-@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
-@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, end of text, and merges.")
-@click.option("--out", default="tokenizer", type=click.Path(path_type=Path), help="Folder for tokenizer.json.")
+@_data
+@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, 1 end of text, merges.")
+@click.option("--out", default="tokenizer", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the tokenizer that is there.")
 def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
     """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
@@ -385,7 +397,7 @@ def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
 @click.argument("target", required=False, metavar="[MODULE:NAME]")
 @click.option("--shape", "shapes", multiple=True, callback=_shapes, help="An input's shape, x=4,8; repeat.")
 @click.option("--tol", type=click.FloatRange(0, min_open=True),
-              help="The largest relative error that passes. [default: 1e-6; 1e-7 for tinygpt itself]")  # fmt: skip
+              help="Relative error that passes.  [default: 1e-6; 1e-7 for tinygpt itself]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of inputs, upstream gradients, directions.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects: name, backend, rel_err, ok.")
 def gradcheck(target: str | None, shapes: dict, tol: float | None, seed: int, as_json: bool) -> None:
@@ -447,19 +459,18 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
-    A JOB is peak, gemm, train/SIZE or generate/SIZE/BATCH, such as train/nano or generate/small/64; without one,
-    all but those of GPT-2 124M. A time is the median of a training step, or of a token for each of the batch.
+    A JOB is peak, gemm, train/SIZE or generate/SIZE/BATCH, such as train/nano or generate/small/64; without
+    one, all but those of GPT-2 124M. A time is the median of a training step, or of a token for each prompt.
     """
     from . import bench as benchmarks
 
-    columns = ("ms", "tokens_per_s", "gflops", "share_of_peak", "gb_per_s", "share_of_bandwidth", "peak_rss_mib")
     rows = []
     for row in benchmarks.run(list(jobs), 0.2 if quick else seconds):
+        cells = ["" if value is None else f"{value:,}" for name, value in row.items() if name != "job"]
         if not as_json:
             if not rows:
-                click.echo(f"{'job':22}" + "".join(f"{name:>19}" for name in columns))
-            cells = ("" if row[name] is None else f"{row[name]:,}" for name in columns)
-            click.echo(f"{row['job']:22}" + "".join(f"{cell:>19}" for cell in cells))
+                click.echo(f"{'':21}" + "".join(f"{name:>19}" for name in row if name != "job"))
+            click.echo(f"{row['job']:21}" + "".join(f"{cell:>19}" for cell in cells))
         rows.append(row)
     if as_json:
         click.echo(json.dumps(rows, indent=1))

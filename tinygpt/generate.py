@@ -11,7 +11,7 @@ search, penalties on repetition, speculative decoding; how a conversation is wri
 """
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class KVCache:
     def __init__(self, model: GPT, batch: int, capacity: int) -> None:
         shape = (model.config.n_layer, batch, capacity, model.config.n_embd)
         self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
-        self.length, self.capacity = 0, capacity
+        self.length, self.capacity, self._model = 0, capacity, model
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Adds one layer's k and v, (B, T, C); the last layer's move `length` on.
@@ -39,7 +39,8 @@ class KVCache:
         """
         old, new = self.length, self.length + k.shape[1]
         keys, values = self.keys[layer, :, :new], self.values[layer, :, :new]
-        keys[:, old:], values[:, old:] = k, v
+        self._model.ops.append_rows(self.keys[layer], k, old)
+        self._model.ops.append_rows(self.values[layer], v, old)
         if layer == len(self.keys) - 1:
             self.length = new
         return keys, values
@@ -140,15 +141,15 @@ def steps(
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed).random for seed in seeds]
     stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
-    rows, pad, ids = np.arange(len(seen)), None, None
+    rows, pad, ids, decode = np.arange(len(seen)), None, None, None
     for _ in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
             logits, pad = _read(model, [seen[row] for row in rows], kv, ws)
+            decode = _decoder(model, kv, pad, ws)
         else:
-            at = kv.length - pad
-            logits, _ = model.forward(ids[:, None], ws, positions=at, start=pad, kv=kv, keep=False)
+            logits = decode(ids)
         uniform = np.array([draws[row]() for row in rows]) if temperature else np.zeros(len(rows))
         ids = sample(logits[:, -1], uniform, temperature, top_k, top_p)
         for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
@@ -158,6 +159,7 @@ def steps(
         if ended.any():
             kept = kv.keep(~ended)
             rows, pad, ids = rows[kept], pad[kept], ids[kept]
+            decode = _decoder(model, kv, pad, ws)
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
@@ -196,6 +198,38 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     at, start = np.maximum(np.arange(T, dtype=np.int32) - pad, 0), np.repeat(pad, T, axis=1)
     kv.length = 0
     return model.forward(ids, ws, positions=at, start=start, kv=kv, keep=False, last=True)[0], pad
+
+
+def _decoder(model: GPT, kv: KVCache, pad: Array, ws: Workspace) -> Callable[[Array], Array]:
+    """A function from the newest ids (B,) to the logits (B, 1, V) after them: the forward pass of one token.
+
+    With the C core the first call is recorded, and later ones are made from the record: a step of a small
+    model takes less time than the Python of its forward. What changes from step to step is the contents of
+    two arrays, and how far the cache is filled.
+    """
+    token, position = np.empty(pad.shape, np.int32), np.empty(pad.shape, np.int32)
+    recording = None
+
+    def forward() -> Array:
+        return model.forward(token, ws, positions=position, start=pad, kv=kv, keep=False)[0]
+
+    def decode(ids: Array) -> Array:
+        nonlocal recording
+        token[:, 0], position[:] = ids, kv.length - pad
+        if not hasattr(getattr(model, "ops", None), "Recording"):
+            return forward()
+        if recording is None:
+            recording = model.ops.Recording(forward)
+        else:
+            for args in recording.args["append_rows"]:
+                args.at = kv.length
+            kv.length += 1
+            for args in recording.args["attention_forward"]:
+                args.S = kv.length
+            recording.replay()
+        return recording.result
+
+    return decode
 
 
 def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings) -> list[Array]:

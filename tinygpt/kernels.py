@@ -11,7 +11,9 @@ avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C 
 
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -87,7 +89,36 @@ def _run(op: str, dtype: np.dtype, *fields) -> None:
         raise TypeError(f"{op}: arrays are float32 or float64, not {dtype}")
     number, struct = _OPS[op]
     values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
-    lib.tinygpt_run(number, dtype.char == "d", ffi.new(struct, values))
+    args = ffi.new(struct, values)
+    lib.tinygpt_run(number, dtype.char == "d", args)
+    if (tape := getattr(_recording, "tape", None)) is not None:
+        tape.append((op, (number, dtype.char == "d", args), fields))
+
+
+_recording = threading.local()
+
+
+class Recording:
+    """The calls to the C core that `function()` makes, to be made again without Python between them.
+
+    They read and write the same memory, whatever it holds by then. `result` is what the function returned;
+    `args[op]` the structs of its calls of `op`, in order, whose numbers may be changed before a `replay`.
+    """
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        _recording.tape = tape = []
+        try:
+            self.result = function()
+        finally:
+            _recording.tape = None
+        self.args: dict[str, list] = {}
+        for op, (_, _, args), _ in tape:
+            self.args.setdefault(op, []).append(args)
+        self._calls = ffi.new("struct call[]", [call for _, call, _ in tape])
+        self._tape = tape  # keeps the structs and the arrays that they point to
+
+    def replay(self) -> None:
+        lib.tinygpt_run_all(self._calls, len(self._tape))
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
@@ -265,6 +296,13 @@ def _strides(*arrays: Array) -> list[int]:
     return [s // a.itemsize for a in arrays for s in a.strides[:2]]
 
 
+def append_rows(cache: Array, x: Array, at: int) -> None:
+    (B, T, C), x = x.shape, _rows(np.asarray(x, cache.dtype))
+    if cache.shape[::2] != (B, C) or not 0 <= at <= cache.shape[1] - T or _rows(cache) is not cache:
+        raise ValueError(f"append_rows: {x.shape} at {at} does not fit into {cache.shape}")
+    _run("append_rows", cache.dtype, cache, x, B, T, C, at, *_strides(cache, x))
+
+
 def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
     out, x = _result(out, x.dtype, x.shape), np.ascontiguousarray(x)
     _run("residual_forward", x.dtype, out, x, _like(branch, x.dtype, x.shape), x.size)
@@ -318,8 +356,8 @@ def adamw(
 
 if lib:
     isa = _configure()
-    # name -> its number in tinygpt.h, the type of a pointer to its struct
-    _OPS = {n[3:]: (getattr(lib, n), ffi.typeof(f"struct {n[3:]} *")) for n in dir(lib) if n.startswith("OP_")}
+    _NAMES = [name[3:] for name in dir(lib) if name.startswith("OP_")]
+    _OPS = {op: (getattr(lib, f"OP_{op}"), ffi.typeof(f"struct {op} *")) for op in _NAMES}
     # where both backends have a function, its contract is written once
     for _name, _function in vars(ops).items():
         if callable(_function) and _name in globals() and not globals()[_name].__doc__:

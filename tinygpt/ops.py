@@ -234,6 +234,11 @@ def _write(out: Out, result: Array) -> Array:
     return out
 
 
+def append_rows(cache: Array, x: Array, at: int) -> None:
+    """cache[:, at : at + T] = x: keys or values, (B, T, C), behind those that a cache (B, S, C) has."""
+    cache[:, at : at + x.shape[1]] = x
+
+
 # --- residual connection and dropout ------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """Pre-training: predict each next token of a text.
 
 A run lives in one folder, which is at every moment a model that can be loaded: `begin` makes it, `resume`
-takes it up where it was saved last, `pretrain` trains. The model in the folder is always the newest, not the one
-with the best validation loss, which metrics.jsonl tells.
+takes it up where it was saved last, `pretrain` trains. The model in the folder is always the newest, not the
+one with the best validation loss; metrics.jsonl tells which that was.
 
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
 

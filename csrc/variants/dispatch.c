@@ -36,3 +36,9 @@ const char *tinygpt_choose_isa(const char *name)
 }
 
 void tinygpt_run(int op, int is_double, const void *args) { tables[is_double][op](args); }
+
+void tinygpt_run_all(const struct call *calls, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        tinygpt_run(calls[i].op, calls[i].is_double, calls[i].args);
+}

@@ -1,4 +1,4 @@
-"""Folders that tinygpt writes, read by transformers, and folders that transformers writes, read by tinygpt."""
+"""Folders that tinygpt writes, read by transformers, and the other way round."""
 
 import shutil
 
