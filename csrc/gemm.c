@@ -18,8 +18,7 @@
 enum { DEPTH = 256, WIDTH = 1024, BLOCK_ROWS = 16 * ROWS, COLS = 2 * LANES };
 
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
-   from NULL is zeros. `rows`, and in each use the strides of a, are compile-time constants, so that c
-   lives in registers. */
+   from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. */
 INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
                  size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {

@@ -9,7 +9,6 @@ of the vocabulary's size, where every character is as likely as any other; sampl
 
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,7 @@ def main() -> None:
     # 1. Text becomes a stream of integers; the last tenth is kept to validate on.
     documents = data.documents(sys.argv[1:])
     tokenizer = CharTokenizer.train(data.joined(documents))
-    tokens, _ = data.stream(documents, tokenizer, Path())
+    tokens = np.concatenate(list(data.encode(documents, tokenizer)))
     train_tokens, val_tokens = data.split(tokens, BLOCK)
     print(f"{len(tokens):,} characters, {tokenizer.vocab_size} different ones")
 

@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from tinygpt import checkpoint, data
+from tinygpt import pretrain as stage
 from tinygpt.cli import main
 from tinygpt.model import PRESETS
 
@@ -111,6 +112,18 @@ def test_going_on_from_another_model(folder):
         "--init-from", "char", "--data", "new.txt", "--out", "y", status=2
     )
     pretrain("--init-from", "out", *few, "--out", "out", "--overwrite")  # in its own place
+
+
+def test_going_on_from_another_model_is_gentle(folder):
+    """Guards: defaults for random weights, which in a few updates destroy what a trained model knows."""
+    begin("--max-iters", "1")
+    settings = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "begin", lambda out, given, **_: settings.append(given) or sys.exit(2))
+        pretrain("--init-from", "out", "--warmup-iters", "7", "--out", "x", status=2)
+    (found,) = settings
+    assert (found.train.learning_rate, found.train.max_iters, found.train.min_lr) == (3e-5, 200, 3e-6)
+    assert found.train.warmup_iters == 7 and found.block_size == 16  # 64, but the model has only 16
 
 
 def test_resuming_takes_everything_from_the_run(folder, monkeypatch):

@@ -348,14 +348,10 @@ def _write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> N
         header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of 8
-    try:
-        with replacing(path) as beside, open(beside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor, "<f4"))
-    except OSError as error:
-        problem = f"{path}: cannot be written ({error.strerror}); what was there before is kept"
-        raise UserError(problem) from None
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor, "<f4"))
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -57,6 +57,14 @@ def main() -> None:
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 
 
+_FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
+
+
+def _written(options: dict) -> str:
+    """{"max_iters": 200} as --max-iters 200."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
 def _named(kind: click.ParamType, name: str) -> click.ParamType:
     """The name is what --help shows: N instead of INTEGER RANGE."""
     kind.name = name
@@ -117,7 +125,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         left = int((now - began) / (n - first) * (max_iters - n))
         val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
         text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{val}"
-        text += f"  {record['tokens_per_s'] / 1000:.1f}k tokens/s  {left // 60}:{left % 60:02} left"
+        text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
         if not terminal:
             if val or n % every == 0:
                 click.echo(text)
@@ -140,7 +148,8 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
     click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
                  help="Go on with the run there, with its settings. --data says where the text is now."),
     click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Begin with the model there, tinygpt's or GPT-2 as downloaded, and its tokenizer."),
+                 help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults "
+                      f"then: --block-size 64 {_written(_FINE_TUNING)}."),
     click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
                  help=f"Sizes, which the next four change: {', '.join(_PRESETS)}."),
 )  # fmt: skip
@@ -198,16 +207,18 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     if tokenizer != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
     sizes = {name: options.pop(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    changes = {name: value for name, value in sizes.items() if value is not None}
-    changes |= {name: options.pop(name) for name in ("post_norm", "dropout")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    changes = {name: options.pop(name) for name in ("post_norm", "dropout")}
     if init_from:
         fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
         _refuse(given & fixed, "--init-from takes the model and its tokenizer as they are")
         model = dataclasses.replace(read_config(init_from), dropout=changes["dropout"])
+        block_size = sizes.get("block_size", min(64, model.block_size))
+        options |= {name: value for name, value in _FINE_TUNING.items() if name not in given}
     else:
-        model = dataclasses.replace(PRESETS[preset], **changes)
+        model = dataclasses.replace(PRESETS[preset], **sizes, **changes)
+        block_size = model.block_size
     train = _train_config(options)
-    block_size = sizes["block_size"] or model.block_size
     settings = stage.Settings(model=model, train=train, block_size=block_size, **options)
     return stage.begin(
         out, settings, tokenizer=tokenizer, vocab_size=vocab_size, init_from=init_from, overwrite=overwrite

@@ -162,20 +162,30 @@ def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
 # --- streams ------------------------------------------------------------------------------------------------
 
 
+def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:
+    """The ids of all documents, chunk by chunk.
+
+    Between documents stands the tokenizer's end-of-text id, or a blank line where it has none.
+    """
+    for n, document in enumerate(documents):
+        if n:
+            yield tokenizer.encode("\n\n") if tokenizer.eos_id is None else np.array([tokenizer.eos_id])
+        yield from map(tokenizer.encode, document)
+
+
 def stream(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, mark: str, in_memory: int = IN_MEMORY
 ) -> Array:
-    """The ids of all documents, (N,), uint16 or uint32 as the vocabulary needs.
+    """What `encode` gives, as one array (N,), uint16 or uint32 as the vocabulary needs.
 
-    Between documents stands the tokenizer's end-of-text id, or a blank line where it has none. A stream of
-    more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call finds it there by
-    `mark`, the documents' fingerprint.
+    A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call finds it
+    there by `mark`, the documents' fingerprint.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     file = folder / f"tokens-{mark[:16]}.bin"
     if file.exists():
         return np.memmap(file, dtype, "r")
-    parts = (ids.astype(dtype) for ids in _encode(documents, tokenizer))
+    parts = (ids.astype(dtype) for ids in encode(documents, tokenizer))
     head, size = [], 0
     for ids in parts:
         head.append(ids)
@@ -190,13 +200,6 @@ def stream(
         for ids in itertools.chain(head, parts):
             out.write(ids)
     return np.memmap(file, dtype, "r")
-
-
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:
-    for n, document in enumerate(documents):
-        if n:
-            yield tokenizer.encode("\n\n") if tokenizer.eos_id is None else np.array([tokenizer.eos_id])
-        yield from map(tokenizer.encode, document)
 
 
 def split(tokens: Array, block_size: int) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import checkpoint, data, train
 from . import tokenizer as tokenizers
-from .atomic import sync
+from .atomic import sync, writing
 from .errors import UserError
 from .model import GPT, GPTConfig
 from .optim import AdamW
@@ -141,18 +141,17 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
         checkpoint.save_trainer(run.folder, run.optimizer, settings)
         checkpoint.save_weights(run.folder, model)
 
+    def log(record: train.Record) -> None:
+        with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        report(record)
+
     metrics = run.folder / METRICS
     records = train.resume_metrics(metrics, run.optimizer.steps)
-    with open(metrics, "a", encoding="utf-8", buffering=1) as file:
-
-        def log(record: train.Record) -> None:
-            file.write(json.dumps(record) + "\n")
-            report(record)
-
-        train.train(
-            run.optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save,
-            elapsed_s=records[-1]["elapsed_s"] if records else 0.0,
-        )  # fmt: skip
+    elapsed_s = records[-1]["elapsed_s"] if records else 0.0
+    train.train(
+        run.optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
+    )
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
