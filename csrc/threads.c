@@ -1,8 +1,10 @@
 /* threads.c: the only file that knows about threads.
 
-   A pool of workers made at first use. A job is a function and a number of items; the workers and the caller
-   take ranges of it from a shared counter. Between the kernels of a training step there are microseconds, so
-   a worker looks for the next job for a while before it goes to sleep.
+   A pool of workers made at first use. A job is a function and a number of items, of which each thread has a
+   share. It is the same part of them in every job, so that rows which one kernel wrote are still in the cache
+   of the processor that needs them in the next. Who is done early takes from the others' shares. Between the
+   kernels of a training step there are microseconds, so a worker looks for the next job for a while before it
+   goes to sleep.
 
    The caller never waits for a worker that has not begun: on a busy machine one may not get a processor for
    milliseconds, and the caller then does all the work itself. A worker enters a job through a gate, which the
@@ -27,8 +29,11 @@ enum { OPEN = 1, INSIDE = 2 }; /* the gate: one bit, and above it the number of 
 static struct {
     void (*work)(const void *, size_t, size_t);
     const void *args;
-    size_t n, piece;
-    atomic_size_t next; /* first item nobody has taken */
+    size_t piece, shares;
+    struct {
+        _Alignas(64) atomic_size_t next; /* first item nobody has taken; on a cache line of its own */
+        size_t end;
+    } share[MOST_THREADS];
     atomic_size_t gate;
     atomic_size_t job; /* counts jobs: a change is the signal */
     atomic_flag busy;
@@ -57,11 +62,15 @@ static void relax(void)
     sched_yield();
 }
 
-static void take_ranges(void)
+/* The thread's own share first, then what the others have left of theirs. */
+static void take_ranges(size_t me)
 {
-    size_t begin;
-    while ((begin = atomic_fetch_add(&pool.next, pool.piece)) < pool.n)
-        pool.work(pool.args, begin, begin + pool.piece < pool.n ? begin + pool.piece : pool.n);
+    for (size_t k = 0; k < pool.shares; k++) {
+        const size_t s = (me + k) % pool.shares, end = pool.share[s].end;
+        size_t begin;
+        while ((begin = atomic_fetch_add(&pool.share[s].next, pool.piece)) < end)
+            pool.work(pool.args, begin, begin + pool.piece < end ? begin + pool.piece : end);
+    }
 }
 
 static int enter(void)
@@ -73,9 +82,9 @@ static int enter(void)
     return 0;
 }
 
-static void *worker(void *last_job)
+static void *worker(void *number)
 {
-    for (size_t seen = (size_t)(uintptr_t)last_job;;) {
+    for (size_t seen = 0;;) {
         for (int look = 0; look < LOOKS && atomic_load(&pool.job) == seen; look++)
             relax();
         if (atomic_load(&pool.job) == seen) {
@@ -88,7 +97,7 @@ static void *worker(void *last_job)
         }
         seen = atomic_load(&pool.job);
         if (enter()) {
-            take_ranges();
+            take_ranges((size_t)(uintptr_t)number);
             atomic_fetch_sub(&pool.gate, INSIDE);
         }
     }
@@ -111,7 +120,7 @@ static void start_workers(void)
         registered = !pthread_atfork(NULL, NULL, forget_workers);
     for (; pool.workers + 1 < pool.threads; pool.workers++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, (void *)(uintptr_t)atomic_load(&pool.job)))
+        if (pthread_create(&thread, NULL, worker, (void *)(uintptr_t)(pool.workers + 1)))
             pool.threads = pool.workers + 1; /* the machine has no more: do with these */
         else
             pthread_detach(thread);
@@ -126,16 +135,21 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
         return;
     }
     start_workers();
-    size_t even = (n + 4 * pool.threads - 1) / (4 * pool.threads); /* four each: one thread may be held up */
-    pool.work = work, pool.args = args, pool.n = n, pool.piece = (even + grain - 1) / grain * grain;
-    atomic_store(&pool.next, 0);
+    const size_t grains = (n + grain - 1) / grain;
+    pool.work = work, pool.args = args, pool.shares = pool.threads;
+    pool.piece = (grains + 4 * pool.shares - 1) / (4 * pool.shares) * grain; /* four in a share */
+    for (size_t s = 0; s < pool.shares; s++) {
+        const size_t end = (s + 1) * grains / pool.shares * grain;
+        atomic_store(&pool.share[s].next, s * grains / pool.shares * grain);
+        pool.share[s].end = end < n ? end : n;
+    }
     atomic_store(&pool.gate, OPEN);
     pthread_mutex_lock(&pool.lock); /* a worker is either before its last look or counted asleep */
     atomic_fetch_add(&pool.job, 1);
     if (pool.asleep)
         pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    take_ranges();
+    take_ranges(0);
     atomic_fetch_and(&pool.gate, ~(size_t)OPEN);
     while (atomic_load(&pool.gate))
         relax();
