@@ -22,7 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MOST_THREADS = 256, LOOKS = 1500 };
+enum { MOST_THREADS = 256, LOOKS = 20000 };
 
 enum { OPEN = 1, INSIDE = 2 }; /* the gate: one bit, and above it the number of workers inside */
 
@@ -48,18 +48,13 @@ static struct {
     .wake = PTHREAD_COND_INITIALIZER,
 };
 
-/* Half a microsecond of waiting, in which another thread may have the processor: the one that is waited for,
-   perhaps. */
-static void relax(void)
+static inline void relax(void)
 {
-    for (int i = 0; i < 8; i++) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        __asm__ volatile("yield");
+    __asm__ volatile("yield");
 #endif
-    }
-    sched_yield();
 }
 
 /* The thread's own share first, then what the others have left of theirs. */
@@ -151,8 +146,8 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
     pthread_mutex_unlock(&pool.lock);
     take_ranges(0);
     atomic_fetch_and(&pool.gate, ~(size_t)OPEN);
-    while (atomic_load(&pool.gate))
-        relax();
+    for (int look = 1; atomic_load(&pool.gate); look++)
+        look % 256 ? relax() : (void)sched_yield(); /* the worker may be waiting for this very processor */
     atomic_flag_clear(&pool.busy);
 }
 
