@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import errno
 import json
 import os
 import random
@@ -292,10 +293,10 @@ def test_a_failed_save_leaves_the_old_file(either, tmp_path, monkeypatch):
 
     def full_disk(path, text, **options):
         path.write_bytes(b"{")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         either.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
