@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt import checkpoint
+from tinygpt import checkpoint, tensorfile
 from tinygpt import tokenizer as tokenizers
 from tinygpt.atomic import replacing
 from tinygpt.errors import UserError
@@ -86,7 +86,7 @@ def test_the_files_are_what_transformers_expects(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "gpt2" and config["n_positions"] == 6 and config["attn_pdrop"] == 0
     assert config["bos_token_id"] is None and config["eos_token_id"] is None
-    found, metadata = checkpoint._header(folder / "model.safetensors")
+    found, metadata = tensorfile.tensors(folder / "model.safetensors")
     assert metadata == {"format": "pt"}
     assert set(found) == {"transformer." + name for name in make().params}
     assert sorted(os.listdir(folder)) == sorted(set(checkpoint.FILES) - {"trainer.safetensors"})
@@ -269,7 +269,7 @@ def test_a_run_that_is_none(tmp_path, state, words):
     """Guards: a forged or foreign trainer.safetensors that crashes, or makes us ask for memory."""
     checkpoint.save_trainer(tmp_path, AdamW(make()), Settings(CONFIG))
     path = tmp_path / "trainer.safetensors"
-    parts = {name: ("F32", t.shape, bytes(4 * t.shape[0])) for name, t in checkpoint._header(path)[0].items()}
+    parts = {name: ("F32", t.shape, bytes(4 * t.shape[0])) for name, t in tensorfile.tensors(path)[0].items()}
     if isinstance(state, dict):
         state = json.dumps({"step": 3, "settings": {"model": dataclasses.asdict(CONFIG)}} | state)
     write(path, parts, {} if state is None else {"tinygpt": state})

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, data
+from tinygpt import checkpoint, data, tensorfile
 from tinygpt import pretrain as stage
 from tinygpt.cli import main
 from tinygpt.model import PRESETS
@@ -307,5 +307,5 @@ def test_ctrl_c_says_how_to_go_on(folder):
     output, _ = run.communicate()
     assert run.returncode == 130 and "Traceback" not in output
     assert output.splitlines()[-1].endswith("tinygpt pretrain --resume out")
-    state = json.loads(checkpoint._header(Path("out/trainer.safetensors"))[1]["tinygpt"])
+    state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
     assert 1 <= state["step"] == len(records()) < 10000

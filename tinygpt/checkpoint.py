@@ -8,33 +8,27 @@ files, half precision. What would change the computation and is not supported, i
 trainer.safetensors is a run in the middle: weights, both moments, step and settings. It is one file because a
 run that is killed between two files would have weights and moments of different steps.
 
-Files are data, never code: no pickle. A header or config that lies is found out before memory is asked for.
-Tensors are read one by one into the model's own buffer, so that loading takes the memory of the weights and
-no more.
+Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
+read into the model's own buffer, so that loading takes the memory of the weights and no more.
 
-Not here: pytorch_model.bin, adapters.
-
-Reference: https://github.com/huggingface/safetensors, "Format".
+Not here: pytorch_model.bin, adapters; the format of the tensors' files, which is `tensorfile`'s.
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
+from . import tensorfile
 from . import tokenizer as tokenizers
 from .atomic import replacing
 from .errors import UserError
 from .model import GPT, GPTConfig
 from .optim import AdamW
+from .tensorfile import Tensor
 
-Array = np.ndarray
 Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
 T = TypeVar("T")
 
@@ -66,6 +60,7 @@ _SUPPORTED = {
     },
     "openai-gpt": {"afn": ("gelu",), **_COMMON},  # which is gelu_new there
 }
+_GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
 
 
@@ -134,6 +129,21 @@ def from_json(cls: type[T], values: object, where: str) -> T:
         raise UserError(f"{where}: {error}") from None
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({_short(str(error))}): get it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds {_short(value)}")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
@@ -153,7 +163,7 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 def save_weights(folder: Path, model: GPT) -> None:
     """Writes model.safetensors, in float32; until it is whole the old one stays."""
     tensors = {f"transformer.{_their_name(name, model.config)}": p for name, p in model.params.items()}
-    _write(folder / WEIGHTS, tensors, {"format": "pt"})
+    tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -166,27 +176,23 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     found = _tensors_of(folder)
     head = found.pop("lm_head.weight", None)
     _check_shapes(found, config, folder)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
+        raise UserError(f"{folder}: {sizes}: they do not belong together")
     model = GPT(config)
     for name, p in model.params.items():
         found[_their_name(name, config)].read(p)
     if head is not None and not head.equals(model.params["wte.weight"]):
         raise UserError(f"{folder}: lm_head.weight is not the token table: only a tied head is supported")
-    tokenizer = tokenizers.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-            "they do not belong together"
-        )
     return model, tokenizer
 
 
 def _their_name(name: str, config: GPTConfig) -> str:
-    if config.post_norm:
-        return re.sub("^wte", "tokens_embed", re.sub("^wpe", "positions_embed", name))
-    return name
+    return _GPT1_NAMES.get(name, name) if config.post_norm else name
 
 
-def _tensors_of(folder: Path) -> "dict[str, _Tensor]":
+def _tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder under their bare names, without the buffers that hold causal masks."""
     files = [folder / WEIGHTS]
     if not files[0].exists():
@@ -201,7 +207,7 @@ def _tensors_of(folder: Path) -> "dict[str, _Tensor]":
         if not isinstance(names, dict) or not all(map(_is_name, names.values())):
             raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
         files = [folder / name for name in sorted(set(names.values()))]
-    tensors = {name: tensor for file in files for name, tensor in _header(file)[0].items()}
+    tensors = {name: tensor for file in files for name, tensor in tensorfile.tensors(file)[0].items()}
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
 
@@ -211,11 +217,9 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and Path(value).name == value
 
 
-def _check_shapes(found: "dict[str, _Tensor]", config: GPTConfig, folder: Path) -> None:
+def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
     if config.n_layer > len(found):  # before the list of names, which a forged number would make endless
-        raise UserError(
-            f"{folder}: {CONFIG} has n_layer {config.n_layer}, but there are {len(found)} tensors"
-        )
+        raise UserError(f"{folder}: n_layer is {config.n_layer}, but there are {len(found)} tensors")
     wanted = {_their_name(name, config): shape for name, shape in config.shapes().items()}
     for name in [*wanted, *found]:
         if name not in found:
@@ -236,7 +240,7 @@ def save_trainer(folder: Path, optimizer: AdamW, settings: object) -> None:
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
     tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
-    _write(folder / TRAINER, tensors, {"tinygpt": json.dumps(state)})
+    tensorfile.write(folder / TRAINER, tensors, {"tinygpt": json.dumps(state)})
 
 
 def read_settings(folder: Path, cls: type[T]) -> T:
@@ -250,9 +254,7 @@ def read_settings(folder: Path, cls: type[T]) -> T:
     tensors, _, settings = _read_trainer(path)
     settings = from_json(cls, settings, str(path))
     config, size = settings.model, math.prod(tensors["weights"].shape)
-    deepest = (
-        size // 25
-    )  # a layer has 25 weights or more: without this a forged depth would list names for ever
+    deepest = size // 25  # a layer has at least that many: a forged depth would list its names for ever
     if config.n_layer > deepest or sum(map(math.prod, config.shapes().values())) != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
     return settings
@@ -268,8 +270,8 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
     optimizer.steps = step
 
 
-def _read_trainer(path: Path) -> "tuple[dict[str, _Tensor], int, object]":
-    tensors, metadata = _header(path)
+def _read_trainer(path: Path) -> tuple[dict[str, Tensor], int, object]:
+    tensors, metadata = tensorfile.tensors(path)
     try:
         state = json.loads(metadata["tinygpt"])
         step, settings = state["step"], state["settings"]
@@ -278,92 +280,3 @@ def _read_trainer(path: Path) -> "tuple[dict[str, _Tensor], int, object]":
     if type(step) is not int or step < 0 or tensors.keys() != {"weights", "m", "v"}:
         raise UserError(f"{path}: is not a run that tinygpt saved")
     return tensors, step, settings
-
-
-# --- safetensors: 8 bytes of length, a JSON header, the tensors ---------------------------------------------
-
-
-class _Tensor(NamedTuple):
-    """Where a tensor lies in a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self, out: Array) -> None:
-        """Fills `out`, contiguous and of this shape."""
-        for part, values in self._parts(out):
-            part[:] = values
-
-    def equals(self, other: Array) -> bool:
-        """Whether `other`, contiguous, has this shape and these values."""
-        return self.shape == other.shape and all(np.array_equal(*parts) for parts in self._parts(other))
-
-    def _parts(self, array: Array) -> Iterator[tuple[Array, Array]]:
-        """Yields a part of the array, flat, and the file's values for it, some megabytes at a time."""
-        if self.dtype not in _DTYPES:
-            raise UserError(f"{self.path}: holds {_short(self.dtype)}; supported are {', '.join(_DTYPES)}")
-        stored, convert = _DTYPES[self.dtype]
-        flat = array.reshape(-1)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            for i in range(0, flat.size, 1 << 20):
-                part = flat[i : i + (1 << 20)]
-                values = np.fromfile(file, stored, part.size)
-                if values.size != part.size:
-                    raise UserError(f"{self.path}: ends too early: get it again")
-                yield part, convert(values)
-
-
-_DTYPES = {  # in the file; to numbers
-    "F32": ("<f4", lambda values: values),
-    "F16": ("<f2", lambda values: values),
-    "BF16": ("<u2", lambda values: (values.astype(np.uint32) << 16).view(np.float32)),  # the upper half
-}
-
-
-def _header(path: Path) -> tuple[dict[str, _Tensor], dict]:
-    """A file's tensors, not yet read, and its metadata. The library checks that all sizes and places fit."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(path, "np"):
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no safetensors file, or damaged ({_short(str(error))})") from None
-    metadata = header.pop("__metadata__", None) or {}
-    offsets = {name: 8 + length + t["data_offsets"][0] for name, t in header.items()}
-    return {n: _Tensor(path, t["dtype"], tuple(t["shape"]), offsets[n]) for n, t in header.items()}, metadata
-
-
-def _write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """Writes float32 tensors. Not by the library, whose own temporary files a kill would leave behind."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.size
-        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of 8
-    with replacing(path) as beside, open(beside, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor, "<f4"))
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_short(str(error))}): get it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {_short(value)}")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
