@@ -1,0 +1,85 @@
+"""The small commands: `tinygpt tokenizer`, `tinygpt bench`, and what every command does with a mistake.
+
+Those of pretrain, generate, chat and gradcheck have their tests beside their modules'.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tinygpt import bench, kernels
+from tinygpt.cli import main
+
+TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    return lambda *args: CliRunner().invoke(main, args)
+
+
+def test_a_tokenizer_is_trained_and_shown(run):
+    """Guards: merges shown in another order than they are made, ids that are not the tokenizer's."""
+    trained = run("tokenizer", "train", "--data", "text.txt", "--vocab-size", "270", "--out", "tok")
+    assert trained.exit_code == 0 and trained.stdout.startswith("270 tokens")
+    shown = run("tokenizer", "show", "tok", "the 한").stdout.splitlines()
+    # 't' first; then of ' t' and 'he', both frequent, whichever merge was learned first
+    first = shown.index("'the'")
+    steps = [line.split()[-1] for line in shown[first + 1 :] if line.split()[0] in ("bytes", "merge")][:3]
+    assert steps[0] == "e" and steps[-1] in ("he", "the")
+    assert "<ed> <95> <9c>" in "\n".join(shown)  # a character that was not in the text: its bytes
+    assert shown[-1].endswith("tokens for 5 characters")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("tokenizer", "train", "--data", "nowhere.txt"), "nowhere.txt: no such file or folder"),
+        (("tokenizer", "train", "--data", "text.txt", "--vocab-size", "10"), "256"),
+        (("tokenizer", "train", "--data", "text.txt", "--out", "text.txt"), "text.txt: is a file"),
+        (("tokenizer", "show", "nowhere", "text"), "nowhere"),
+        (("bench", "train/huge"), "train/huge: not a job; there are peak, "),
+        (("generate", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line(run, args, says):
+    """Guards: a traceback, an exit status that scripts take for success, two lines where one does."""
+    if args[0] == "bench" and "c" not in kernels.available():
+        pytest.skip("bench measures the C core")
+    result = run(*args)
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.count("\n") == 1 and says in result.stderr
+
+
+def test_a_tokenizer_is_not_written_over(run):
+    """Guards: a folder of somebody's lost to a second run."""
+    for extra, status in ((), 0), ((), 2), (("--overwrite",), 0):
+        result = run("tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok", *extra)
+        assert result.exit_code == status
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="bench measures the C core")
+def test_bench_reports_each_job(run):
+    """Guards: a job that does not run, a field that goes missing, a share of peak that cannot be."""
+    result = run("bench", "--quick", "--json", "peak", "train/nano", "generate/nano/1")
+    rows = json.loads(result.stdout)
+    assert [row["job"] for row in rows] == ["peak", "train/nano", "generate/nano/1"]
+    for row in rows[1:]:
+        assert row["ms"] > 0 and row["tokens_per_s"] > 0 and 0 < row["share_of_peak"] < 1.5
+        assert 20 < row["peak_rss_mib"] < 1000
+    assert set(bench.SLOW) < set(bench.JOBS)
+
+
+def test_a_closed_pipe_is_no_error(run):
+    """Guards: `tinygpt ... | head` that ends in a message about a broken pipe."""
+    command = f"{sys.executable} -c 'from tinygpt.cli import main; main()' tokenizer show"
+    run("tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok")
+    words = " ".join(["word"] * 3000)
+    result = subprocess.run(f"{command} tok '{words}' | head -1", shell=True, capture_output=True, text=True)
+    assert result.stdout == "'word'\n" and not result.stderr
