@@ -59,8 +59,9 @@ def test_a_mistake_is_one_line(run, args, says):
 
 def test_a_tokenizer_is_not_written_over(run):
     """Guards: a folder of somebody's lost to a second run."""
+    train = "tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"
     for extra, status in ((), 0), ((), 2), (("--overwrite",), 0):
-        result = run("tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok", *extra)
+        result = run(*train, *extra)
         assert result.exit_code == status
 
 

@@ -158,7 +158,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
 @click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
 @click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
 @click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
-@_training(max_iters=5000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
+@_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
 @click.pass_context
 def pretrain(ctx: click.Context, **options) -> None:
     """Train a model to predict the next token of a text.
