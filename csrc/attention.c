@@ -199,21 +199,19 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             pack(dout_t, dout, QUERIES, QUERIES, D, Dp, 1);
             keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
             keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
-            real share[QUERIES], delta[QUERIES] = {0};
-            softmax(probs, share, scale, &w);
-            for (size_t r = 0; r < QUERIES; r++)
-                share[r] = 1 / share[r];
-            for (size_t r = 0; r < n; r++) { /* delta = sum over the keys of probs dprobs = dout . out */
-                for (size_t d = 0; d < D; d++)
-                    delta[r] += dout[r * Dp + d] * a->out[at + r * a->H * D + d];
-            }
-            for (size_t j = w.begin; j < w.end; j++)
-                for (int half = 0; half < 2; half++) {
-                    const size_t x = j * QUERIES + half * LANES, lane = half * LANES;
-                    vec p = load(share + lane) * load(probs + x);
-                    store(probs + x, p);
-                    store(dscores + x, scale * p * (load(dscores + x) - load(delta + lane)));
+            real total[QUERIES];
+            softmax(probs, total, scale, &w);
+            for (int half = 0; half < 2; half++) { /* dscores = probs (dprobs - sum of probs dprobs) */
+                real *p = probs + half * LANES, *dp = dscores + half * LANES;
+                const vec share = 1 / load(total + half * LANES);
+                vec along = {0};
+                for (size_t j = w.begin; j < w.end; j++) {
+                    store(p + j * QUERIES, share * load(p + j * QUERIES));
+                    along += load(p + j * QUERIES) * load(dp + j * QUERIES);
                 }
+                for (size_t j = w.begin; j < w.end; j++)
+                    store(dp + j * QUERIES, scale * load(p + j * QUERIES) * (load(dp + j * QUERIES) - along));
+            }
             keys_by_channels(dv, probs, dout, Dp, w.begin, w.end);
             keys_by_channels(dk, dscores, q, Dp, w.begin, w.end);
             queries_by_channels(dq, dscores, k, Dp, w.begin, w.end);

@@ -23,7 +23,7 @@ static void cross_entropy_forward_rows(const void *args, size_t begin, size_t en
 static void cross_entropy_forward(const void *args)
 {
     const struct cross_entropy_forward *a = args;
-    parallel(cross_entropy_forward_rows, a, a->rows, 1 + 4096 / a->V);
+    parallel(cross_entropy_forward_rows, a, a->rows, 1 + 4096 / (a->V + 1));
 }
 
 static void cross_entropy_backward_rows(const void *args, size_t begin, size_t end)
@@ -46,5 +46,5 @@ static void cross_entropy_backward_rows(const void *args, size_t begin, size_t e
 static void cross_entropy_backward(const void *args)
 {
     const struct cross_entropy_backward *a = args;
-    parallel(cross_entropy_backward_rows, a, a->rows, 1 + 4096 / a->V);
+    parallel(cross_entropy_backward_rows, a, a->rows, 1 + 4096 / (a->V + 1));
 }

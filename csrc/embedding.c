@@ -70,6 +70,6 @@ static void append_rows(const void *args)
     const struct append_rows *a = args;
     for (size_t b = 0; b < a->B; b++)
         for (size_t t = 0; t < a->T; t++)
-            memcpy(a->cache + b * a->cache_batch + (a->at + t) * a->cache_row, a->x + b * a->x_batch + t * a->x_row,
-                   a->C * sizeof(real));
+            memcpy(a->cache + b * a->cache_batch + (a->at + t) * a->cache_row,
+                   a->x + b * a->x_batch + t * a->x_row, a->C * sizeof(real));
 }

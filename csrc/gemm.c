@@ -139,8 +139,8 @@ static void multiply(const void *args, size_t begin, size_t end)
     }
 }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time it
-   takes. So b is not packed but read once, as it lies, for GROUP rows or fewer at a time. */
+/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time
+   it takes. So b is not packed but read once, as it lies, for GROUP rows or fewer at a time. */
 enum { FEW = 8, GROUP = 4 };
 
 /* Rows of b contiguous: tiles, with b read in place but for a last panel that is narrower. */
@@ -174,7 +174,8 @@ static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
     }
 }
 
-/* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns` repeat. */
+/* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns`
+   repeat. */
 INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_t columns)
 {
     const real *b[GROUP];

@@ -48,8 +48,12 @@ static struct {
     .wake = PTHREAD_COND_INITIALIZER,
 };
 
-static inline void relax(void)
+/* Between two looks; now and then another thread may have the processor, as it may be the one that is
+   awaited. */
+static inline void relax(int look)
 {
+    if (look % 256 == 0)
+        sched_yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -80,8 +84,8 @@ static int enter(void)
 static void *worker(void *number)
 {
     for (size_t seen = 0;;) {
-        for (int look = 0; look < LOOKS && atomic_load(&pool.job) == seen; look++)
-            relax();
+        for (int look = 1; look < LOOKS && atomic_load(&pool.job) == seen; look++)
+            relax(look);
         if (atomic_load(&pool.job) == seen) {
             pthread_mutex_lock(&pool.lock);
             pool.asleep++;
@@ -147,14 +151,31 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
     take_ranges(0);
     atomic_fetch_and(&pool.gate, ~(size_t)OPEN);
     for (int look = 1; atomic_load(&pool.gate); look++)
-        look % 256 ? relax() : (void)sched_yield(); /* the worker may be waiting for this very processor */
+        relax(look);
     atomic_flag_clear(&pool.busy);
 }
 
+struct slot {
+    void *memory;
+    size_t bytes;
+};
+static pthread_key_t at_thread_end;
+
+static void free_slots(void *slots)
+{
+    for (int i = 0; i < SCRATCH_SLOTS; i++)
+        free(((struct slot *)slots)[i].memory);
+}
+
+static void make_key(void) { pthread_key_create(&at_thread_end, free_slots); }
+
 void *scratch(int slot, size_t bytes)
 {
-    static _Thread_local struct { void *memory; size_t bytes; } slots[SCRATCH_SLOTS];
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    static _Thread_local struct slot slots[SCRATCH_SLOTS];
     if (slots[slot].bytes < bytes) {
+        pthread_once(&once, make_key);
+        pthread_setspecific(at_thread_end, slots);
         free(slots[slot].memory);
         if (posix_memalign(&slots[slot].memory, 64, bytes)) {
             fprintf(stderr, "tinygpt: no memory for %zu bytes of scratch\n", bytes);

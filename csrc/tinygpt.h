@@ -84,7 +84,7 @@ struct attention_forward {
 
 struct attention_backward {
     real *dq, *dk, *dv;
-    const real *dout, *out, *q, *k, *v;
+    const real *dout, *q, *k, *v;
     const int32_t *start;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
     size_t dq_batch, dq_row, dk_batch, dk_row, dv_batch, dv_row;

@@ -186,6 +186,94 @@ def test_shapes_are_checked_before_c_sees_them(call):
         call(np.ones((2, 4)))
 
 
+def readonly(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(("call", "error"), [
+    (lambda x: kernels.gemm(x, x.T, out=readonly(np.zeros((3, 3)))), ValueError),
+    (lambda x: kernels.gemm(x, x.T, out=np.zeros((6, 6))[::2, ::2]), ValueError),
+    (lambda x: kernels.append_rows(readonly(np.zeros((1, 9, 4))), x[None], 0), ValueError),
+    (lambda x: kernels.append_rows(np.zeros((1, 9, 4)), x[None], 7), ValueError),
+    (lambda x: kernels.attention_forward(x[None], x[None], x[None], 2, prefix=-1), ValueError),
+    (lambda x: kernels.gelu_forward(x.astype(">f8")), TypeError),
+    (lambda x: kernels.gelu_forward(x.astype(np.float16)), TypeError),
+    (lambda x: kernels.embedding_forward(np.array([np.nan]), x), TypeError),
+    (lambda x: kernels.embedding_backward(x, (np.array([0, 1, 9], np.int32), (3, 4))), IndexError),
+    (lambda x: kernels.attention_backward(
+        x[None], kernels.attention_forward(*x[None, None].repeat(3, 0), 2)[1], dq=readonly(np.zeros((1, 3, 4)))
+    ), ValueError),
+])  # fmt: skip
+@needs_c
+def test_what_c_cannot_take_is_refused(call, error):
+    """Guards: writes into read-only memory (a crash in a mapped file), endless recursion, foreign byte order
+    read as ours, an id that is not a number as an index."""
+    with pytest.raises(error):
+        call(np.ones((3, 4)))
+
+
+@needs_c
+def test_what_c_cannot_walk_is_copied(rng):
+    """Guards: strides that are negative, or no whole elements, and operands of another type, read as they lie:
+    beyond the array's end, for a smaller type."""
+    x = rng.standard_normal((3, 4))
+    field = np.zeros((3, 4), [("x", "f8"), ("pad", "i4")])
+    field["x"] = x
+    for a in (x[::-1], x[:, ::-1], field["x"]):
+        assert np.allclose(kernels.gemm(a, x.T), a @ x.T)
+        assert np.allclose(kernels.gelu_forward(a)[0], ops.gelu_forward(a)[0])
+        expected = ops.attention_forward(a[None], x[None], x[None], 2)[0]
+        assert np.allclose(kernels.attention_forward(a[None], x[None], x[None], 2)[0], expected)
+    single = x.astype(np.float32)
+    expected = ops.attention_forward(x[None], single[None], single[None], 2)[0]
+    assert np.allclose(kernels.attention_forward(x[None], single[None], single[None], 2)[0], expected)
+    db = kernels.linear_backward(single[:, :2], (x, np.ones((4, 2))), dx=False, dw=False)[2]
+    assert np.allclose(db, single[:, :2].sum(0))
+
+
+@needs_c
+def test_nothing_is_nothing():
+    """Guards: a division by the size of an empty vocabulary, which kills the process."""
+    nll, cache = kernels.cross_entropy_forward(np.zeros((0, 0)), np.zeros(0, int))
+    assert nll.shape == (0,) and kernels.cross_entropy_backward(nll, cache).shape == (0, 0)
+    assert kernels.gemm(np.zeros((0, 3)), np.zeros((3, 2))).shape == (0, 2)
+    assert np.array_equal(kernels.gemm(np.zeros((2, 0)), np.zeros((0, 3)), np.ones(3)), np.ones((2, 3)))
+
+
+@needs_c
+def test_a_query_that_sees_itself_alone_has_no_gradient(rng):
+    """Guards: rounding where the gradient is exactly zero; AdamW makes whole updates of it."""
+    q, k, v, dout = rng.standard_normal((4, 2, 1, 12)).astype(np.float32)
+    dq, dk, _ = kernels.attention_backward(dout, kernels.attention_forward(q, k, v, 3)[1])
+    assert not dq.any() and not dk.any()
+
+
+@needs_c
+def test_a_recording_is_the_calls_again(rng):
+    """Guards: a replay with the numbers of its recording, or with memory that is gone."""
+    x, out = rng.standard_normal((3, 4)), np.empty((3, 4))
+    recording = kernels.Recording(lambda: kernels.gelu_forward(x, out=out)[0])
+    x[:] = rng.standard_normal((3, 4))
+    recording.replay()
+    assert recording.result is out and np.allclose(out, ops.gelu_forward(x)[0])
+    recording.args["gelu_forward"][0].n = 4
+    x[:] = 0
+    recording.replay()
+    assert not out[0].any() and out[1:].all()
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("TINYGPT_THREADS", "99999999999999999999"), ("TINYGPT_THREADS", "0"), ("TINYGPT_ISA", "\udcff"),
+])  # fmt: skip
+@needs_c
+def test_odd_variables(name, value):
+    """Guards: a traceback for a number that C has no room for, or for bytes that are not UTF-8."""
+    result = python("from tinygpt import kernels; print(kernels.isa)", **{name: value})
+    assert (result.returncode == 0) == (value.startswith("9"))
+    assert "OverflowError" not in result.stderr and "UnicodeEncodeError" not in result.stderr
+
+
 # --- threads and processes ---------------------------------------------------------------------------------
 
 TRAIN = """

@@ -8,7 +8,7 @@ with the same threads, just before. A training step's operations are counted as
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
 
-Not here: other libraries. tests/peers/bench.py puts these figures beside torch's and transformers'.
+Not here: other libraries.
 """
 
 import dataclasses

@@ -2,18 +2,21 @@
 
 A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in
 csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
-backend. Arrays that the C core cannot walk (odd strides, another type) are copied first.
+backend. Arrays that the C core cannot walk (odd strides, another type) are copied first. An `out` is an input
+itself or does not overlap with one: the order of writing is not NumPy's.
 
 Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or
 avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
 `backend()` is NumPy, with one warning.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -55,20 +58,28 @@ def set_threads(n: int) -> None:
     """How many threads the C core uses, itself included. Results do not depend on it."""
     if n < 1:
         raise UserError(f"{n} threads: there must be at least 1")
-    lib.tinygpt_set_threads(n)
+    lib.tinygpt_set_threads(min(n, 1 << 16))
 
 
 def _configure() -> str:
     """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the instruction set in use."""
     wanted, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS")
-    isa = lib.tinygpt_choose_isa(wanted.encode() if wanted else ffi.NULL)
+    isa = lib.tinygpt_choose_isa(os.fsencode(wanted) if wanted else ffi.NULL)
     if not isa:
         raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
     if threads is not None and not (threads.isdecimal() and int(threads) > 0):
         raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    set_threads(int(threads or cores))
+    set_threads(int(threads or _processors()))
     return ffi.string(isa).decode()
+
+
+def _processors() -> int:
+    """Those this process may use: fewer than the machine's in a container, where more threads only wait."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # cgroups 2: "max 100000", or microseconds a period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 # --- from arrays to pointers --------------------------------------------------------------------------------
@@ -85,8 +96,8 @@ def _pointer(a: Array | bool | None):
 
 def _run(op: str, dtype: np.dtype, *fields) -> None:
     """Runs `op` on the struct with these fields, in the order of tinygpt.h; arrays become pointers."""
-    if dtype.char not in "fd":
-        raise TypeError(f"{op}: arrays are float32 or float64, not {dtype}")
+    if dtype.char not in "fd" or not dtype.isnative:
+        raise TypeError(f"{op}: arrays are float32 or float64 in the machine's byte order, not {dtype.str}")
     number, struct = _OPS[op]
     values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
     args = ffi.new(struct, values)
@@ -128,17 +139,34 @@ def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
     return np.ascontiguousarray(a, dtype)
 
 
+def _strided(a: Array, dtype: np.dtype) -> Array:
+    """`a` in this type and with strides that count elements forwards, copied only where it is not so."""
+    a = np.asarray(a, dtype)
+    return np.ascontiguousarray(a) if any(s < 0 or s % a.itemsize for s in a.strides) else a
+
+
+def _rows(a: Array, dtype: np.dtype) -> Array:
+    """`a` (B, S, C) as above and without gaps between channels: rows may lie apart, as those of q in qkv."""
+    a = _strided(a, dtype)
+    return a if a.strides[2] == a.itemsize or a.shape[2] == 1 else np.ascontiguousarray(a)
+
+
+def _strides(*arrays: Array) -> list[int]:
+    return [s // a.itemsize for a in arrays for s in a.strides[:2]]
+
+
+def _destination(out: Array, dtype: np.dtype, shape: tuple, layout: bool) -> Array:
+    """`out`, or ValueError where it is not what is to be written or its `layout` is not one that can be."""
+    if out.shape != tuple(shape) or out.dtype != dtype or not (layout and out.flags.writeable):
+        raise ValueError(f"out: not a writable {dtype} array of shape {tuple(shape)}, or with odd strides")
+    return out
+
+
 def _result(out: Out, dtype: np.dtype, shape: tuple) -> Array:
     """`out`, if the C core can write into it, or a new array."""
     if out is None:
         return storage.empty(shape, dtype)
-    if (
-        out.shape != tuple(shape)
-        or out.dtype != dtype
-        or not (out.flags.c_contiguous and out.flags.writeable)
-    ):
-        raise ValueError(f"out: not a writable {dtype} array of shape {tuple(shape)} without gaps")
-    return out
+    return _destination(out, dtype, shape, out.flags.c_contiguous)
 
 
 def _grad(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
@@ -146,6 +174,8 @@ def _grad(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
 
 
 def _ids(ids: Array, below: int, what: str) -> Array:
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what}s are integers, not {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= below):
         raise IndexError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside 0 to {below - 1}")
     return np.ascontiguousarray(ids, np.int32)
@@ -165,6 +195,7 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Grad:
     ids, shape = cache
     if dw is False:
         return False
+    ids = _ids(ids, shape[0], "id")  # again: the cache may hold the caller's own array
     dout = _like(dout, dout.dtype, (*ids.shape, shape[1]))
     dw = np.zeros(shape, dout.dtype) if dw is None else _result(dw, dout.dtype, shape)
     _run("embedding_backward", dout.dtype, dw, dout, ids, ids.size, shape[1])
@@ -177,16 +208,14 @@ def gemm(a: Array, b: Array, bias: Array | None = None, out: Out = None) -> Arra
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
-    b = np.asarray(b, a.dtype)
+    a, size = _strided(a, a.dtype), a.itemsize
+    b = _strided(b, a.dtype)
     if out is None:
         out = storage.empty((M, N), a.dtype)
-    if out.shape != (M, N) or out.dtype != a.dtype:
-        raise ValueError(f"out: expected {a.dtype} {(M, N)}, not {out.dtype} {out.shape}")
-    size = a.itemsize
-    if out.strides[1] != size and N > 1 and bias is None:
+    if out.strides[1] != size and out.strides[0] == size and bias is None:
         return gemm(b.T, a.T, out=out.T).T  # the columns have no gaps: compute the transpose
-    if (out.strides[1] != size and N > 1) or out.strides[0] < N * size and M > 1:
-        raise ValueError("out: neither its rows nor its columns are without gaps")
+    rows = (out.strides[1] == size or N == 1) and (out.strides[0] >= N * size or M == 1)
+    _destination(out, a.dtype, (M, N), rows and out.strides[0] % size == 0)
     strides = [s // size for s in (out.strides[0], *a.strides, *b.strides)]
     _run("gemm", a.dtype, out, a, b, None if bias is None else _like(bias, a.dtype, (N,)), M, N, K, *strides)
     return out
@@ -202,6 +231,7 @@ def linear_backward(
     dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None
 ) -> tuple[Grad, Grad, Grad]:
     x, w = cache
+    dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
     if dx is not False:
         dx = _result(dx, x.dtype, x.shape)
@@ -256,7 +286,9 @@ def attention_forward(
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads"
         )
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    if prefix < 0:
+        raise ValueError(f"attention: prefix is {prefix}: it counts keys")
+    q, k, v = _rows(q, q.dtype), _rows(k, q.dtype), _rows(v, q.dtype)
     if start is not None:
         start = _like(start, np.int32, (B, T))
         if start.size and start.min() < 0:
@@ -264,42 +296,29 @@ def attention_forward(
     out = _result(out, q.dtype, q.shape)
     sizes = B, T, S, n_head, C // n_head, prefix
     _run("attention_forward", q.dtype, out, q, k, v, start, *sizes, *_strides(q, k, v))
-    return out, (q, k, v, out, start, sizes)
+    return out, (q, k, v, start, sizes)
 
 
 def attention_backward(
     dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
 ) -> tuple[Array, Array, Array]:
-    q, k, v, out, start, sizes = cache
+    q, k, v, start, sizes = cache
     dout = _like(dout, q.dtype, q.shape)
     grads = []
     for grad, x in ((dq, q), (dk, k), (dv, v)):
         if grad is None:
             grad = storage.empty(x.shape, x.dtype)
-        if grad.shape != x.shape or grad.dtype != x.dtype or _rows(grad) is not grad:
-            raise ValueError(
-                f"attention: a gradient of shape {x.shape}, {x.dtype}, cannot be written to {grad.shape}"
-            )
-        grads.append(grad)
+        grads.append(_destination(grad, x.dtype, x.shape, _rows(grad, x.dtype) is grad))
     strides = *_strides(q, k, v), *_strides(*grads)
-    _run("attention_backward", q.dtype, *grads, dout, out, q, k, v, start, *sizes, *strides)
+    _run("attention_backward", q.dtype, *grads, dout, q, k, v, start, *sizes, *strides)
     return tuple(grads)
 
 
-def _rows(a: Array) -> Array:
-    """`a` (B, S, C) itself, if its channels have no gaps, or a copy: rows may lie apart, as q does in (B, T,
-    3C)."""
-    return a if a.strides[2] == a.itemsize or a.shape[2] == 1 else np.ascontiguousarray(a)
-
-
-def _strides(*arrays: Array) -> list[int]:
-    return [s // a.itemsize for a in arrays for s in a.strides[:2]]
-
-
 def append_rows(cache: Array, x: Array, at: int) -> None:
-    (B, T, C), x = x.shape, _rows(np.asarray(x, cache.dtype))
-    if cache.shape[::2] != (B, C) or not 0 <= at <= cache.shape[1] - T or _rows(cache) is not cache:
-        raise ValueError(f"append_rows: {x.shape} at {at} does not fit into {cache.shape}")
+    (B, T, C), x = x.shape, _rows(x, cache.dtype)
+    if not 0 <= at <= cache.shape[1] - T:
+        raise ValueError(f"append_rows: {T} rows at {at} do not fit into {cache.shape[1]}")
+    _destination(cache, cache.dtype, (B, cache.shape[1], C), _rows(cache, cache.dtype) is cache)
     _run("append_rows", cache.dtype, cache, x, B, T, C, at, *_strides(cache, x))
 
 
@@ -332,6 +351,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
     logits, targets, top, total = cache
+    targets = _ids(targets, logits.shape[-1], "target")  # again: the cache may hold the caller's own array
     dlogits, dnll = _result(dlogits, logits.dtype, logits.shape), _like(dnll, logits.dtype, targets.shape)
     sizes = targets.size, logits.shape[-1]
     _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, top, total, targets, *sizes)
