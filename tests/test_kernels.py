@@ -202,7 +202,7 @@ def readonly(x):
     (lambda x: kernels.embedding_forward(np.array([np.nan]), x), TypeError),
     (lambda x: kernels.embedding_backward(x, (np.array([0, 1, 9], np.int32), (3, 4))), IndexError),
     (lambda x: kernels.attention_backward(
-        x[None], kernels.attention_forward(*x[None, None].repeat(3, 0), 2)[1], dq=readonly(np.zeros((1, 3, 4)))
+        x[None], kernels.attention_forward(*x[None, None].repeat(3, 0), 2)[1], readonly(np.zeros((1, 3, 4)))
     ), ValueError),
 ])  # fmt: skip
 @needs_c
@@ -215,8 +215,8 @@ def test_what_c_cannot_take_is_refused(call, error):
 
 @needs_c
 def test_what_c_cannot_walk_is_copied(rng):
-    """Guards: strides that are negative, or no whole elements, and operands of another type, read as they lie:
-    beyond the array's end, for a smaller type."""
+    """Guards: strides that are negative, or no whole elements, and operands of another type, read as they
+    lie: beyond the array's end, for a smaller type."""
     x = rng.standard_normal((3, 4))
     field = np.zeros((3, 4), [("x", "f8"), ("pad", "i4")])
     field["x"] = x

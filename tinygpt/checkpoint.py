@@ -5,8 +5,9 @@ them. A post-norm model is GPT-1's architecture, so it is written as an "openai-
 hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated, several
 files, half precision. What would change the computation and is not supported, is refused by name.
 
-trainer.safetensors is a run in the middle: weights, both moments, step and settings. It is one file because a
-run that is killed between two files would have weights and moments of different steps.
+trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one file
+because a run that is killed between two files would have weights and moments of different steps, and it lacks
+nothing, so that the other files can be written again from it.
 
 Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
 read into the model's own buffer, so that loading takes the memory of the weights and no more.
@@ -19,7 +20,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from reprlib import repr as short
+from typing import TypeVar, get_type_hints
 
 from . import tensorfile
 from . import tokenizer as tokenizers
@@ -87,17 +89,17 @@ def read_config(folder: Path) -> GPTConfig:
         raise UserError(f"{folder}: no such folder")
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder")
-    raw = _json_object(path)
+    raw = tokenizers.read_object(path)
     kind = raw.get("model_type")
     if kind not in list(_SUPPORTED):  # a list, as a forged kind may have no hash
-        raise UserError(f"{path}: model_type is {_short(kind)}; supported are {' and '.join(_SUPPORTED)}")
+        raise UserError(f"{path}: model_type is {short(kind)}; supported are {' and '.join(_SUPPORTED)}")
     for name, allowed in _SUPPORTED[kind].items():
         if name in raw and raw[name] not in allowed:
-            raise UserError(f"{path}: {name} is {_short(raw[name])}; only {allowed[0]} is supported")
+            raise UserError(f"{path}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
     config = from_json(GPTConfig, values | {"post_norm": kind == "openai-gpt"}, str(path))
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{path}: n_inner is {_short(raw['n_inner'])}; only 4 n_embd is supported")
+        raise UserError(f"{path}: n_inner is {short(raw['n_inner'])}; only 4 n_embd is supported")
     if not 0 < config.layer_norm_epsilon < 1:
         raise UserError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon}; it is between 0 and 1")
     return config
@@ -109,7 +111,7 @@ def from_json(cls: type[T], values: object, where: str) -> T:
     Raises UserError for a value of another type than the field's, and what the dataclass itself raises.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: should be a JSON object, is {_short(values)}")
+        raise UserError(f"{where}: should be a JSON object, is {short(values)}")
     hints, built = get_type_hints(cls), {}
     for name, value in values.items():
         hint = hints.get(name)
@@ -120,28 +122,13 @@ def from_json(cls: type[T], values: object, where: str) -> T:
         elif type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53):
             built[name] = hint(value)
         else:
-            raise UserError(f"{where}: {_short(name)} is {_short(value)}, which it cannot be")
+            raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
     try:
         return cls(**built)
     except TypeError:  # a field without default is missing
         raise UserError(f"{where}: is incomplete") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_short(str(error))}): get it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {_short(value)}")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # --- the folder ---------------------------------------------------------------------------------------------
@@ -151,9 +138,13 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes the whole folder; `transformers` loads it with from_pretrained.
 
     The weights come first: where there is no room for them, a model that was there before stays as it was.
+    From then on until all is written there is no config.json: a kill leaves the old model, the new one or one
+    that `load` refuses, never the weights of one with the tokenizer of the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder, model)
+    with replacing(folder / WEIGHTS) as beside:
+        _write_weights(beside, model)
+        (folder / CONFIG).unlink(missing_ok=True)
     tokenizer.save(folder, model_max_length=model.config.block_size)
     with replacing(folder / CONFIG) as beside:
         text = json.dumps(_config_json(model.config, tokenizer.eos_id), indent=2)
@@ -162,8 +153,13 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 def save_weights(folder: Path, model: GPT) -> None:
     """Writes model.safetensors, in float32; until it is whole the old one stays."""
+    with replacing(folder / WEIGHTS) as beside:
+        _write_weights(beside, model)
+
+
+def _write_weights(path: Path, model: GPT) -> None:
     tensors = {f"transformer.{_their_name(name, model.config)}": p for name, p in model.params.items()}
-    tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})
+    tensorfile.write(path, tensors, {"format": "pt"})
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -177,15 +173,20 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     head = found.pop("lm_head.weight", None)
     _check_shapes(found, config, folder)
     tokenizer = tokenizers.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
-        raise UserError(f"{folder}: {sizes}: they do not belong together")
+    _check_vocabulary(tokenizer, config, folder)
     model = GPT(config)
     for name, p in model.params.items():
         found[_their_name(name, config)].read(p)
     if head is not None and not head.equals(model.params["wte.weight"]):
         raise UserError(f"{folder}: lm_head.weight is not the token table: only a tied head is supported")
     return model, tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
+    """A model may have more rows than the tokenizer has tokens: GPT-2's are often padded to 50304."""
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
+        raise UserError(f"{path}: {sizes}: they do not belong together")
 
 
 def _their_name(name: str, config: GPTConfig) -> str:
@@ -203,7 +204,7 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
             )
         if not (folder / INDEX).exists():
             raise UserError(f"{folder}: has no {WEIGHTS}")
-        names = _json_object(folder / INDEX).get("weight_map")
+        names = tokenizers.read_object(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(map(_is_name, names.values())):
             raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
         files = [folder / name for name in sorted(set(names.values()))]
@@ -218,14 +219,12 @@ def _is_name(value: object) -> bool:
 
 
 def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
-    if config.n_layer > len(found):  # before the list of names, which a forged number would make endless
-        raise UserError(f"{folder}: n_layer is {config.n_layer}, but there are {len(found)} tensors")
     wanted = {_their_name(name, config): shape for name, shape in config.shapes().items()}
     for name in [*wanted, *found]:
         if name not in found:
             raise UserError(f"{folder}: has no tensor {name}, which {CONFIG} calls for")
         if name not in wanted:
-            raise UserError(f"{folder}: the tensor {_short(name)} is no part of the model in {CONFIG}")
+            raise UserError(f"{folder}: the tensor {short(name)} is no part of the model in {CONFIG}")
         if found[name].shape != wanted[name]:
             raise UserError(f"{folder}: {name} has shape {found[name].shape}, by {CONFIG} {wanted[name]}")
 
@@ -233,50 +232,59 @@ def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> 
 # --- trainer.safetensors ------------------------------------------------------------------------------------
 
 
-def save_trainer(folder: Path, optimizer: AdamW, settings: object) -> None:
-    """Writes all that changes in training, and a dataclass that says what does not, as one file.
+def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object) -> None:
+    """Writes all that changes in training, the tokenizer, and a dataclass that says the rest, as one file.
 
     Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
+    state |= {"tokenizer": tokenizer.spec(), "eos": tokenizer.eos}
     tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
-    tensorfile.write(folder / TRAINER, tensors, {"tinygpt": json.dumps(state)})
+    with replacing(folder / TRAINER) as beside:
+        tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
 
 
-def read_settings(folder: Path, cls: type[T]) -> T:
-    """The dataclass `cls` that was saved with a run; its field `model` is the GPTConfig.
+def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
+    """What does not change in a run: the dataclass `cls`, whose field `model` is the GPTConfig; the tokenizer.
 
     Raises UserError where there is no such run, and where the file is too small for the model it tells of.
     """
     path = folder / TRAINER
     if not path.is_file():
         raise UserError(f"{folder}: has no {TRAINER}, so there is nothing to resume")
-    tensors, _, settings = _read_trainer(path)
-    settings = from_json(cls, settings, str(path))
-    config, size = settings.model, math.prod(tensors["weights"].shape)
-    deepest = size // 25  # a layer has at least that many: a forged depth would list its names for ever
-    if config.n_layer > deepest or sum(map(math.prod, config.shapes().values())) != size:
+    tensors, state = _read_trainer(path)
+    settings = from_json(cls, state["settings"], str(path))
+    size = math.prod(tensors["weights"].shape)
+    if settings.model.size != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
-    return settings
+    try:
+        tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    _check_vocabulary(tokenizer, settings.model, path)
+    return settings, tokenizer
 
 
 def load_trainer(folder: Path, optimizer: AdamW) -> None:
     """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
-    tensors, step, _ = _read_trainer(folder / TRAINER)
+    tensors, state = _read_trainer(folder / TRAINER)
     for name, out in (("weights", optimizer.model.flat), ("m", optimizer.m), ("v", optimizer.v)):
         if tensors[name].shape != out.shape:
             raise UserError(f"{folder / TRAINER}: {name} has shape {tensors[name].shape}, not {out.shape}")
         tensors[name].read(out)
-    optimizer.steps = step
+    optimizer.steps = state["step"]
 
 
-def _read_trainer(path: Path) -> tuple[dict[str, Tensor], int, object]:
+def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, and the rest as `save_trainer` has it; what the latter's settings and tokenizer say is not
+    checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = json.loads(metadata["tinygpt"])
-        step, settings = state["step"], state["settings"]
+        step, eos, _, _ = (state[name] for name in ("step", "eos", "settings", "tokenizer"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        step = None
-    if type(step) is not int or step < 0 or tensors.keys() != {"weights", "m", "v"}:
+        step, eos = None, None
+    right = type(step) is int and step >= 0 and isinstance(eos, str | None)
+    if not right or tensors.keys() != {"weights", "m", "v"}:
         raise UserError(f"{path}: is not a run that tinygpt saved")
-    return tensors, step, settings
+    return tensors, state

@@ -37,6 +37,9 @@ class Commands(click.Group):
         except (UserError, OSError) as error:
             click.echo(f"tinygpt: {_one_line(error)}", err=True)
             sys.exit(2)
+        except MemoryError as error:
+            click.echo(f"tinygpt: not enough memory: choose smaller sizes. {_one_line(error)}", err=True)
+            sys.exit(2)
 
 
 def _one_line(error: Exception) -> str:
@@ -238,7 +241,7 @@ def _finish(run) -> None:
 
 def _sampling(max_new_tokens: int, stop: str):
     """The arguments that generate and chat share; the two defaults in which they differ."""
-    options = (
+    return _options(
         click.argument("folder", type=click.Path(path_type=Path)),
         click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(0), help="The length."),
         click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
@@ -249,7 +252,6 @@ def _sampling(max_new_tokens: int, stop: str):
                      help="End before this text."),
         click.option("--seed", default=1337, type=click.IntRange(0), help="The same seed, the same text."),
     )  # fmt: skip
-    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), options[::-1], command)
 
 
 def _speaker(folder: Path, max_new_tokens: int, stop: str, seed: int, **sampling):

@@ -119,7 +119,7 @@ def sample(
 def steps(
     model: GPT, prompts: Sequence[Ids], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, stop: Collection[int] = (), rng: np.random.Generator | None = None,
-    ws: Workspace | None = None,
+    ws: Workspace | None = None, vocab_size: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:  # fmt: skip
     """Continues all prompts together, a token each a step: yields (which prompts, their new ids), both (B,).
 
@@ -127,11 +127,14 @@ def steps(
 
     Shorter prompts are padded on the left. Padding is invisible (`ops.visible_keys`), positions count from a
     prompt's first token, and each prompt has a generator of its own, seeded by one number of `rng`:
-    neighbours have no influence, and a batch gives what calls for one prompt after the other give.
+    neighbours have no influence, and a batch gives what calls for one prompt after the other give, up to
+    rounding, which in float32 can tip a choice between tokens that are all but equal.
 
     There are block_size positions. A longer prompt loses its beginning, with a warning. A text that outgrows
     them goes on from its last block_size / 2 tokens, read anew: as every position changes, nothing cached can
-    stay, and keeping more would mean doing so more often. Raises UserError for an empty prompt, a setting out
+    stay, and keeping more would mean doing so more often.
+
+    Only the first `vocab_size` ids are drawn: a model may have more rows than its tokenizer has tokens. Raises UserError for an empty prompt, a setting out
     of range and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
@@ -151,7 +154,7 @@ def steps(
         else:
             logits = decode(ids)
         uniform = np.array([draws[row]() for row in rows]) if temperature else np.zeros(len(rows))
-        ids = sample(logits[:, -1], uniform, temperature, top_k, top_p)
+        ids = sample(logits[:, -1, :vocab_size], uniform, temperature, top_k, top_p)
         for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
             seen[row].append(i)
         yield rows, ids
@@ -216,7 +219,7 @@ def _decoder(model: GPT, kv: KVCache, pad: Array, ws: Workspace) -> Callable[[Ar
     def decode(ids: Array) -> Array:
         nonlocal recording
         token[:, 0], position[:] = ids, kv.length - pad
-        if not hasattr(getattr(model, "ops", None), "Recording"):
+        if not hasattr(model.ops, "Recording"):
             return forward()
         if recording is None:
             recording = model.ops.Recording(forward)
@@ -262,11 +265,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Array:
 def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, **settings) -> Iterator[str]:
     """One prompt's continuation as text, as it comes, whole characters only, up to the end-of-text token.
 
-    Settings are those of `steps`, but for `stop`; `until` stops at a text.
+    Settings are those of `steps`, but for `stop` and `vocab_size`; `until` stops at a text.
     """
     feed = stream_decoder(tokenizer)
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    for _, (i,) in steps(model, [prompt], max_new_tokens, stop=stop, **settings):
+    settings |= {"stop": stop, "vocab_size": tokenizer.vocab_size}
+    for _, (i,) in steps(model, [prompt], max_new_tokens, **settings):
         if i not in stop:
             yield feed(i)
     yield feed(final=True)

@@ -1,11 +1,9 @@
 """GPT: configuration, parameters, forward and backward.
 
-    x      = wte[ids] + wpe[positions] block:   x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))        GPT-2,
-    pre-norm (Radford et al. 2019, section 2.3)
-             x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))        GPT-1, post-norm (Radford et al. 2018,
-             section 4.1)
-    logits = ln_f(x) wte^T                                       the head is the token table again; GPT-1 has
-    no ln_f
+    x = wte[ids] + wpe[positions]
+    x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))     each block of GPT-2, pre-norm (Radford et al. 2019, 2.3)
+    x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))     each block of GPT-1, post-norm (Radford et al. 2018, 4.1)
+    logits = ln_f(x) wte^T                           the token table again; GPT-1 has no ln_f
 
 Parameters carry GPT-2's names and layout as Hugging Face has them, weights (in, out). Backward is the forward
 read from the bottom up. It computes gradients for the names it is given an array for and no others: freezing
@@ -26,6 +24,7 @@ from . import kernels, storage
 from .errors import UserError
 
 Array = np.ndarray
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # a mistyped size is refused before names are listed or memory asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,18 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
+        if self.n_layer > MOST_LAYERS:
+            raise UserError(f"n_layer is {self.n_layer}: it must be at most {MOST_LAYERS}")
+        if self.size > MOST_WEIGHTS:
+            sizes = ("vocab_size", "block_size", "n_layer", "n_embd")
+            written = ", ".join(f"{field} {getattr(self, field)}" for field in sizes)
+            raise UserError(f"{written}: these make {self.size:.0e} weights, and at most 1e+11 are possible")
+
+    @property
+    def size(self) -> int:
+        """The number of weights: C (V + block_size) in the two tables, C (12 C + 13) in a layer, 2 C in ln_f."""
+        C, layers = self.n_embd, self.n_layer * (12 * self.n_embd + 13)
+        return C * (self.vocab_size + self.block_size + layers + 2 * (not self.post_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter: those that weight decay shrinks first, then vectors."""
@@ -260,9 +271,8 @@ class GPT:
         dh = branch_backward(dy, *c_branch, buffer, grads)
         if not self.config.post_norm:
             dh = self._layernorm_backward(dh, c_norm, buffer("d" + norm[-4:], C), grads)
-        return self.ops.residual_forward(dx, dh, out=dx)[
-            0
-        ]  # the stream feeds the sum and the branch: gradients add
+        dx, _ = self.ops.residual_forward(dx, dh, out=dx)  # the stream feeds sum and branch: gradients add
+        return dx
 
     def _attention_backward(
         self, dy, c_qkv, c_attn, c_proj, buffer: Callable, grads: dict[str, Array]

@@ -1,7 +1,7 @@
 """Pre-training: predict each next token of a text.
 
-A run lives in one folder, which is at every moment a model that can be loaded: `begin` makes it, `resume`
-takes it up where it was saved last, `pretrain` trains. The model in the folder is always the newest, not the
+A run lives in one folder: `begin` makes it, `resume` takes it up where it was saved last, `pretrain` trains. At
+every moment the folder is a model that can be loaded, or one that `resume` makes so again. The model in the folder is always the newest, not the
 one with the best validation loss; metrics.jsonl tells which that was.
 
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
@@ -27,6 +27,7 @@ from .model import GPT, GPTConfig
 from .optim import AdamW
 
 METRICS = "metrics.jsonl"
+MOST_TOKENS = 10**9  # in a batch: no memory holds more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Settings:
         if self.block_size > self.model.block_size:
             limit = self.model.block_size
             raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
+        if self.batch_size * self.block_size > MOST_TOKENS:
+            raise UserError(
+                f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
+                f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
+            )
 
 
 class Run(NamedTuple):
@@ -72,6 +78,8 @@ def begin(
 ) -> Run:
     """A new run in `folder`, which is written last, after all that can be wrong has been checked.
 
+    The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
+
     tokenizer: "char", "bpe" (both are made from the data; `vocab_size` is for the latter) or a folder that
     has one. init_from: a model's folder, whose weights, sizes and tokenizer are taken; of settings.model only
     the dropout is. The model's vocabulary is the tokenizer's. Raises UserError, also where `folder` has a
@@ -91,9 +99,7 @@ def begin(
     paths = _absolute(settings.data)
     settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
-    checkpoint.save_trainer(
-        folder, optimizer, settings
-    )  # the largest first: a full disk then changes nothing
+    checkpoint.save_trainer(folder, optimizer, tok, settings)  # also the largest: a full disk changes nothing
     checkpoint.save(folder, model, tok)
     return Run(folder, settings, optimizer, tok, *parts)
 
@@ -101,19 +107,19 @@ def begin(
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last. `paths`: where the data is now, if it was moved.
 
-    Raises UserError where there is no run, and where the data is gone or another.
+    The model's files are written anew, as a kill may have come between them and the run's own. Raises
+    UserError where there is no run, and where the data is gone or another.
     """
-    settings = checkpoint.read_settings(folder, Settings)
+    settings, tok = checkpoint.read_run(folder, Settings)
     if paths:
         settings = dataclasses.replace(settings, data=_absolute(paths))
-    tok = tokenizers.load(folder)
     documents = data.documents(settings.data)
     if data.fingerprint(documents, tok) != settings.fingerprint:
         source = ", ".join(settings.data) or "the documentation of this Python"
         raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
     optimizer = settings.train.optimizer(GPT(settings.model))
     checkpoint.load_trainer(folder, optimizer)
-    checkpoint.save_weights(folder, optimizer.model)  # a kill may have come between the two files
+    checkpoint.save(folder, optimizer.model, tok)
     tokens = data.stream(documents, tok, folder, settings.fingerprint)
     return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
 
@@ -138,7 +144,7 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
 
     def save() -> None:
         sync(metrics)  # the record of an update is on the disk before the update is
-        checkpoint.save_trainer(run.folder, run.optimizer, settings)
+        checkpoint.save_trainer(run.folder, run.optimizer, run.tokenizer, settings)
         checkpoint.save_weights(run.folder, model)
 
     def log(record: train.Record) -> None:

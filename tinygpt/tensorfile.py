@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .atomic import replacing
 from .errors import UserError
 
 Array = np.ndarray
@@ -80,7 +79,7 @@ def tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """Writes tensors as float32; until all is on the disk the old file stays. Raises UserError.
+    """Writes tensors as float32. Where `path` must not be seen half written, it is one of `atomic.replacing`.
 
     Not by the library, which writes through temporary files of its own that a kill leaves behind.
     """
@@ -90,7 +89,7 @@ def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> No
         header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of 8
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor, "<f4"))

@@ -44,7 +44,7 @@ class _Tokenizer:
     def __init__(self, tokens: list[bytes], special: dict[str, int], eos: str | None):
         self.tokens = tokens
         self.special = special
-        self.eos_id = None if eos is None else special[eos]
+        self.eos, self.eos_id = eos, None if eos is None else special[eos]
 
     @property
     def vocab_size(self) -> int:
@@ -68,24 +68,26 @@ class _Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, for `load` and for Hugging Face's AutoTokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        added = [{"id": i, "content": name, **flags} for name, i in self.special.items()]
-        eos = next((name for name, i in self.special.items() if i == self.eos_id), None)
         config = {
             # Any other class replaces the rules in tokenizer.json by its own.
             "tokenizer_class": "PreTrainedTokenizerFast",
             # Otherwise a text that spells a special token out becomes that token.
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
-            "bos_token": eos,
-            "eos_token": eos,
+            "bos_token": self.eos,
+            "eos_token": self.eos,
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        _write_json(folder / "tokenizer.json", {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            **self._spec(), "post_processor": None})
+        _write_json(folder / "tokenizer.json", self.spec())
         _write_json(folder / "tokenizer_config.json", config)
+
+    def spec(self) -> dict:
+        """What tokenizer.json holds: with `eos`, all that `from_spec` needs."""
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": i, "content": name, **flags} for name, i in self.special.items()]
+        return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+                **self._rules_and_model(), "post_processor": None}
 
 
 class CharTokenizer(_Tokenizer):
@@ -126,7 +128,7 @@ class CharTokenizer(_Tokenizer):
         for char, i in zip(text, self.encode(text).tolist(), strict=True):
             yield Explained(char, [(None, [self.tokens[i]])], [i])
 
-    def _spec(self) -> dict:
+    def _rules_and_model(self) -> dict:
         vocab = {token.decode("utf-8"): i for i, token in enumerate(self.tokens)}
         # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
         return _CHARACTERS | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
@@ -208,7 +210,7 @@ class BPETokenizer(_Tokenizer):
             named = [(rank, [self.tokens[i] for i in ids]) for rank, ids in steps]
             yield Explained(piece, named, steps[-1][1])
 
-    def _spec(self) -> dict:
+    def _rules_and_model(self) -> dict:
         names = ["".join(map(CHAR_OF.__getitem__, token)) for token in self.tokens]
         for name, i in self.special.items():
             names[i] = name
@@ -291,28 +293,28 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     """
     folder = Path(folder)
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    eos = _read_object(config).get("eos_token", END_OF_TEXT) if config.exists() else END_OF_TEXT
+    eos = read_object(config).get("eos_token", END_OF_TEXT) if config.exists() else END_OF_TEXT
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(eos, str | None):
         raise UserError(f"{config}: eos_token should be a string or null, is {short(eos)}")
     if path.exists():
-        spec = _read_object(path)
+        spec = read_object(path)
     else:
         path, merges = folder / "vocab.json", folder / "merges.txt"
         if not (path.exists() and merges.exists()):
             raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
-        vocab, lines = _read_object(path), _read(merges).split("\n")
+        vocab, lines = read_object(path), _read(merges).split("\n")
         added = [{"id": vocab[eos], "content": eos, "special": True}] if eos in vocab else []
         spec = _BYTE_LEVEL | {"added_tokens": added, "model": {
             "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
     try:
-        return _from_spec(spec, eos)
+        return from_spec(spec, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _from_spec(spec: dict, eos: str | None) -> CharTokenizer | BPETokenizer:
-    """Check everything that a tokenizer.json says, and build what it describes."""
+def from_spec(spec: object, eos: str | None) -> CharTokenizer | BPETokenizer:
+    """Check everything that a tokenizer.json says, and build what it describes. Raises UserError."""
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
@@ -387,7 +389,8 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError."""
     text = _read(path)
     try:
         value = json.loads(text)

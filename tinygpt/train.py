@@ -148,13 +148,16 @@ def accumulate(
 
     As the losses are sums, not means, this is what one large batch would give. rng: turns dropout on.
     """
-    loss, total = 0.0, None
+    loss, total, ws = 0.0, None, ws or Workspace()
+    if len(batches) > 1:
+        total = ws("summed gradients", optimizer.flat.shape, optimizer.flat.dtype)
+        total[:] = 0
     for ids, targets, weights, start, positions in batches:
         loss += optimizer.model.loss(
             ids, targets, weights, optimizer.grads, ws, start=start, positions=positions, rng=rng
         )
-        if len(batches) > 1:
-            total = optimizer.flat.copy() if total is None else np.add(total, optimizer.flat, out=total)
+        if total is not None:
+            total += optimizer.flat
     if total is not None:
         optimizer.flat[:] = total
     return loss
@@ -204,9 +207,11 @@ def resume_metrics(path: Path, step: int) -> list[Record]:
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                if json.loads(line)["iter"] <= step:
-                    records.append(json.loads(line))
+            # A kill cuts a line short; whatever else is not a record of `train` goes too.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                if record["iter"] <= step and type(record["elapsed_s"]) is float:
+                    records.append(record)
     with replacing(path) as beside:
         beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return records
