@@ -65,6 +65,17 @@ def test_a_tokenizer_is_not_written_over(run):
         assert result.exit_code == status
 
 
+def test_help_is_quick():
+    """Guards: an import at the top of cli.py that makes --help load the C core and all the stages."""
+    code = "import sys; from tinygpt.cli import main; main(['--help'], standalone_mode=False); "
+    code += "print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, needed = set(result.stderr.split()), {"tinygpt", "cli", "errors", "gradcheck"}
+    assert {name.removeprefix("tinygpt.") for name in loaded if name.startswith("tinygpt")} <= needed
+    assert not loaded & {"safetensors", "_cffi_backend"}
+    assert "pretrain" in result.stdout
+
+
 @pytest.mark.skipif("c" not in kernels.available(), reason="bench measures the C core")
 def test_bench_reports_each_job(run):
     """Guards: a job that does not run, a field that goes missing, a share of peak that cannot be."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,7 +317,7 @@ def test_extreme_uniform_numbers_stay_in_the_support():
 class Recital:
     """Stands in for a model: writes the given ids, whatever it reads."""
 
-    config, flat = CONFIG, np.zeros(1)
+    config, flat, ops = CONFIG, np.zeros(1), kernels.backend("numpy")
 
     def __init__(self, ids, vocab_size: int) -> None:
         self.logits = iter(np.eye(vocab_size)[ids])
@@ -399,6 +400,15 @@ def test_generate_reads_a_prompt_from_a_pipe(run):
     piped = run("generate", "model", "--prompt", "-", *args, input="bad\ncafe\n")
     assert piped.stdout == run("generate", "model", "--prompt", "bad\ncafe", *args).stdout
     assert run("generate", "model", *args).exit_code == 0  # no prompt: begins after a newline
+
+
+def test_a_model_with_more_rows_than_tokens(run):
+    """Guards: a padded vocabulary (GPT-2's 50304), whose rows beyond the tokenizer's ids are drawn."""
+    _, tok = checkpoint.load("model")
+    checkpoint.save(Path("model"), make(vocab_size=500), tok)
+    for args in (("generate", "model"), ("chat", "model", "--stop", "")):
+        result = run(*args, "--max-new-tokens", "40", "--temperature", "2", input="bad\n")
+        assert result.exit_code == 0 and result.stderr == "" and len(result.stdout) > 40
 
 
 def test_generate_stops_at_a_text(run):

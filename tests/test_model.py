@@ -260,6 +260,23 @@ def test_nothing_is_computed_below_the_lowest_name(model, rng, monkeypatch, lowe
     assert len(passed) == 2 * blocks
 
 
+@pytest.mark.parametrize("change", [{}, {"post_norm": True}, {"n_layer": 1, "n_embd": 64}], ids=str)
+def test_the_size_is_that_of_the_shapes(change):
+    """Guards: a formula that forgets a tensor, by which sizes are refused and runs are read."""
+    config = GPTConfig(**vars(CONFIG) | change)
+    assert config.size == sum(map(math.prod, config.shapes().values()))
+
+
+@pytest.mark.parametrize("change", [
+    {"n_embd": 400_008}, {"n_embd": 12 * 10**400}, {"vocab_size": 10**11}, {"block_size": 10**11},
+    {"n_layer": 10**7},
+], ids=lambda change: next(iter(change)))  # fmt: skip
+def test_sizes_that_no_machine_has_are_refused(change):
+    """Guards: a mistyped size that lists names for hours, or fails in numpy."""
+    with pytest.raises(UserError, match=next(iter(change))):
+        GPTConfig(**vars(CONFIG) | change)
+
+
 def test_an_unknown_name_is_an_error(model):
     """An adapter or a frozen set that matches nothing would train nothing, silently (PEFT 2115)."""
     with pytest.raises(UserError, match="no parameter is called 'h.0.attn.weight'"):

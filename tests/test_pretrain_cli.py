@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, data, tensorfile
+from tinygpt import checkpoint, data, kernels, tensorfile
 from tinygpt import pretrain as stage
 from tinygpt.cli import main
-from tinygpt.model import PRESETS
+from tinygpt.errors import UserError
+from tinygpt.model import GPT, PRESETS, GPTConfig
+from tinygpt.tokenizer import CharTokenizer
 
 KILLS = int(os.environ.get("TINYGPT_KILLS", 4))
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +116,15 @@ def test_going_on_from_another_model(folder):
     pretrain("--init-from", "out", *few, "--out", "out", "--overwrite")  # in its own place
 
 
+def test_going_on_from_a_model_with_more_rows_than_tokens(folder):
+    """Guards: a run that trains to its end and then fails on its sample."""
+    config = GPTConfig(vocab_size=500, block_size=16, n_layer=1, n_head=1, n_embd=8)
+    checkpoint.save(Path("padded"), GPT(config, np.random.default_rng(0)), CharTokenizer.train(TEXT))
+    pretrain("--init-from", "padded", "--data", "text.txt", "--max-iters", "2")
+    assert checkpoint.load("out")[0].config.vocab_size == 500
+    pretrain("--resume", "out")
+
+
 def test_going_on_from_another_model_is_gentle(folder):
     """Guards: defaults for random weights, which in a few updates destroy what a trained model knows."""
     begin("--max-iters", "1")
@@ -194,6 +205,11 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
     (["--out", "text.txt/out"], "text.txt"),
     (["--out", "model"], "--overwrite"),
     (["--dropout", "1"], "--dropout"),
+    (["--n-embd", "400000"], "n_embd 400000"),
+    (["--n-embd", "10000000000000"], "n_embd 10000000000000"),
+    (["--block-size", "10000000000"], "block_size 10000000000"),
+    (["--n-layer", "1000000000"], "n_layer is 1000000000"),
+    (["--batch-size", "100000000"], "batch_size is 100000000"),
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words):
     """Guards: a traceback, an hour of training before the error, another model lost."""
@@ -208,6 +224,13 @@ def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words
     assert words in line and line.startswith(("tinygpt: ", "Error: "))
     assert content("model") == {"model.safetensors": b"precious"}
     assert not Path("out").exists() or not content("out")
+
+
+def test_too_little_memory(folder, monkeypatch):
+    """Guards: numpy's traceback where a model that could be is more than this machine holds."""
+    monkeypatch.setattr(stage, "GPT", lambda *_: np.empty(10**15))
+    (line,) = pretrain("--data", "text.txt", status=2).splitlines()
+    assert line.startswith("tinygpt: not enough memory: choose smaller sizes. Unable to allocate")
 
 
 def test_every_preset_can_be_named():
@@ -250,7 +273,70 @@ def test_a_run_that_explodes_keeps_what_it_had(folder):
 # --- what survives ------------------------------------------------------------------------------------------
 
 
-def start(*options: str) -> subprocess.Popen:
+class DeathError(BaseException):
+    """Stands in for a kill: nothing of tinygpt catches it."""
+
+
+def die_at(patch: pytest.MonkeyPatch, n: int, after: bool) -> None:
+    """Makes the n-th file to be replaced from now on the last, or the first that is not."""
+    left, replace = [n], os.replace
+
+    def last(*paths):
+        left[0] -= 1
+        if after or left[0]:
+            replace(*paths)
+        if not left[0]:
+            raise DeathError
+
+    patch.setattr(os, "replace", last)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("old", [[], ["text.txt", "--n-embd", "32"], ["upper.txt", "--seed", "1"]], ids=str)
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_death_between_any_two_files(folder, n, old, after):
+    """Guards: a folder that neither goes on nor begins anew; an old model's weights with new tokens."""
+    short = ["--max-iters", "2", "--eval-interval", "2"]
+    Path("upper.txt").write_text(TEXT.upper(), encoding="utf-8")
+    replacing, weights, tokens, new_tokens = [], None, None, CharTokenizer.train(TEXT).tokens
+    if old:
+        pretrain(*TINY, *short, "--data", *old)
+        model, tokenizer = checkpoint.load("out")
+        replacing, weights, tokens = ["--overwrite"], model.flat.tobytes(), tokenizer.tokens
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeathError):
+        die_at(patch, n, after)
+        begin(*short, *replacing)
+    try:
+        model, tokenizer = checkpoint.load("out")
+    except UserError:
+        assert n < 6
+    else:
+        assert tokenizer.tokens == (tokens if model.flat.tobytes() == weights else new_tokens)
+    if Path("out/trainer.safetensors").exists():
+        pretrain("--resume", "out")
+    else:
+        begin(*short)  # nothing of this run was saved, and nothing is in the way of a new one
+    model, tokenizer = checkpoint.load("out")
+    assert tokenizer.tokens == (tokens if old and (n, after) == (1, False) else new_tokens)
+    assert len(records()) == 2
+    assert set(content("out")) == {*checkpoint.FILES, "metrics.jsonl"}
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="NumPy's own threads are not tinygpt's")
+def test_the_number_of_threads_changes_no_byte(folder):
+    """Guards: a sum whose order depends on how work was divided; sizes are large enough to be divided."""
+    options = ["--data", "text.txt", "--n-embd", "64", "--max-iters", "3", "--eval-interval", "3"]
+    options += ["--gradient-accumulation-steps", "2", "--dropout", "0.1"]
+    results = set()
+    for threads in ("1", "2", "3"):
+        run = start(*options, "--out", threads, TINYGPT_THREADS=threads, TINYGPT_BACKEND="c")
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+        results.add(content(threads)["trainer.safetensors"])
+    assert len(results) == 1
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-c", "from tinygpt.cli import main; main()", "pretrain", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -258,7 +344,7 @@ def start(*options: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | environment,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tinygpt import data, train
 from tinygpt.errors import UserError
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
+from tinygpt.storage import Workspace
 
 CONFIG = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 TOKENS = (np.arange(400) ** 2 % 13).astype(np.uint16)
@@ -53,6 +55,19 @@ def test_accumulation_is_the_large_batch(rng):
     before = whole.flat.copy()
     train.accumulate(whole, rows)
     assert (whole.flat == before).all()  # and nothing of the last update is left in the next
+
+
+def test_accumulation_makes_no_new_buffers(rng):
+    """Guards: memory of the gradients' size, half a gigabyte for GPT-2, taken anew at every update."""
+    config = GPTConfig(vocab_size=13, block_size=2, n_layer=2, n_head=2, n_embd=128)
+    optimizer, ws = AdamW(GPT(config, rng)), Workspace()
+    todo = [train.Batch(*np.zeros((2, 1, 2), np.int32), np.ones((1, 2), np.float32))] * 3
+    train.accumulate(optimizer, todo, ws)
+    tracemalloc.start()
+    train.accumulate(optimizer, todo, ws)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < optimizer.flat.nbytes / 4
 
 
 def test_it_learns_and_tells_of_every_update():
@@ -213,11 +228,14 @@ def test_settings_that_cannot_be(change):
 
 
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
-    """Guards: iterations that are told twice after a kill, a torn last line, a foreign line."""
+    """Guards: iterations that are told twice after a kill, a torn last line, foreign and damaged lines."""
     path = tmp_path / "metrics.jsonl"
+    first, second = '{"iter": 1, "elapsed_s": 0.25, "a": 1}', '{"iter": 2, "elapsed_s": 0.5}'
     path.write_text(
-        '{"iter": 1, "a": 1}\n{"iter": 2}\nnonsense\n[1]\n{"iter": 3}\n{"iter": 4, "tr', encoding="utf-8"
+        f'{first}\nnonsense\n[1]\n{{"iter": 1}}\n{{"iter": 1, "elapsed_s": "1"}}\n{"[" * 100_000}\n'
+        f'{second}\n{{"iter": 3, "elapsed_s": 0.5}}\n{{"iter": 4, "tr',
+        encoding="utf-8",
     )
-    assert train.resume_metrics(path, 2) == [{"iter": 1, "a": 1}, {"iter": 2}]
-    assert path.read_text(encoding="utf-8") == '{"iter": 1, "a": 1}\n{"iter": 2}\n'
+    assert train.resume_metrics(path, 2) == [json.loads(first), json.loads(second)]
+    assert path.read_text(encoding="utf-8") == f"{first}\n{second}\n"
     assert train.resume_metrics(tmp_path / "new.jsonl", 0) == []

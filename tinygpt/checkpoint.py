@@ -5,9 +5,9 @@ them. A post-norm model is GPT-1's architecture, so it is written as an "openai-
 hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated, several
 files, half precision. What would change the computation and is not supported, is refused by name.
 
-trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one file
-because a run that is killed between two files would have weights and moments of different steps, and it lacks
-nothing, so that the other files can be written again from it.
+trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one
+file because a run that is killed between two files would have weights and moments of different steps; and as
+it has everything, the other files can be written again from it.
 
 Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
 read into the model's own buffer, so that loading takes the memory of the weights and no more.
@@ -238,14 +238,14 @@ def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings:
     Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
-    state |= {"tokenizer": tokenizer.spec(), "eos": tokenizer.eos}
+    state |= {"tokenizer": tokenizer.to_spec(), "eos": tokenizer.eos}
     tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
 
 
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
-    """What does not change in a run: the dataclass `cls`, whose field `model` is the GPTConfig; the tokenizer.
+    """What stays as it is in a run: settings, a `cls` whose field `model` is the GPTConfig, and tokenizer.
 
     Raises UserError where there is no such run, and where the file is too small for the model it tells of.
     """
@@ -276,8 +276,7 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
 
 
 def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, and the rest as `save_trainer` has it; what the latter's settings and tokenizer say is not
-    checked."""
+    """The tensors, and the rest as `save_trainer` has it, of which only step and eos are checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = json.loads(metadata["tinygpt"])

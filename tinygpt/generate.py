@@ -134,8 +134,8 @@ def steps(
     them goes on from its last block_size / 2 tokens, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
-    Only the first `vocab_size` ids are drawn: a model may have more rows than its tokenizer has tokens. Raises UserError for an empty prompt, a setting out
-    of range and logits that are not finite.
+    Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
+    UserError for an empty prompt, a setting out of range and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
     seen = [_fit(prompt, model.config.block_size) for prompt in prompts]  # what the next token follows from
@@ -269,8 +269,8 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
     """
     feed = stream_decoder(tokenizer)
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    settings |= {"stop": stop, "vocab_size": tokenizer.vocab_size}
-    for _, (i,) in steps(model, [prompt], max_new_tokens, **settings):
+    new = steps(model, [prompt], max_new_tokens, stop=stop, vocab_size=tokenizer.vocab_size, **settings)
+    for _, (i,) in new:
         if i not in stop:
             yield feed(i)
     yield feed(final=True)

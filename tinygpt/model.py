@@ -24,7 +24,7 @@ from . import kernels, storage
 from .errors import UserError
 
 Array = np.ndarray
-MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # a mistyped size is refused before names are listed or memory asked for
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it costs memory or time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ class GPTConfig:
         if self.size > MOST_WEIGHTS:
             sizes = ("vocab_size", "block_size", "n_layer", "n_embd")
             written = ", ".join(f"{field} {getattr(self, field)}" for field in sizes)
-            raise UserError(f"{written}: these make {self.size:.0e} weights, and at most 1e+11 are possible")
+            raise UserError(f"{written}: these make more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
 
     @property
     def size(self) -> int:
-        """The number of weights: C (V + block_size) in the two tables, C (12 C + 13) in a layer, 2 C in ln_f."""
-        C, layers = self.n_embd, self.n_layer * (12 * self.n_embd + 13)
-        return C * (self.vocab_size + self.block_size + layers + 2 * (not self.post_norm))
+        """The number of weights, without a list of them: C (12 C + 13) in a layer, 2 C in ln_f."""
+        C, tables = self.n_embd, self.vocab_size + self.block_size
+        return C * (tables + self.n_layer * (12 * C + 13) + 2 * (not self.post_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter: those that weight decay shrinks first, then vectors."""

@@ -1,8 +1,8 @@
 """Pre-training: predict each next token of a text.
 
-A run lives in one folder: `begin` makes it, `resume` takes it up where it was saved last, `pretrain` trains. At
-every moment the folder is a model that can be loaded, or one that `resume` makes so again. The model in the folder is always the newest, not the
-one with the best validation loss; metrics.jsonl tells which that was.
+A run lives in one folder: `begin` makes it, `resume` takes it up where it was saved last, `pretrain` trains.
+At every moment the folder has a model that can be loaded, or a run from which `resume` writes that model. The
+model is always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
 
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
 

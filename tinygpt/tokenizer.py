@@ -79,15 +79,15 @@ class _Tokenizer:
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        _write_json(folder / "tokenizer.json", self.spec())
+        _write_json(folder / "tokenizer.json", self.to_spec())
         _write_json(folder / "tokenizer_config.json", config)
 
-    def spec(self) -> dict:
+    def to_spec(self) -> dict:
         """What tokenizer.json holds: with `eos`, all that `from_spec` needs."""
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added = [{"id": i, "content": name, **flags} for name, i in self.special.items()]
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                **self._rules_and_model(), "post_processor": None}
+                **self._spec(), "post_processor": None}
 
 
 class CharTokenizer(_Tokenizer):
@@ -128,7 +128,7 @@ class CharTokenizer(_Tokenizer):
         for char, i in zip(text, self.encode(text).tolist(), strict=True):
             yield Explained(char, [(None, [self.tokens[i]])], [i])
 
-    def _rules_and_model(self) -> dict:
+    def _spec(self) -> dict:
         vocab = {token.decode("utf-8"): i for i, token in enumerate(self.tokens)}
         # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
         return _CHARACTERS | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
@@ -210,7 +210,7 @@ class BPETokenizer(_Tokenizer):
             named = [(rank, [self.tokens[i] for i in ids]) for rank, ids in steps]
             yield Explained(piece, named, steps[-1][1])
 
-    def _rules_and_model(self) -> dict:
+    def _spec(self) -> dict:
         names = ["".join(map(CHAR_OF.__getitem__, token)) for token in self.tokens]
         for name, i in self.special.items():
             names[i] = name
