@@ -411,3 +411,21 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_saving_the_same_model_again_never_leaves_the_folder_without_its_config(tmp_path, monkeypatch):
+    """Guards: a kill while a run is resumed, after which the model cannot be loaded."""
+    tokenizer = tokenizers.CharTokenizer.train("hello")
+    model = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, 4), np.random.default_rng(0))
+    checkpoint.save(tmp_path, model, tokenizer)
+    replace, seen = os.replace, []
+
+    def look_and_replace(source, target):
+        checkpoint.load(tmp_path)
+        replace(source, target)
+        seen.append(Path(target).name)
+        checkpoint.load(tmp_path)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    checkpoint.save(tmp_path, model, tokenizer)
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(seen)

@@ -138,17 +138,27 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes the whole folder; `transformers` loads it with from_pretrained.
 
     The weights come first: where there is no room for them, a model that was there before stays as it was.
-    From then on until all is written there is no config.json: a kill leaves the old model, the new one or one
-    that `load` refuses, never the weights of one with the tokenizer of the other.
+    From then on until all is written there is no config.json, unless it stays the same: a kill leaves the old
+    model, the new one or one that `load` refuses, never the weights of one with the tokenizer of the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = _config_json(model.config, tokenizer.eos_id)
     with replacing(folder / WEIGHTS) as beside:
         _write_weights(beside, model)
-        (folder / CONFIG).unlink(missing_ok=True)
+        if not _describes(folder, config, tokenizer):
+            (folder / CONFIG).unlink(missing_ok=True)
     tokenizer.save(folder, model_max_length=model.config.block_size)
     with replacing(folder / CONFIG) as beside:
-        text = json.dumps(_config_json(model.config, tokenizer.eos_id), indent=2)
-        beside.write_text(text + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _describes(folder: Path, config: dict, tokenizer: Tokenizer) -> bool:
+    """Whether the folder already has this config and this tokenizer, as when a run is resumed."""
+    try:
+        found = [tokenizers.read_object(folder / name) for name in (CONFIG, "tokenizer.json")]
+    except (UserError, OSError):
+        return False
+    return found == [config, tokenizer.to_spec()]
 
 
 def save_weights(folder: Path, model: GPT) -> None:
