@@ -1,6 +1,6 @@
-"""Demo 1: pre-training. A GPT learns to predict the next character, from random weights, in about a minute.
+"""Demo 1: pre-training. A GPT learns to predict the next character, from random weights, in a minute or two.
 
-    python demos/1_pretrain.py [TEXT_FILE ...]
+    .venv/bin/python demos/1_pretrain.py [TEXT_FILE ...]
 
 Without a file it reads the documentation that every Python carries. What to watch: the loss starts at the log
 of the vocabulary's size, where every character is as likely as any other; samples turn from noise into words.

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -51,7 +52,7 @@ def _one_line(error: Exception) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """A GPT's whole life on one CPU: train it, tune it, prompt it, and check its every gradient."""
+    """A GPT on one CPU: train it, let it write, talk to it, and check its every gradient."""
 
 
 # --- tinygpt pretrain ---------------------------------------------------------------------------------------
@@ -178,8 +179,12 @@ def pretrain(ctx: click.Context, **options) -> None:
         _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
         run = stage.resume(folder, options["data"])
     else:
+        if not options["data"]:
+            click.echo("Reading Python's own documentation ...")
         run = _begin(given, **options)
     model, n = run.optimizer.model, len(run.train_tokens)
+    if run.optimizer.steps >= run.settings.train.max_iters:
+        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
     click.echo(
         f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
         f"{len(run.val_tokens):,} to evaluate on"
@@ -187,9 +192,16 @@ def pretrain(ctx: click.Context, **options) -> None:
     try:
         stage.pretrain(run, _progress(run.settings.train.max_iters))
     except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: tinygpt pretrain --resume {shlex.quote(str(folder))}")
+        click.echo(f"\nStopped. To go on: {_command('pretrain', '--resume', str(folder))}")
         sys.exit(130)
     _finish(run)
+
+
+def _command(*words: str) -> str:
+    """A command to type next: by the path it was called with, where the shell would not find it by name."""
+    called = Path(sys.argv[0])
+    unknown = called.name == "tinygpt" and not shutil.which("tinygpt")
+    return shlex.join([str(called) if unknown else "tinygpt", *words])
 
 
 def _refuse(names: set[str], reason: str) -> None:
@@ -231,9 +243,10 @@ def _finish(run) -> None:
 
     from .generate import stream
 
-    rng, start, name = np.random.default_rng(0), run.val_tokens[:1].tolist(), shlex.quote(str(run.folder))
+    rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
     text = "".join(stream(run.optimizer.model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
-    click.echo(f"\nA sample:\n{text.strip()}\n\nSaved in {run.folder}. Next: tinygpt generate {name}")
+    click.echo(f"\nA sample:\n{text.strip()}\n")
+    click.echo(f"Saved in {run.folder}. Next: {_command('generate', str(run.folder))}")
 
 
 # --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
@@ -351,6 +364,8 @@ def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: has a model, which another tokenizer makes unusable; name another folder")
     if (out / "tokenizer.json").exists() and not overwrite:
         raise UserError(f"{out}: has a tokenizer; --overwrite replaces it, --out names another folder")
     texts = documents(data)
@@ -359,7 +374,7 @@ def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite
     found.save(out)
     longest = sorted(set(found.tokens) - {name.encode() for name in found.special}, key=len)[-5:]
     click.echo(f"{found.vocab_size} tokens, the longest {' '.join(map(_shown, longest))}")
-    click.echo(f"Saved in {out}. Next: {shlex.join(['tinygpt', 'tokenizer', 'show', str(out), 'some text'])}")
+    click.echo(f"Saved in {out}. Next: {_command('tokenizer', 'show', str(out), 'some text')}")
 
 
 @tokenizer.command("show")
@@ -397,7 +412,7 @@ def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
     shapes = {}
     for value in values:
         name, _, sizes = value.partition("=")
-        if not name or not all(size.strip().isdecimal() for size in sizes.split(",")):
+        if not name or not all(size.strip().isdecimal() and int(size) for size in sizes.split(",")):
             raise click.BadParameter(f"{value!r} is not name=sizes, such as x=4,8")
         shapes[name] = tuple(map(int, sizes.split(",")))
     return shapes

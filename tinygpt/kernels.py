@@ -63,7 +63,7 @@ def set_threads(n: int) -> None:
 
 def _configure() -> str:
     """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the instruction set in use."""
-    wanted, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS")
+    wanted, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS") or None
     isa = lib.tinygpt_choose_isa(os.fsencode(wanted) if wanted else ffi.NULL)
     if not isa:
         raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
