@@ -48,8 +48,7 @@ static struct {
     .wake = PTHREAD_COND_INITIALIZER,
 };
 
-/* Between two looks; now and then another thread may have the processor, as it may be the one that is
-   awaited. */
+/* Between two looks. Now and then another thread may have the processor: perhaps the one that is awaited. */
 static inline void relax(int look)
 {
     if (look % 256 == 0)

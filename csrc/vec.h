@@ -102,12 +102,11 @@ INLINE real max_lane(vec v)
 
 /* exp, lane by lane. In double libm's own, so that finite differences see no approximation. In float:
 
-   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). Taylor's series to r^7
-   leaves r^8/8! < 5.2e-9 of exp(r), a tenth of float's rounding. 2^n is made by writing n into the exponent
-   bits; as 2^128 has none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a
+   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). The series to r^7
+   leaves about r^8/8! < 5.3e-9, a tenth of float's rounding. 2^n is made by writing n into the exponent bits;
+   as 2^128 has none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a
    fraction, which rounds, and puts n into the lowest bits. ln 2 is taken away in two parts so that n times
-   the first is exact. Results under 2.5e-38 become 0: denormal numbers would cost a hundred times more than
-   they are worth. */
+   the first is exact. Results under 2.5e-38 become 0, so that no slow denormal numbers arise. */
 INLINE vec vexp(vec x)
 {
 #if REAL_IS_DOUBLE

@@ -88,10 +88,9 @@ def _processors() -> int:
 def _pointer(a: Array | bool | None):
     if a is None or a is False:  # an argument left out, a gradient not wanted
         return ffi.NULL
-    # from_buffer is three times faster, and takes only arrays without gaps
-    return (
-        ffi.from_buffer(a) if a.flags.c_contiguous else ffi.cast("void *", a.__array_interface__["data"][0])
-    )
+    if a.flags.c_contiguous:
+        return ffi.from_buffer(a)  # the quick way, which takes only arrays without gaps
+    return ffi.cast("void *", a.__array_interface__["data"][0])
 
 
 def _run(op: str, dtype: np.dtype, *fields) -> None:
