@@ -53,28 +53,31 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
     }
 }
 
-/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros
-   from width on. across is the stride from line to line, along the stride in a line; full is a constant. */
-INLINE void pack(real *restrict out, const real *restrict in, size_t width, const size_t full, size_t depth,
+/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines, the last one
+   filled up with zeros: line l's element p goes to out[l / full][p][l % full]. across is the stride from line to
+   line, along the stride in a line; full is a constant. */
+INLINE void pack(real *restrict out, const real *restrict in, size_t lines, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
-    size_t p = 0;
-    if (width == full && across == 1)
-        for (; p < depth; p++)
-            memcpy(out + p * full, in + p * along, full * sizeof(real));
-    else if (width == full && along == 1 && full % LANES == 0)
-        for (; p + LANES <= depth; p += LANES)
+    size_t l = 0;
+    for (size_t p = 0; p < depth && across == 1; p++) /* memory in its order */
+        for (l = 0; l + full <= lines; l += full)
+            memcpy(out + l * depth + p * full, in + l + p * along, full * sizeof(real));
+    for (; l < lines; l += full) {
+        size_t p = 0;
+        for (; along == 1 && l + full <= lines && full % LANES == 0 && p + LANES <= depth; p += LANES)
             for (size_t i = 0; i < full; i += LANES) {
                 vec square[LANES];
-                for (size_t l = 0; l < LANES; l++)
-                    square[l] = load(in + (i + l) * across + p);
+                for (size_t k = 0; k < LANES; k++)
+                    square[k] = load(in + (l + i + k) * across + p);
                 transpose(square);
-                for (size_t l = 0; l < LANES; l++)
-                    store(out + (p + l) * full + i, square[l]);
+                for (size_t k = 0; k < LANES; k++)
+                    store(out + l * depth + (p + k) * full + i, square[k]);
             }
-    for (; p < depth; p++)
-        for (size_t i = 0; i < full; i++)
-            out[p * full + i] = i < width ? in[i * across + p * along] : 0;
+        for (; p < depth; p++)
+            for (size_t i = 0; i < full; i++)
+                out[l * depth + p * full + i] = l + i < lines ? in[(l + i) * across + p * along] : 0;
+    }
 }
 
 /* A slice of K: its first index, its depth. */
@@ -88,8 +91,8 @@ static void one_tile(const struct gemm *g, struct slice k, const real *a, size_t
                      const real *b, size_t i, size_t j, size_t height, size_t width)
 {
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
-    const real *from = k.p ? c : g->bias ? g->bias + j : NULL; /* later slices add to what is there */
-    size_t from_row = k.p ? g->c_row : 0, out_row = g->c_row;
+    const real *from = k.p ? c : g->add ? g->add + i * g->c_row + j : g->bias ? g->bias + j : NULL;
+    size_t from_row = k.p || g->add ? g->c_row : 0, out_row = g->c_row; /* later slices add to what is there */
     if (height < ROWS || width < COLS) {
         for (size_t r = 0; r < height && from; r++)
             memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
@@ -99,23 +102,25 @@ static void one_tile(const struct gemm *g, struct slice k, const real *a, size_t
     tile(ROWS, out, out_row, from, from_row, a, a_row, a_col, b, COLS, k.depth);
     for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
+    if (g->add && g->bias && !k.p)
+        for (size_t r = 0; r < height; r++)
+            for (size_t l = 0; l < width; l++)
+                c[r * g->c_row + l] += g->bias[j + l];
 }
 
-/* Rows i0 to i1 of the columns j0 to j1, with b packed: a is packed where it must be, when its rows have gaps
+/* Rows i0 to i1 of the columns j0 to j1, with b packed: a is packed where it must be, when its rows have whole
    and at the bottom, where rows are missing. */
 static void multiply(const struct gemm *g, struct slice k, real *packed, const real *packed_b, size_t i0, size_t i1,
                      size_t j0, size_t j1)
 {
     const real *a = g->a + k.p * g->a_col;
-    for (size_t i = i0; i < i1; i += ROWS)
-        if (g->a_col != 1 || i1 - i < ROWS)
-            pack(packed + (i - i0) * k.depth, a + i * g->a_row, least(i1 - i, ROWS), ROWS, k.depth, g->a_row,
-                 g->a_col);
+    const size_t whole = g->a_col == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
+    pack(packed + whole * k.depth, a + (i0 + whole) * g->a_row, i1 - i0 - whole, ROWS, k.depth, g->a_row, g->a_col);
     for (size_t j = j0; j < j1; j += COLS)
         for (size_t i = i0; i < i1; i += ROWS) {
             const size_t height = least(i1 - i, ROWS), width = least(j1 - j, COLS);
             const real *b = packed_b + (j - j0) * k.depth;
-            if (g->a_col == 1 && height == ROWS)
+            if (i - i0 < whole)
                 one_tile(g, k, a + i * g->a_row, g->a_row, 1, b, i, j, height, width);
             else
                 one_tile(g, k, packed + (i - i0) * k.depth, 1, ROWS, b, i, j, height, width);
@@ -134,7 +139,7 @@ static void pieces_of_c(const void *args, size_t begin, size_t end)
     const struct gemm *g = t->g;
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
     const size_t slices = (g->K + DEPTH - 1) / DEPTH, depth = (g->K + slices - 1) / slices;
-    real *packed_b = scratch(SCRATCH_PACKED, (WIDTH + HEIGHT) * depth * sizeof(real));
+    real *packed_b = scratch(SCRATCH_PRIVATE, (WIDTH + HEIGHT) * depth * sizeof(real));
     real *packed_a = packed_b + WIDTH * depth;
     for (size_t piece = begin; piece < end; piece++) {
         const size_t r = piece / t->col_pieces, s = piece % t->col_pieces;
@@ -145,9 +150,7 @@ static void pieces_of_c(const void *args, size_t begin, size_t end)
             for (size_t p = 0; p < g->K; p += depth) {
                 const struct slice k = {p, least(g->K - p, depth)};
                 const size_t stop = least(j + WIDTH, j1);
-                for (size_t l = j; l < stop; l += COLS)
-                    pack(packed_b + (l - j) * k.depth, g->b + p * g->b_row + l * g->b_col,
-                         least(stop - l, COLS), COLS, k.depth, g->b_col, g->b_row);
+                pack(packed_b, g->b + p * g->b_row + j * g->b_col, stop - j, COLS, k.depth, g->b_col, g->b_row);
                 for (size_t i = i0; i < i1; i += HEIGHT)
                     multiply(g, k, packed_a, packed_b, i, least(i + HEIGHT, i1), j, stop);
             }
@@ -184,7 +187,8 @@ static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
             else
                 tile(1, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
             for (size_t r = 0; r < rows; r++)
-                memcpy(g->c + (i + r) * g->c_row + j, out + r * COLS, width * sizeof(real));
+                for (size_t l = 0, at = (i + r) * g->c_row + j; l < width; l++)
+                    g->c[at + l] = out[r * COLS + l] + (g->add ? g->add[at + l] : 0);
         }
     }
 }
@@ -216,8 +220,8 @@ INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_
         }
     }
     for (int r = 0; r < rows; r++)
-        for (size_t l = 0; l < columns; l++)
-            g->c[(i + r) * g->c_row + j + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0);
+        for (size_t l = 0, at = (i + r) * g->c_row + j; l < columns; l++)
+            g->c[at + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0) + (g->add ? g->add[at + l] : 0);
 }
 
 /* Columns of b contiguous, as in the tied head. */
@@ -248,7 +252,7 @@ static void gemm(const void *args)
     if (!g->K) /* an empty sum */
         for (size_t i = 0; i < g->M; i++)
             for (size_t j = 0; j < g->N; j++)
-                g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
+                g->c[i * g->c_row + j] = (g->bias ? g->bias[j] : 0) + (g->add ? g->add[i * g->c_row + j] : 0);
     if (!g->K || !g->M || !g->N)
         return;
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;

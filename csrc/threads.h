@@ -9,7 +9,7 @@ void parallel(void (*work)(const void *args, size_t begin, size_t end), const vo
 
 /* Memory of the calling thread, on a cache line, kept until the next call with the same slot; slots do not
    overlap. */
-enum { SCRATCH_PACKED, SCRATCH_PRIVATE, SCRATCH_SLOTS };
+enum { SCRATCH_SHARED, SCRATCH_PRIVATE, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 
 size_t thread_count(void);

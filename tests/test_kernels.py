@@ -101,6 +101,7 @@ def test_attention_at_extremes(c, rng, dtype, scale, T, S):
 
 
 GEMMS = [(1, 1, 1), (3, 7, 17), (17, 1, 33), (1, 257, 33), (65, 3, 7), (33, 65, 129), (257, 129, 65)]
+GEMMS += [(130, 530, 401), (401, 97, 771)]  # more than one block of every kind, and a piece for each thread
 
 
 @pytest.mark.parametrize("M, N, K", GEMMS)

@@ -24,6 +24,7 @@ from .errors import UserError
 from .generate import steps
 from .model import GPT, PRESETS
 from .optim import AdamW
+from .train import Batch, accumulate
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
@@ -156,9 +157,10 @@ def _training(size: str) -> tuple[Callable[[], object], int, int]:
     model = GPT(config, rng)
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
+    batch = Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))
 
     def step() -> None:
-        model.loss(ids, targets, grads=optimizer.grads, ws=ws)
+        accumulate(optimizer, [batch], ws)
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T
