@@ -481,11 +481,13 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 @click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
 @click.option("--quick", is_flag=True, help="A fraction of a second for each job: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
-def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw what scaling found.")
+def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
-    A JOB is peak, gemm, train/SIZE or generate/SIZE/BATCH, such as train/nano or generate/small/64; without
-    one, all but those of GPT-2 124M. A time is the median of a training step, or of a token for each prompt.
+    A JOB is peak, gemm, train/SIZE, generate/SIZE/BATCH, numpy/nano or scaling, such as train/nano or
+    generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the median of a
+    training step, or of a token for each prompt.
     """
     from . import bench as benchmarks
 
@@ -499,3 +501,5 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> 
         rows.append(row)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
+    if plot:
+        benchmarks.plot(rows, plot)

@@ -69,11 +69,11 @@ def _configure() -> str:
         raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
     if threads is not None and not (threads.isdecimal() and int(threads) > 0):
         raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
-    set_threads(int(threads or _processors()))
+    set_threads(int(threads or processors()))
     return ffi.string(isa).decode()
 
 
-def _processors() -> int:
+def processors() -> int:
     """Those this process may use: fewer than the machine's in a container, where more threads only wait."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # cgroups 2: "max 100000", or microseconds a period
