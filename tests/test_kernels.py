@@ -153,6 +153,41 @@ def test_the_optimizers_passes(c, rng, dtype, n):
     assert c.sum_of_squares(state[0]) == pytest.approx(ops.sum_of_squares(state[0]), rel=1e-7)
 
 
+EVERY_1009TH = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+
+
+def exp_in_c(x):
+    """exp(x) as cross-entropy's backward makes it, given a largest logit of 0 and a sum of 1."""
+    logits, one = np.append(x, np.float32(0))[None], np.ones(1, np.float32)
+    cache = (logits, np.array([x.size], np.int32), 0 * one, one)
+    return kernels.cross_entropy_backward(one, cache)[0, :-1]
+
+
+def test_exp_over_the_whole_range(c):
+    """Of all floats every 1009th, from infinity to infinity, within 2 units in the last place of libm's."""
+    x = EVERY_1009TH
+    got, with_nan = exp_in_c(x), np.isnan(x)
+    assert np.isnan(got[with_nan]).all() and not np.isnan(got[~with_nan]).any()
+    x, got = x[~with_nan], got[~with_nan]
+    with np.errstate(over="ignore", under="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    assert np.isinf(got[x > 88.7229]).all()
+    assert (got[x < -86.7] == 0).all()
+    inner = (x > -86.5) & (x < 88.72)
+    ulp = np.spacing(exact[inner].astype(np.float32)).astype(np.float64)
+    assert (np.abs(got[inner] - exact[inner]) <= 2 * ulp).all()
+
+
+def test_gelu_over_the_whole_range(c):
+    """Within 3 units in the last place of x, and its slope within 2e-6, of the textbook's in double."""
+    x = EVERY_1009TH[np.abs(EVERY_1009TH) < 1e12]
+    exact, cache = ops.gelu_forward(x.astype(np.float64))
+    got = kernels.gelu_forward(x)[0]
+    assert (np.abs(got - exact) <= 3 * np.spacing(np.abs(x)).astype(np.float64)).all()
+    slope = kernels.gelu_backward(np.ones_like(x), (x,))
+    assert np.abs(slope - ops.gelu_backward(np.ones(x.shape), cache)).max() < 2e-6
+
+
 def test_gelu_far_out(c, dtype):
     """llm.c 19: -Ofast broke GELU at large inputs."""
     x = np.array([-1e4, -88.5, -30, -20, -10.1, -5, -1e-4, -0.0, 1e-30, 5, 10.1, 20, 30, 88.5, 1e4])

@@ -62,7 +62,7 @@ def torch_training(size: str, variant: str, seconds: float) -> float:
     torch.manual_seed(0)
     model = Model()
     nn.init.normal_(model.wte.weight, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if "compiled" in variant else model
     ids, targets = torch.randint(0, V, (2, B, T))
 
@@ -133,7 +133,8 @@ def compare(job: str, rounds: int, seconds: float, compiled: bool) -> None:
             theirs[variant].append(measured(__file__, "--peer", job, variant, str(seconds)))
     mine = statistics.median(row["ms"] for row in ours)
     share = statistics.median(row["share_of_peak"] for row in ours)
-    print(f"{job:20} {'tinygpt':14} {mine:9.3f} ms  {ours[-1]['peak_rss_mib']:5.0f} MiB  {share:.0%} of FMA peak")
+    mib = ours[-1]["peak_rss_mib"]
+    print(f"{job:20} {'tinygpt':14} {mine:9.3f} ms  {mib:5.0f} MiB  {share:.0%} of FMA peak", flush=True)
     for variant, rows in theirs.items():
         ratio = statistics.median(row["ms"] / own["ms"] for row, own in zip(rows, ours, strict=True))
         ms, mib = statistics.median(row["ms"] for row in rows), rows[-1]["peak_rss_mib"]
