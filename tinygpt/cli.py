@@ -298,7 +298,8 @@ def sft(ctx: click.Context, **options) -> None:
     elif not options["init_from"] or not options["data"]:
         raise click.UsageError("give the model to tune as --init-from and the examples as --data")
     elif options["show"]:
-        return _show(options["init_from"], options["data"], options["show"])
+        _show(options["init_from"], options["data"], options["show"])
+        sys.exit()
     else:
         run = _begin_sft(**options)
     _describe(run)
@@ -345,7 +346,7 @@ def _describe(run) -> None:
         f"{int(train.weights.sum()):,} tokens of them learned; {len(questions):,} examples to evaluate on"
     )
     if dropped:
-        click.echo(f"{dropped:,} examples are left out: they are longer than --block-size {block_size}")
+        click.echo(f"Left out, as longer than --block-size {block_size}: {dropped:,}")
     if run.optimizer.steps >= run.settings.train.max_iters:
         click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
 
@@ -378,7 +379,7 @@ def _sampling(max_new_tokens: int, stop: str | None, shown: str):
         click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
         click.option("--top-p", default=1.0, type=click.FloatRange(0, 1, min_open=True),
                      help="Only the likeliest tokens that have this probability together; 1: all."),
-        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this text."),
+        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
         click.option("--seed", default=1337, type=click.IntRange(0), help="The same seed, the same text."),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ Reference: Wilson 1927, "Probable inference, the law of succession, and statisti
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import instructions
@@ -60,34 +60,31 @@ def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> A
     return instructions.prompt(tokenizer, prompt)
 
 
-class Score(NamedTuple):
-    """A share of n, with its 95% interval."""
-
-    share: float
-    low: float
+class Rate(NamedTuple):
+    rate: float
+    low: float  # Wilson's 95% interval
     high: float
     n: int
 
     def __str__(self) -> str:
-        return f"{self.share:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n}"
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n}"
 
 
-def score(right: Iterable[bool]) -> Score:
-    """How many are right, with Wilson's interval, which is never empty and stays within 0 and 1.
+def wilson(right: int, n: int, z: float = 1.96) -> Rate:
+    """A rate with its interval, which is never a point, nor reaches beyond 0 and 1.
 
-    >>> print(score([True] * 9 + [False]))
+    >>> print(wilson(9, 10))
     90.0% [59.6%, 98.2%] of 10
     """
-    right = list(right)
-    n, z2 = len(right), 1.959964**2
     if not n:
-        return Score(math.nan, 0.0, 1.0, 0)
-    p = sum(right) / n
-    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return Score(p, *(max(0.0, min(1.0, (middle + side * half) / (1 + z2 / n))) for side in (-1, 1)), n)
+        return Rate(math.nan, 0.0, 1.0, 0)
+    p, middle = right / n, right / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return Rate(p, max(0.0, low), min(1.0, high), n)
 
 
-def exact_match(found: Iterable[Answer], expected: Iterable[str]) -> Score:
+def exact_match(found: Sequence[Answer], expected: Sequence[str]) -> Rate:
     """The share of answers that are what was expected, and stopped there."""
     pairs = zip(found, expected, strict=True)
-    return score(answer.stopped and answer.text == text.strip() for answer, text in pairs)
+    return wilson(sum(answer.stopped and answer.text == text.strip() for answer, text in pairs), len(found))

@@ -40,7 +40,7 @@ TEMPLATE = (
     "{% if eos_token in message['content'] %}"
     "{{ raise_exception('a message spells ' + eos_token + ', which ends a text') }}{% endif %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant: ' }}{% generation %}{{ (message['content'] | trim) + eos_token }}{% endgeneration %}"
+    "{{ 'Assistant:' }}{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}"
     "{% else %}{{ (message['role'] | capitalize) + ': ' + (message['content'] | trim) + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
