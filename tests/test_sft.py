@@ -256,9 +256,13 @@ def test_resuming_gives_the_same_bytes(folder, monkeypatch):
     for ours, whole in zip(records("../sft"), records("../whole"), strict=True):
         assert all(ours[key] == whole[key] for key in whole if key not in ("elapsed_s", "tokens_per_s"))
     assert "leave out --seed" in run("sft", "--resume", "../sft", "--seed", "1", status=2)
+    again = ("sft", "--resume", "../sft", "--data", "moved.jsonl")  # nothing is left to do
+    output = run(*again)
+    assert "All 90 updates" in output and "weights moved" in output
+    checkpoint.save(Path("../base"), *checkpoint.load("../sft"))  # another model in its place
+    assert "weights moved" not in run(*again)
     shutil.rmtree("../base")
-    output = run("sft", "--resume", "../sft", "--data", "moved.jsonl")  # nothing is left to do
-    assert "All 90 updates" in output and "weights moved" not in output
+    assert "weights moved" not in run(*again)
 
 
 def test_a_tuned_model_stays_tuned(folder):
@@ -276,6 +280,17 @@ def test_a_tuned_model_stays_tuned(folder):
     assert "one of tinygpt 'pretrain'" in run("sft", "--resume", "more", status=2)
     tune("--init-from", "sft", "--overwrite", "--max-iters", "1")  # in its own place
     assert records()[-1]["weight_change"] > 0
+
+
+def test_a_death_before_the_form_is_written(folder, monkeypatch):
+    """Guards: a tuned model in the folder of its base that is taken for one that was not tuned."""
+    model, tokenizer = checkpoint.load("base")
+    tokenizer.chat_template = instructions.TEMPLATE
+    monkeypatch.setattr(BPETokenizer, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save(Path("base"), model, tokenizer)
+    with pytest.raises(UserError, match="has no config.json"):
+        checkpoint.load("base")
 
 
 def test_show_prints_tokens_and_mask_and_writes_nothing(folder):
