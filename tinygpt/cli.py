@@ -180,27 +180,31 @@ def pretrain(ctx: click.Context, **options) -> None:
     from . import pretrain as stage
 
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    folder = options["resume"] or options["out"]
     if options["resume"]:
         _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
-        run = stage.resume(folder, options["data"])
+        run = stage.resume(options["resume"], options["data"])
     else:
         if not options["data"]:
             click.echo("Reading Python's own documentation ...")
         run = _begin(given, **options)
     model, n = run.optimizer.model, len(run.train_tokens)
-    if run.optimizer.steps >= run.settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
     click.echo(
         f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
         f"{len(run.val_tokens):,} to evaluate on"
     )
-    try:
-        stage.pretrain(run, _progress(run.settings.train.max_iters))
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command('pretrain', '--resume', str(folder))}")
-        sys.exit(130)
+    _train(stage.pretrain, run)
     _finish(run)
+
+
+def _train(stage: Callable, run) -> None:
+    """Runs a stage to its end, or until Ctrl-C, with its progress."""
+    if run.optimizer.steps >= run.settings.train.max_iters:
+        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
+    try:
+        stage(run, _progress(run.settings.train.max_iters))
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. To go on: {_command(run.settings.stage, '--resume', str(run.folder))}")
+        sys.exit(130)
 
 
 def _command(*words: str) -> str:
@@ -303,11 +307,7 @@ def sft(ctx: click.Context, **options) -> None:
     else:
         run = _begin_sft(**options)
     _describe(run)
-    try:
-        stage.sft(run, _progress(run.settings.train.max_iters))
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command('sft', '--resume', str(run.folder))}")
-        sys.exit(130)
+    _train(stage.sft, run)
     _finish_sft(run)
 
 
@@ -347,8 +347,6 @@ def _describe(run) -> None:
     )
     if dropped:
         click.echo(f"Left out, as longer than --block-size {block_size}: {dropped:,}")
-    if run.optimizer.steps >= run.settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
 
 
 def _finish_sft(run) -> None:
