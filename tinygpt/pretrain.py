@@ -1,59 +1,31 @@
 """Pre-training: predict each next token of a text.
 
-A run lives in one folder: `begin` makes it, `resume` takes it up where it was saved last, `pretrain` trains.
-At every moment the folder has a model that can be loaded, or a run from which `resume` writes that model. The
-model is always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
-
-Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
+A run lives in one folder (`runs`): `begin` makes it, `resume` takes it up where it was saved last, `pretrain`
+trains. Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
 
 Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.1.
 """
 
 import dataclasses
 import itertools
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from . import checkpoint, data, train
+from . import checkpoint, data, runs, train
 from . import tokenizer as tokenizers
-from .atomic import sync, writing
 from .errors import UserError
-from .model import GPT, GPTConfig
+from .model import GPT
 from .optim import AdamW
-
-METRICS = "metrics.jsonl"
-MOST_TOKENS = 10**9  # in a batch: no memory holds more
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run depends on, apart from its tokenizer: saved with it, and all that `resume` needs."""
+class Settings(runs.Settings):
+    """Those of every run; without files or folders as data it reads Python's own texts."""
 
-    model: GPTConfig
-    train: train.TrainConfig
-    data: tuple[str, ...] = ()  # files and folders; none: Python's own texts
-    fingerprint: str = ""  # of the text and the vocabulary
-    block_size: int = 64  # of the training sequences: at most the model's
-    batch_size: int = 12
-    gradient_accumulation_steps: int = 1  # batches of that size for each update
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.block_size > self.model.block_size:
-            limit = self.model.block_size
-            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
-        if self.batch_size * self.block_size > MOST_TOKENS:
-            raise UserError(
-                f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
-                f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
-            )
+    stage: str = "pretrain"
 
 
 class Run(NamedTuple):
@@ -85,7 +57,7 @@ def begin(
     the dropout is. The model's vocabulary is the tokenizer's. Raises UserError, also where `folder` has a
     model and not `overwrite`.
     """
-    _check_folder(folder, overwrite)
+    runs.check_folder(folder, overwrite)
     documents = data.documents(settings.data)
     if init_from is not None:
         model, tok = checkpoint.load(init_from)
@@ -96,30 +68,26 @@ def begin(
         model = GPT(config, np.random.default_rng(settings.train.seed))
     mark = data.fingerprint(documents, tok)
     parts = data.split(data.stream(documents, tok, folder, mark), settings.block_size)
-    paths = _absolute(settings.data)
+    paths = runs.absolute(settings.data)
     settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
-    checkpoint.save_trainer(folder, optimizer, tok, settings)  # also the largest: a full disk changes nothing
-    checkpoint.save(folder, model, tok)
+    runs.first_save(folder, optimizer, tok, settings)
     return Run(folder, settings, optimizer, tok, *parts)
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last. `paths`: where the data is now, if it was moved.
 
-    The model's files are written anew, as a kill may have come between them and the run's own. Raises
-    UserError where there is no run, and where the data is gone or another.
+    Raises UserError where there is no run, and where the data is gone or another.
     """
     settings, tok = checkpoint.read_run(folder, Settings)
     if paths:
-        settings = dataclasses.replace(settings, data=_absolute(paths))
+        settings = dataclasses.replace(settings, data=runs.absolute(paths))
     documents = data.documents(settings.data)
     if data.fingerprint(documents, tok) != settings.fingerprint:
         source = ", ".join(settings.data) or "the documentation of this Python"
         raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
-    optimizer = settings.train.optimizer(GPT(settings.model))
-    checkpoint.load_trainer(folder, optimizer)
-    checkpoint.save(folder, optimizer.model, tok)
+    optimizer = runs.load(folder, settings, tok)
     tokens = data.stream(documents, tok, folder, settings.fingerprint)
     return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
 
@@ -142,41 +110,7 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
         return {"val_loss": train.mean_loss(model, batches)}
 
-    def save() -> None:
-        sync(metrics)  # the record of an update is on the disk before the update is
-        checkpoint.save_trainer(run.folder, run.optimizer, run.tokenizer, settings)
-        checkpoint.save_weights(run.folder, model)
-
-    def log(record: train.Record) -> None:
-        with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        report(record)
-
-    metrics = run.folder / METRICS
-    records = train.resume_metrics(metrics, run.optimizer.steps)
-    elapsed_s = records[-1]["elapsed_s"] if records else 0.0
-    train.train(
-        run.optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
-    )
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, and a run needs a folder")
-    found = [name for name in (*checkpoint.FILES, METRICS) if (folder / name).exists()]
-    if found and not overwrite:
-        raise UserError(
-            f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
-            "replaces it, --out takes another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: this folder is read-only")
-
-
-def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(str(Path(path).resolve()) for path in paths)
+    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
 
 
 def _tokenizer(kind: str, vocab_size: int, documents: list[data.Document]) -> data.Tokenizer:
