@@ -30,6 +30,7 @@ from .storage import Workspace
 
 Array = np.ndarray
 Record = dict[str, float]  # what a report tells of one update
+MOST_RECORDS = 16  # of shapes of batches, see `_loss`
 
 
 class Batch(NamedTuple):
@@ -188,6 +189,8 @@ def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generato
         more = {"start": held.start, "positions": held.positions}
         recording = model.ops.Recording(lambda: model.losses(*held[:3], optimizer.grads, ws, **more))
         ws.records[key] = held, recording
+        if len(ws.records) > MOST_RECORDS:
+            del ws.records[next(iter(ws.records))]
     return float((recording.result * held.weights).sum(dtype=np.float64))
 
 
