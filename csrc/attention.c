@@ -62,13 +62,15 @@ struct view {
     size_t prefix, begin, end, open, shut;
 };
 
-static struct view look(const int32_t *start, size_t T, size_t S, size_t prefix, size_t i, size_t n)
+static struct view look(const int32_t *start, size_t b, size_t T, size_t S, size_t prefix, size_t i, size_t n)
 {
+    const size_t after = least(T, S - prefix), inside = T - after; /* of the queries */
     struct view w = {.prefix = prefix, .begin = S, .end = up(S - T + i + n, LINES), .shut = S - T + i + 1};
     for (size_t q = 0; q < QUERIES; q++) {
         size_t query = i + (q < n ? q : n - 1); /* a lane without a query sees what the last one sees */
         size_t own = S - T + query;
-        size_t first = start ? (size_t)start[query] < own ? (size_t)start[query] : own : 0;
+        size_t first = start && query >= inside ? prefix + start[b * after + query - inside] : 0;
+        first = least(first, own);
         w.own[q / LANES][q % LANES] = own;
         w.first[q / LANES][q % LANES] = first;
         w.begin = first < w.begin ? first : w.begin;
@@ -121,7 +123,7 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
         copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp);
         for (size_t i = 0; i < T; i += QUERIES) {
             const size_t n = T - i < QUERIES ? T - i : QUERIES;
-            const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
+            const struct view w = look(a->start, b, T, S, a->prefix, i, n);
             pack(q_t, a->q + b * a->q_batch + i * a->q_row + h * D, n, QUERIES, D, a->q_row, 1);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
             real total[QUERIES];
@@ -144,8 +146,8 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
     const real scale = 1 / (real)sqrt(D);
     real *p = scratch(SCRATCH_PRIVATE, S * sizeof(real));
     for (size_t bh = begin; bh < end; bh++) {
-        const size_t b = bh / a->H, h = bh % a->H, start = a->start ? a->start[b] : 0;
-        const size_t first = start < S ? start : S - 1; /* its own key at the least */
+        const size_t b = bh / a->H, h = bh % a->H;
+        const size_t first = least(a->start && a->prefix < S ? a->prefix + a->start[b] : 0, S - 1);
         const real *q = a->q + b * a->q_batch + h * D;
         real top = -INFINITY, total = 0;
         for (size_t j = 0; j < S; j++) {
@@ -193,7 +195,7 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
         memset(dk, 0, 2 * Sp * Dp * sizeof(real));
         for (size_t i = 0; i < T; i += QUERIES) {
             const size_t n = T - i < QUERIES ? T - i : QUERIES, at = (b * T + i) * a->H * D + h * D;
-            const struct view w = look(a->start ? a->start + b * T : NULL, T, S, a->prefix, i, n);
+            const struct view w = look(a->start, b, T, S, a->prefix, i, n);
             copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp);
             copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);
             pack(q_t, q, QUERIES, QUERIES, D, Dp, 1);

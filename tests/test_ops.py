@@ -113,12 +113,16 @@ def test_gelu_at_its_ends(ops, dtype):
 def test_visible_keys():
     """The rule, written out key by key: own position always, then the document, then the prefix."""
     start = np.array([[0, 0, 2], [3, 1, 9]])  # 3 is after query 0 and 9 after query 2: each still sees itself
-    seen = reference.visible_keys(2, 3, 5, start + 2, prefix=1)
+    seen = reference.visible_keys(2, 3, 5, start + 1, prefix=1)
     for b in range(2):
         for i in range(3):
             own = 2 + i  # three queries at the end of five keys
             expected = [key <= own and (key == own or key >= start[b, i] + 2 or key < 1) for key in range(5)]
             assert seen[b, 0, i].tolist() == expected, (b, i)
+    within = reference.visible_keys(2, 5, 5, start, prefix=2)  # two queries stand in the prefix
+    for b, i, key in np.ndindex(2, 5, 5):
+        expected = key <= i and (key == i or key < 2 or key >= 2 + start[b, i - 2])
+        assert within[b, 0, i, key] == expected
 
 
 def slowly(q, k, v, n_head, start=None, prefix=0):
@@ -135,7 +139,9 @@ def slowly(q, k, v, n_head, start=None, prefix=0):
 
 @pytest.mark.parametrize("T, S, start, prefix", [
     (5, 5, None, 0), (1, 1, None, 0), (1, 6, None, 0), (3, 6, None, 0),
-    (3, 3, [[0, 0, 2], [1, 1, 1]], 0), (3, 6, [[3, 3, 5], [1, 9, 1]], 2), (3, 5, [[4, 4, 4], [2, 3, 4]], 2),
+    (3, 3, [[0, 0, 2], [1, 1, 1]], 0), (3, 6, [[1, 1, 3], [0, 7, 0]], 2), (3, 5, [[2, 2, 2], [0, 1, 2]], 2),
+    (5, 5, [[0, 0, 2], [1, 1, 1]], 2), (4, 6, [[0, 0], [0, 1]], 4), (1, 3, [[0], [1]], 1),
+    (2, 2, [[], []], 2),
 ])  # fmt: skip
 def test_attention_against_loops(ops, rng, T, S, start, prefix):
     q, k, v = rng.standard_normal((2, T, 6)), rng.standard_normal((2, S, 6)), rng.standard_normal((2, S, 6))

@@ -12,7 +12,8 @@ it has everything, the other files can be written again from it.
 Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
 read into the model's own buffer, so that loading takes the memory of the weights and no more.
 
-Not here: pytorch_model.bin, adapters; the format of the tensors' files, which is `tensorfile`'s.
+Not here: pytorch_model.bin; adapters (`finetune.adapters`); the format of the tensors' files, which is
+`tensorfile`'s.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetensors"
 FILES = (CONFIG, WEIGHTS, TRAINER, "tokenizer.json", "tokenizer_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"  # in which file each tensor is, where there are several
 
 # --- config.json --------------------------------------------------------------------------------------------
@@ -87,6 +89,9 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        base = short(tokenizers.read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder")
     raw = tokenizers.read_object(path)
@@ -185,7 +190,7 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     head = found.pop("lm_head.weight", None)
     _check_shapes(found, config, folder)
     tokenizer = tokenizers.load(folder)
-    _check_vocabulary(tokenizer, config, folder)
+    check_vocabulary(tokenizer, config, folder)
     model = GPT(config)
     for name, p in model.params.items():
         found[_their_name(name, config)].read(p)
@@ -194,7 +199,7 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
     """A model may have more rows than the tokenizer has tokens: GPT-2's are often padded to 50304."""
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
@@ -244,15 +249,20 @@ def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> 
 # --- trainer.safetensors ------------------------------------------------------------------------------------
 
 
-def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object) -> None:
+def save_trainer(
+    folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object, base: bool = False
+) -> None:
     """Writes all that changes in training, the tokenizer, and a dataclass that says the rest, as one file.
+
+    Of a model with an adapter that is the adapter; with `base` the model's own weights too.
 
     Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
     state |= {"tokenizer": tokenizer.to_spec(), "eos": tokenizer.eos}
     state["chat_template"] = tokenizer.chat_template
-    tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
+    tensors = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
+    tensors |= {"base": optimizer.model.flat} if base else {}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
 
@@ -272,20 +282,21 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
         raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
     settings = from_json(cls, state["settings"], str(path))
     size = math.prod(tensors["weights"].shape)
-    if settings.model.size != size:
+    if getattr(settings, "size", settings.model.size) != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
     try:
         tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"], state.get("chat_template"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    _check_vocabulary(tokenizer, settings.model, path)
+    check_vocabulary(tokenizer, settings.model, path)
     return settings, tokenizer
 
 
 def load_trainer(folder: Path, optimizer: AdamW) -> None:
     """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
     tensors, state = _read_trainer(folder / TRAINER)
-    for name, out in (("weights", optimizer.model.flat), ("m", optimizer.m), ("v", optimizer.v)):
+    outs = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
+    for name, out in (outs | ({"base": optimizer.model.flat} if "base" in tensors else {})).items():
         if tensors[name].shape != out.shape:
             raise UserError(f"{folder / TRAINER}: {name} has shape {tensors[name].shape}, not {out.shape}")
         tensors[name].read(out)
@@ -301,6 +312,6 @@ def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (ValueError, KeyError, TypeError, RecursionError):
         step, eos = None, None
     right = type(step) is int and step >= 0 and isinstance(eos, str | None)
-    if not right or tensors.keys() != {"weights", "m", "v"}:
+    if not right or tensors.keys() - {"base"} != {"weights", "m", "v"}:
         raise UserError(f"{path}: is not a run that tinygpt saved")
     return tensors, state

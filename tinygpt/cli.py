@@ -110,11 +110,47 @@ def _training(max_iters: int, learning_rate: float | str, warmup_iters: int, eva
     )  # fmt: skip
 
 
+_adapter = _options(
+    click.option("--adapter", type=click.Choice(("lora", "ptuning", "prompt", "prefix")),
+                 help="Train a few weights beside the model, which stays as it is, instead of its own."),
+    click.option("--lora-rank", default=8, type=_COUNT, help="Of each low-rank branch."),
+    click.option("--lora-alpha", type=_REAL, show_default="the rank", help="A branch counts alpha / rank."),
+    click.option("--lora-dropout", default=0.0, type=_RATE, help="On what goes into the branches."),
+    click.option("--lora-targets", multiple=True, metavar="NAME", show_default="all",
+                 help="Maps with a branch, such as c_attn or h.0.mlp.c_proj; repeat."),
+    click.option("--num-virtual-tokens", default=20, type=_COUNT, help="Length of a learned prompt."),
+    click.option("--encoder-hidden", type=_COUNT_OR_0, show_default="ptuning: --n-embd; prefix: 0",
+                 help="Channels of the MLP that makes the prompt; 0: none."),
+    click.option("--prompt-init", default="vocab", type=click.Choice(("vocab", "random")),
+                 help="What a prompt without an MLP begins as."),
+)  # fmt: skip
+
+
+def _adapter_config(given: set[str], options: dict, n_embd: int):
+    """Takes the options of `_adapter` out of a command's."""
+    from .model import PROJECTIONS, AdapterConfig
+
+    kind = options.pop("adapter") or ""
+    lora, prompt = {"rank", "alpha", "dropout", "targets"}, {"num_virtual_tokens": "num_virtual_tokens"}
+    names = {f"lora_{name}": name for name in lora} | prompt
+    names |= {"encoder_hidden": "hidden", "prompt_init": "init"}
+    values = {name: options.pop(option) for option, name in names.items()}
+    of_lora = {f"lora_{name}" for name in lora}
+    used = {"": set(), "lora": of_lora}.get(kind, set(names) - of_lora)
+    reason = f"--adapter {kind} has no such setting" if kind else "without --adapter nothing has that setting"
+    _refuse(given & (set(names) - used), reason)
+    if values["alpha"] is None:
+        values["alpha"] = float(values["rank"])
+    if values["hidden"] is None:
+        values["hidden"] = n_embd if kind == "ptuning" else 0
+    return AdapterConfig(kind, **values | {"targets": values["targets"] or PROJECTIONS})
+
+
 def _train_config(options: dict):
     """Takes the options of `_training` out of a command's."""
     from .train import TrainConfig
 
-    values = {field: options.pop(field) for field in TrainConfig.__dataclass_fields__}
+    values = {field: options.pop(field) for field in TrainConfig.__dataclass_fields__ if field in options}
     if values["min_lr"] is None:
         values["min_lr"] = values["learning_rate"] / 10
     return TrainConfig(**values)
@@ -168,6 +204,9 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
 @click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
 @click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
 @click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
+@_adapter
+@click.option("--merge-every", default=0, type=_COUNT_OR_0,
+              help="Updates after which LoRA's branches join the weights and begin anew; 0: never.")
 @_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
 @click.pass_context
 def pretrain(ctx: click.Context, **options) -> None:
@@ -175,7 +214,8 @@ def pretrain(ctx: click.Context, **options) -> None:
 
     Without options: a small model, one character at a time, on Python's own documentation, in about two
     minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
-    --resume goes on.
+    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
+    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
     """
     from . import pretrain as stage
 
@@ -189,11 +229,16 @@ def pretrain(ctx: click.Context, **options) -> None:
         run = _begin(given, **options)
     model, n = run.optimizer.model, len(run.train_tokens)
     click.echo(
-        f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
+        f"{_weights(model)}, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
         f"{len(run.val_tokens):,} to evaluate on"
     )
     _train(stage.pretrain, run)
     _finish(run)
+
+
+def _weights(model) -> str:
+    total, trained = model.flat.size, model.trained.flat.size
+    return f"{total:,} weights" + f", {trained:,} trained ({trained / total:.2%})" * bool(model.adapter)
 
 
 def _train(stage: Callable, run) -> None:
@@ -224,6 +269,7 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     """A new run from the options; `given` has the names of those that the user wrote."""
     from . import pretrain as stage
     from .checkpoint import read_config
+    from .finetune.adapters import LEARNING_RATES
     from .model import PRESETS
 
     if tokenizer != "bpe":
@@ -240,8 +286,17 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     else:
         model = dataclasses.replace(PRESETS[preset], **sizes, **changes)
         block_size = model.block_size
+    adapter = _adapter_config(given, options, model.n_embd)
+    if not init_from and adapter.kind:
+        if adapter.kind != "lora":
+            raise click.UsageError(f"--adapter {adapter.kind} needs a model that can do something: --init-from")
+        adapter = dataclasses.replace(adapter, full=True)
+    elif init_from and adapter.kind and "learning_rate" not in given:
+        options["learning_rate"] = LEARNING_RATES[adapter.kind]
+    if "block_size" not in given:
+        block_size = min(block_size, max(1, model.block_size - adapter.prompt_length))
     train = _train_config(options)
-    settings = stage.Settings(model=model, train=train, block_size=block_size, **options)
+    settings = stage.Settings(model=model, train=train, block_size=block_size, adapter=adapter, **options)
     return stage.begin(
         out, settings, tokenizer=tokenizer, vocab_size=vocab_size, init_from=init_from, overwrite=overwrite
     )
@@ -256,7 +311,15 @@ def _finish(run) -> None:
     rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
     text = "".join(stream(run.optimizer.model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
     click.echo(f"\nA sample:\n{text.strip()}\n")
-    click.echo(f"Saved in {run.folder}. Next: {_command('generate', str(run.folder))}")
+    click.echo(f"Saved in {run.folder}. Next: {_command('generate', *_where(run))}")
+
+
+def _where(run) -> list[str]:
+    """The arguments of a command that takes up what a run has trained."""
+    settings = run.settings
+    if settings.adapter.kind and not settings.keeps_base:
+        return [settings.init_from, "--adapter-folder", str(run.folder)]
+    return [str(run.folder)]
 
 
 # --- tinygpt sft --------------------------------------------------------------------------------------------
@@ -281,9 +344,12 @@ def _finish(run) -> None:
     click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time."),
     click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update."),
     click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples."),
+    click.option("--adapter-folder", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Begin with the adapter there, and train it on; instead of --adapter."),
 )  # fmt: skip
+@_adapter
 @_training(
-    max_iters=200, learning_rate="5e-4 at a million weights, less by the root of their number",
+    max_iters=200, learning_rate="5e-4 at a million weights, less by the root of their number; an adapter's",
     warmup_iters=10, eval_interval=50,
 )  # fmt: skip
 @click.pass_context
@@ -305,25 +371,35 @@ def sft(ctx: click.Context, **options) -> None:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
     else:
-        run = _begin_sft(**options)
+        run = _begin_sft(given, **options)
     _describe(run)
     _train(stage.sft, run)
     _finish_sft(run)
 
 
-def _begin_sft(*, init_from, data, val_data, out, overwrite, resume, show, no_packing, **options):
+def _begin_sft(
+    given, *, init_from, adapter_folder, data, val_data, out, overwrite, resume, show, no_packing, **options
+):
     from .checkpoint import read_config
+    from .finetune import adapters
     from .finetune import sft as stage
 
     model = dataclasses.replace(read_config(init_from), dropout=options.pop("dropout"))
-    options["block_size"] = options["block_size"] or min(256, model.block_size)
+    adapter = _adapter_config(given, options, model.n_embd)
+    if adapter_folder:
+        _refuse(given & {"adapter"}, "--adapter-folder has an adapter")
+        adapter = adapters.load_model(init_from, adapter_folder)[0].adapter.config
+    options["block_size"] = options["block_size"] or min(256, max(1, model.block_size - adapter.prompt_length))
     if options["learning_rate"] is None:
-        options["learning_rate"] = stage.learning_rate(model)
+        options["learning_rate"] = stage.learning_rate(model, adapter.kind)
     train = _train_config(options)
     settings = stage.Settings(
-        model=model, train=train, data=data, val_data=val_data, packing=not no_packing, **options
+        model=model, train=train, data=data, val_data=val_data, packing=not no_packing, adapter=adapter,
+        **options,
+    )  # fmt: skip
+    return stage.begin(
+        out, settings, init_from=init_from, adapter_folder=adapter_folder, overwrite=overwrite
     )
-    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
 
 
 def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
@@ -340,9 +416,9 @@ def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
 
 def _describe(run) -> None:
     train, _, count, questions, dropped, _ = run.examples
-    weights, block_size = run.optimizer.model.flat.size, run.settings.block_size
+    weights, block_size = _weights(run.optimizer.model), run.settings.block_size
     click.echo(
-        f"{weights:,} weights; {count:,} examples in {len(train.ids):,} rows of {block_size}, "
+        f"{weights}; {count:,} examples in {len(train.ids):,} rows of {block_size}, "
         f"{int(train.weights.sum()):,} tokens of them learned; {len(questions):,} examples to evaluate on"
     )
     if dropped:
@@ -352,17 +428,52 @@ def _describe(run) -> None:
 def _finish_sft(run) -> None:
     """How far the weights moved, answers to questions it was not trained on, and what to run next."""
     from .evaluate import answers
+    from .finetune.adapters import nearest
     from .train import weight_change
 
     model, asked = run.optimizer.model, [example.messages for example in run.examples.questions[:3]]
     if run.before is not None:
         click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
+    if run.settings.adapter.kind in ("ptuning", "prompt"):
+        click.echo("\nThe learned prompt, and the tokens of the vocabulary that are nearest to each of its rows:")
+        for i, ids in enumerate(nearest(model).tolist()):
+            shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
+            click.echo(f"  {i:3}  {shown}")
     found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
     for (*before, expected), answer in zip(asked, found, strict=True):
         question = before[-1]["content"].strip() if before else ""
         click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
         click.echo(f"  (in the data: {expected['content'].strip()})")
-    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', str(run.folder))}")
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', *_where(run))}")
+
+
+# --- tinygpt merge ------------------------------------------------------------------------------------------
+
+
+_adapter_folder = click.option(
+    "--adapter-folder", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="An adapter that was trained beside this model.",
+)  # fmt: skip
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_adapter_folder
+@click.option("--out", default="merged", type=click.Path(path_type=Path), help="Folder for the model.")
+@click.option("--overwrite", is_flag=True, help="Replace the model that is there.")
+def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
+    """Write the model in FOLDER with a LoRA adapter added to its weights: a plain model, as fast as before."""
+    from . import checkpoint, runs
+    from .finetune import adapters
+
+    if adapter_folder is None:
+        raise click.UsageError("say which adapter, as --adapter-folder")
+    runs.check_folder(out, overwrite)
+    model, tokenizer = adapters.load_model(folder, adapter_folder)
+    adapters.merge(model)
+    runs.clear(out)
+    checkpoint.save(out, model, tokenizer)
+    click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 
 # --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
@@ -372,6 +483,7 @@ def _sampling(max_new_tokens: int, stop: str | None, shown: str):
     """The arguments that generate and chat share; the two defaults in which they differ."""
     return _options(
         click.argument("folder", type=click.Path(path_type=Path)),
+        _adapter_folder,
         click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(0), help="The length."),
         click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
         click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
@@ -382,15 +494,15 @@ def _sampling(max_new_tokens: int, stop: str | None, shown: str):
     )  # fmt: skip
 
 
-def _speaker(folder: Path, max_new_tokens: int, seed: int, **sampling):
+def _speaker(folder: Path, adapter_folder: Path | None, max_new_tokens: int, seed: int, **sampling):
     """The model, the tokenizer, and a function from a prompt's ids to its continuation, piece by piece, up to
     a text."""
     import numpy as np
 
-    from . import checkpoint
+    from .finetune.adapters import load_model
     from .generate import stream, until
 
-    model, tokenizer = checkpoint.load(folder)
+    model, tokenizer = load_model(folder, adapter_folder)
     sampling["rng"] = np.random.default_rng(seed)
 
     def continuation(ids: np.ndarray, stop: str) -> Iterable[str]:
@@ -442,7 +554,7 @@ def chat(stop: str | None, **options) -> None:
     from . import instructions
 
     model, tokenizer, continuation = _speaker(**options)
-    size, tuned = model.config.block_size, instructions.is_tuned(tokenizer)
+    size, tuned = model.context, instructions.is_tuned(tokenizer)
     stop = ("" if tuned else "\n\n") if stop is None else stop
     said, context, person = [], np.zeros(0, np.int32), sys.stdin.isatty()
 

@@ -28,7 +28,7 @@ class KVCache:
     """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model."""
 
     def __init__(self, model: GPT, batch: int, capacity: int) -> None:
-        shape = (model.config.n_layer, batch, capacity, model.config.n_embd)
+        shape = (model.config.n_layer, batch, capacity, model.config.n_embd)  # an adapter's prompt included
         self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
         self.length, self.capacity, self._model = 0, capacity, model
 
@@ -130,17 +130,17 @@ def steps(
     neighbours have no influence, and a batch gives what calls for one prompt after the other give, up to
     rounding, which in float32 can tip a choice between tokens that are all but equal.
 
-    There are block_size positions. A longer prompt loses its beginning, with a warning. A text that outgrows
-    them goes on from its last block_size / 2 tokens, read anew: as every position changes, nothing cached can
+    A text has `model.context` positions. A longer prompt loses its beginning, with a warning. A text that
+    outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
-    seen = [_fit(prompt, model.config.block_size) for prompt in prompts]  # what the next token follows from
+    seen = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
     longest = max(map(len, seen), default=0)
-    kv = KVCache(model, len(seen), min(model.config.block_size, longest + max_new_tokens))
+    kv = KVCache(model, len(seen), model.prompt_length + min(model.context, longest + max_new_tokens))
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed).random for seed in seeds]
     stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
@@ -178,13 +178,13 @@ def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rn
         raise UserError("sampling needs rng, for example np.random.default_rng(seed); temperature=0 does not")
 
 
-def _fit(prompt: Ids, block_size: int) -> list[int]:
+def _fit(prompt: Ids, context: int) -> list[int]:
     if not len(prompt):
         raise UserError("a prompt is empty: begin with a token, such as the end-of-text token or a newline")
-    if (cut := len(prompt) - block_size) > 0:
-        message = f"the first {cut} of the prompt's {len(prompt)} tokens are cut: the context is {block_size}"
+    if (cut := len(prompt) - context) > 0:
+        message = f"the first {cut} of the prompt's {len(prompt)} tokens are cut: the context is {context}"
         warnings.warn(message, stacklevel=2)
-    return np.asarray(prompt[-block_size:]).tolist()
+    return np.asarray(prompt[-context:]).tolist()
 
 
 def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tuple[Array, Array]:
@@ -193,8 +193,8 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     Cuts texts longer than the context, in place, to their last half context.
     """
     for text in texts:
-        if len(text) > model.config.block_size:
-            del text[: -max(1, model.config.block_size // 2)]
+        if len(text) > model.context:
+            del text[: -max(1, model.context // 2)]
     T = max(map(len, texts))
     pad = np.array([[T - len(text)] for text in texts], np.int32)
     ids = np.array([[0] * (T - len(text)) + text for text in texts], np.int32)
@@ -218,7 +218,7 @@ def _decoder(model: GPT, kv: KVCache, pad: Array, ws: Workspace) -> Callable[[Ar
 
     def decode(ids: Array) -> Array:
         nonlocal recording
-        token[:, 0], position[:] = ids, kv.length - pad
+        token[:, 0], position[:] = ids, kv.length - model.prompt_length - pad
         if not hasattr(model.ops, "Recording"):
             return forward()
         if recording is None:

@@ -17,7 +17,7 @@ import numpy as np
 from . import kernels
 from .errors import UserError
 from .gradcheck import Inputs, Result, arrays, gradcheck, is_float, named, parameters
-from .model import GPT, GPTConfig
+from .model import GPT, Adapter, AdapterConfig, GPTConfig
 from .storage import Workspace
 
 Pair = tuple[Callable, Callable, Inputs]  # forward, backward, inputs
@@ -151,20 +151,43 @@ def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[s
     yield "tied head", (head_forward, head_backward, {"x": x, "w": normal((7, 6))})
     yield pair("layernorm", x=x, g=normal(6), b=normal(6))
     yield pair("gelu", x=3 * x)
+    yield pair("relu", x=x)
+    yield pair("tanh", x=x)
     yield "attention", attention(5, 5)
     yield "attention, T = 1", attention(1, 1)
     yield "attention, packed", attention(5, 5, start=start)
     yield "attention, S > T", attention(3, 7)
-    yield "attention, prefix", attention(5, 7, start=start + 2, prefix=2)
+    yield "attention, prefix", attention(5, 7, start=start, prefix=2)
+    yield "attention, within a prefix", attention(5, 5, start=start[:, 2:], prefix=2)
     yield pair("residual", x=x, branch=normal(x.shape))
     yield pair("dropout", x=x, rate=0.4, seed=7)
     yield pair("cross_entropy", logits=normal((2, 4, 7)), targets=ids)
-    yield "whole model", model_pair(ops, rng, post_norm=False)
+    yield "whole model", model_pair(ops, rng)
     yield "whole model, post-norm", model_pair(ops, rng, post_norm=True)
+    for name, config in ADAPTERS.items():
+        yield f"model, {name}", model_pair(ops, rng, "post-norm" in name, config)
 
 
-def model_pair(ops: ModuleType, rng: np.random.Generator, post_norm: bool) -> Pair:
-    """A small GPT as one function of all its parameters: packed documents, dropout, head, cross-entropy.
+ADAPTERS = {
+    "LoRA": AdapterConfig("lora", rank=2, alpha=3.0),
+    "LoRA, dropout": AdapterConfig("lora", rank=2, alpha=2.0, dropout=0.3),
+    "LoRA, one layer": AdapterConfig("lora", rank=1, alpha=1.0, targets=("h.1.attn.c_attn", "h.1.mlp.c_fc")),
+    "LoRA, post-norm": AdapterConfig("lora", rank=2, alpha=3.0),
+    "LoRA, full": AdapterConfig("lora", rank=3, targets=("attn.c_attn",), full=True),
+    "prompt tuning": AdapterConfig("prompt", num_virtual_tokens=2),
+    "p-tuning": AdapterConfig("ptuning", num_virtual_tokens=2, hidden=5),
+    "p-tuning, post-norm": AdapterConfig("ptuning", num_virtual_tokens=2, hidden=5),
+    "prefix tuning": AdapterConfig("prefix", num_virtual_tokens=2),
+    "prefix tuning, MLP": AdapterConfig("prefix", num_virtual_tokens=1, hidden=5),
+    "prefix, post-norm": AdapterConfig("prefix", num_virtual_tokens=2),
+}
+
+
+def model_pair(
+    ops: ModuleType, rng: np.random.Generator, post_norm: bool = False, adapter: AdapterConfig | None = None
+) -> Pair:
+    """A small GPT as one function of all its parameters, or of its adapter's: packed documents, dropout,
+    head, cross-entropy.
 
     The weights are of order 0.3: at an initialisation's 0.02 many gradients would drown in the rounding.
     """
@@ -172,13 +195,17 @@ def model_pair(ops: ModuleType, rng: np.random.Generator, post_norm: bool) -> Pa
     model, ws = GPT(config, dtype=np.float64, ops=ops), Workspace()
     start = np.array([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]])
     ids, targets = rng.integers(config.vocab_size, size=(2, 2, 6))
-    weights = {n: 0.3 * rng.standard_normal(p.shape) for n, p in model.params.items()}
-    for name in weights:
-        weights[name] += ".ln_" in f".{name}" and name.endswith("weight")  # gains around 1
+    if adapter:
+        model.adapter = Adapter(adapter, config, np.float64)
+    for params in (model.params, model.trained.params):
+        weights = {n: 0.3 * rng.standard_normal(p.shape) for n, p in params.items()}
+        for name, w in weights.items():
+            w += ".ln_" in f".{name}" and name.endswith("weight")  # gains around 1
+            params[name][:] = w
 
     def forward(**weights):
         for name, w in weights.items():
-            model.params[name][:] = w
+            model.trained.params[name][:] = w
         dropout, positions = np.random.default_rng(1), np.arange(6) - start
         logits, cache = model.forward(ids, ws, positions=positions, start=start, rng=dropout)
         nll, c_nll = ops.cross_entropy_forward(logits, targets)
@@ -186,7 +213,7 @@ def model_pair(ops: ModuleType, rng: np.random.Generator, post_norm: bool) -> Pa
 
     def backward(dnll, caches):
         cache, c_nll = caches
-        _, grads = model.gradients()
+        _, grads = model.trained.gradients()
         model.backward(ops.cross_entropy_backward(dnll, c_nll), cache, grads)
         return grads
 

@@ -11,6 +11,8 @@ avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C 
 """
 
 import contextlib
+import functools
+import itertools
 import os
 import sys
 import threading
@@ -105,11 +107,19 @@ def _run(op: str, dtype: np.dtype, *fields) -> None:
         tape.append((op, (number, dtype.char == "d", args), fields))
 
 
+def _numpy(function: Callable, *args) -> None:
+    """Runs a function of `ops` that writes its result into one of `args`: few numbers, not worth a kernel."""
+    function(*args)
+    if (tape := getattr(_recording, "tape", None)) is not None:
+        tape.append(functools.partial(function, *args))
+
+
 _recording = threading.local()
 
 
 class Recording:
-    """The calls to the C core that `function()` makes, to be made again without Python between them.
+    """The calls to the C core that `function()` makes, to be made again without Python between them (but for
+    those few operations that are NumPy's here too).
 
     They read and write the same memory, whatever it holds by then. `result` is what the function returned;
     `args[op]` the structs of its calls of `op`, in order, whose numbers may be changed before a `replay`.
@@ -122,13 +132,20 @@ class Recording:
         finally:
             _recording.tape = None
         self.args: dict[str, list] = {}
-        for op, (_, _, args), _ in tape:
+        self._parts: list[Callable] = []
+        for in_c, part in itertools.groupby(tape, key=lambda entry: isinstance(entry, tuple)):
+            part = list(part)
+            if in_c:
+                calls = ffi.new("struct call[]", [call for _, call, _ in part])
+                part = [functools.partial(lib.tinygpt_run_all, calls, len(part))]
+            self._parts += part
+        for op, (_, _, args), _ in (entry for entry in tape if isinstance(entry, tuple)):
             self.args.setdefault(op, []).append(args)
-        self._calls = ffi.new("struct call[]", [call for _, call, _ in tape])
         self._tape = tape  # keeps the structs and the arrays that they point to
 
     def replay(self) -> None:
-        lib.tinygpt_run_all(self._calls, len(self._tape))
+        for part in self._parts:
+            part()
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
@@ -237,14 +254,15 @@ def linear_forward(
 
 
 def linear_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None
+    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None, add: Array | None = None
 ) -> tuple[Grad, Grad, Grad]:
     x, w = cache
     dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
     if dx is not False:
         dx = _result(dx, x.dtype, x.shape)
-        gemm(dout_rows, w.T, out=dx.reshape(x_rows.shape))
+        add = None if add is None else add.reshape(x_rows.shape)
+        gemm(dout_rows, w.T, add=add, out=dx.reshape(x_rows.shape))
     if dw is not False:
         dw = gemm(x_rows.T, dout_rows, out=dw)
     if db is not False:
@@ -288,6 +306,42 @@ def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
     return dx
 
 
+def relu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+    out = _result(out, x.dtype, x.shape)
+    _numpy(ops.relu_forward, x, out)
+    return out, (out,)
+
+
+def relu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    dx = _result(dx, dout.dtype, dout.shape)
+    _numpy(ops.relu_backward, dout, cache, dx)
+    return dx
+
+
+def tanh_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+    out = _result(out, x.dtype, x.shape)
+    _numpy(ops.tanh_forward, x, out)
+    return out, (out,)
+
+
+def tanh_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    dx = _result(dx, dout.dtype, dout.shape)
+    _numpy(ops.tanh_backward, dout, cache, dx)
+    return dx
+
+
+def scale(x: Array, factor: float, out: Out = None) -> Array:
+    out = _result(out, x.dtype, x.shape)
+    _numpy(ops.scale, x, factor, out)
+    return out
+
+
+def batch_sum(x: Array, out: Out = None) -> Array:
+    out = storage.empty(x.shape[1:], x.dtype) if out is None else out
+    _numpy(ops.batch_sum, x, out)
+    return out
+
+
 def attention_forward(
     q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0, out: Out = None
 ) -> tuple[Array, tuple]:
@@ -296,11 +350,11 @@ def attention_forward(
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads"
         )
-    if prefix < 0:
-        raise ValueError(f"attention: prefix is {prefix}: it counts keys")
+    if not 0 <= prefix <= S:
+        raise ValueError(f"attention: prefix is {prefix}: it counts keys, of which there are {S}")
     q, k, v = _rows(q, q.dtype), _rows(k, q.dtype), _rows(v, q.dtype)
     if start is not None:
-        start = _like(start, np.int32, (B, T))
+        start = _like(start, np.int32, (B, min(T, S - prefix)))
         if start.size and start.min() < 0:
             raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
     out = _result(out, q.dtype, q.shape)

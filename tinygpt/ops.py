@@ -73,27 +73,29 @@ def linear_forward(
     branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
     gradient of `add` is `dout` itself.
     """
-    out = np.matmul(x, w, out=out)
+    if add is None:
+        out = np.matmul(x, w, out=out)
+    else:
+        product = np.matmul(x, w)  # not into `out`, which may be `add` itself
+        out = np.add(product, add, out=out)
     if b is not None:
         out += b
-    if add is not None:
-        out += add
     return out, (x, w)
 
 
 def linear_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None
+    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None, add: Array | None = None
 ) -> tuple[Array | bool, Array | bool, Array | bool]:
-    """dx = dout w^T, dw = x^T dout, db = the sum of dout's rows.
+    """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
 
     Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
     w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
-    without a bias takes db=False.
+    without a bias takes db=False. `add` is the gradient that reaches x in another way; dx may be `add`.
     """
     x, w = cache
     x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     if dx is not False:
-        dx = np.matmul(dout, w.T, out=dx)
+        dx = np.matmul(dout, w.T, out=dx) if add is None else np.add(np.matmul(dout, w.T), add, out=dx)
     if dw is not False:
         dw = np.matmul(x_rows.T, dout_rows, out=dw)
     if db is not False:
@@ -170,6 +172,41 @@ def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
     return np.multiply(dout, 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du, out=dx)
 
 
+# --- what prompt encoders are made of -----------------------------------------------------------------------
+
+
+def relu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+    """out = max(x, 0), any shape."""
+    out = np.maximum(x, 0, out=out)
+    return out, (out,)
+
+
+def relu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    """dx = dout where out > 0, else 0."""
+    return np.multiply(dout, cache[0] > 0, out=dx)
+
+
+def tanh_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+    """out = tanh(x), any shape."""
+    out = np.tanh(x, out=out)
+    return out, (out,)
+
+
+def tanh_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+    """dx = dout (1 - out^2)."""
+    return np.multiply(dout, 1 - np.square(cache[0]), out=dx)
+
+
+def scale(x: Array, factor: float, out: Out = None) -> Array:
+    """out = factor x; the gradient of x is that of out, scaled as well."""
+    return np.multiply(x, x.dtype.type(factor), out=out)
+
+
+def batch_sum(x: Array, out: Out = None) -> Array:
+    """out = the sum of x (B, ...) over its first axis: the gradient of what all rows of a batch share."""
+    return np.sum(x, axis=0, out=out)
+
+
 # --- causal multi-head attention ----------------------------------------------------------------------------
 
 
@@ -177,13 +214,17 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
     """Which keys each query sees, as booleans (B, 1, T, S).
 
     The queries are the last T of S positions. Query i of row b stands at key S - T + i and sees the first
-    `prefix` keys and the keys start[b, i] to its own, its own always. start (B, T) counts from 0 and includes
-    the prefix. That one rule is causality, packed documents (start: where the document begins), padding on
-    the left (start: where the text begins), the KV cache (T < S) and prefix tuning.
+    `prefix` keys and those from start[b, i] to its own, its own always; start counts keys after the prefix.
+    That one rule is causality, packed documents (start: where the document begins), padding on the left
+    (start: where the text begins), the KV cache (T < S), and the rows or keys of a learned prompt. Queries
+    may stand in the prefix themselves: of these start says nothing, it is (B, T) without them.
     """
     key = np.arange(S)
     own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1)
-    first = 0 if start is None else np.minimum(start[:, None, :, None], own)  # (B, 1, T, 1)
+    first = np.zeros((B, 1, T, 1), np.int64)
+    if start is not None:
+        first[:, 0, max(0, prefix - (S - T)) :, 0] = prefix + start
+    first = np.minimum(first, own)
     return np.broadcast_to((key <= own) & ((key >= first) | (key < prefix)), (B, 1, T, S))
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable
 
 from . import storage
-from .model import GPT
+from .model import GPT, Parameters
 
 
 def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, max_iters: int) -> float:
@@ -33,6 +33,8 @@ def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, m
 
 class AdamW:
     """The gradients of a model's parameters `names` (all if None), their two moments, and the updates.
+
+    Where the model has an adapter, its parameters are meant and the model's own stay as they are.
 
     `grads` (name -> array) is for `model.loss` to fill; `flat`, `m` and `v` are the buffers, `steps` the
     number of updates made. These, with the weights, are all that changes in training: a checkpoint holds
@@ -53,10 +55,11 @@ class AdamW:
         """grad_clip: the largest norm of all gradients together that goes into an update; 0 is no limit."""
         self.model, self.grad_clip, self.weight_decay = model, grad_clip, weight_decay
         self.betas_eps = {"beta1": beta1, "beta2": beta2, "eps": eps}
-        self.flat, self.grads = model.gradients(names)
+        self.trained = model.trained
+        self.flat, self.grads = self.trained.gradients(names)
         self.m, self.v = (storage.flat({"": self.flat.shape}, self.flat.dtype)[0] for _ in range(2))
         self.steps = 0
-        self.spans = _spans(model, self.grads)
+        self.spans = _spans(self.trained, self.grads)
 
     def step(self, lr: float) -> float:
         """One update with the gradients now in `flat`; returns their norm before clipping.
@@ -70,17 +73,17 @@ class AdamW:
         scale = self.grad_clip / norm if 0 < self.grad_clip < norm else 1.0
         for weights, trained, decays in self.spans:
             self.model.ops.adamw(
-                self.model.flat[weights], self.flat[trained], self.m[trained], self.v[trained],
+                self.trained.flat[weights], self.flat[trained], self.m[trained], self.v[trained],
                 step=self.steps, lr=lr, weight_decay=self.weight_decay if decays else 0.0, scale=scale,
                 **self.betas_eps,
             )  # fmt: skip
         return norm
 
 
-def _spans(model: GPT, trained: Iterable[str]) -> list[tuple[slice, slice, bool]]:
-    """(stretch of model.flat, the same in the gradients, whether it decays), as few as there can be."""
+def _spans(all_: Parameters, trained: Iterable[str]) -> list[tuple[slice, slice, bool]]:
+    """(stretch of all_.flat, the same in the gradients, whether it decays), as few as there can be."""
     spans, offset, end = [], 0, 0
-    for name, p in model.params.items():
+    for name, p in all_.params.items():
         if name in trained:
             weights, grads, decays = slice(offset, offset + p.size), slice(end, end + p.size), p.ndim > 1
             if spans and spans[-1][0].stop == offset and spans[-1][2] == decays:

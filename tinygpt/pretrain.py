@@ -17,6 +17,7 @@ import numpy as np
 from . import checkpoint, data, runs, train
 from . import tokenizer as tokenizers
 from .errors import UserError
+from .finetune import adapters
 from .model import GPT
 from .optim import AdamW
 
@@ -54,18 +55,23 @@ def begin(
 
     tokenizer: "char", "bpe" (both are made from the data; `vocab_size` is for the latter) or a folder that
     has one. init_from: a model's folder, whose weights, sizes and tokenizer are taken; of settings.model only
-    the dropout is. The model's vocabulary is the tokenizer's. Raises UserError, also where `folder` has a
-    model and not `overwrite`.
+    the dropout is. settings.adapter: what is trained beside these weights, or beside random ones. The model's
+    vocabulary is the tokenizer's. Raises UserError, also where `folder` has a model and not `overwrite`.
     """
     runs.check_folder(folder, overwrite)
     documents = data.documents(settings.data)
     if init_from is not None:
         model, tok = checkpoint.load(init_from)
         model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
+        where, mark = str(Path(init_from).resolve()), adapters.fingerprint(model)
+        settings = dataclasses.replace(settings, init_from=where, init_hash=mark)
     else:
         tok = _tokenizer(tokenizer, vocab_size, documents)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
         model = GPT(config, np.random.default_rng(settings.train.seed))
+    if settings.adapter.kind:
+        rng = np.random.default_rng([settings.train.seed, 0, 3])
+        model.adapter = adapters.create(model, settings.adapter, rng)
     mark = data.fingerprint(documents, tok)
     parts = data.split(data.stream(documents, tok, folder, mark), settings.block_size)
     paths = runs.absolute(settings.data)

@@ -9,6 +9,7 @@ Not here: the loop itself (`train`), what is in the files (`checkpoint`), the da
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from . import checkpoint, train
 from .atomic import sync, writing
 from .checkpoint import Tokenizer
 from .errors import UserError
-from .model import GPT, GPTConfig
+from .finetune import adapters
+from .model import GPT, Adapter, AdapterConfig, GPTConfig
 from .optim import AdamW
 
 METRICS = "metrics.jsonl"
@@ -35,6 +37,9 @@ class Settings:
     stage: str = ""  # the command that goes on with it
     data: tuple[str, ...] = ()  # files and folders
     fingerprint: str = ""  # of what is made from them
+    init_from: str = ""  # the folder of the model that it began with
+    init_hash: str = ""  # of the weights there, as they were
+    adapter: AdapterConfig = AdapterConfig()  # what is trained beside that model, if not itself
     block_size: int = 64  # of the training sequences: at most the model's
     batch_size: int = 12
     gradient_accumulation_steps: int = 1  # batches of that size for each update
@@ -43,9 +48,11 @@ class Settings:
         for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.block_size > self.model.block_size:
-            limit = self.model.block_size
+        limit = self.model.block_size - self.adapter.prompt_length
+        if self.block_size > limit:
             raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
+        if self.train.merge_every and self.adapter.kind != "lora":
+            raise UserError("merge_every is for an adapter that can be merged, which is lora")
         if self.batch_size * self.block_size > MOST_TOKENS:
             raise UserError(
                 f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
@@ -53,11 +60,25 @@ class Settings:
             )
 
 
+    @property
+    def size(self) -> int:
+        """The number of weights that are trained."""
+        if not self.adapter.kind:
+            return self.model.size
+        return sum(map(math.prod, self.adapter.shapes(self.model).values()))
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether it trains an adapter beside weights that are nowhere else: drawn from the seed, or merged.
+        Then its folder has the whole model; otherwise the adapter alone."""
+        return bool(self.adapter.kind and (self.train.merge_every or not self.init_from))
+
+
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, and a run needs a folder")
-    found = [name for name in (*checkpoint.FILES, METRICS) if (folder / name).exists()]
+    found = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
             f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
@@ -75,18 +96,45 @@ def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
-    checkpoint.save_trainer(folder, optimizer, tokenizer, settings)
-    checkpoint.save(folder, optimizer.model, tokenizer)
+    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.keeps_base)
+    clear(folder)
+    _export(folder, optimizer.model, tokenizer, settings)
+
+
+def clear(folder: Path) -> None:
+    """Removes what says that a folder has a model, or an adapter: it may be about to have the other one."""
+    for name in (checkpoint.CONFIG, *adapters.FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Writes the folder that others read: a model's, or an adapter's."""
+    if model.adapter is None:
+        checkpoint.save(folder, model, tokenizer)
+    elif settings.keeps_base:
+        with adapters.merged(model):
+            checkpoint.save(folder, model, tokenizer)
+    else:
+        adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
 
 
 def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
     """The optimizer and its model as they were saved last; settings and tokenizer are from `read_run`.
 
-    The model's files are written anew, as a kill may have come between them and the run's own.
+    The model's files are written anew, as a kill may have come between them and the run's own. Raises
+    UserError where the base of an adapter is gone, or another.
     """
-    optimizer = settings.train.optimizer(GPT(settings.model))
+    if settings.adapter.kind and not settings.keeps_base:
+        model, _ = checkpoint.load(settings.init_from)
+        adapters.check_base(model, settings.init_hash, folder, settings.init_from)
+        model.config = settings.model
+    else:
+        model = GPT(settings.model)
+    if settings.adapter.kind:
+        model.adapter = Adapter(settings.adapter, settings.model)
+    optimizer = settings.train.optimizer(model)
     checkpoint.load_trainer(folder, optimizer)
-    checkpoint.save(folder, optimizer.model, tokenizer)
+    _export(folder, model, tokenizer, settings)
     return optimizer
 
 
@@ -107,8 +155,17 @@ def run(
 
     def save() -> None:
         sync(metrics)  # the record of an update is on the disk before the update is
-        checkpoint.save_trainer(folder, optimizer, tokenizer, settings)
-        checkpoint.save_weights(folder, optimizer.model)
+        checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.keeps_base)
+        if settings.adapter.kind:
+            _export(folder, optimizer.model, tokenizer, settings)
+        else:
+            checkpoint.save_weights(folder, optimizer.model)
+
+    def restarted(n: int, rng: np.random.Generator) -> Sequence[train.Batch]:
+        """The batches of update n, before which it may be time for a merge."""
+        if settings.train.merge_every and n and n % settings.train.merge_every == 0:
+            adapters.restart(optimizer, np.random.default_rng([settings.train.seed, n, 3]))
+        return batches(n, rng)
 
     def log(record: train.Record) -> None:
         with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
@@ -118,5 +175,5 @@ def run(
     records = train.resume_metrics(metrics, optimizer.steps)
     elapsed_s = records[-1]["elapsed_s"] if records else 0.0
     train.train(
-        optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
+        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
     )

@@ -57,6 +57,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # 0: none
     eval_interval: int = 250
     seed: int = 1337
+    merge_every: int = 0  # updates after which an adapter is merged and begins anew; 0: never
 
     def __post_init__(self) -> None:
         for name, right, rule in (  # comparisons that are false for NaN
@@ -70,14 +71,17 @@ class TrainConfig:
             ("grad_clip", 0 <= self.grad_clip < math.inf, "at least 0, which is off"),
             ("eval_interval", self.eval_interval >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
+            ("merge_every", self.merge_every >= 0, "at least 0, which is off"),
         ):
             if not right:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
 
     def learning_rate_at(self, n: int) -> float:
-        """Of update n, counted from 0."""
+        """Of update n, counted from 0. After a merge it climbs anew, for a tenth of the time to the next."""
         fields = {"warmup_iters": self.warmup_iters, "max_iters": self.max_iters}
-        return learning_rate(n, peak=self.learning_rate, lowest=self.min_lr, **fields)
+        rate = learning_rate(n, peak=self.learning_rate, lowest=self.min_lr, **fields)
+        since, climb = (n % self.merge_every, self.merge_every // 10) if self.merge_every else (n, 0)
+        return rate * (since + 1) / (climb + 1) if since < min(climb, n) else rate
 
     def optimizer(self, model: GPT, names: Iterable[str] | None = None) -> AdamW:
         """An optimizer with these settings for the parameters `names` of a model, all if None."""
@@ -171,10 +175,10 @@ def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generato
     """
     model, (ids, targets, weights, start, positions) = optimizer.model, batch
     more = {"start": start, "positions": positions}
-    V, limit = model.config.vocab_size, model.config.block_size
+    V, limit = model.config.vocab_size, model.context
     bounds = ((ids, V), (targets, V), (start, math.inf), (positions, limit))
     inside = all(a is None or (a.size and a.min() >= 0 and a.max() < n) for a, n in bounds)
-    if not inside or not hasattr(model.ops, "Recording") or (rng is not None and model.config.dropout):
+    if not inside or not hasattr(model.ops, "Recording") or (rng is not None and model.draws):
         return model.loss(ids, targets, weights, optimizer.grads, ws, rng=rng, **more)
     key = (optimizer, *(a if a is None else a.shape for a in batch))
     if key in ws.records:

@@ -3,7 +3,8 @@
     loss = sum of -log p(token) over the learned tokens of an update / their number
 
 The number is that of the whole update, all its batches together: n small batches are one large batch.
-Examples lie side by side in rows (`data.pack`) and do not see one another; all weights are trained.
+Examples lie side by side in rows (`data.pack`) and do not see one another. All weights are trained, or an
+adapter beside them.
 
 The seed decides which tenth of the examples is for validation, who shares a row, and in which order the rows
 come in each epoch. Update n takes the next rows of that endless sequence after those of update n - 1, so a
@@ -30,6 +31,7 @@ from ..errors import UserError
 from ..instructions import Example
 from ..model import GPTConfig
 from ..optim import AdamW
+from . import adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,6 @@ class Settings(runs.Settings):
     stage: str = "sft"
     val_data: tuple[str, ...] = ()  # none: a tenth of the examples
     packing: bool = True  # False: each example has a row of its own
-    init_from: str = ""
-    init_hash: str = ""  # of the weights there, as they were
 
 
 class Examples(NamedTuple):
@@ -62,27 +62,40 @@ class Run(NamedTuple):
     optimizer: AdamW
     tokenizer: Tokenizer
     examples: Examples
-    before: dict[str, Array] | None  # the weights that it began with, if they can still be had
+    before: dict[str, Array] | None  # the weights that it began with, if they change and can still be had
 
 
-def learning_rate(config: GPTConfig) -> float:
+def learning_rate(config: GPTConfig, adapter: str = "") -> float:
     """A peak for tuning all weights of a model of this size: 5e-4 at a million, less by the root of the size.
+    For an adapter of that kind, `adapters.LEARNING_RATES`, if it is higher.
 
     For GPT-2's 124 million it is 4.5e-5; GPT-1's 117 million were tuned at 6.25e-5 (Radford et al. 2018,
     section 4.1).
     """
-    return float(f"{min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)):.1e}")
+    return adapters.LEARNING_RATES.get(adapter) or float(f"{min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)):.1e}")
 
 
-def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
+def begin(
+    folder: Path,
+    settings: Settings,
+    *,
+    init_from: Path,
+    adapter_folder: Path | None = None,
+    overwrite: bool = False,
+) -> Run:
     """A new run in `folder` from the model in `init_from`; of settings.model only the dropout is taken.
 
+    settings.adapter: what is trained beside that model, which then stays as it is, and is not copied.
+    adapter_folder: an adapter to begin with instead.
     The folder is written last, after all that can be wrong has been checked. Raises UserError, also where
     `folder` has a model and not `overwrite`.
     """
     runs.check_folder(folder, overwrite)
-    model, tokenizer = checkpoint.load(init_from)
+    model, tokenizer = adapters.load_model(init_from, adapter_folder)
     model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
+    if not adapter_folder and settings.adapter.kind:
+        rng = np.random.default_rng([settings.train.seed, 0, 3])
+        model.adapter = adapters.create(model, settings.adapter, rng)
     tokenizer.chat_template = instructions.TEMPLATE
     settings = dataclasses.replace(
         settings,
@@ -90,13 +103,14 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
         data=runs.absolute(settings.data),
         val_data=runs.absolute(settings.val_data),
         init_from=str(Path(init_from).resolve()),
-        init_hash=_hash(model.flat),
+        init_hash=adapters.fingerprint(model),
+        adapter=model.adapter.config if model.adapter else settings.adapter,
     )
     examples = read(settings, tokenizer)
     settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
     optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tokenizer, settings)
-    before = {name: p.copy() for name, p in model.params.items()}
+    before = None if model.adapter else {name: p.copy() for name, p in model.params.items()}
     return Run(folder, settings, optimizer, tokenizer, examples, before)
 
 
@@ -137,16 +151,14 @@ def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
 
 
-def _hash(weights: Array) -> str:
-    return hashlib.sha256(weights).hexdigest()
-
-
 def _weights_before(settings: Settings) -> dict[str, Array] | None:
+    if settings.adapter.kind:
+        return None
     try:
         model, _ = checkpoint.load(settings.init_from)
     except (UserError, OSError):
         return None
-    return model.params if _hash(model.flat) == settings.init_hash else None
+    return model.params if adapters.fingerprint(model) == settings.init_hash else None
 
 
 # --- examples and batches -----------------------------------------------------------------------------------

@@ -1,0 +1,312 @@
+"""Adapters: a few extra weights beside a base that stays as it is. LoRA, p-tuning, prompt and prefix tuning.
+
+What they compute is in `model`; here they are created, merged, saved and loaded. An adapter's folder is
+PEFT's: adapter_config.json and adapter_model.safetensors. To these are added the SHA-256 of the base's
+weights, in the metadata, so that a wrong base is refused, and encoder.safetensors, the MLP that a prompt was
+learned through; its result, the prompt, is what PEFT keeps and reads. The tokenizer lies beside them, as
+tuning may have given it a form for instructions.
+
+Not here: DoRA, rank-stabilised scales, biases and other tensors trained beside the low-rank pairs, prompts
+made by an LSTM; these are refused by name when a folder has them.
+
+References: Hu et al. 2021 (LoRA), Liu et al. 2021 (p-tuning), Lester et al. 2021 (prompt tuning), Li and
+Liang 2021 (prefix tuning), Lialin et al. 2023 (ReLoRA); https://huggingface.co/docs/peft for the folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from reprlib import repr as short
+
+import numpy as np
+
+from .. import checkpoint, tensorfile
+from .. import tokenizer as tokenizers
+from ..atomic import replacing
+from ..checkpoint import ADAPTER_CONFIG, Tokenizer
+from ..errors import UserError
+from ..generate import KVCache
+from ..model import GPT, Adapter, AdapterConfig, Array
+from ..optim import AdamW
+from ..tensorfile import Tensor
+
+WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
+FILES = (ADAPTER_CONFIG, WEIGHTS, ENCODER)
+TYPES = {"lora": "LORA", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # peaks, a start
+
+# --- a new one ----------------------------------------------------------------------------------------------
+
+
+def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapter:
+    """A new adapter for a model, not yet on it. Raises UserError for a config that does not fit.
+
+    LoRA's A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation), its B zero: the model computes
+    what it did. A prompt begins as tokens drawn from the vocabulary: their embeddings, or for a prefix their
+    keys and values. Random ones, and what goes into an MLP, are normal, with the token table's deviation and
+    with 1; the MLP's layers are uniform in +-1 / sqrt(inputs), as PyTorch's.
+    """
+    adapter = Adapter(config, model.config, model.flat.dtype)
+    for name, p in adapter.params.items():
+        if name.endswith(".lora_A") or name.startswith(tuple(adapter.layers)):
+            inputs = len(adapter.params[name.replace("bias", "weight")])
+            p[:] = rng.uniform(-1, 1, p.shape) / math.sqrt(inputs)
+        elif name in model.params:
+            p[:] = model.params[name]
+        elif name == "embedding.weight" and (adapter.layers or config.init == "random"):
+            p[:] = rng.standard_normal(p.shape) * (1 if adapter.layers else model.params["wte.weight"].std())
+        elif name == "embedding.weight":
+            _put_words(p, model, config, rng.integers(model.config.vocab_size, size=(1, len(p))))
+    return adapter
+
+
+def _put_words(p: Array, model: GPT, config: AdapterConfig, ids: Array) -> None:
+    """Fills p with the token table's rows at ids (1, P), or for a prefix with all layers' keys and values."""
+    if config.kind != "prefix":
+        p[:] = model.params["wte.weight"][ids[0]]
+        return
+    before, model.adapter = model.adapter, None
+    kv = KVCache(model, 1, len(p))
+    model.forward(ids.astype(np.int32), kv=kv, keep=False)
+    model.adapter = before
+    for layer, sides in enumerate(zip(kv.keys, kv.values, strict=True)):
+        for side, values in enumerate(sides):
+            at = (2 * layer + side) * model.config.n_embd
+            p[:, at : at + model.config.n_embd] = values[0]
+
+
+def nearest(model: GPT, count: int = 3) -> Array:
+    """Ids (P, count) of the tokens whose embeddings have the largest cosine with each row of the prompt that
+    `model.adapter` has learned (p-tuning, prompt tuning)."""
+    rows, table = model.adapter.prompt(model.ops)[0], model.params["wte.weight"]
+    cosines = rows @ table.T / np.maximum(np.linalg.norm(table, axis=1), 1e-30)  # times each row's length
+    return np.argsort(-cosines, axis=1)[:, :count]
+
+
+# --- merging ------------------------------------------------------------------------------------------------
+
+
+def merge(model: GPT) -> Adapter:
+    """w <- w + s A B: the model's own weights take the adapter in, which comes off and is returned.
+
+    Raises UserError for a prompt, which is no part of any weight.
+    """
+    adapter, model.adapter = _add(model, model.adapter, 1), None
+    return adapter
+
+
+def unmerge(model: GPT, adapter: Adapter) -> None:
+    """Takes an adapter that was merged out of the weights, to within rounding, and puts it on the model."""
+    model.adapter = _add(model, adapter, -1)
+
+
+@contextlib.contextmanager
+def merged(model: GPT) -> Iterator[None]:
+    """The model with its adapter merged, for a while; afterwards every bit is as it was before."""
+    before = model.flat.copy()
+    adapter = merge(model)
+    try:
+        yield
+    finally:
+        model.flat[:], model.adapter = before, adapter
+
+
+def _add(model: GPT, adapter: Adapter, sign: int) -> Adapter:
+    if adapter.config.kind != "lora":
+        raise UserError(f"an adapter of kind {adapter.config.kind} cannot be merged: only lora is of weights")
+    s = sign * adapter.config.alpha / adapter.config.rank
+    for name, p in adapter.params.items():
+        if name.endswith(".lora_A"):
+            w, b = model.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
+            model.ops.linear_forward(model.ops.scale(p, s), b, add=w, out=w)
+        elif name in model.params:
+            model.params[name][:] = p
+    return adapter
+
+
+def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
+    """ReLoRA's step from one low-rank update to the next: merge, new A and B, no memory of their gradients."""
+    model, end = optimizer.model, 0
+    adapter = merge(model)
+    model.adapter, fresh = adapter, create(model, adapter.config, rng)
+    adapter.flat[:] = fresh.flat
+    for name, grad in optimizer.grads.items():
+        begin, end = end, end + grad.size
+        if ".lora_" in name:
+            optimizer.m[begin:end] = optimizer.v[begin:end] = 0
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: GPT) -> str:
+    """The SHA-256 of a model's own weights, without its adapter."""
+    return hashlib.sha256(model.flat).hexdigest()
+
+
+def check_base(model: GPT, expected: str, folder: Path, base: str | Path) -> None:
+    """Raises UserError unless these are the weights that the adapter in `folder` was trained beside."""
+    if fingerprint(model) != expected:
+        raise UserError(f"{folder}: was not trained beside the model in {base}: give the base that it had")
+
+
+def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: str = "") -> None:
+    """Writes `model.adapter` in PEFT's form. base: the folder of the model; base_hash: its `fingerprint`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter, config = model.adapter, model.adapter.config
+    if config.full:
+        raise UserError("an adapter with copies of whole tensors is saved merged, as a model")
+    if config.kind == "lora":
+        tensors = {f"base_model.model.transformer.{n}.weight": p.T for n, p in adapter.params.items()}
+    else:
+        tensors = {"prompt_embeddings": adapter.prompt(model.ops)[0]}
+    with replacing(folder / WEIGHTS) as beside:
+        metadata = {"format": "pt", "base_sha256": base_hash or fingerprint(model)}
+        tensorfile.write(beside, tensors, metadata)
+    if adapter.layers:
+        with replacing(folder / ENCODER) as beside:
+            encoder = {name: _torch(name, p) for name, p in adapter.params.items()}
+            tensorfile.write(beside, encoder, {"format": "pt"})
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)
+    tokenizer.save(folder, model_max_length=model.context)
+    with replacing(folder / ADAPTER_CONFIG) as beside:
+        beside.write_text(json.dumps(_config_json(config, model, base), indent=2) + "\n", encoding="utf-8")
+
+
+def _torch(name: str, p: Array) -> Array:
+    """As PyTorch has it, or back: an embedding as it is, the weights of linear layers (out, in)."""
+    return p if name == "embedding.weight" else p.T
+
+
+def _config_json(config: AdapterConfig, model: GPT, base: str) -> dict:
+    raw = {"peft_type": TYPES[config.kind], "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    raw["inference_mode"] = True
+    if config.kind == "lora":
+        alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+        raw |= {"r": config.rank, "lora_alpha": alpha, "lora_dropout": config.dropout, "bias": "none"}
+        return raw | {"target_modules": list(config.targets), "fan_in_fan_out": True}
+    raw |= {"num_virtual_tokens": config.num_virtual_tokens, "token_dim": model.config.n_embd}
+    raw |= {"num_layers": model.config.n_layer, "num_attention_heads": model.config.n_head}
+    raw["num_transformer_submodules"] = 1
+    if config.kind == "prefix":
+        raw["prefix_projection"] = bool(config.hidden)
+    if config.kind == "prompt":
+        return raw | {"prompt_tuning_init": "RANDOM"}
+    return raw | {"encoder_hidden_size": config.hidden or model.config.n_embd}
+
+
+# What else a LoRA's config may say, with the values that change nothing here; others are refused by name.
+_SUPPORTED = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias"), (False,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters"), (None, [])),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "use_bdlora"), (None,)),
+    "encoder_reparameterization_type": ("MLP",),
+}
+
+
+def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Adapter:
+    """The adapter in a folder, tinygpt's or PEFT's, for a model (in `base`, for messages), not yet on it.
+
+    Raises UserError where it is not for this model: by the hash of the base where the folder has it, else by
+    names and shapes. A tensor that belongs nowhere, or one that is missing, is an error too.
+    """
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder}: has no {ADAPTER_CONFIG}: it is not an adapter's folder")
+    raw = tokenizers.read_object(folder / ADAPTER_CONFIG)
+    kind = {theirs: ours for ours, theirs in TYPES.items()}.get(str(raw.get("peft_type")))
+    where = folder / ADAPTER_CONFIG
+    if kind is None:
+        supported = ", ".join(TYPES.values())
+        raise UserError(f"{where}: peft_type is {short(raw.get('peft_type'))}; supported are {supported}")
+    for name, allowed in _SUPPORTED.items():
+        if name in raw and raw[name] not in allowed:
+            raise UserError(f"{where}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
+    found, metadata = tensorfile.tensors(folder / WEIGHTS)
+    if "base_sha256" in metadata:
+        check_base(model, metadata["base_sha256"], folder, base)
+    return (_load_lora if kind == "lora" else _load_prompt)(folder, model, kind, raw, found)
+
+
+def _config(raw: dict, where: Path, names: dict[str, str], **more) -> AdapterConfig:
+    values = {ours: raw[theirs] for theirs, ours in names.items() if theirs in raw}
+    return checkpoint.from_json(AdapterConfig, values | more, str(where))
+
+
+def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapter:
+    pattern = r"(?:base_model\.model\.)?(?:transformer\.)?(.+\.lora_[AB])(?:\.default)?\.weight"
+    tensors = {}
+    for name, tensor in found.items():
+        match = re.fullmatch(pattern, name)
+        if not match:
+            raise UserError(f"{folder}: the tensor {short(name)} is no part of a LoRA")
+        tensors[match[1]] = tensor
+    if not tensors:
+        raise UserError(f"{folder / WEIGHTS}: holds no tensor: the adapter would do nothing")
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list) or raw.get("layers_to_transform") is not None:  # a pattern, some layers
+        targets = sorted({name[: -len(".lora_A")] for name in tensors})
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind, targets=sorted(targets))
+    adapter = Adapter(config, model.config, model.flat.dtype)
+    _check(tensors, {n: p.T.shape for n, p in adapter.params.items()}, folder / WEIGHTS)
+    for name, p in adapter.params.items():
+        p[:] = _read(tensors[name]).T
+    return adapter
+
+
+def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapter:
+    names = {"num_virtual_tokens": "num_virtual_tokens"}
+    config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
+    plain = Adapter(config, model.config, model.flat.dtype)
+    wanted = {"prompt_embeddings": plain.params["embedding.weight"].shape}
+    _check(found, wanted, folder / WEIGHTS)
+    found["prompt_embeddings"].read(plain.params["embedding.weight"])
+    if not (folder / ENCODER).is_file():
+        return plain
+    tensors, _ = tensorfile.tensors(folder / ENCODER)
+    names |= {"encoder_hidden_size": "hidden"}
+    adapter = Adapter(_config(raw, folder / ADAPTER_CONFIG, names, kind=kind), model.config, model.flat.dtype)
+    _check(tensors, {n: _torch(n, p).shape for n, p in adapter.params.items()}, folder / ENCODER)
+    for name, p in adapter.params.items():
+        p[:] = _torch(name, _read(tensors[name]))
+    prompt, baked = adapter.prompt(model.ops)[0], plain.params["embedding.weight"]
+    if not np.allclose(prompt, baked, rtol=1e-4, atol=1e-5):
+        raise UserError(f"{folder}: {ENCODER} does not give the prompt in {WEIGHTS}: one of them is old")
+    return adapter
+
+
+def _check(found: dict[str, Tensor], wanted: dict[str, tuple], where: Path) -> None:
+    for name in [*wanted, *found]:
+        if name not in found:
+            raise UserError(f"{where}: has no tensor for {name}, which {ADAPTER_CONFIG} calls for")
+        if name not in wanted:
+            raise UserError(f"{where}: the tensor {short(name)} belongs nowhere in this model")
+        if found[name].shape != wanted[name]:
+            shapes = f"{found[name].shape}, not {wanted[name]}"
+            raise UserError(f"{where}: {name} has shape {shapes}: it is for another model")
+
+
+def _read(tensor: Tensor) -> Array:
+    out = np.empty(tensor.shape, np.float32)
+    tensor.read(out)
+    return out
+
+
+def load_model(folder: Path | str, adapter_folder: Path | str | None = None) -> tuple[GPT, Tokenizer]:
+    """`checkpoint.load`, and an adapter put on the model; the tokenizer is the adapter's where it has one."""
+    model, tokenizer = checkpoint.load(folder)
+    if adapter_folder is not None:
+        model.adapter = load(adapter_folder, model, folder)
+        if (Path(adapter_folder) / "tokenizer.json").is_file():
+            tokenizer = tokenizers.load(adapter_folder)
+            checkpoint.check_vocabulary(tokenizer, model.config, Path(adapter_folder))
+    return model, tokenizer
