@@ -7,7 +7,9 @@ with the same threads, just before. A training step's operations are counted as
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
-`numpy/nano` is nano's training step on the NumPy backend. `scaling` varies one size of a training step at a
+`numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at all
+projections, on a base that stays as it is: 4 x parameters x tokens, as no gradient of the base is computed.
+`scaling` varies one size of a training step at a
 time, with one thread and with all.
 
 Not here: other libraries; tests/peers/bench.py puts these figures beside theirs.
@@ -25,12 +27,14 @@ import numpy as np
 
 from . import kernels, ops, storage
 from .errors import UserError
+from .finetune.adapters import create
 from .generate import steps
-from .model import GPT, PRESETS, GPTConfig
+from .model import GPT, PRESETS, AdapterConfig, GPTConfig
 from .optim import AdamW
 from .train import Batch, accumulate
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
+LORA = ("small", "gpt2")
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
 CONTEXT, PROMPT = 256, 16  # of generation: positions, and tokens before the first new one
 GEMM = [
@@ -55,6 +59,7 @@ JOBS = [
     "gemm",
     *(f"train/{size}" for size in TRAIN),
     "numpy/nano",
+    *(f"lora/{size}" for size in LORA),
     "scaling",
     *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
 ]
@@ -99,9 +104,10 @@ def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Ro
         return [_gemm(shape, peak, seconds / len(GEMM)) for shape in GEMM]
     if kind == "scaling":
         return [_scaling(rest[0], size, int(rest[1]), peak, seconds / 4) for size in SCALING[rest[0]]]
-    if kind in ("train", "numpy"):
+    if kind in ("train", "numpy", "lora"):
         B, T = TRAIN[rest[0]]
-        step, tokens, flops = _training(PRESETS[rest[0]], B, T, None if kind == "train" else ops)
+        adapter = AdapterConfig("lora") if kind == "lora" else None
+        step, tokens, flops = _training(PRESETS[rest[0]], B, T, ops if kind == "numpy" else None, adapter)
         ms = median_ms(step, seconds)
         return [_row(job, ms, tokens, flops / ms * 1e3, peak)]
     step, tokens, weights = _generation(rest[0], int(rest[1]))
@@ -186,12 +192,17 @@ def _scaling(axis: str, size: int, threads: int, peak: float, seconds: float) ->
 
 
 def _training(
-    config: GPTConfig, B: int, T: int, backend: ModuleType | None = None
+    config: GPTConfig,
+    B: int,
+    T: int,
+    backend: ModuleType | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> tuple[Callable[[], object], int, int]:
     """A training step, its tokens, its operations."""
     config = dataclasses.replace(config, block_size=T)
     rng, ws = np.random.default_rng(0), storage.Workspace()
     model = GPT(config, rng, ops=backend)
+    model.adapter = create(model, adapter, rng) if adapter else None
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
     batch = Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))
@@ -201,7 +212,8 @@ def _training(
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T
-    return step, B * T, (6 * model.flat.size + attention) * B * T
+    weights = 4 * model.flat.size + 6 * model.adapter.flat.size if adapter else 6 * model.flat.size
+    return step, B * T, (weights + attention) * B * T
 
 
 def _generation(size: str, batch: int) -> tuple[Callable[[], object], int, int]:

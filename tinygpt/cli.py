@@ -289,7 +289,7 @@ def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, ov
     adapter = _adapter_config(given, options, model.n_embd)
     if not init_from and adapter.kind:
         if adapter.kind != "lora":
-            raise click.UsageError(f"--adapter {adapter.kind} needs a model that can do something: --init-from")
+            raise click.UsageError(f"--adapter {adapter.kind} needs a trained model: give it as --init-from")
         adapter = dataclasses.replace(adapter, full=True)
     elif init_from and adapter.kind and "learning_rate" not in given:
         options["learning_rate"] = LEARNING_RATES[adapter.kind]
@@ -317,7 +317,7 @@ def _finish(run) -> None:
 def _where(run) -> list[str]:
     """The arguments of a command that takes up what a run has trained."""
     settings = run.settings
-    if settings.adapter.kind and not settings.keeps_base:
+    if not settings.has_model:
         return [settings.init_from, "--adapter-folder", str(run.folder)]
     return [str(run.folder)]
 
@@ -389,7 +389,8 @@ def _begin_sft(
     if adapter_folder:
         _refuse(given & {"adapter"}, "--adapter-folder has an adapter")
         adapter = adapters.load_model(init_from, adapter_folder)[0].adapter.config
-    options["block_size"] = options["block_size"] or min(256, max(1, model.block_size - adapter.prompt_length))
+    room = max(1, model.block_size - adapter.prompt_length)
+    options["block_size"] = options["block_size"] or min(256, room)
     if options["learning_rate"] is None:
         options["learning_rate"] = stage.learning_rate(model, adapter.kind)
     train = _train_config(options)
@@ -435,7 +436,7 @@ def _finish_sft(run) -> None:
     if run.before is not None:
         click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
     if run.settings.adapter.kind in ("ptuning", "prompt"):
-        click.echo("\nThe learned prompt, and the tokens of the vocabulary that are nearest to each of its rows:")
+        click.echo("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
         for i, ids in enumerate(nearest(model).tolist()):
             shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
             click.echo(f"  {i:3}  {shown}")
@@ -462,7 +463,7 @@ _adapter_folder = click.option(
 @click.option("--out", default="merged", type=click.Path(path_type=Path), help="Folder for the model.")
 @click.option("--overwrite", is_flag=True, help="Replace the model that is there.")
 def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
-    """Write the model in FOLDER with a LoRA adapter added to its weights: a plain model, as fast as before."""
+    """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, as fast as that one."""
     from . import checkpoint, runs
     from .finetune import adapters
 
@@ -471,8 +472,8 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     runs.check_folder(out, overwrite)
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     adapters.merge(model)
-    runs.clear(out)
     checkpoint.save(out, model, tokenizer)
+    runs.tidy(out, has_model=True)
     click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 
@@ -731,7 +732,7 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
-    A JOB is peak, gemm, train/SIZE, generate/SIZE/BATCH, numpy/nano or scaling, such as train/nano or
+    A JOB is peak, gemm, train/SIZE, lora/SIZE, generate/SIZE/BATCH, numpy/nano or scaling, such as train/nano or
     generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the median of a
     training step, or of a token for each prompt.
     """

@@ -295,8 +295,8 @@ class GPT(Parameters):
     ) -> tuple[Array, tuple]:
         """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
 
-        positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default, after those of an adapter's prompt. start
-        (B, T): where each query's view begins, see `ops.visible_keys`. rng: turns dropout on. kv: a
+        positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default, after those of an adapter's prompt.
+        start (B, T): where each query's view begins, see `ops.visible_keys`. rng: turns dropout on. kv: a
         `generate.KVCache`, whose keys and values come before these and which is extended; an empty one gets
         the prompt first. keep=False: buffers are shared by all layers and the cache is
         of no use to `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False; the

@@ -48,9 +48,13 @@ class Settings:
         for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        limit = self.model.block_size - self.adapter.prompt_length
+        if self.adapter.kind:
+            self.adapter.shapes(self.model)  # which says what does not fit
+        limit, beside = self.model.block_size, ""
+        if P := self.adapter.prompt_length:
+            limit, beside = limit - P, f" beside a prompt of {P}"
         if self.block_size > limit:
-            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
+            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions{beside}")
         if self.train.merge_every and self.adapter.kind != "lora":
             raise UserError("merge_every is for an adapter that can be merged, which is lora")
         if self.batch_size * self.block_size > MOST_TOKENS:
@@ -68,10 +72,10 @@ class Settings:
         return sum(map(math.prod, self.adapter.shapes(self.model).values()))
 
     @property
-    def keeps_base(self) -> bool:
-        """Whether it trains an adapter beside weights that are nowhere else: drawn from the seed, or merged.
-        Then its folder has the whole model; otherwise the adapter alone."""
-        return bool(self.adapter.kind and (self.train.merge_every or not self.init_from))
+    def has_model(self) -> bool:
+        """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
+        nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
+        return bool(not self.adapter.kind or self.train.merge_every or not self.init_from)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -96,22 +100,29 @@ def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
-    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.keeps_base)
-    clear(folder)
+    if not settings.has_model and folder.resolve() == Path(settings.init_from):
+        raise UserError(f"{folder}: is the base, which an adapter needs as it is; --out takes another folder")
+    _save_trainer(folder, optimizer, tokenizer, settings)
     _export(folder, optimizer.model, tokenizer, settings)
+    tidy(folder, settings.has_model)
 
 
-def clear(folder: Path) -> None:
-    """Removes what says that a folder has a model, or an adapter: it may be about to have the other one."""
-    for name in (checkpoint.CONFIG, *adapters.FILES):
+def tidy(folder: Path, has_model: bool) -> None:
+    """Removes an adapter from a folder that now has a model, or the other way round."""
+    for name in adapters.FILES if has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
         (folder / name).unlink(missing_ok=True)
+
+
+def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
+    base = bool(settings.adapter.kind) and settings.has_model
+    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, base)
 
 
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes the folder that others read: a model's, or an adapter's."""
     if model.adapter is None:
         checkpoint.save(folder, model, tokenizer)
-    elif settings.keeps_base:
+    elif settings.has_model:
         with adapters.merged(model):
             checkpoint.save(folder, model, tokenizer)
     else:
@@ -124,7 +135,7 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
     The model's files are written anew, as a kill may have come between them and the run's own. Raises
     UserError where the base of an adapter is gone, or another.
     """
-    if settings.adapter.kind and not settings.keeps_base:
+    if not settings.has_model:
         model, _ = checkpoint.load(settings.init_from)
         adapters.check_base(model, settings.init_hash, folder, settings.init_from)
         model.config = settings.model
@@ -155,7 +166,7 @@ def run(
 
     def save() -> None:
         sync(metrics)  # the record of an update is on the disk before the update is
-        checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.keeps_base)
+        _save_trainer(folder, optimizer, tokenizer, settings)
         if settings.adapter.kind:
             _export(folder, optimizer.model, tokenizer, settings)
         else:

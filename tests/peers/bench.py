@@ -2,9 +2,9 @@
 
     python tests/peers/bench.py [JOB ...] [--rounds 3] [--seconds 5] [--no-compile]
 
-JOB is one of `tinygpt bench`: train/nano, generate/small/64 ...; without one, all of nano's and small's.
+JOB is one of `tinygpt bench`: train/nano, lora/small, generate/small/64 ...; without one, all of nano's and small's.
 Training is the same architecture and optimizer in PyTorch, in float32 and in bf16 autocast, each eager and
-compiled; generation is transformers' `generate`. Both sides use all processors. Needs torch and transformers.
+compiled; generation is transformers' `generate`; LoRA is PEFT's, on transformers' GPT-2. Both sides use all processors. Needs torch, transformers, peft.
 
 A machine may be shared: only the ratio within a round means something; printed is its median over the rounds.
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from tinygpt.bench import CONTEXT, GENERATE, PROMPT, TRAIN, median_ms, run
+from tinygpt.bench import CONTEXT, GENERATE, LORA, PROMPT, TRAIN, median_ms, run
 from tinygpt.model import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
@@ -78,6 +78,37 @@ def torch_training(size: str, variant: str, seconds: float) -> float:
     return median_ms(step, seconds)
 
 
+def peft_lora(size: str, seconds: float) -> float:
+    """The median training step of PEFT's LoRA, in ms."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    p, (B, T) = PRESETS[size], TRAIN[size]
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+    config = GPT2Config(
+        n_layer=p.n_layer, n_head=p.n_head, n_embd=p.n_embd, n_positions=T, vocab_size=p.vocab_size,
+        bos_token_id=0, eos_token_id=0, use_cache=False, **off,
+    )  # fmt: skip
+    everywhere = ["c_attn", "c_proj", "c_fc"]
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=everywhere, fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel(config), lora)
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3, (0.9, 0.99), weight_decay=0.1, fused=True)
+    ids = torch.randint(0, p.vocab_size, (B, T))
+
+    def step():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return median_ms(step, seconds)
+
+
 def transformers_generation(size: str, batch: int, seconds: float) -> float:
     """The time of a step of `generate`, in ms: the best of several calls, as peers.md has it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -110,6 +141,8 @@ def peer(job: str, variant: str, seconds: float) -> None:
     kind, size, *batch = job.split("/")
     if kind == "train":
         ms = torch_training(size, variant, seconds)
+    elif kind == "lora":
+        ms = peft_lora(size, seconds)
     else:
         ms = transformers_generation(size, int(*batch), seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -126,7 +159,8 @@ def measured(*command: str) -> dict:
 def compare(job: str, rounds: int, seconds: float, compiled: bool) -> None:
     """Prints a line for each peer: its median, ours, and the median of the ratios of the rounds."""
     variants = [v for v in VARIANTS if compiled or "compiled" not in v]
-    ours, theirs = [], {v: [] for v in (variants if job.startswith("train") else ["generate"])}
+    kind = job.split("/")[0]
+    ours, theirs = [], {v: [] for v in (variants if kind == "train" else ["peft" if kind == "lora" else kind])}
     for _ in range(rounds):
         ours.append(measured(__file__, "--ours", job, str(seconds)))
         for variant in theirs:
@@ -155,6 +189,7 @@ def main() -> None:
     if a.ours:
         return print(json.dumps(next(run([a.ours[0]], float(a.ours[1])))))
     every = [f"train/{size}" for size in TRAIN]
+    every += [f"lora/{size}" for size in LORA]
     every += [f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches]
     if unknown := [job for job in a.jobs if job not in every]:
         parser.error(f"{unknown[0]} is not a job; there are {', '.join(every)}")

@@ -129,7 +129,7 @@ def _add(model: GPT, adapter: Adapter, sign: int) -> Adapter:
 
 
 def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
-    """ReLoRA's step from one low-rank update to the next: merge, new A and B, no memory of their gradients."""
+    """ReLoRA's step from one low-rank update to the next: merge, new A and B, no memory of their past."""
     model, end = optimizer.model, 0
     adapter = merge(model)
     model.adapter, fresh = adapter, create(model, adapter.config, rng)
@@ -151,7 +151,7 @@ def fingerprint(model: GPT) -> str:
 def check_base(model: GPT, expected: str, folder: Path, base: str | Path) -> None:
     """Raises UserError unless these are the weights that the adapter in `folder` was trained beside."""
     if fingerprint(model) != expected:
-        raise UserError(f"{folder}: was not trained beside the model in {base}: give the base that it had")
+        raise UserError(f"{folder}: was not trained beside the model in {base}: give its own base")
 
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: str = "") -> None:

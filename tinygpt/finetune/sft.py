@@ -67,12 +67,13 @@ class Run(NamedTuple):
 
 def learning_rate(config: GPTConfig, adapter: str = "") -> float:
     """A peak for tuning all weights of a model of this size: 5e-4 at a million, less by the root of the size.
-    For an adapter of that kind, `adapters.LEARNING_RATES`, if it is higher.
+    For an adapter of that kind, the one in `adapters.LEARNING_RATES`.
 
     For GPT-2's 124 million it is 4.5e-5; GPT-1's 117 million were tuned at 6.25e-5 (Radford et al. 2018,
     section 4.1).
     """
-    return adapters.LEARNING_RATES.get(adapter) or float(f"{min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)):.1e}")
+    rate = adapters.LEARNING_RATES.get(adapter, min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)))
+    return float(f"{rate:.1e}")
 
 
 def begin(

@@ -1,0 +1,184 @@
+"""Adapters beside PEFT: the same base, adapter, data and order give the same logits, losses and folders."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from tinygpt import checkpoint, train
+from tinygpt.finetune import adapters
+from tinygpt.generate import generate
+from tinygpt.model import GPT, AdapterConfig, GPTConfig
+from tinygpt.optim import AdamW
+from tinygpt.tokenizer import BPETokenizer
+from tinygpt.train import Batch
+
+TOKENIZER = BPETokenizer.train("the cat sat on the mat", 262)
+CONFIG = GPTConfig(262, block_size=48, n_layer=3, n_head=3, n_embd=24)
+LORA = {"r": 3, "lora_alpha": 7, "fan_in_fan_out": True}
+THEIRS = {
+    "lora": lambda: peft.LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], **LORA),
+    "some layers": lambda: peft.LoraConfig(target_modules=["attn.c_proj"], layers_to_transform=[1], **LORA),
+    "ptuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=7),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5),
+    "projected prefix": lambda: peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=7
+    ),
+}
+OURS = {
+    "lora": AdapterConfig("lora", rank=3, alpha=7.0),
+    "some layers": AdapterConfig("lora", rank=3, alpha=7.0, targets=("h.1.attn.c_proj",)),
+    "ptuning": AdapterConfig("ptuning", num_virtual_tokens=5, hidden=7),
+    "prompt": AdapterConfig("prompt", num_virtual_tokens=5),
+    "prefix": AdapterConfig("prefix", num_virtual_tokens=5),
+    "projected prefix": AdapterConfig("prefix", num_virtual_tokens=5, hidden=7),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    model = GPT(CONFIG, np.random.default_rng(0))
+    model.flat *= 4
+    checkpoint.save(tmp_path / "base", model, TOKENIZER)
+    return tmp_path / "base"
+
+
+@pytest.fixture(params=THEIRS)
+def pair(request, base):
+    """PEFT's model with a new adapter, ours with the same numbers in it."""
+    torch.manual_seed(0)
+    config = THEIRS[request.param]()
+    config.task_type = "CAUSAL_LM"
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model, _ = checkpoint.load(base)
+    model.adapter = adapters.create(model, OURS[request.param], np.random.default_rng(0))
+    params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    taken = set()
+    for name, p in model.adapter.params.items():
+        found = next(n for n in params if n.replace(".default", "").endswith((f".{name}", f".{name}.weight")))
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(params[found], std=0.2)
+        value = params[found].detach().numpy()
+        p[:] = value if "embedding" in name else value.T
+        taken.add(found)
+    assert taken == set(params)
+    return theirs, model
+
+
+def logits(theirs, ids):
+    with torch.no_grad():
+        found = theirs.eval()(input_ids=torch.tensor(ids)).logits.numpy()
+    theirs.train()
+    return found[:, -ids.shape[1] :]
+
+
+def test_logits(pair, rng):
+    theirs, model = pair
+    ids = rng.integers(0, 262, (2, 11))
+    np.testing.assert_allclose(model.forward(ids)[0], logits(theirs, ids), atol=1e-4)
+
+
+def test_ten_steps(pair, rng):
+    theirs, model = pair
+    optimizer = AdamW(model, beta2=0.95, weight_decay=0.01, grad_clip=1.0)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    other, ws = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)), train.Workspace()
+    theirs.eval()  # no dropout anywhere
+    ours, expected = [], []
+    for _ in range(10):
+        ids = rng.integers(0, 262, (3, 12)).astype(np.int32)
+        weights = np.full((3, 11), 1 / 33, np.float32)
+        batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weights)
+        ours.append(train.accumulate(optimizer, [batch], ws))
+        optimizer.step(1e-2)
+        found = theirs(input_ids=torch.tensor(ids[:, :-1]).long()).logits[:, -11:]
+        loss = torch.nn.functional.cross_entropy(
+            found.reshape(-1, 262), torch.tensor(ids[:, 1:]).long().flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        other.step()
+        other.zero_grad()
+        expected.append(loss.item())
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-3
+    assert abs(ours[0] - ours[9]) > 0.01  # it moved
+
+
+def test_peft_loads_what_we_save(pair, base, tmp_path, rng):
+    _, model = pair
+    adapters.save(tmp_path / "a", model, TOKENIZER, str(base))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
+    ids = rng.integers(0, 262, (2, 11))
+    np.testing.assert_allclose(model.forward(ids)[0], logits(theirs, ids), atol=1e-4)
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")  # finds the base by itself
+    np.testing.assert_allclose(model.forward(ids)[0], logits(auto, ids), atol=1e-4)
+
+
+def test_we_load_what_peft_saves(pair, base, tmp_path, rng):
+    theirs, _ = pair
+    theirs.save_pretrained(tmp_path / "a")
+    model, _ = adapters.load_model(base, tmp_path / "a")
+    ids = rng.integers(0, 262, (2, 11))
+    np.testing.assert_allclose(model.forward(ids)[0], logits(theirs, ids), atol=1e-4)
+
+
+def test_the_encoder_goes_on_in_peft(pair, base, tmp_path):
+    """encoder.safetensors has the names and layout of PEFT's own prompt encoder."""
+    from safetensors.torch import load_file
+
+    theirs, model = pair
+    if not model.adapter.layers:
+        return
+    adapters.save(tmp_path / "a", model, TOKENIZER, str(base))
+    theirs.prompt_encoder["default"].load_state_dict(load_file(tmp_path / "a" / "encoder.safetensors"))
+
+
+def test_merged_weights(pair, rng):
+    theirs, model = pair
+    if model.adapter.config.kind != "lora":
+        return
+    adapters.merge(model)
+    merged = theirs.merge_and_unload().state_dict()
+    for name, p in model.params.items():
+        np.testing.assert_allclose(p, merged[f"transformer.{name}"], atol=1e-6, err_msg=name)
+
+
+def test_greedy_generation(pair, rng):
+    theirs, model = pair
+    ids = rng.integers(0, 262, (1, 6))
+    found = generate(model, list(ids), 10, temperature=0)[0]
+    expected = theirs.eval().generate(
+        input_ids=torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long),
+        max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert found.tolist() == expected[0, -10:].tolist()
+
+
+def test_kaiming_and_shares(base):
+    """A's distribution is PEFT's; the config names the base, as the hub's do."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.c_fc"], **LORA)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    a = np.concatenate([p.detach().numpy().ravel() for n, p in theirs.named_parameters() if "lora_A" in n])
+    model, _ = checkpoint.load(base)
+    model.adapter = adapters.create(
+        model, AdapterConfig("lora", 3, targets=("mlp.c_fc",)), np.random.default_rng(0)
+    )
+    b = np.concatenate([p.ravel() for n, p in model.adapter.params.items() if "lora_A" in n])
+    assert np.abs(b).max() <= 24**-0.5 and abs(a.std() / b.std() - 1) < 0.15
+    adapters.save(base.parent / "a", model, TOKENIZER, str(base))
+    written = json.loads((base.parent / "a" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(base) and written["r"] == 3
