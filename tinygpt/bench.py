@@ -7,10 +7,9 @@ with the same threads, just before. A training step's operations are counted as
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
-`numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at all
-projections, on a base that stays as it is: 4 x parameters x tokens, as no gradient of the base is computed.
-`scaling` varies one size of a training step at a
-time, with one thread and with all.
+`numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at
+all projections, beside a base of which no gradient is computed: 4 x parameters x tokens. `scaling` varies one
+size of a training step at a time, with one thread and with all.
 
 Not here: other libraries; tests/peers/bench.py puts these figures beside theirs.
 """

@@ -150,7 +150,7 @@ class AdapterConfig:
             module = name.removesuffix(".weight")
             hit = {t for t in self.targets if f".{module}".endswith(f".{t}")}
             if hit and module.endswith(PROJECTIONS):
-                shapes[f"{module}.lora_A"] = (shape[0], self.rank)
+                shapes[f"{module}.lora_A"] = (self.rank, shape[0])  # as it lies, it is A^T
                 shapes[f"{module}.lora_B"] = (self.rank, shape[1])
                 missed -= hit
             elif self.full:
@@ -402,14 +402,14 @@ class GPT(Parameters):
         return out, (name, cache, self._low_rank(x, out, name, run))
 
     def _low_rank(self, x: Array, out: Array, name: str, run: _Pass) -> tuple | None:
-        """out += s (drop(x) A) B in place, where the adapter has A (I, R) and B (R, O) for this map."""
+        """out += s (drop(x) A) B in place, where the adapter has A^T (R, I) and B (R, O) for this map."""
         if not self.adapter or f"{name}.lora_A" not in self.adapter.params:
             return None
         a, b = (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
         s = self.adapter.config.alpha / self.adapter.config.rank
         x, c_drop = self._dropout(x, f"{name}.lora_drop", run, self.adapter.config.dropout)
         a = a if s == 1 else self.ops.scale(a, s)  # A is the smallest of all that s could go to
-        low, c_a = self.ops.linear_forward(x, a, out=run.buffer(run.name(f"{name}.low"), a.shape[1]))
+        low, c_a = self.ops.linear_forward(x, a.T, out=run.buffer(run.name(f"{name}.low"), len(a)))
         _, c_b = self.ops.linear_forward(low, b, add=out, out=out)
         return s, c_drop, c_a, c_b
 
@@ -530,7 +530,8 @@ class GPT(Parameters):
         out, add = dx, None if dx is False or c_drop else dx
         if c_drop and dx is not False:
             out = buffer("dx.low", x.shape[-1])
-        out, da, _ = self.ops.linear_backward(dlow, c_a, dx=out, dw=da, db=False, add=add)
+        dw = da if da is False else da.T
+        out, _, _ = self.ops.linear_backward(dlow, c_a, dx=out, dw=dw, db=False, add=add)
         if c_drop and dx is not False:
             out = self.ops.dropout_backward(out, c_drop, dx=out)
             self.ops.residual_forward(dx, out, out=dx)

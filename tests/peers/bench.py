@@ -2,9 +2,10 @@
 
     python tests/peers/bench.py [JOB ...] [--rounds 3] [--seconds 5] [--no-compile]
 
-JOB is one of `tinygpt bench`: train/nano, lora/small, generate/small/64 ...; without one, all of nano's and small's.
-Training is the same architecture and optimizer in PyTorch, in float32 and in bf16 autocast, each eager and
-compiled; generation is transformers' `generate`; LoRA is PEFT's, on transformers' GPT-2. Both sides use all processors. Needs torch, transformers, peft.
+JOB is one of `tinygpt bench`: train/nano, lora/small, generate/small/64 ...; without one, all of nano's and
+small's. Training is the same architecture and optimizer in PyTorch, in float32 and in bf16 autocast, each
+eager and compiled; LoRA is PEFT's and generation transformers', on its GPT-2. Both sides use all processors.
+Needs torch, transformers and peft.
 
 A machine may be shared: only the ratio within a round means something; printed is its median over the rounds.
 """
@@ -160,7 +161,7 @@ def compare(job: str, rounds: int, seconds: float, compiled: bool) -> None:
     """Prints a line for each peer: its median, ours, and the median of the ratios of the rounds."""
     variants = [v for v in VARIANTS if compiled or "compiled" not in v]
     kind = job.split("/")[0]
-    ours, theirs = [], {v: [] for v in (variants if kind == "train" else ["peft" if kind == "lora" else kind])}
+    ours, theirs = [], {v: [] for v in (variants if kind == "train" else [kind])}
     for _ in range(rounds):
         ours.append(measured(__file__, "--ours", job, str(seconds)))
         for variant in theirs:

@@ -69,7 +69,7 @@ def pair(request, base):
         if name.endswith("lora_B"):
             torch.nn.init.normal_(params[found], std=0.2)
         value = params[found].detach().numpy()
-        p[:] = value if "embedding" in name else value.T
+        p[:] = value if "embedding" in name or name.endswith("lora_A") else value.T
         taken.add(found)
     assert taken == set(params)
     return theirs, model

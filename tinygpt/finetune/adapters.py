@@ -53,7 +53,8 @@ def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapt
     adapter = Adapter(config, model.config, model.flat.dtype)
     for name, p in adapter.params.items():
         if name.endswith(".lora_A") or name.startswith(tuple(adapter.layers)):
-            inputs = len(adapter.params[name.replace("bias", "weight")])
+            shape = adapter.params[name.replace("bias", "weight")].shape
+            inputs = shape[1] if name.endswith(".lora_A") else shape[0]
             p[:] = rng.uniform(-1, 1, p.shape) / math.sqrt(inputs)
         elif name in model.params:
             p[:] = model.params[name]
@@ -122,7 +123,7 @@ def _add(model: GPT, adapter: Adapter, sign: int) -> Adapter:
     for name, p in adapter.params.items():
         if name.endswith(".lora_A"):
             w, b = model.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
-            model.ops.linear_forward(model.ops.scale(p, s), b, add=w, out=w)
+            model.ops.linear_forward(model.ops.scale(p, s).T, b, add=w, out=w)
         elif name in model.params:
             model.params[name][:] = p
     return adapter
@@ -161,7 +162,8 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
     if config.full:
         raise UserError("an adapter with copies of whole tensors is saved merged, as a model")
     if config.kind == "lora":
-        tensors = {f"base_model.model.transformer.{n}.weight": p.T for n, p in adapter.params.items()}
+        params = {n: _torch(n, p) for n, p in adapter.params.items()}
+        tensors = {f"base_model.model.transformer.{name}.weight": p for name, p in params.items()}
     else:
         tensors = {"prompt_embeddings": adapter.prompt(model.ops)[0]}
     with replacing(folder / WEIGHTS) as beside:
@@ -179,8 +181,8 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
 
 
 def _torch(name: str, p: Array) -> Array:
-    """As PyTorch has it, or back: an embedding as it is, the weights of linear layers (out, in)."""
-    return p if name == "embedding.weight" else p.T
+    """As PyTorch has it, or back: weights of linear layers (out, in), A and embeddings as they are."""
+    return p if name.endswith(("lora_A", "embedding.weight")) else p.T
 
 
 def _config_json(config: AdapterConfig, model: GPT, base: str) -> dict:
@@ -257,9 +259,9 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, 
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind, targets=sorted(targets))
     adapter = Adapter(config, model.config, model.flat.dtype)
-    _check(tensors, {n: p.T.shape for n, p in adapter.params.items()}, folder / WEIGHTS)
+    _check(tensors, {n: _torch(n, p).shape for n, p in adapter.params.items()}, folder / WEIGHTS)
     for name, p in adapter.params.items():
-        p[:] = _read(tensors[name]).T
+        p[:] = _torch(name, _read(tensors[name]))
     return adapter
 
 
