@@ -139,39 +139,59 @@ static void multiply(const void *args, size_t begin, size_t end)
     }
 }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time
-   it takes. So b is not packed but read once, as it lies, for GROUP rows or fewer at a time. */
-enum { FEW = 8, GROUP = 4 };
+/* A few rows of a, as in generation, use each element of b a few times: reading b is most of what it takes. So b
+   is not packed for one multiply but read once, as it lies. Memory is far from fast when a panel's rows lie
+   apart, so who multiplies by the same b at every step packs it once, for all of them: see `pack_panels`. */
+enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 
-/* Rows of b contiguous: tiles, with b read in place but for a last panel that is narrower. */
-static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
+/* An item is a panel of b and FEW_ROWS rows of a; the rows that are left by whole tiles make smaller ones. */
+static void panels_by_tiles(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
-    for (size_t j = begin * COLS; j < least(end * COLS, g->N); j += COLS) {
-        const size_t width = least(g->N - j, COLS);
-        const real *b = g->b + j;
-        size_t b_row = g->b_row;
-        if (width < COLS) {
+    const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS;
+    for (size_t item = begin; item < end; item++) {
+        const size_t j = item / pieces * COLS, width = least(g->N - j, COLS);
+        const size_t first = item % pieces * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
+        const real *b = g->packed ? g->b + j * g->K : g->b + j, *bias = g->bias ? g->bias + j : NULL;
+        size_t b_row = g->packed ? COLS : g->b_row;
+        real edge[ROWS * COLS], edge_bias[COLS];
+        if (width < COLS && !g->packed) {
             real *packed = scratch(SCRATCH_PRIVATE, g->K * COLS * sizeof(real));
             pack(packed, b, width, COLS, g->K, 1, b_row);
             b = packed, b_row = COLS;
         }
-        for (size_t i = 0, rows; i < g->M; i += rows) {
+        if (width < COLS && bias)
+            bias = memcpy(edge_bias, bias, width * sizeof(real));
+        for (size_t i = first, rows; i < stop; i += rows) {
             const real *a = g->a + i * g->a_row;
-            real out[GROUP * COLS], bias[COLS] = {0};
-            if (g->bias)
-                memcpy(bias, g->bias + j, width * sizeof(real));
-            rows = g->M - i >= 4 ? 4 : g->M - i >= 2 ? 2 : 1;
-            if (rows == 4)
-                tile(4, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            real *c = width < COLS ? edge : g->c + i * g->c_row + j;
+            const size_t c_row = width < COLS ? COLS : g->c_row;
+            rows = stop - i >= ROWS ? ROWS : stop - i >= 4 ? 4 : stop - i >= 2 ? 2 : 1;
+            if (rows == ROWS)
+                tile(ROWS, c, c_row, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            else if (rows == 4)
+                tile(4, c, c_row, bias, 0, a, g->a_row, 1, b, b_row, g->K);
             else if (rows == 2)
-                tile(2, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+                tile(2, c, c_row, bias, 0, a, g->a_row, 1, b, b_row, g->K);
             else
-                tile(1, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
-            for (size_t r = 0; r < rows; r++)
-                memcpy(g->c + (i + r) * g->c_row + j, out + r * COLS, width * sizeof(real));
+                tile(1, c, c_row, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            for (size_t r = 0; r < rows && c == edge; r++)
+                memcpy(g->c + (i + r) * g->c_row + j, edge + r * COLS, width * sizeof(real));
         }
     }
+}
+
+static void pack_panels_range(const void *args, size_t begin, size_t end)
+{
+    const struct pack_panels *a = args;
+    for (size_t j = begin * COLS; j < least(end * COLS, a->N); j += COLS)
+        pack(a->out + j * a->K, a->b + j * a->b_col, least(a->N - j, COLS), COLS, a->K, a->b_col, a->b_row);
+}
+
+static void pack_panels(const void *args)
+{
+    const struct pack_panels *a = args;
+    parallel(pack_panels_range, a, up(a->N, COLS) / COLS, 1);
 }
 
 /* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns`
@@ -225,9 +245,13 @@ static void few_rows_by_dots(const void *args, size_t begin, size_t end)
 static void gemm(const void *args)
 {
     const struct gemm *g = args;
-    if (g->M <= FEW && g->K && g->a_col == 1 && (g->b_col == 1 || g->b_row == 1)) {
-        const size_t group = g->b_col == 1 ? COLS : GROUP, grain = 1 + 65536 / (g->K * group);
-        parallel(g->b_col == 1 ? few_rows_by_tiles : few_rows_by_dots, g, up(g->N, group) / group, grain);
+    if (g->packed || (g->M <= FEW && g->K && g->a_col == 1 && g->b_col == 1)) {
+        const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
+        parallel(panels_by_tiles, g, up(g->N, COLS) / COLS * pieces, 1 + 65536 / (g->K * COLS * rows + 1));
+        return;
+    }
+    if (g->M <= FEW && g->K && g->a_col == 1 && g->b_row == 1) {
+        parallel(few_rows_by_dots, g, up(g->N, GROUP) / GROUP, 1 + 65536 / (g->K * GROUP));
         return;
     }
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, row_blocks = (g->M + BLOCK_ROWS - 1) / BLOCK_ROWS;

@@ -79,6 +79,16 @@ INLINE void transpose(vec *v)
     }
 }
 
+/* v[0][l] <- the sum over the lanes of v[l], for LANES vectors: each round adds the halves of v[i] and of
+   v[i + n] and interleaves what is left of the two, so that at the end each lane is a sum. */
+INLINE vec sums(vec *v)
+{
+    for (size_t n = LANES / 2; n; n /= 2)
+        for (size_t i = 0; i < n; i++)
+            v[i] = SHUFFLE(v[i], v[i + n], LOW) + SHUFFLE(v[i], v[i + n], HIGH);
+    return v[0];
+}
+
 /* Over the lanes, halving: the same order on every machine with this vector width. */
 INLINE real sum(vec v)
 {

@@ -127,6 +127,20 @@ class Recording:
         self._calls = ffi.new("struct call[]", [call for _, call, _ in tape])
         self._tape = tape  # keeps the structs and the arrays that they point to
 
+    def pack_weights(self, packed: dict[tuple, Array]) -> None:
+        """Lets each gemm read its right side from a copy in the order in which it uses it, at memory's full
+        speed. Copies are taken from `packed` or added to it; they are as large as the originals, and later
+        changes to these do not reach them."""
+        for op, (_, is_double, args), fields in self._tape:
+            if op == "gemm" and args.a_col == 1:
+                b, N, K = fields[2], args.N, args.K
+                key = int(ffi.cast("size_t", args.b)), N, K, args.b_row
+                if key not in packed:
+                    packed[key] = storage.empty(-(-N // 32) * 32 * K, "fd"[is_double])
+                    _run("pack_panels", b.dtype, packed[key], b, N, K, args.b_row, args.b_col)
+                args.b, args.packed = _pointer(packed[key]), 1
+        self._packed = packed  # kept alive
+
     def replay(self) -> None:
         lib.tinygpt_run_all(self._calls, len(self._tape))
 
@@ -319,6 +333,18 @@ def append_rows(cache: Array, x: Array, at: int) -> None:
         raise ValueError(f"append_rows: {T} rows at {at} do not fit into {cache.shape[1]}")
     _destination(cache, cache.dtype, (B, cache.shape[1], C), _rows(cache, cache.dtype) is cache)
     _run("append_rows", cache.dtype, cache, x, B, T, C, at, *_strides(cache, x))
+
+
+def sample(
+    logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Array:
+    (B, V), logits = logits.shape, _rows(logits[None], logits.dtype)[0]
+    uniform, ids = _like(uniform, np.float64, (B,)), np.empty(B, np.int32)
+    sizes = B, V, logits.strides[0] // logits.itemsize, min(top_k, V)
+    _run("sample", logits.dtype, ids, logits, uniform, *sizes, float(temperature), float(top_p))
+    if B and ids.min() < 0:
+        raise UserError(ops.NOT_FINITE)
+    return ids
 
 
 def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
