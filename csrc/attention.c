@@ -144,17 +144,18 @@ INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, 
     const size_t first = least(start, own), begin = a->prefix ? 0 : first / LANES * LANES;
     const real scale = 1 / (real)sqrt(D), *q = a->q + b * a->q_batch + h0 * D;
     const real *k = a->k + b * a->k_batch + h0 * D, *v = a->v + b * a->v_batch + h0 * D;
-    vec *products = scratch(SCRATCH_PRIVATE, heads * (LANES * LANES + Sp) * sizeof(real));
-    real *probs = (real *)(products + heads * LANES), *out = a->out + (b * a->H + h0) * D;
+    vec *restrict products = scratch(SCRATCH_PRIVATE, heads * (LANES * LANES + Sp) * sizeof(real));
+    real *probs = (real *)(products + heads * LANES), *restrict out = a->out + (b * a->H + h0) * D;
     for (size_t j = begin; j < S; j += LANES) {
-        for (size_t l = 0; l < LANES; l++)
+        for (size_t l = 0; l < LANES; l++) {
+            const real *row = k + least(j + l, own) * a->k_row;
             for (size_t h = 0; h < heads; h++) {
-                const real *row = k + least(j + l, own) * a->k_row + h * D;
                 vec x = {0};
                 for (size_t d = 0; d < D; d += LANES)
-                    x += load_n(q + h * D + d, D - d, 0) * load_n(row + d, D - d, 0);
+                    x += load_n(q + h * D + d, D - d, 0) * load_n(row + h * D + d, D - d, 0);
                 products[h * LANES + l] = x;
             }
+        }
         for (size_t h = 0; h < heads; h++)
             store(probs + h * Sp + j, scale * sums(products + h * LANES));
     }
@@ -179,11 +180,12 @@ INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, 
     }
     memset(out, 0, heads * D * sizeof(real));
     for (size_t j = begin; j < S; j++)
-        for (size_t h = 0; h < heads; h++)
-            for (size_t d = 0; d < D; d += LANES) {
-                const vec x = load_n(v + j * a->v_row + h * D + d, D - d, 0);
-                store_n(out + h * D + d, load_n(out + h * D + d, D - d, 0) + probs[h * Sp + j] * x, D - d);
-            }
+        for (size_t h = 0; h < heads; h++) {
+            const real *row = v + j * a->v_row + h * D, share = probs[h * Sp + j];
+            real *to = out + h * D;
+            for (size_t d = 0; d < D; d += LANES)
+                store_n(to + d, load_n(to + d, D - d, 0) + share * load_n(row + d, D - d, 0), D - d);
+        }
 }
 
 /* Head sizes in use are given as constants, for which the compiler unrolls the loops. */

@@ -79,14 +79,20 @@ INLINE void transpose(vec *v)
     }
 }
 
-/* v[0][l] <- the sum over the lanes of v[l], for LANES vectors: each round adds the halves of v[i] and of
-   v[i + n] and interleaves what is left of the two, so that at the end each lane is a sum. */
-INLINE vec sums(vec *v)
+/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the halves of x[i] and
+   of x[i + n], and lays what is left of the two in turn. */
+INLINE vec sums(const vec *v)
 {
-    for (size_t n = LANES / 2; n; n /= 2)
+    vec x[LANES];
+    memcpy(x, v, sizeof(x));
+    UNROLL
+    for (size_t round = 1; round < LANES; round *= 2) {
+        const size_t n = LANES / 2 / round;
+        UNROLL
         for (size_t i = 0; i < n; i++)
-            v[i] = SHUFFLE(v[i], v[i + n], LOW) + SHUFFLE(v[i], v[i + n], HIGH);
-    return v[0];
+            x[i] = SHUFFLE(x[i], x[i + n], LOW) + SHUFFLE(x[i], x[i + n], HIGH);
+    }
+    return x[0];
 }
 
 /* Over the lanes, halving: the same order on every machine with this vector width. */
