@@ -42,7 +42,7 @@ static void residual_forward_range(const void *args, size_t begin, size_t end)
 static void residual_forward(const void *args)
 {
     const struct residual_forward *a = args;
-    parallel(residual_forward_range, a, a->n, 16384);
+    parallel(residual_forward_range, a, a->n, 4096);
 }
 
 /* The hash of ops.dropout_mask: element number i gives the same answer in any order. */

@@ -144,14 +144,16 @@ static void multiply(const void *args, size_t begin, size_t end)
    apart, so who multiplies by the same b at every step packs it once, for all of them: see `pack_panels`. */
 enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 
-/* An item is a panel of b and FEW_ROWS rows of a; the rows that are left by whole tiles make smaller ones. */
+/* An item is FEW_ROWS rows of a and a panel of b, row blocks outermost: with many rows a thread has its own, as
+   in the kernels before and after, and what they wrote is in its cache. What whole tiles leave of the rows
+   makes smaller ones. */
 static void panels_by_tiles(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
-    const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS;
+    const size_t panels = up(g->N, COLS) / COLS;
     for (size_t item = begin; item < end; item++) {
-        const size_t j = item / pieces * COLS, width = least(g->N - j, COLS);
-        const size_t first = item % pieces * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
+        const size_t j = item % panels * COLS, width = least(g->N - j, COLS);
+        const size_t first = item / panels * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
         const real *b = g->packed ? g->b + j * g->K : g->b + j, *bias = g->bias ? g->bias + j : NULL;
         size_t b_row = g->packed ? COLS : g->b_row;
         real edge[ROWS * COLS], edge_bias[COLS];
