@@ -17,13 +17,18 @@ import numpy as np
 
 from .errors import UserError
 from .model import GPT, Array
-from .ops import probabilities, sample  # noqa: F401  part of this module's interface
 from .storage import Workspace, empty
 from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 
 Ids = Sequence[int] | Array
 Tokenizer = CharTokenizer | BPETokenizer
+
 DRAWN = 64  # random numbers drawn at a time for each prompt
+PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay
+PER_ROW = {  # the number in each recorded operation that is proportional to the batch
+    "embedding_forward": "rows", "layernorm_forward": "rows", "gemm": "M", "gelu_forward": "n",
+    "append_rows": "B", "attention_forward": "B", "residual_forward": "n",
+}  # fmt: skip
 
 
 class KVCache:
@@ -92,29 +97,26 @@ def steps(
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
-    stop, ws, packed = np.array(sorted(stop), np.int64), ws or Workspace(), {}
-    rows, ids, unread, pad, decode = np.arange(len(seen)), None, [], None, None
+    stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
+    rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv, ws)
     for step in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
             _append(seen, unread)
             logits, pad = _read(model, [seen[row] for row in rows], kv, ws)
-            decode = _decoder(model, kv, pad, ws, packed)
         else:
-            logits = decode(ids)
+            logits = decode(ids, pad)
         if temperature and step % DRAWN == 0:
             for row in rows:
                 draws[row].random(out=uniform[row])
-        ids = model.ops.sample(
-            logits[:, -1, :vocab_size], uniform[rows, step % DRAWN], temperature, top_k, top_p
-        )
+        logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWN]
+        ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
         unread.append((rows, ids))
         yield rows, ids
         if stop.size and (ended := (ids[:, None] == stop).any(1)).any():
             kept = kv.keep(~ended)
             rows, pad, ids = rows[kept], pad[kept], ids[kept]
-            decode = _decoder(model, kv, pad, ws, packed)
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
@@ -163,37 +165,46 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     return model.forward(ids, ws, positions=at, start=start, kv=kv, keep=False, last=True)[0], pad
 
 
-def _decoder(
-    model: GPT, kv: KVCache, pad: Array, ws: Workspace, packed: dict[tuple, Array]
-) -> Callable[[Array], Array]:
-    """A function from the newest ids (B,) to the logits (B, 1, V) after them: the forward pass of one token.
+def _decoder(model: GPT, kv: KVCache, ws: Workspace) -> Callable[[Array, Array], Array]:
+    """A function from the newest ids (B,) and the padding (B, 1) to the logits (B, 1, V) after them: the
+    forward pass of one token. B may become smaller, as `kv` does.
 
     With the C core the first call is recorded, and later ones are made from the record: a step of a small
     model takes less time than the Python of its forward. What changes from step to step is the contents of
-    two arrays, and how far the cache is filled. The record reads the weights from copies, `packed`.
+    three arrays, how far the cache is filled, and how many rows there are. After PACK_AFTER steps the record
+    reads the weights from copies that lie in the order of their use, as large as the model.
     """
-    token, position = np.empty(pad.shape, np.int32), np.empty(pad.shape, np.int32)
-    recording = None
+    token, position, start = (np.empty((kv.keys.shape[1], 1), np.int32) for _ in range(3))
+    recording, batch, replays = None, 0, 0
 
-    def forward() -> Array:
-        return model.forward(token, ws, positions=position, start=pad, kv=kv, keep=False)[0]
+    def decode(ids: Array, pad: Array) -> Array:
+        nonlocal recording, batch, replays
+        B = len(ids)
+        token[:B, 0], position[:B], start[:B] = ids, kv.length - pad, pad
 
-    def decode(ids: Array) -> Array:
-        nonlocal recording
-        token[:, 0], position[:] = ids, kv.length - pad
+        def forward() -> Array:
+            return model.forward(token[:B], ws, positions=position[:B], start=start[:B], kv=kv, keep=False)[0]
+
         if not hasattr(model.ops, "Recording"):
             return forward()
         if recording is None:
-            recording = model.ops.Recording(forward)
-            recording.pack_weights(packed)
-        else:
-            for args in recording.args["append_rows"]:
-                args.at = kv.length
-            kv.length += 1
-            for args in recording.args["attention_forward"]:
-                args.S = kv.length
-            recording.replay()
-        return recording.result
+            recording, batch = model.ops.Recording(forward), B
+            return recording.result
+        for args in recording.args["append_rows"]:
+            args.at = kv.length
+        kv.length += 1
+        for args in recording.args["attention_forward"]:
+            args.S = kv.length
+        if batch != B:
+            for op, structs in recording.args.items():
+                for args in structs:
+                    setattr(args, PER_ROW[op], getattr(args, PER_ROW[op]) // batch * B)
+            batch = B
+        replays += 1
+        if replays == PACK_AFTER:
+            recording.pack_weights()
+        recording.replay()
+        return recording.result[:B]
 
     return decode
 

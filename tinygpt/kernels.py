@@ -125,21 +125,18 @@ class Recording:
         for op, (_, _, args), _ in tape:
             self.args.setdefault(op, []).append(args)
         self._calls = ffi.new("struct call[]", [call for _, call, _ in tape])
-        self._tape = tape  # keeps the structs and the arrays that they point to
+        self._tape, self._packed = tape, []  # keep the structs and the arrays that they point to
 
-    def pack_weights(self, packed: dict[tuple, Array]) -> None:
-        """Lets each gemm read its right side from a copy in the order in which it uses it, at memory's full
-        speed. Copies are taken from `packed` or added to it; they are as large as the originals, and later
-        changes to these do not reach them."""
-        for op, (_, is_double, args), fields in self._tape:
+    def pack_weights(self) -> None:
+        """Lets each gemm read its right side from a copy, made now, that lies in the order of its use: a few
+        rows are then multiplied at the speed of memory. The copies are as large as what they copy."""
+        for op, (_, _, args), fields in self._tape:
             if op == "gemm" and args.a_col == 1:
-                b, N, K = fields[2], args.N, args.K
-                key = int(ffi.cast("size_t", args.b)), N, K, args.b_row
-                if key not in packed:
-                    packed[key] = storage.empty(-(-N // 32) * 32 * K, "fd"[is_double])
-                    _run("pack_panels", b.dtype, packed[key], b, N, K, args.b_row, args.b_col)
-                args.b, args.packed = _pointer(packed[key]), 1
-        self._packed = packed  # kept alive
+                b = fields[2]
+                panels = storage.empty(-(-args.N // 32) * 32 * args.K, b.dtype)
+                _run("pack_panels", b.dtype, panels, b, args.N, args.K, args.b_row, args.b_col)
+                args.b, args.packed = _pointer(panels), 1
+                self._packed.append(panels)
 
     def replay(self) -> None:
         lib.tinygpt_run_all(self._calls, len(self._tape))
