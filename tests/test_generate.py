@@ -162,6 +162,22 @@ def test_rows_that_ended_cost_nothing():
     assert shapes[1:] == [(sum(len(tokens) > n for tokens in new), 1) for n in range(1, max(map(len, new)))]
 
 
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
+def test_rows_that_ended_leave_the_recorded_step(monkeypatch):
+    """Guards: the same for what is replayed in C, operation by operation."""
+    model, replay, rows = make(backend="c", block_size=32), kernels.Recording.replay, []
+    width = {"gelu_forward": 4 * 24, "residual_forward": 24}
+
+    def spy_replay(self):
+        rows.append({getattr(a, g.PER_ROW[op]) / width.get(op, 1) for op in self.args for a in self.args[op]})
+        replay(self)
+
+    monkeypatch.setattr(kernels.Recording, "replay", spy_replay)
+    new = g.generate(model, PROMPTS, 14, stop=range(0, 29, 3), rng=np.random.default_rng(4))
+    alive = [{sum(len(tokens) > n for tokens in new)} for n in range(2, max(map(len, new)))]
+    assert rows == alive and alive[0] != alive[-1]
+
+
 def test_a_full_context_is_read_anew_once_in_half_a_context():
     """Guards: a full context that costs a whole forward pass for every token."""
     model = make()
