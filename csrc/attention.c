@@ -136,8 +136,8 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
 }
 
 /* T = 1, the step of generation: `heads` heads from h0 on of row b. Every key and value is used once, so the
-   time goes into reading them, and memory is read fastest strictly in order: a row at a time, all heads of it.
-   The products of LANES keys are kept until their sums fill a vector. */
+   time goes into reading them, and memory is read fastest strictly in order: a row at a time, all heads of
+   it. The products of LANES keys are kept until their sums fill a vector. */
 INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, size_t h0, size_t heads)
 {
     const size_t S = a->S, Sp = up(S, LANES), own = S - 1, start = a->start ? a->start[b] : 0;

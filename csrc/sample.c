@@ -1,11 +1,11 @@
-/* sample.c: the next token of each row, by the definition in generate.py: softmax of logits / temperature, cut
-   to the top_k likeliest or to the likeliest that together have top_p, then one number against the sums.
+/* sample.c: the next token of each row, by the definition in ops.py: softmax of logits / temperature, cut to
+   the top_k likeliest or to the likeliest that together have top_p, then one number against the sums.
 
-   Nothing is sorted. Where a cut lies is found as quickselect finds a rank (Hoare 1961): split around a pivot,
-   weigh the upper part, go on in the part that holds the cut. A token weighs 1 for top_k, its probability for
-   top_p. */
+   Nothing is sorted. Where a cut lies is found as quickselect finds a rank (Hoare 1961): split around a
+   pivot, weigh the upper part, go on in the part that holds the cut. A token weighs 1 for top_k, its
+   probability for top_p. */
 
-enum { MASS_BLOCK = 256 };
+enum { MASS_BLOCK = 256 }; /* tokens added up at once, and passed over when the sum stays below the number */
 
 static double mass(const real *p, size_t n)
 {
@@ -21,7 +21,7 @@ static double mass(const real *p, size_t n)
     return total;
 }
 
-/* The largest number in x for which the elements of at least its size weigh `wanted` together; the least
+/* The largest number in x for which the elements of at least its size together weigh `wanted`; the least
    element if all are too light. Reorders x. */
 static real cut(real *x, size_t n, double wanted, int by_mass)
 {

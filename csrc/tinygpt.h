@@ -148,7 +148,7 @@ struct append_rows {
     size_t B, T, C, at, cache_batch, cache_row, x_batch, x_row;
 };
 
-/* One token a row, drawn as generate.sample says; -1 where the logits are not finite. */
+/* One token a row, drawn as ops.sample says; -1 where the logits are not finite. */
 struct sample {
     int32_t *out;                /* (rows) */
     const real *logits;          /* (rows, V), logits_row apart */

@@ -79,8 +79,8 @@ INLINE void transpose(vec *v)
     }
 }
 
-/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the halves of x[i] and
-   of x[i + n], and lays what is left of the two in turn. */
+/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the halves of x[i]
+   and of x[i + n], and lays what is left of the two in turn. */
 INLINE vec sums(const vec *v)
 {
     vec x[LANES];

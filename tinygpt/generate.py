@@ -87,6 +87,8 @@ def steps(
     them goes on from its last block_size / 2 tokens, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
+    The weights must not change meanwhile: after a few steps they are read from copies.
+
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
     """
