@@ -140,8 +140,8 @@ static void multiply(const void *args, size_t begin, size_t end)
 }
 
 /* A few rows of a, as in generation, use each element of b a few times: reading b is most of what it
-   takes. So b is not packed for one multiply but read once, as it lies. Memory is slower where a panel's rows lie
-   apart; who multiplies by the same b at every step packs it once for all of them: see `pack_panels`. */
+   takes. So b is not packed for one multiply but read once, as it lies. Memory is slower where a panel's rows
+   lie apart; who multiplies by the same b at every step packs it once for all of them: see `pack_panels`. */
 enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 
 /* An item is FEW_ROWS rows of a and a panel of b, row blocks outermost: with many rows a thread has its own,
