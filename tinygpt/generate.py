@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import UserError
 from .model import GPT, Array
-from .storage import Workspace, empty
+from .storage import Workspace
 from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 
 Ids = Sequence[int] | Array
@@ -32,11 +32,14 @@ PER_ROW = {  # the number in each recorded operation that is proportional to the
 
 
 class KVCache:
-    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model."""
+    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model.
 
-    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
-        shape = (model.config.n_layer, batch, capacity, model.config.n_embd)
-        self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
+    They lie in buffers of `ws`, if it is given, which then serves one cache at a time.
+    """
+
+    def __init__(self, model: GPT, batch: int, capacity: int, ws: Workspace | None = None) -> None:
+        shape, ws = (model.config.n_layer, batch, capacity, model.config.n_embd), ws or Workspace()
+        self.keys, self.values = (ws(f"kv.{name}", shape, model.flat.dtype) for name in ("keys", "values"))
         self.length, self.capacity, self._model = 0, capacity, model
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -87,7 +90,8 @@ def steps(
     them goes on from its last block_size / 2 tokens, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
-    The weights must not change meanwhile: after a few steps they are read from copies.
+    The weights must not change meanwhile: after a few steps they are read from copies. `ws` serves one
+    generation at a time; handed to the next one, it saves the time that new memory takes.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
@@ -95,11 +99,11 @@ def steps(
     _check(temperature, top_k, top_p, max_new_tokens, rng)
     seen = [_fit(prompt, model.config.block_size) for prompt in prompts]  # what the next token follows from
     longest = max(map(len, seen), default=0)
-    kv = KVCache(model, len(seen), min(model.config.block_size, longest + max_new_tokens))
+    stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
+    kv = KVCache(model, len(seen), min(model.config.block_size, longest + max_new_tokens), ws)
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
-    stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
     rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv, ws)
     for step in range(max_new_tokens):
         if not len(rows):
