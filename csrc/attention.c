@@ -138,37 +138,73 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
     }
 }
 
-/* T = 1, the step of generation: the lanes hold channels, as there is one query only. */
+/* T = 1, the step of generation: `heads` heads from h0 on of row b. Every key and value is used once, so the
+   time goes into reading them, and memory is read fastest strictly in order: a row at a time, all heads of
+   it. The products of LANES keys are kept until their sums fill a vector. */
+INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, size_t h0, size_t heads)
+{
+    const size_t S = a->S, Sp = up(S, LANES), own = S - 1;
+    const size_t start = a->start && a->prefix < S ? a->prefix + a->start[b] : 0;
+    const size_t first = least(start, own), begin = a->prefix ? 0 : first / LANES * LANES;
+    const real scale = 1 / (real)sqrt(D), *q = a->q + b * a->q_batch + h0 * D;
+    const real *k = a->k + b * a->k_batch + h0 * D, *v = a->v + b * a->v_batch + h0 * D;
+    vec *restrict products = scratch(SCRATCH_PRIVATE, heads * (LANES * LANES + Sp) * sizeof(real));
+    real *probs = (real *)(products + heads * LANES), *restrict out = a->out + (b * a->H + h0) * D;
+    for (size_t j = begin; j < S; j += LANES) {
+        for (size_t l = 0; l < LANES; l++) {
+            const real *row = k + least(j + l, own) * a->k_row;
+            for (size_t h = 0; h < heads; h++) {
+                vec x = {0};
+                for (size_t d = 0; d < D; d += LANES)
+                    x += load_n(q + h * D + d, D - d, 0) * load_n(row + h * D + d, D - d, 0);
+                products[h * LANES + l] = x;
+            }
+        }
+        for (size_t h = 0; h < heads; h++)
+            store(probs + h * Sp + j, scale * sums(products + h * LANES));
+    }
+    for (size_t h = 0; h < heads; h++) {
+        real *p = probs + h * Sp;
+        vec top = all(-INFINITY), total = {0};
+        for (size_t j = a->prefix; j < first; j++) /* hidden */
+            p[j] = -INFINITY;
+        for (size_t j = S; j < Sp; j++)
+            p[j] = -INFINITY;
+        for (size_t j = begin; j < S; j += LANES)
+            top = vmax(top, load(p + j));
+        top = all(max_lane(top));
+        for (size_t j = begin; j < S; j += LANES) {
+            const vec e = vexp(load(p + j) - top);
+            store(p + j, e);
+            total += e;
+        }
+        const real share = 1 / sum(total);
+        for (size_t j = begin; j < S; j += LANES)
+            store(p + j, share * load(p + j));
+    }
+    memset(out, 0, heads * D * sizeof(real));
+    for (size_t j = begin; j < S; j++)
+        for (size_t h = 0; h < heads; h++) {
+            const real *row = v + j * a->v_row + h * D, share = probs[h * Sp + j];
+            real *to = out + h * D;
+            for (size_t d = 0; d < D; d += LANES)
+                store_n(to + d, load_n(to + d, D - d, 0) + share * load_n(row + d, D - d, 0), D - d);
+        }
+}
+
+/* Head sizes in use are given as constants, for which the compiler unrolls the loops. */
 static void attention_decode_heads(const void *args, size_t begin, size_t end)
 {
     const struct attention_forward *a = args;
-    const size_t D = a->D, S = a->S;
-    const real scale = 1 / (real)sqrt(D);
-    real *p = scratch(SCRATCH_PRIVATE, S * sizeof(real));
-    for (size_t bh = begin; bh < end; bh++) {
+    for (size_t bh = begin, heads; bh < end; bh += heads) {
         const size_t b = bh / a->H, h = bh % a->H;
-        const size_t first = least(a->start && a->prefix < S ? a->prefix + a->start[b] : 0, S - 1);
-        const real *q = a->q + b * a->q_batch + h * D;
-        real top = -INFINITY, total = 0;
-        for (size_t j = 0; j < S; j++) {
-            const real *k = a->k + b * a->k_batch + j * a->k_row + h * D;
-            vec dot = {0};
-            for (size_t d = 0; d < D; d += LANES)
-                dot += load_n(q + d, D - d, 0) * load_n(k + d, D - d, 0);
-            p[j] = j < a->prefix || j >= first ? scale * sum(dot) : -INFINITY;
-            top = p[j] > top ? p[j] : top;
-        }
-        for (size_t j = 0; j < S; j += LANES) {
-            vec e = vexp(load_n(p + j, S - j, -INFINITY) - top);
-            store_n(p + j, e, S - j);
-            total += sum(e);
-        }
-        for (size_t d = 0; d < D; d += LANES) {
-            vec out = {0};
-            for (size_t j = 0; j < S; j++)
-                out += p[j] * load_n(a->v + b * a->v_batch + j * a->v_row + h * D + d, D - d, 0);
-            store_n(a->out + bh * D + d, out / total, D - d);
-        }
+        heads = least(a->H - h, end - bh);
+        if (a->D == 64)
+            decode(64, a, b, h, heads);
+        else if (a->D == 32)
+            decode(32, a, b, h, heads);
+        else
+            decode(a->D, a, b, h, heads);
     }
 }
 

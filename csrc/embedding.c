@@ -44,7 +44,7 @@ static void residual_forward_range(const void *args, size_t begin, size_t end)
 static void residual_forward(const void *args)
 {
     const struct residual_forward *a = args;
-    parallel(residual_forward_range, a, a->n, 16384);
+    parallel(residual_forward_range, a, a->n, 4096);
 }
 
 /* The hash of ops.dropout_mask: element number i gives the same answer in any order. */
@@ -67,11 +67,17 @@ static void dropout_forward(const void *args)
     parallel(dropout_range, a, a->n, 4096);
 }
 
-static void append_rows(const void *args)
+static void append_rows_batch(const void *args, size_t begin, size_t end)
 {
     const struct append_rows *a = args;
-    for (size_t b = 0; b < a->B; b++)
+    for (size_t b = begin; b < end; b++)
         for (size_t t = 0; t < a->T; t++)
             memcpy(a->cache + b * a->cache_batch + (a->at + t) * a->cache_row,
                    a->x + b * a->x_batch + t * a->x_row, a->C * sizeof(real));
+}
+
+static void append_rows(const void *args)
+{
+    const struct append_rows *a = args;
+    parallel(append_rows_batch, a, a->B, 1 + 4096 / (a->T * a->C + 1));
 }

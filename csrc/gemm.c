@@ -14,8 +14,8 @@
 
    Packing turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run
    the same inner loop. Rows of a that are contiguous are read where they lie. A thread packs what it reads:
-   two may pack the same panel, but neither waits for the other, nor for its cache. Each element of c is summed
-   in one order, whatever the threads do. */
+   two may pack the same panel, but neither waits for the other, nor for its cache. Each element of c is
+   summed in one order, whatever the threads do. */
 
 enum { DEPTH = 384, WIDTH = 512, HEIGHT = 16 * ROWS, COLS = 2 * LANES };
 enum { SMALL = 1 << 18 }; /* multiply-adds: fewer take less time than a second thread needs to begin */
@@ -53,9 +53,9 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
     }
 }
 
-/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines, the last one
-   filled up with zeros: line l's element p goes to out[l / full][p][l % full]. across is the stride from line to
-   line, along the stride in a line; full is a constant. */
+/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines, the last
+   one filled up with zeros: line l's element p goes to out[l / full][p][l % full]. across is the stride from
+   line to line, along the stride in a line; full is a constant. */
 INLINE void pack(real *restrict out, const real *restrict in, size_t lines, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
@@ -85,21 +85,23 @@ struct slice {
     size_t p, depth;
 };
 
-/* c's rows i to i + height, columns j to j + width: whole tiles in place, edges by way of a copy. b is the
-   packed panel; so is a, with a_row and a_col, or it is a itself. */
-static void one_tile(const struct gemm *g, struct slice k, const real *a, size_t a_row, size_t a_col,
-                     const real *b, size_t i, size_t j, size_t height, size_t width)
+/* c's rows i to i + height, columns j to j + width, of a tile with `rows` rows: in place, edges by way of a
+   copy. a and b begin where the slice does. */
+INLINE void one_tile(const int rows, const struct gemm *g, struct slice k, const real *a, size_t a_row,
+                     size_t a_col, const real *b, size_t b_row, size_t i, size_t j, size_t height,
+                     size_t width)
 {
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
+    /* later slices add to what is there */
     const real *from = k.p ? c : g->add ? g->add + i * g->c_row + j : g->bias ? g->bias + j : NULL;
-    size_t from_row = k.p || g->add ? g->c_row : 0, out_row = g->c_row; /* later slices add to what is there */
-    if (height < ROWS || width < COLS) {
+    size_t from_row = k.p || g->add ? g->c_row : 0, out_row = g->c_row;
+    if (height < (size_t)rows || width < COLS) {
         for (size_t r = 0; r < height && from; r++)
             memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
         from = out = edge;
         from_row = out_row = COLS;
     }
-    tile(ROWS, out, out_row, from, from_row, a, a_row, a_col, b, COLS, k.depth);
+    tile(rows, out, out_row, from, from_row, a, a_row, a_col, b, b_row, k.depth);
     for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
     if (g->add && g->bias && !k.p)
@@ -108,22 +110,23 @@ static void one_tile(const struct gemm *g, struct slice k, const real *a, size_t
                 c[r * g->c_row + l] += g->bias[j + l];
 }
 
-/* Rows i0 to i1 of the columns j0 to j1, with b packed: a is packed where it must be, when its rows have whole
-   and at the bottom, where rows are missing. */
-static void multiply(const struct gemm *g, struct slice k, real *packed, const real *packed_b, size_t i0, size_t i1,
-                     size_t j0, size_t j1)
+/* Rows i0 to i1 of the columns j0 to j1, with b packed. a is packed where it must be: when its rows have
+   gaps, and at the bottom, where rows are missing. */
+static void multiply(const struct gemm *g, struct slice k, real *packed, const real *packed_b, size_t i0,
+                     size_t i1, size_t j0, size_t j1)
 {
     const real *a = g->a + k.p * g->a_col;
     const size_t whole = g->a_col == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
-    pack(packed + whole * k.depth, a + (i0 + whole) * g->a_row, i1 - i0 - whole, ROWS, k.depth, g->a_row, g->a_col);
+    pack(packed + whole * k.depth, a + (i0 + whole) * g->a_row, i1 - i0 - whole, ROWS, k.depth, g->a_row,
+         g->a_col);
     for (size_t j = j0; j < j1; j += COLS)
         for (size_t i = i0; i < i1; i += ROWS) {
             const size_t height = least(i1 - i, ROWS), width = least(j1 - j, COLS);
             const real *b = packed_b + (j - j0) * k.depth;
             if (i - i0 < whole)
-                one_tile(g, k, a + i * g->a_row, g->a_row, 1, b, i, j, height, width);
+                one_tile(ROWS, g, k, a + i * g->a_row, g->a_row, 1, b, COLS, i, j, height, width);
             else
-                one_tile(g, k, packed + (i - i0) * k.depth, 1, ROWS, b, i, j, height, width);
+                one_tile(ROWS, g, k, packed + (i - i0) * k.depth, 1, ROWS, b, COLS, i, j, height, width);
         }
 }
 
@@ -150,47 +153,63 @@ static void pieces_of_c(const void *args, size_t begin, size_t end)
             for (size_t p = 0; p < g->K; p += depth) {
                 const struct slice k = {p, least(g->K - p, depth)};
                 const size_t stop = least(j + WIDTH, j1);
-                pack(packed_b, g->b + p * g->b_row + j * g->b_col, stop - j, COLS, k.depth, g->b_col, g->b_row);
+                pack(packed_b, g->b + p * g->b_row + j * g->b_col, stop - j, COLS, k.depth, g->b_col,
+                     g->b_row);
                 for (size_t i = i0; i < i1; i += HEIGHT)
                     multiply(g, k, packed_a, packed_b, i, least(i + HEIGHT, i1), j, stop);
             }
     }
 }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b from memory is all the time
-   it takes. So b is not packed but read once, as it lies, for GROUP rows or fewer at a time. */
-enum { FEW = 8, GROUP = 4 };
+/* A few rows of a, as in generation, use each element of b a few times: reading b is most of what it
+   takes. So b is not packed for one multiply but read once, as it lies. Memory is slower where a panel's rows
+   lie apart; who multiplies by the same b at every step packs it once for all of them: see `pack_panels`. */
+enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 
-/* Rows of b contiguous: tiles, with b read in place but for a last panel that is narrower. */
-static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
+/* An item is FEW_ROWS rows of a and a panel of b, row blocks outermost: with many rows a thread has its own,
+   as in the kernels before and after, and what they wrote is in its cache. What whole tiles leave of the rows
+   makes smaller ones. */
+static void panels_by_tiles(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
-    for (size_t j = begin * COLS; j < least(end * COLS, g->N); j += COLS) {
-        const size_t width = least(g->N - j, COLS);
-        const real *b = g->b + j;
-        size_t b_row = g->b_row;
-        if (width < COLS) {
+    const size_t panels = up(g->N, COLS) / COLS;
+    for (size_t item = begin; item < end; item++) {
+        const size_t j = item % panels * COLS, width = least(g->N - j, COLS);
+        const size_t first = item / panels * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
+        const struct slice k = {0, g->K};
+        const real *b = g->packed ? g->b + j * g->K : g->b + j;
+        size_t b_row = g->packed ? COLS : g->b_row;
+        if (width < COLS && !g->packed) {
             real *packed = scratch(SCRATCH_PRIVATE, g->K * COLS * sizeof(real));
             pack(packed, b, width, COLS, g->K, 1, b_row);
             b = packed, b_row = COLS;
         }
-        for (size_t i = 0, rows; i < g->M; i += rows) {
+        for (size_t i = first, rows; i < stop; i += rows) {
             const real *a = g->a + i * g->a_row;
-            real out[GROUP * COLS], bias[COLS] = {0};
-            if (g->bias)
-                memcpy(bias, g->bias + j, width * sizeof(real));
-            rows = g->M - i >= 4 ? 4 : g->M - i >= 2 ? 2 : 1;
-            if (rows == 4)
-                tile(4, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+            rows = stop - i >= ROWS ? ROWS : stop - i >= 4 ? 4 : stop - i >= 2 ? 2 : 1;
+            if (rows == ROWS)
+                one_tile(ROWS, g, k, a, g->a_row, 1, b, b_row, i, j, ROWS, width);
+            else if (rows == 4)
+                one_tile(4, g, k, a, g->a_row, 1, b, b_row, i, j, 4, width);
             else if (rows == 2)
-                tile(2, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
+                one_tile(2, g, k, a, g->a_row, 1, b, b_row, i, j, 2, width);
             else
-                tile(1, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
-            for (size_t r = 0; r < rows; r++)
-                for (size_t l = 0, at = (i + r) * g->c_row + j; l < width; l++)
-                    g->c[at + l] = out[r * COLS + l] + (g->add ? g->add[at + l] : 0);
+                one_tile(1, g, k, a, g->a_row, 1, b, b_row, i, j, 1, width);
         }
     }
+}
+
+static void pack_panels_range(const void *args, size_t begin, size_t end)
+{
+    const struct pack_panels *a = args;
+    for (size_t j = begin * COLS; j < least(end * COLS, a->N); j += COLS)
+        pack(a->out + j * a->K, a->b + j * a->b_col, least(a->N - j, COLS), COLS, a->K, a->b_col, a->b_row);
+}
+
+static void pack_panels(const void *args)
+{
+    const struct pack_panels *a = args;
+    parallel(pack_panels_range, a, up(a->N, COLS) / COLS, 1);
 }
 
 /* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns`
@@ -244,9 +263,13 @@ static void few_rows_by_dots(const void *args, size_t begin, size_t end)
 static void gemm(const void *args)
 {
     const struct gemm *g = args;
-    if (g->M <= FEW && g->K && g->a_col == 1 && (g->b_col == 1 || g->b_row == 1)) {
-        const size_t group = g->b_col == 1 ? COLS : GROUP, grain = 1 + 65536 / (g->K * group);
-        parallel(g->b_col == 1 ? few_rows_by_tiles : few_rows_by_dots, g, up(g->N, group) / group, grain);
+    if (g->packed || (g->M <= FEW && g->K && g->a_col == 1 && g->b_col == 1)) {
+        const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
+        parallel(panels_by_tiles, g, up(g->N, COLS) / COLS * pieces, 1 + 65536 / (g->K * COLS * rows + 1));
+        return;
+    }
+    if (g->M <= FEW && g->K && g->a_col == 1 && g->b_row == 1) {
+        parallel(few_rows_by_dots, g, up(g->N, GROUP) / GROUP, 1 + 65536 / (g->K * GROUP));
         return;
     }
     if (!g->K) /* an empty sum */

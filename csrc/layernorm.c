@@ -32,8 +32,8 @@ static void layernorm_forward(const void *args)
     parallel(layernorm_forward_rows, a, a->rows, 1 + 4096 / (a->C + 1));
 }
 
-/* One pass over the rows gives all three. dg and db are sums over rows: a part of the rows has sums of its own,
-   and these are added up at the end; the parts are the same whatever the threads do. */
+/* One pass over the rows gives all three. dg and db are sums over rows: a part of the rows has sums of its
+   own, and these are added up at the end; the parts are the same whatever the threads do. */
 enum { MOST_PARTS = 32 };
 
 struct layernorm_parts {
@@ -76,9 +76,11 @@ static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
 static void layernorm_backward(const void *args)
 {
     const struct layernorm_backward *a = args;
-    const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS, parts = rows ? up(a->rows, rows) / rows : 0;
+    const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS; /* in a part */
+    const size_t parts = rows ? up(a->rows, rows) / rows : 0;
     real *dg = scratch(SCRATCH_SHARED, 2 * MOST_PARTS * C * sizeof(real)), *db = dg + MOST_PARTS * C;
-    parallel(layernorm_backward_parts, &(struct layernorm_parts){a, dg, db, rows}, parts, 1 + 4096 / (rows * C + 1));
+    const struct layernorm_parts t = {a, dg, db, rows};
+    parallel(layernorm_backward_parts, &t, parts, 1 + 4096 / (rows * C + 1));
     for (size_t c = 0; c < C; c++) {
         real g = 0, b = 0;
         for (size_t part = 0; part < parts; part++) {

@@ -16,14 +16,24 @@
     X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
     X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(sum_of_squares) X(adamw) X(append_rows) X(fma_peak) X(read_memory)
+    X(sum_of_squares) X(adamw) X(append_rows) X(pack_panels) X(sample) \
+    X(fma_peak) X(read_memory)
 
-/* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL. Strides
-   make transposes: a^T is a with a_row and a_col exchanged. Rows of c and of add are contiguous, c_row apart. */
+/* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL.
+   Strides make transposes: a^T is a with a_row and a_col exchanged. Rows of c and of add are contiguous,
+   c_row apart. */
 struct gemm {
     real *c;
     const real *a, *b, *bias, *add;
-    size_t M, N, K, c_row, a_row, a_col, b_row, b_col;
+    size_t M, N, K, c_row, a_row, a_col, b_row, b_col, packed;
+};
+
+/* out = b (K, N) in panels of as many columns as a tile has, each panel's rows one after the other, zeros
+   beyond N: what gemm reads as b where `packed` is 1. out has room for N rounded up to 32. */
+struct pack_panels {
+    real *out;
+    const real *b;
+    size_t N, K, b_row, b_col;
 };
 
 /* out[j] = sum over i of x[i][j]: the gradient of a bias. */
@@ -138,6 +148,15 @@ struct append_rows {
     real *cache;
     const real *x;
     size_t B, T, C, at, cache_batch, cache_row, x_batch, x_row;
+};
+
+/* One token a row, drawn as ops.sample says; -1 where the logits are not finite. */
+struct sample {
+    int32_t *out;                /* (rows) */
+    const real *logits;          /* (rows, V), logits_row apart */
+    const double *uniform;       /* (rows) in [0, 1) */
+    size_t rows, V, logits_row, top_k;
+    double temperature, top_p;
 };
 
 /* For `tinygpt bench`: the work of registers alone, and of memory alone; see peak.c. */

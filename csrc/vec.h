@@ -79,6 +79,22 @@ INLINE void transpose(vec *v)
     }
 }
 
+/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the halves of x[i]
+   and of x[i + n], and lays what is left of the two in turn. */
+INLINE vec sums(const vec *v)
+{
+    vec x[LANES];
+    memcpy(x, v, sizeof(x));
+    UNROLL
+    for (size_t round = 1; round < LANES; round *= 2) {
+        const size_t n = LANES / 2 / round;
+        UNROLL
+        for (size_t i = 0; i < n; i++)
+            x[i] = SHUFFLE(x[i], x[i + n], LOW) + SHUFFLE(x[i], x[i + n], HIGH);
+    }
+    return x[0];
+}
+
 /* Over the lanes, halving: the same order on every machine with this vector width. */
 INLINE real sum(vec v)
 {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, kernels, storage
+from tinygpt import checkpoint, kernels, ops, storage
 from tinygpt import generate as g
 from tinygpt.cli import main
 from tinygpt.errors import UserError
@@ -114,10 +114,12 @@ def test_greedy_text_is_the_uncached(backend, count):
 CUT = {"temperature": 2, "top_k": 9, "top_p": 0.9}
 
 
+@pytest.mark.parametrize("backend", kernels.available())
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.3}, CUT])
-def test_a_batch_is_one_by_one(settings):
-    """Guards: a row whose random numbers, stop or full context depend on its neighbours."""
-    model, settings = make(), settings | {"stop": {2, 4, 11, 20}}
+def test_a_batch_is_one_by_one(settings, backend):
+    """Guards: a row whose random numbers, stop or full context depend on its neighbours, and a recorded step
+    that goes on with rows that ended."""
+    model, settings = make(np.float64, backend), settings | {"stop": {2, 4, 11, 20}}
     together = g.generate(model, PROMPTS, 50, rng=np.random.default_rng(3), **settings)
     rng = np.random.default_rng(3)
     alone = [g.generate(model, [prompt], 50, rng=rng, **settings)[0] for prompt in PROMPTS]
@@ -158,6 +160,22 @@ def test_rows_that_ended_cost_nothing():
     new = g.generate(model, PROMPTS, 14, stop=range(0, 29, 3), rng=np.random.default_rng(4))
     assert shapes[0] == (5, 12)
     assert shapes[1:] == [(sum(len(tokens) > n for tokens in new), 1) for n in range(1, max(map(len, new)))]
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
+def test_rows_that_ended_leave_the_recorded_step(monkeypatch):
+    """Guards: the same for what is replayed in C, operation by operation."""
+    model, replay, rows = make(backend="c", block_size=32), kernels.Recording.replay, []
+    width = {"gelu_forward": 4 * 24, "residual_forward": 24}
+
+    def spy_replay(self):
+        rows.append({getattr(a, g.PER_ROW[op]) / width.get(op, 1) for op in self.args for a in self.args[op]})
+        replay(self)
+
+    monkeypatch.setattr(kernels.Recording, "replay", spy_replay)
+    new = g.generate(model, PROMPTS, 14, stop=range(0, 29, 3), rng=np.random.default_rng(4))
+    alive = [{sum(len(tokens) > n for tokens in new)} for n in range(2, max(map(len, new)))]
+    assert rows == alive and alive[0] != alive[-1]
 
 
 def test_a_full_context_is_read_anew_once_in_half_a_context():
@@ -250,12 +268,14 @@ def chi_squared(counts: np.ndarray, probs: np.ndarray) -> float:
     return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
 
 
+@pytest.mark.parametrize("backend", kernels.available())
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_chi_squared(settings):
+def test_chi_squared(settings, backend):
     """Guards: draws that do not follow the exact probabilities; a temperature a quarter off is found."""
     draws, rng = 200_000, np.random.default_rng(6)
     logits = rng.normal(0, 1, 40).astype(np.float32)
-    tokens = g.sample(np.broadcast_to(logits, (draws, 40)), rng.random(draws), **settings)
+    rows, uniform = np.broadcast_to(logits, (draws, 40)), rng.random(draws)
+    tokens = kernels.backend(backend).sample(rows, uniform, **settings)
     counts = np.bincount(tokens, minlength=40)
     assert abs(chi_squared(counts, by_definition(logits, **settings))) < 4
     warmer = settings | {"temperature": 1.25 * settings.get("temperature", 1)}
@@ -268,7 +288,7 @@ def test_probabilities_are_the_definition(dtype, settings):
     """Guards: top_k beyond the vocabulary, a nucleus of one, several rows, an argument written to."""
     logits = np.random.default_rng(7).normal(0, 3, (2, 3, 40)).astype(dtype)
     before = logits.copy()
-    got = g.probabilities(logits, **settings)
+    got = ops.probabilities(logits, **settings)
     expected = [[by_definition(row, **settings) for row in rows] for rows in logits]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-12)
     assert got.dtype == dtype and (logits == before).all()
@@ -279,7 +299,7 @@ def test_a_wide_nucleus():
     logits = np.random.default_rng(8).normal(0, 0.1, (4, 5000))
     logits[0, 9], logits[1, 100:164], logits[2, 100:165] = 30, 30, 30
     for top_p in (0.5, 0.985, 0.999):
-        got = g.probabilities(logits, top_p=top_p)
+        got = ops.probabilities(logits, top_p=top_p)
         expected = [by_definition(row, top_p=top_p) for row in logits]
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
     assert np.count_nonzero(got[0]) == 1 and np.count_nonzero(got[3]) > 4900
@@ -289,26 +309,52 @@ def test_ties_are_kept_together():
     """Guards: a result that depends on the order of the vocabulary."""
     tied = np.array([[2.0, 1, 1, 1, 0]])
     for settings in ({"top_k": 2}, {"top_p": 0.6}):
-        assert (g.probabilities(tied, **settings) > 0).tolist() == [[True, True, True, True, False]]
-        assert (g.probabilities(tied[:, ::-1], **settings) > 0).tolist() == [[False, True, True, True, True]]
-    assert np.allclose(g.probabilities(np.zeros((1, 5)), top_p=0.1), 0.2)
+        assert (ops.probabilities(tied, **settings) > 0).tolist() == [[True, True, True, True, False]]
+        backwards = ops.probabilities(tied[:, ::-1], **settings)
+        assert (backwards > 0).tolist() == [[False, True, True, True, True]]
+    assert np.allclose(ops.probabilities(np.zeros((1, 5)), top_p=0.1), 0.2)
 
 
+@pytest.mark.parametrize("backend", kernels.available())
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-9])
-def test_the_coldest_are_greedy(temperature):
+def test_the_coldest_are_greedy(temperature, backend):
     """Guards: division by zero (nanoGPT 738), and the extreme numbers that a generator may give."""
     logits = np.random.default_rng(9).normal(0, 1, (50, 30)).astype(np.float32)
     for uniform in (0.0, 0.5, np.nextafter(1, 0)):
-        tokens = g.sample(logits, np.full(50, uniform), temperature)
+        tokens = kernels.backend(backend).sample(logits, np.full(50, uniform), temperature)
         assert (tokens == logits.argmax(-1)).all()
 
 
-def test_extreme_uniform_numbers_stay_in_the_support():
+@pytest.mark.parametrize("backend", kernels.available())
+def test_extreme_uniform_numbers_stay_in_the_support(backend):
     """Guards: a cut token drawn because a cumulative sum rounds, at either end."""
     logits = np.random.default_rng(10).normal(0, 2, (500, 30)).astype(np.float32)
     for uniform in (0.0, np.nextafter(1, 0)):
-        tokens = g.sample(logits, np.full(500, uniform), top_k=3)
-        assert (np.take_along_axis(g.probabilities(logits, top_k=3), tokens[:, None], 1) > 0).all()
+        tokens = kernels.backend(backend).sample(logits, np.full(500, uniform), top_k=3)
+        assert (np.take_along_axis(ops.probabilities(logits, top_k=3), tokens[:, None], 1) > 0).all()
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("settings", [*SETTINGS, *EXTREMES, {"temperature": 0}, CUT])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_both_backends_draw_the_same(isa, settings, dtype):
+    """Guards the selection without sorting: ties, widths around every vector and block, cut rows of a wider
+    array, hidden tokens. A number that falls on the border of two tokens may go either way."""
+    if not kernels.lib.tinygpt_choose_isa(isa.encode()):
+        pytest.skip(f"no {isa} here")
+    rng = np.random.default_rng(11)
+    for V in (1, 2, 17, 40, 255, 257, 700):
+        logits = rng.normal(0, 2, (300, V + 3)).round(1).astype(dtype)[:, :V]
+        logits[::2, V // 2 :] += rng.normal(0, 1, (150, V - V // 2)).astype(dtype)
+        logits[::3, 1:] = -np.inf
+        uniform = rng.random(300)
+        got, expected = (backend.sample(logits, uniform, **settings) for backend in (kernels, ops))
+        for row in np.flatnonzero(got != expected):
+            mass = ops.probabilities(logits[row], **settings).cumsum(dtype=np.float64)
+            assert np.abs(mass - uniform[row]).min() < (1e-6 if dtype == np.float32 else 1e-14)
+        assert (got != expected).sum() <= 1
+    kernels.lib.tinygpt_choose_isa(kernels.isa.encode())
 
 
 # --- text ---------------------------------------------------------------------------------------------------

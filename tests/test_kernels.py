@@ -92,6 +92,19 @@ def test_attention(c, rng, dtype, T, S, D):
         compare(c, "attention", dtype, (q, k, v, 2, *more), rng.standard_normal(q.shape), unit=1.0)
 
 
+@pytest.mark.parametrize("D", [1, 16, 32, 33, 64])
+@pytest.mark.parametrize("S", [1, 2, 15, 16, 17, 40])
+def test_decoding(c, rng, dtype, S, D):
+    """One query for each row, against the first S rows of a longer cache, in which NaN lies behind them."""
+    B, H, room = 3, 5, S + 2
+    q, k, v = (rng.standard_normal((B, n, H * D)).astype(dtype) for n in (1, room, room))
+    k[:, S:] = v[:, S:] = np.nan
+    for start, prefix in ((None, 0), (rng.integers(0, S + 1, (B, 1)), 0), (np.full((B, 1), S), S // 2)):
+        out, _ = c.attention_forward(q, k[:, :S], v[:, :S], H, start, prefix)
+        exact = (a.astype(np.float64) for a in (q, k[:, :S], v[:, :S]))
+        assert error(out, ops.attention_forward(*exact, H, start, prefix)[0]) <= LIMIT[dtype]
+
+
 @pytest.mark.parametrize("T, S", [(33, 33), (1, 1), (1, 33)])
 @pytest.mark.parametrize("scale", [0, 1e4])
 def test_attention_at_extremes(c, rng, dtype, scale, T, S):
@@ -316,6 +329,25 @@ def test_a_recording_is_the_calls_again(rng):
     assert not out[0].any() and out[1:].all()
 
 
+@pytest.mark.parametrize("M", [1, 2, 3, 7, 8, 9, 31, 64, 65])
+@pytest.mark.parametrize("N, K", [(1, 1), (33, 7), (64, 17), (100, 33)])
+def test_packed_weights(c, rng, dtype, M, N, K):
+    """A recorded multiply that reads copies, with as many rows as recorded and with fewer; also for the tied
+    head's transposed view. Guards: rows of c past the last, which are another's memory."""
+    x = rng.standard_normal((M, K)).astype(dtype)
+    for w in (rng.standard_normal((K, N)).astype(dtype), rng.standard_normal((N, K)).astype(dtype).T):
+        for bias in (None, rng.standard_normal(N).astype(dtype)):
+            out = np.empty((M, N), dtype)
+            recording = kernels.Recording(lambda w=w, b=bias, out=out: c.linear_forward(x, w, b, out=out))
+            expected = ops.linear_forward(x, w, bias)[0]
+            recording.pack_weights()
+            for rows in (M, M // 2):
+                out[:] = np.nan
+                recording.args["gemm"][0].M = rows
+                recording.replay()
+                assert error(out[:rows], expected[:rows]) <= LIMIT[dtype] and np.isnan(out[rows:]).all()
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("TINYGPT_THREADS", "99999999999999999999"), ("TINYGPT_THREADS", "0"), ("TINYGPT_ISA", "\udcff"),
 ])  # fmt: skip
@@ -362,6 +394,24 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads():
     runs = {n: python(TRAIN, TINYGPT_THREADS=n, TINYGPT_BACKEND="c").stdout for n in "1237"}
     assert len(runs["1"].split()) == 2
     assert len(set(runs.values())) == 1, runs
+
+
+GENERATE = """
+    import numpy as np
+    from tinygpt import generate
+    from tinygpt.model import GPT, GPTConfig
+    rng = np.random.default_rng(0)
+    model = GPT(GPTConfig(301, 64, 2, 2, 66), rng)
+    model.flat[:] *= 20
+    prompts = [rng.integers(301, size=1 + i % 9) for i in range(40)]
+    print(np.concatenate(generate.generate(model, prompts, 40, rng=rng, stop=range(9))).tolist())
+"""
+
+
+@needs_c
+def test_the_same_seed_gives_the_same_text_for_any_number_of_threads():
+    runs = {n: python(GENERATE, TINYGPT_THREADS=n).stdout for n in "1237"}
+    assert len(runs["1"]) > 1000 and len(set(runs.values())) == 1
 
 
 @needs_c

@@ -7,6 +7,7 @@ with the same threads, just before. A training step's operations are counted as
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
+A generation is timed as a whole, its prompt included, and divided by the new tokens.
 `numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at
 all projections, beside a base of which no gradient is computed: 4 x parameters x tokens. `scaling` varies one
 size of a training step at a time, with one thread and with all.
@@ -27,7 +28,7 @@ import numpy as np
 from . import kernels, ops, storage
 from .errors import UserError
 from .finetune.adapters import create
-from .generate import steps
+from .generate import generate
 from .model import GPT, PRESETS, AdapterConfig, GPTConfig
 from .optim import AdamW
 from .train import Batch, accumulate
@@ -35,7 +36,7 @@ from .train import Batch, accumulate
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 LORA = ("small", "gpt2")
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
-CONTEXT, PROMPT = 256, 16  # of generation: positions, and tokens before the first new one
+CONTEXT, PROMPT, NEW = 256, 16, 100  # of generation: positions, tokens of a prompt, tokens after it
 GEMM = [
     (768, 768, 768),
     (1024, 3072, 768),
@@ -109,9 +110,9 @@ def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Ro
         step, tokens, flops = _training(PRESETS[rest[0]], B, T, ops if kind == "numpy" else None, adapter)
         ms = median_ms(step, seconds)
         return [_row(job, ms, tokens, flops / ms * 1e3, peak)]
-    step, tokens, weights = _generation(rest[0], int(rest[1]))
-    ms = median_ms(step, seconds)
-    return [_row(job, ms, tokens, 2 * weights * tokens / ms * 1e3, peak, 4 * weights / ms * 1e3, bandwidth)]
+    step, weights = _generation(rest[0], batch := int(rest[1]))
+    ms = median_ms(step, seconds) / NEW
+    return [_row(job, ms, batch, 2 * weights * batch / ms * 1e3, peak, 4 * weights / ms * 1e3, bandwidth)]
 
 
 def _row(job, ms, tokens, flops=None, peak=None, bytes_per_s=None, bandwidth=None) -> Row:
@@ -215,23 +216,13 @@ def _training(
     return step, B * T, (weights + attention) * B * T
 
 
-def _generation(size: str, batch: int) -> tuple[Callable[[], object], int, int]:
-    """A step of sampling for `batch` prompts, its tokens, the weights that it reads."""
-    config = dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size))
-    rng = np.random.default_rng(0)
-    model = GPT(config, rng)
-    prompts = list(rng.integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32))
-
-    def endless() -> Iterator:
-        while True:
-            yield from steps(model, prompts, CONTEXT - PROMPT, rng=rng)
-
-    tokens = endless()
-    return (
-        lambda: next(tokens),
-        batch,
-        sum(p.size for name, p in model.params.items() if name != "wpe.weight"),
-    )
+def _generation(size: str, batch: int) -> tuple[Callable[[], object], int]:
+    """Sampling NEW tokens for each of `batch` prompts, and the number of weights that a step reads."""
+    rng, ws = np.random.default_rng(0), storage.Workspace()
+    model = GPT(dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size)), rng)
+    prompts = list(rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32))
+    read = model.flat.size - model.params["wpe.weight"].size
+    return lambda: generate(model, prompts, NEW, rng=rng, ws=ws), read
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

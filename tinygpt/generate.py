@@ -6,8 +6,8 @@ Inference", section 2). The next token is drawn from softmax(logits / temperatur
 likeliest tokens (Fan et al. 2018, section 5.4) or to the likeliest that together have probability `top_p`
 (Holtzman et al. 2020, section 3.1). Temperature 0 is greedy: always the likeliest.
 
-`probabilities` <- `sample` <- `steps` <- `generate` (ids in, ids out) and `stream` (text out). Not here: beam
-search, penalties on repetition, speculative decoding; how a conversation is written down as text.
+`ops.probabilities` <- `ops.sample` <- `steps` <- `generate` (ids in, ids out) and `stream` (text out). Not
+here: beam search, penalties on repetition, speculative decoding; how a conversation is written down as text.
 """
 
 import warnings
@@ -17,19 +17,29 @@ import numpy as np
 
 from .errors import UserError
 from .model import GPT, Array
-from .storage import Workspace, empty
+from .storage import Workspace
 from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 
 Ids = Sequence[int] | Array
 Tokenizer = CharTokenizer | BPETokenizer
 
+DRAWN = 64  # random numbers drawn at a time for each prompt
+PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay
+PER_ROW = {  # the number in each recorded operation that is proportional to the batch
+    "embedding_forward": "rows", "layernorm_forward": "rows", "gemm": "M", "gelu_forward": "n",
+    "append_rows": "B", "attention_forward": "B", "residual_forward": "n",
+}  # fmt: skip
+
 
 class KVCache:
-    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model."""
+    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model.
 
-    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
-        shape = (model.config.n_layer, batch, capacity, model.config.n_embd)  # an adapter's prompt included
-        self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
+    They lie in buffers of `ws`, if it is given, which then serves one cache at a time.
+    """
+
+    def __init__(self, model: GPT, batch: int, capacity: int, ws: Workspace | None = None) -> None:
+        shape, ws = (model.config.n_layer, batch, capacity, model.config.n_embd), ws or Workspace()
+        self.keys, self.values = (ws(f"kv.{name}", shape, model.flat.dtype) for name in ("keys", "values"))
         self.length, self.capacity, self._model = 0, capacity, model
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -59,60 +69,6 @@ class KVCache:
         return rows
 
 
-# --- sampling: functions of the logits ----------------------------------------------------------------------
-
-
-def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
-    """The distribution that `sample` draws from: (..., V) -> (..., V), of the same dtype.
-
-    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept stay too: the
-    order of the vocabulary has no influence. Raises UserError for logits that are not finite.
-    """
-    V, top = logits.shape[-1], logits.max(-1, keepdims=True)
-    if not np.isfinite(top).all():
-        raise UserError("the logits are not finite: the model's training diverged, or its file is damaged")
-    if temperature == 0:
-        probs = np.zeros_like(logits)
-        np.put_along_axis(probs, logits.argmax(-1)[..., None], 1, -1)
-        return probs
-    scaled = (logits - top) / max(temperature, 1e-6)  # a float32 holds no 1e-300, and 0 / 0 is NaN
-    if 0 < top_k < V:
-        scaled[scaled < np.partition(scaled, V - top_k)[..., V - top_k, None]] = -np.inf
-    probs = np.exp(scaled, out=scaled)
-    probs /= probs.sum(-1, keepdims=True)
-    if top_p < 1:
-        probs[probs < _least_in_nucleus(probs, top_p)] = 0
-        probs /= probs.sum(-1, keepdims=True)
-    return probs
-
-
-def _least_in_nucleus(probs: Array, top_p: float) -> Array:
-    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together.
-
-    A trained model needs few: the 64 likeliest are sorted, and eight times more until they are enough.
-    """
-    V, n = probs.shape[-1], 64
-    while True:
-        n = min(n, V)
-        likeliest = np.sort(np.partition(probs, V - n)[..., V - n :])[..., ::-1]
-        mass = likeliest.cumsum(-1, dtype=np.float64)
-        if n == V or (mass[..., -1] >= top_p).all():
-            last = np.minimum((mass < top_p).sum(-1, keepdims=True), n - 1)  # rounded, all may be below top_p
-            return np.take_along_axis(likeliest, last, -1)
-        n *= 8
-
-
-def sample(
-    logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Array:
-    """One id a row: the first whose cumulative probability exceeds the row's number in [0, 1).
-
-    logits (B, V), uniform (B,) -> ids (B,). Raises what `probabilities` raises.
-    """
-    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=np.float64)
-    return (mass > (uniform * mass[:, -1])[:, None]).argmax(-1)  # the last mass is 1 but for rounding
-
-
 # --- generation ---------------------------------------------------------------------------------------------
 
 
@@ -134,35 +90,40 @@ def steps(
     outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
+    The weights must not change meanwhile: after a few steps they are read from copies. `ws` serves one
+    generation at a time; handed to the next one, it saves the time that new memory takes.
+
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
     seen = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
     longest = max(map(len, seen), default=0)
-    kv = KVCache(model, len(seen), model.prompt_length + min(model.context, longest + max_new_tokens))
-    seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
-    draws = [np.random.default_rng(seed).random for seed in seeds]
     stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
-    rows, pad, ids, decode = np.arange(len(seen)), None, None, None
-    for _ in range(max_new_tokens):
+    capacity = model.prompt_length + min(model.context, longest + max_new_tokens)
+    kv = KVCache(model, len(seen), capacity, ws)
+    seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
+    draws = [np.random.default_rng(seed) for seed in seeds]
+    uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
+    rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv, ws)
+    for step in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
+            _append(seen, unread)
             logits, pad = _read(model, [seen[row] for row in rows], kv, ws)
-            decode = _decoder(model, kv, pad, ws)
         else:
-            logits = decode(ids)
-        uniform = np.array([draws[row]() for row in rows]) if temperature else np.zeros(len(rows))
-        ids = sample(logits[:, -1, :vocab_size], uniform, temperature, top_k, top_p)
-        for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
-            seen[row].append(i)
+            logits = decode(ids, pad)
+        if temperature and step % DRAWN == 0:
+            for row in rows:
+                draws[row].random(out=uniform[row])
+        logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWN]
+        ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
+        unread.append((rows, ids))
         yield rows, ids
-        ended = (ids[:, None] == stop).any(1)
-        if ended.any():
+        if stop.size and (ended := (ids[:, None] == stop).any(1)).any():
             kept = kv.keep(~ended)
             rows, pad, ids = rows[kept], pad[kept], ids[kept]
-            decode = _decoder(model, kv, pad, ws)
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
@@ -187,6 +148,14 @@ def _fit(prompt: Ids, context: int) -> list[int]:
     return np.asarray(prompt[-context:]).tolist()
 
 
+def _append(texts: list[list[int]], new: list[tuple[Array, Array]]) -> None:
+    """Moves the ids of steps, each (which texts, their ids), to the ends of the texts."""
+    for rows, ids in new:
+        for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
+            texts[row].append(i)
+    new.clear()
+
+
 def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tuple[Array, Array]:
     """Fills the cache with whole texts: the logits after each, (B, 1, V), and the padding before it, (B, 1).
 
@@ -203,34 +172,46 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     return model.forward(ids, ws, positions=at, start=start, kv=kv, keep=False, last=True)[0], pad
 
 
-def _decoder(model: GPT, kv: KVCache, pad: Array, ws: Workspace) -> Callable[[Array], Array]:
-    """A function from the newest ids (B,) to the logits (B, 1, V) after them: the forward pass of one token.
+def _decoder(model: GPT, kv: KVCache, ws: Workspace) -> Callable[[Array, Array], Array]:
+    """A function from the newest ids (B,) and the padding (B, 1) to the logits (B, 1, V) after them: the
+    forward pass of one token. B may become smaller, as `kv` does.
 
     With the C core the first call is recorded, and later ones are made from the record: a step of a small
     model takes less time than the Python of its forward. What changes from step to step is the contents of
-    two arrays, and how far the cache is filled.
+    three arrays, how far the cache is filled, and how many rows there are. After PACK_AFTER steps the record
+    reads the weights from copies that lie in the order of their use, as large as the model.
     """
-    token, position = np.empty(pad.shape, np.int32), np.empty(pad.shape, np.int32)
-    recording = None
+    token, position, start = (np.empty((kv.keys.shape[1], 1), np.int32) for _ in range(3))
+    recording, batch, replays = None, 0, 0
 
-    def forward() -> Array:
-        return model.forward(token, ws, positions=position, start=pad, kv=kv, keep=False)[0]
+    def decode(ids: Array, pad: Array) -> Array:
+        nonlocal recording, batch, replays
+        B = len(ids)
+        token[:B, 0], position[:B], start[:B] = ids, kv.length - model.prompt_length - pad, pad
 
-    def decode(ids: Array) -> Array:
-        nonlocal recording
-        token[:, 0], position[:] = ids, kv.length - model.prompt_length - pad
+        def forward() -> Array:
+            return model.forward(token[:B], ws, positions=position[:B], start=start[:B], kv=kv, keep=False)[0]
+
         if not hasattr(model.ops, "Recording"):
             return forward()
         if recording is None:
-            recording = model.ops.Recording(forward)
-        else:
-            for args in recording.args["append_rows"]:
-                args.at = kv.length
-            kv.length += 1
-            for args in recording.args["attention_forward"]:
-                args.S = kv.length
-            recording.replay()
-        return recording.result
+            recording, batch = model.ops.Recording(forward), B
+            return recording.result
+        for args in recording.args["append_rows"]:
+            args.at = kv.length
+        kv.length += 1
+        for args in recording.args["attention_forward"]:
+            args.S = kv.length
+        if batch != B:
+            for op, structs in recording.args.items():
+                for args in structs:
+                    setattr(args, PER_ROW[op], getattr(args, PER_ROW[op]) // batch * B)
+            batch = B
+        replays += 1
+        if replays == PACK_AFTER:
+            recording.pack_weights()
+        recording.replay()
+        return recording.result[:B]
 
     return decode
 
@@ -238,9 +219,7 @@ def _decoder(model: GPT, kv: KVCache, pad: Array, ws: Workspace) -> Callable[[Ar
 def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings) -> list[Array]:
     """The new ids of each prompt, int32, with the id of `stop` that ended it. Settings: see `steps`."""
     new = [[] for _ in prompts]
-    for rows, ids in steps(model, prompts, max_new_tokens, **settings):
-        for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
-            new[row].append(i)
+    _append(new, list(steps(model, prompts, max_new_tokens, **settings)))
     return [np.array(ids, np.int32) for ids in new]
 
 

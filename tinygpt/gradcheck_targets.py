@@ -173,7 +173,7 @@ ADAPTERS = {
     "LoRA, dropout": AdapterConfig("lora", rank=2, alpha=2.0, dropout=0.3),
     "LoRA, one layer": AdapterConfig("lora", rank=1, alpha=1.0, targets=("h.1.attn.c_attn", "h.1.mlp.c_fc")),
     "LoRA, post-norm": AdapterConfig("lora", rank=2, alpha=3.0),
-    "LoRA, full": AdapterConfig("lora", rank=3, targets=("attn.c_attn",), full=True),
+    "LoRA, full": AdapterConfig("lora", rank=3, alpha=3.0, targets=("attn.c_attn",), full=True),
     "prompt tuning": AdapterConfig("prompt", num_virtual_tokens=2),
     "p-tuning": AdapterConfig("ptuning", num_virtual_tokens=2, hidden=5),
     "p-tuning, post-norm": AdapterConfig("ptuning", num_virtual_tokens=2, hidden=5),

@@ -131,17 +131,28 @@ class Recording:
             self.result = function()
         finally:
             _recording.tape = None
+        calls = [entry for entry in tape if isinstance(entry, tuple)]
         self.args: dict[str, list] = {}
+        for op, (_, _, args), _ in calls:
+            self.args.setdefault(op, []).append(args)
         self._parts: list[Callable] = []
         for in_c, part in itertools.groupby(tape, key=lambda entry: isinstance(entry, tuple)):
-            part = list(part)
             if in_c:
-                calls = ffi.new("struct call[]", [call for _, call, _ in part])
-                part = [functools.partial(lib.tinygpt_run_all, calls, len(part))]
+                structs = ffi.new("struct call[]", [call for _, call, _ in part])
+                part = [functools.partial(lib.tinygpt_run_all, structs, len(structs))]
             self._parts += part
-        for op, (_, _, args), _ in (entry for entry in tape if isinstance(entry, tuple)):
-            self.args.setdefault(op, []).append(args)
-        self._tape = tape  # keeps the structs and the arrays that they point to
+        self._calls, self._packed = calls, []  # they keep the structs and the arrays that these point to
+
+    def pack_weights(self) -> None:
+        """Lets each gemm read its right side from a copy, made now, that lies in the order of its use: a few
+        rows are then multiplied at the speed of memory. The copies are as large as what they copy."""
+        for op, (_, _, args), fields in self._calls:
+            if op == "gemm" and args.a_col == 1:
+                b = fields[2]
+                panels = storage.empty(-(-args.N // 32) * 32 * args.K, b.dtype)
+                _run("pack_panels", b.dtype, panels, b, args.N, args.K, args.b_row, args.b_col)
+                args.b, args.packed = _pointer(panels), 1
+                self._packed.append(panels)
 
     def replay(self) -> None:
         for part in self._parts:
@@ -384,6 +395,18 @@ def append_rows(cache: Array, x: Array, at: int) -> None:
         raise ValueError(f"append_rows: {T} rows at {at} do not fit into {cache.shape[1]}")
     _destination(cache, cache.dtype, (B, cache.shape[1], C), _rows(cache, cache.dtype) is cache)
     _run("append_rows", cache.dtype, cache, x, B, T, C, at, *_strides(cache, x))
+
+
+def sample(
+    logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Array:
+    (B, V), logits = logits.shape, _rows(logits[None], logits.dtype)[0]
+    uniform, ids = _like(uniform, np.float64, (B,)), np.empty(B, np.int32)
+    sizes = B, V, logits.strides[0] // logits.itemsize, min(top_k, V)
+    _run("sample", logits.dtype, ids, logits, uniform, *sizes, float(temperature), float(top_p))
+    if B and ids.min() < 0:
+        raise UserError(ops.NOT_FINITE)
+    return ids
 
 
 def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:

@@ -23,6 +23,8 @@ and `tinygpt gradcheck` holds both to finite differences. Every function works i
 
 import numpy as np
 
+from .errors import UserError
+
 Array = np.ndarray
 Out = Array | None  # an array to write into, or None: make one
 Grad = Array | bool | None  # the same, or False: do not compute this gradient
@@ -363,6 +365,63 @@ def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Ar
     dlogits *= dnll[..., None]
     dlogits[dnll == 0] = 0
     return dlogits
+
+
+# --- sampling: functions of the logits ----------------------------------------------------------------------
+
+
+NOT_FINITE = "the logits are not finite: the model's training diverged, or its file is damaged"
+
+
+def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """The distribution that `sample` draws from: (..., V) -> (..., V), of the same dtype.
+
+    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept stay too: the
+    order of the vocabulary has no influence. Raises UserError for logits that are not finite.
+    """
+    V, top = logits.shape[-1], logits.max(-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise UserError(NOT_FINITE)
+    if temperature == 0:
+        probs = np.zeros_like(logits)
+        np.put_along_axis(probs, logits.argmax(-1)[..., None], 1, -1)
+        return probs
+    scaled = (logits - top) / max(temperature, 1e-6)  # a float32 holds no 1e-300, and 0 / 0 is NaN
+    if 0 < top_k < V:
+        scaled[scaled < np.partition(scaled, V - top_k)[..., V - top_k, None]] = -np.inf
+    probs = np.exp(scaled, out=scaled)
+    probs /= probs.sum(-1, keepdims=True)
+    if top_p < 1:
+        probs[probs < _least_in_nucleus(probs, top_p)] = 0
+        probs /= probs.sum(-1, keepdims=True)
+    return probs
+
+
+def _least_in_nucleus(probs: Array, top_p: float) -> Array:
+    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together.
+
+    A trained model needs few: the 64 likeliest are sorted, and eight times more until they are enough.
+    """
+    V, n = probs.shape[-1], 64
+    while True:
+        n = min(n, V)
+        likeliest = np.sort(np.partition(probs, V - n)[..., V - n :])[..., ::-1]
+        mass = likeliest.cumsum(-1, dtype=np.float64)
+        if n == V or (mass[..., -1] >= top_p).all():
+            last = np.minimum((mass < top_p).sum(-1, keepdims=True), n - 1)  # rounded, all may be below top_p
+            return np.take_along_axis(likeliest, last, -1)
+        n *= 8
+
+
+def sample(
+    logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Array:
+    """One id a row: the first whose cumulative probability exceeds the row's number in [0, 1).
+
+    logits (B, V), uniform (B,) -> ids (B,). Raises what `probabilities` raises.
+    """
+    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=np.float64)
+    return (mass > (uniform * mass[:, -1])[:, None]).argmax(-1)  # the last mass is 1 but for rounding
 
 
 # --- the optimizer's two passes over all weights ------------------------------------------------------------

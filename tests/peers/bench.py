@@ -18,9 +18,8 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 
-from tinygpt.bench import CONTEXT, GENERATE, LORA, PROMPT, TRAIN, median_ms, run
+from tinygpt.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, TRAIN, median_ms, run
 from tinygpt.model import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
@@ -111,7 +110,7 @@ def peft_lora(size: str, seconds: float) -> float:
 
 
 def transformers_generation(size: str, batch: int, seconds: float) -> float:
-    """The time of a step of `generate`, in ms: the best of several calls, as peers.md has it."""
+    """The time of a step of `generate`, in ms."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -124,14 +123,8 @@ def transformers_generation(size: str, batch: int, seconds: float) -> float:
     model = GPT2LMHeadModel(config).eval()
     ids = torch.randint(1, p.vocab_size, (batch, PROMPT))
     settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    new, best, end = 100, float("inf"), time.perf_counter() + seconds
     with torch.no_grad():
-        model.generate(ids, max_new_tokens=5, **settings)
-        while best == float("inf") or time.perf_counter() < end:
-            began = time.perf_counter()
-            model.generate(ids, max_new_tokens=new, **settings)
-            best = min(best, time.perf_counter() - began)
-    return 1e3 * best / new
+        return median_ms(lambda: model.generate(ids, max_new_tokens=NEW, **settings), seconds) / NEW
 
 
 def peer(job: str, variant: str, seconds: float) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import kernels
-from tinygpt.generate import generate, probabilities
+from tinygpt import kernels, ops
+from tinygpt.generate import generate
 from tinygpt.model import GPT, GPTConfig
 
 torch = pytest.importorskip("torch")
@@ -68,7 +68,8 @@ def test_probabilities_are_the_logits_processors(temperature, top_k, top_p):
     chain += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     chain += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
     expected = chain(None, torch.tensor(logits)).softmax(-1).numpy()
-    np.testing.assert_allclose(probabilities(logits, temperature, top_k, top_p), expected, rtol=0, atol=1e-12)
+    got = ops.probabilities(logits, temperature, top_k, top_p)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
