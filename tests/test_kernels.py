@@ -87,7 +87,8 @@ def test_rows(c, rng, dtype, name, n, scale):
 def test_attention(c, rng, dtype, T, S, D):
     q, k, v = (rng.standard_normal((2, n, 2 * D)) for n in (T, S, S))
     start = np.sort(rng.integers(0, S, (2, T)))
-    for more in ((), (start,), (start + 1, 1)):
+    inside = max(0, T - S // 2)  # queries that stand in the longer prefix
+    for more in ((), (start,), (start[:, T - min(T, S - 1) :], 1), (start[:, inside:] // 2, S - S // 2)):
         # a query that sees one key gives dq = scale (dout v - dout v) k
         compare(c, "attention", dtype, (q, k, v, 2, *more), rng.standard_normal(q.shape), unit=1.0)
 
@@ -123,6 +124,19 @@ def test_linear(c, rng, dtype, M, N, K, scale):
     """The three products NN (out), NT (dx) and TN (dw), of which every training step consists."""
     w, b = rng.standard_normal((K, N)), rng.standard_normal(N)
     compare(c, "linear", dtype, (scale * rng.standard_normal((M, K)), w, b), rng.standard_normal((M, N)))
+
+
+@pytest.mark.parametrize("M, N, K", [*GEMMS, (2, 40, 8), (70, 130, 8)])
+def test_adding_in_place(c, rng, dtype, M, N, K):
+    """A low-rank branch: the second product goes on top of what the first left, forward and backward."""
+    x, w, b, out, dx = (rng.standard_normal(s).astype(dtype) for s in ((M, K), (K, N), N, (M, N), (M, K)))
+    expected = ops.linear_forward(x, w, b, out)[0], ops.linear_backward(out, (x, w), add=dx)[0]
+    found_dx = c.linear_backward(out, (x, w), dx=dx, dw=False, db=False, add=dx)[0]
+    found = c.linear_forward(x, w, b, out, out=out)[0]
+    assert found is out and found_dx is dx
+    assert error((found, found_dx), expected) <= LIMIT[dtype]
+    rows, both = x @ w, 2 * (x @ w)
+    assert error(ops.linear_forward(x, w, None, rows, out=rows)[0], both) <= LIMIT[dtype]
 
 
 @pytest.mark.parametrize("M, N, K", GEMMS)

@@ -214,8 +214,8 @@ def test_the_tied_tables_gradient_is_the_sum_of_its_two_uses(model, rng):
     def head_only(dout, cache, dw=None, add=False):
         return dw
 
-    def table_only(dout, cache, dx=None, dw=None, db=None):
-        grads = ops.linear_backward(dout, cache, dx, dw, db)
+    def table_only(dout, cache, dx=None, dw=None, db=None, add=None):
+        grads = ops.linear_backward(dout, cache, dx, dw, db, add)
         if dw is not False:  # the head's is the only one wanted
             dw[:] = 0
         return grads

@@ -398,19 +398,26 @@ class GPT(Parameters):
 
     def _linear(self, x: Array, name: str, run: _Pass, add: Array | None = None) -> tuple[Array, tuple]:
         w, b = self._param(f"{name}.weight"), self._param(f"{name}.bias")
-        out, cache = self.ops.linear_forward(x, w, b, add, out=run.buffer(run.name(name), w.shape[1]))
-        return out, (name, cache, self._low_rank(x, out, name, run))
+        out = run.buffer(run.name(name), w.shape[1])
+        c_low = self._low_rank(x, b, add, out, name, run)
+        if c_low is not None:
+            b, add = None, out
+        out, cache = self.ops.linear_forward(x, w, b, add, out=out)
+        return out, (name, cache, c_low)
 
-    def _low_rank(self, x: Array, out: Array, name: str, run: _Pass) -> tuple | None:
-        """out += s (drop(x) A) B in place, where the adapter has A^T (R, I) and B (R, O) for this map."""
+    def _low_rank(self, x: Array, b: Array, add: Array | None, out: Array, name: str, run: _Pass):
+        """out = s (drop(x) A) B + b + add, where the adapter has A^T (R, I) and B (R, O) for this map.
+
+        x w is added to that, not that to x w: a large product hides the time it takes to read `out`.
+        """
         if not self.adapter or f"{name}.lora_A" not in self.adapter.params:
             return None
-        a, b = (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
+        low_a, low_b = (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
         s = self.adapter.config.alpha / self.adapter.config.rank
         x, c_drop = self._dropout(x, f"{name}.lora_drop", run, self.adapter.config.dropout)
-        a = a if s == 1 else self.ops.scale(a, s)  # A is the smallest of all that s could go to
+        a = low_a if s == 1 else self.ops.scale(low_a, s)  # A is the smallest of all that s could go to
         low, c_a = self.ops.linear_forward(x, a.T, out=run.buffer(run.name(f"{name}.low"), len(a)))
-        _, c_b = self.ops.linear_forward(low, b, add=out, out=out)
+        _, c_b = self.ops.linear_forward(low, low_b, b, add, out=out)
         return s, c_drop, c_a, c_b
 
     def _layernorm(self, x: Array, name: str, run: _Pass) -> tuple[Array, tuple]:
@@ -519,25 +526,22 @@ class GPT(Parameters):
     def _linear_backward(self, dout: Array, cache: tuple, dx: Grad, buffer: Callable, grads: dict) -> Grad:
         name, c, c_low = cache
         dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        dx, _, _ = self.ops.linear_backward(dout, c, dx=dx, dw=dw, db=db)
-        return dx if c_low is None else self._low_rank_backward(dout, dx, name, c_low, buffer, grads)
+        if c_low is not None:
+            self._low_rank_backward(dout, c_low, name, dx, buffer, grads)
+        add = None if c_low is None or dx is False else dx
+        return self.ops.linear_backward(dout, c, dx=dx, dw=dw, db=db, add=add)[0]
 
-    def _low_rank_backward(self, dout: Array, dx: Grad, name: str, cache, buffer: Callable, grads) -> Grad:
-        """Adds the branch's share to dx, in place, unless that is False."""
+    def _low_rank_backward(self, dout: Array, cache, name: str, dx: Grad, buffer: Callable, grads) -> None:
+        """Writes to dx, unless that is False, what reaches x through the branch."""
         s, c_drop, c_a, c_b = cache
-        da, db, (x, a) = grads.get(f"{name}.lora_A", False), grads.get(f"{name}.lora_B", False), c_a
-        dlow, _, _ = self.ops.linear_backward(dout, c_b, dx=buffer("dlow", a.shape[1]), dw=db, db=False)
-        out, add = dx, None if dx is False or c_drop else dx
-        if c_drop and dx is not False:
-            out = buffer("dx.low", x.shape[-1])
-        dw = da if da is False else da.T
-        out, _, _ = self.ops.linear_backward(dlow, c_a, dx=out, dw=dw, db=False, add=add)
-        if c_drop and dx is not False:
-            out = self.ops.dropout_backward(out, c_drop, dx=out)
-            self.ops.residual_forward(dx, out, out=dx)
+        da, db = grads.get(f"{name}.lora_A", False), grads.get(f"{name}.lora_B", False)
+        dlow = buffer("dlow", c_a[1].shape[1])
+        self.ops.linear_backward(dout, c_b, dx=dlow, dw=db, db=False)
+        self.ops.linear_backward(dlow, c_a, dx=dx, dw=da if da is False else da.T, db=False)
+        if c_drop is not None and dx is not False:
+            self.ops.dropout_backward(dx, c_drop, dx=dx)
         if s != 1 and da is not False:
             self.ops.scale(da, s, out=da)
-        return dx
 
     def _layernorm_backward(
         self, dout: Array, cache: tuple, dx: Array, grads: dict[str, Array], add: Array | None = None
