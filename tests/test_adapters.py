@@ -108,15 +108,16 @@ def test_no_gradient_of_the_base_is_computed(monkeypatch, rng):
     asked, backward = [], ops.linear_backward
 
     def spy(dout, cache, dx=None, dw=None, db=None, add=None):
-        asked.append((cache[1].shape, dw is not False, db is not False))
+        asked.append((cache[1].shape, dw is not False, db is not False, dx is not False))
         return backward(dout, cache, dx, dw, db, add)
 
     monkeypatch.setattr(ops, "linear_backward", spy)
     model = make(dataclasses.replace(KINDS["lora"], targets=("h.1.mlp.c_fc", "h.2.attn.c_attn")), ops)
     model.loss(*rng.integers(0, 13, (2, 2, 9)), None, model.adapter.gradients()[1])
-    assert not any(db for _, _, db in asked)
-    assert [shape for shape, dw, _ in asked if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
+    assert not any(db for _, _, db, _ in asked)
+    assert [shape for shape, dw, _, _ in asked if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
     assert len(asked) == 1 + 2 + 2 + 2 + 2 + 2  # head; block 2: MLP, attention, branch; block 1: MLP, branch
+    assert [dx for *_, dx in asked] == [True] * 9 + [False] * 2  # and nothing below that branch
 
 
 def test_generation_is_the_forward_token_by_token(config, ops, rng):
@@ -166,6 +167,15 @@ def test_a_recorded_step_is_the_step(config, rng):
         assert loss == pytest.approx(model.loss(*todo[:3], grads, **more), rel=1e-7)
         np.testing.assert_array_equal(optimizer.flat, flat)
         optimizer.step(1e-2)
+
+
+def test_a_recorded_step_reads_no_position_beyond_the_prompt(rng):
+    model, ws = make(KINDS["prefix"]), Workspace()
+    optimizer, todo = TrainConfig().optimizer(model), batch(rng)
+    train.accumulate(optimizer, [todo], ws)
+    todo.positions[1, 2] = model.context
+    with pytest.raises(UserError, match="longer than block_size, 16, less a prompt of 3"):
+        train.accumulate(optimizer, [todo], ws)
 
 
 def test_training_leaves_the_base_as_it_was(config, rng):
@@ -329,6 +339,10 @@ def renamed(arrays):
         arrays[name.replace("h.0", "layers.0")] = arrays.pop(name)
 
 
+def beside(arrays):
+    arrays["base_model.model.transformer.h.9.attn.c_attn.lora_A.weight"] = np.zeros((2, 16), np.float32)
+
+
 def wide(arrays):
     name = next(iter(arrays))
     arrays[name] = np.zeros((2, 5), np.float32)
@@ -340,6 +354,7 @@ def wide(arrays):
     (lambda a: a.popitem(), "has no tensor for"),
     (lambda a: a.update(extra=np.zeros(2)), "no part of a LoRA"),
     (wide, "it is for another model"),
+    (beside, "belongs nowhere"),
 ])  # fmt: skip
 def test_what_matches_nothing_is_an_error(tmp_path, change, says):
     """PEFT 2115: an adapter whose tensors are not the model's is inert, and nobody is told."""
@@ -521,6 +536,8 @@ def test_an_adapter_does_not_replace_its_base(folder):
 def test_a_folder_has_one_or_the_other(folder):
     """Guards: a model's folder with the adapter of an older run beside it, which would be loaded."""
     run(*SFT, "--adapter", "ptuning", "--num-virtual-tokens", "4", "--out", "out")
+    run(*SFT, "--adapter", "prompt", "--num-virtual-tokens", "4", "--out", "out", "--overwrite")
+    assert adapters.ENCODER not in tree(folder / "out")
     run(*SFT, "--out", "out", "--overwrite")
     assert not set(adapters.FILES) & set(tree(folder / "out"))
     run(*SFT, "--adapter", "lora", "--out", "out", "--overwrite")
