@@ -8,6 +8,7 @@ import pytest
 
 from tinygpt import data
 from tinygpt.errors import UserError
+from tinygpt.model import GPT, GPTConfig
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
 
 SHAKESPEARE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -176,3 +177,55 @@ def test_random_blocks_reach_every_place():
     assert (targets == ids + 1).all() and ids.min() == 0 and targets.max() == 19
     again, _ = data.random_blocks(tokens, 500, 4, np.random.default_rng(0))
     assert (ids == again).all()
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+def _examples(count: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, longest + 2, count)
+    return [(rng.integers(1, 50, n), rng.integers(0, 2, n)) for n in lengths]
+
+
+def test_packed_rows_hold_every_example_once_and_alone():
+    """Guards: examples cut or lost, a first id that is a target, padding that counts."""
+    examples = _examples(200, 16)
+    packed, seen = data.pack(examples, 16), []
+    for ids, targets, weights, start, positions in zip(*packed, strict=True):
+        place = np.arange(16)
+        for begin in np.unique(start):
+            mine = np.flatnonzero(start == begin)
+            assert (mine == begin + place[: len(mine)]).all() and (positions[mine] == mine - begin).all()
+            if targets[begin]:  # ids are 1 or more: else this is padding
+                seen.append((ids[begin], *targets[mine], *weights[mine]))
+            else:
+                assert len(mine) == 1 and weights[begin] == 0
+    assert sorted(seen) == sorted((*ids, *supervised[1:]) for ids, supervised in examples)
+
+
+def test_packed_losses_are_those_of_each_example_alone():
+    """Guards: TRL 1230 and 3067, packed examples that attend to each other."""
+    config = GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=8)
+    model = GPT(config, np.random.default_rng(1))
+    examples = _examples(30, 16)
+    packed = data.pack(examples, 16)
+    alone = 0.0
+    for ids, supervised in examples:
+        ids, weights = ids[None].astype(np.int32), supervised[None, 1:].astype(np.float32)
+        alone += model.loss(ids[:, :-1], ids[:, 1:], weights)
+    together = model.loss(*packed[:3], start=packed.start, positions=packed.positions)
+    assert len(packed.ids) < len(examples) and abs(together - alone) < 1e-4 * alone
+
+
+def test_packing_wastes_little_and_keeps_neighbours_together():
+    examples = _examples(3000, 60)
+    packed = data.pack(examples, 128)
+    assert sum(len(ids) - 1 for ids, _ in examples) > 0.97 * packed.ids.size
+    assert [p.shape for p in data.pack([], 8)] == [(0, 8)] * 5
+
+
+@pytest.mark.parametrize("n", [0, 1, 10])
+def test_an_example_that_fits_no_row_is_refused(n):
+    with pytest.raises(ValueError, match=f"of {n} ids"):
+        data.pack([(np.ones(n), np.ones(n))], 8)

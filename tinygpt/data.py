@@ -6,7 +6,8 @@ apart. A stream is one array of ids, on disk where it is large. Its last tenth i
 
 `documents()` without paths is a corpus that every Python carries: its own documentation.
 
-Not here: other formats than text, other encodings than UTF-8, masks of instruction data.
+`pack` puts many short sequences into few rows. Not here: other formats than text, other encodings than UTF-8,
+which tokens of an instruction count.
 """
 
 import ast
@@ -19,6 +20,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -237,3 +239,56 @@ def consecutive_blocks(tokens: Array, count: int, block_size: int) -> Iterator[t
 def _blocks(tokens: Array, starts: Array, block_size: int) -> tuple[Array, Array]:
     places = starts[:, None] + np.arange(block_size)  # (B, T)
     return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Rows with several sequences each: the fields of `train.Batch`, each (rows, block_size)."""
+
+    ids: Array  # int32
+    targets: Array  # int32
+    weights: Array  # float32; 0 for padding
+    start: Array  # int32: where the sequence that each place belongs to begins
+    positions: Array  # int32, from 0 in each sequence
+
+
+def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: int = 32) -> Packed:
+    """Sequences side by side in rows: none is cut, none sees another, and each counts its own positions.
+
+    An example is (ids (n,), supervised (n,)), n at least 2: how much each id counts as a target, which the
+    first never is. It takes n - 1 places of the first row of those open in which it fits, in the order given;
+    a row is closed when `open_rows` younger ones are open, so that a row's examples were near each other.
+    Padding has weight 0 and sees itself alone. Raises ValueError for an example of less than 2 ids or more
+    than block_size + 1.
+    """
+    rows: list[list[tuple[Array, Array]]] = []
+    free: dict[int, int] = {}  # open row -> places left, oldest first
+    for ids, supervised in examples:
+        n = len(ids) - 1
+        if not 0 < n <= block_size or len(supervised) != n + 1:
+            raise ValueError(f"an example of {n + 1} ids, {len(supervised)} weights: rows take {block_size}")
+        row = next((row for row, places in free.items() if places >= n), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free[row] = block_size
+            if len(free) > open_rows:
+                del free[next(iter(free))]
+        rows[row].append((ids, supervised))
+        free[row] -= n
+        if not free[row]:
+            del free[row]
+    shape = (len(rows), block_size)
+    dtypes = (np.float32 if name == "weights" else np.int32 for name in Packed._fields)
+    packed = Packed(*(np.zeros(shape, dtype) for dtype in dtypes))
+    packed.start[:] = np.arange(block_size)
+    for r, row in enumerate(rows):
+        begin = 0
+        for ids, supervised in row:
+            end = begin + len(ids) - 1
+            packed.ids[r, begin:end], packed.targets[r, begin:end] = ids[:-1], ids[1:]
+            packed.weights[r, begin:end] = supervised[1:]
+            packed.start[r, begin:end], packed.positions[r, begin:end] = begin, np.arange(end - begin)
+            begin = end
+    return packed
