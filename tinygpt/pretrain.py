@@ -1,8 +1,10 @@
-"""Pre-training: predict each next token of a text.
+"""Pre-training: predict each next token of a text, or of the documents of a synthetic world.
 
 A run lives in one folder: `begin` makes it, `resume` takes it up where it was saved last, `pretrain` trains.
 At every moment the folder has a model that can be loaded, or a run from which `resume` writes that model. The
 model is always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
+
+A text is one stream, cut anywhere. A world's documents are packed whole into rows, each seeing itself only.
 
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
 
@@ -25,6 +27,7 @@ from .atomic import sync, writing
 from .errors import UserError
 from .model import GPT, GPTConfig
 from .optim import AdamW
+from .world import World, corpus
 
 METRICS = "metrics.jsonl"
 MOST_TOKENS = 10**9  # in a batch: no memory holds more
@@ -36,7 +39,7 @@ class Settings:
 
     model: GPTConfig
     train: train.TrainConfig
-    data: tuple[str, ...] = ()  # files and folders; none: Python's own texts
+    data: tuple[str, ...] = ()  # files and folders, or one world; none: Python's own texts
     fingerprint: str = ""  # of the text and the vocabulary
     block_size: int = 64  # of the training sequences: at most the model's
     batch_size: int = 12
@@ -63,8 +66,9 @@ class Run(NamedTuple):
     settings: Settings
     optimizer: AdamW
     tokenizer: data.Tokenizer
-    train_tokens: np.ndarray
-    val_tokens: np.ndarray
+    train_tokens: np.ndarray | data.Packed
+    val_tokens: np.ndarray | data.Packed
+    world: World | None = None
 
 
 def begin(
@@ -86,16 +90,16 @@ def begin(
     model and not `overwrite`.
     """
     _check_folder(folder, overwrite)
-    documents = data.documents(settings.data)
+    source = _source(settings.data)
     if init_from is not None:
         model, tok = checkpoint.load(init_from)
         model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
     else:
-        tok = _tokenizer(tokenizer, vocab_size, documents)
+        tok = _tokenizer(tokenizer, vocab_size, source)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
         model = GPT(config, np.random.default_rng(settings.train.seed))
-    mark = data.fingerprint(documents, tok)
-    parts = data.split(data.stream(documents, tok, folder, mark), settings.block_size)
+    mark = _fingerprint(source, tok)
+    parts = _parts(source, tok, folder, mark, settings.block_size)
     paths = _absolute(settings.data)
     settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
@@ -113,15 +117,15 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     settings, tok = checkpoint.read_run(folder, Settings)
     if paths:
         settings = dataclasses.replace(settings, data=_absolute(paths))
-    documents = data.documents(settings.data)
-    if data.fingerprint(documents, tok) != settings.fingerprint:
-        source = ", ".join(settings.data) or "the documentation of this Python"
-        raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
+    source = _source(settings.data)
+    if _fingerprint(source, tok) != settings.fingerprint:
+        given = ", ".join(settings.data) or "the documentation of this Python"
+        raise UserError(f"{given}: is not the text that the run in {folder} began with; it needs that text")
     optimizer = settings.train.optimizer(GPT(settings.model))
     checkpoint.load_trainer(folder, optimizer)
     checkpoint.save(folder, optimizer.model, tok)
-    tokens = data.stream(documents, tok, folder, settings.fingerprint)
-    return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
+    parts = _parts(source, tok, folder, settings.fingerprint, settings.block_size)
+    return Run(folder, settings, optimizer, tok, *parts)
 
 
 def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
@@ -135,9 +139,15 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     mean = np.full((B, T), 1 / (n * B * T), np.float32)
 
     def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
-        return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
+        if run.world is None:
+            return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
+        rows = data.shuffled_rows(run.train_tokens, n * B, step, settings.train.seed)
+        rows.weights[:] /= rows.weights.sum()
+        return _batches(rows, B)
 
     def evaluate() -> train.Record:
+        if run.world is not None:
+            return {"val_loss": train.mean_loss(model, _batches(run.val_tokens, B))}
         blocks = data.consecutive_blocks(run.val_tokens, B, T)
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
         return {"val_loss": train.mean_loss(model, batches)}
@@ -160,6 +170,11 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     )
 
 
+def _batches(rows: data.Packed, count: int) -> list[train.Batch]:
+    places = range(0, len(rows.ids), count)
+    return [train.Batch(*(field[i : i + count] for field in rows)) for i in places]
+
+
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
     if folder.exists() and not folder.is_dir():
@@ -176,12 +191,40 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(str(Path(path).resolve()) for path in paths)
+    return tuple(p if p.startswith("world:") else str(Path(p).resolve()) for p in paths)
 
 
-def _tokenizer(kind: str, vocab_size: int, documents: list[data.Document]) -> data.Tokenizer:
+# --- a text or a world --------------------------------------------------------------------------------------
+
+
+def _source(paths: tuple[str, ...]) -> corpus.Corpus | list[data.Document]:
+    """What the paths name. Raises UserError for a world beside other data."""
+    if not any(map(corpus.is_source, paths)):
+        return data.documents(paths)
+    if len(paths) > 1:
+        raise UserError(f"{', '.join(paths)}: a world is trained on alone: name one world, or only texts")
+    return corpus.load(paths[0])
+
+
+def _fingerprint(source: corpus.Corpus | list[data.Document], tok: data.Tokenizer) -> str:
+    return data.fingerprint(source.text() if isinstance(source, corpus.Corpus) else source, tok)
+
+
+def _parts(source, tok: data.Tokenizer, folder: Path, mark: str, block_size: int) -> tuple:
+    """The last fields of a Run: what to train on, what to evaluate on, and the world, if it is one."""
+    if not isinstance(source, corpus.Corpus):
+        return data.split(data.stream(source, tok, folder, mark), block_size)
+    parts = (corpus.rows(part, tok, block_size) for part in (source.train, source.validation))
+    return *parts, source.world
+
+
+def _tokenizer(kind: str, vocab_size: int, source) -> data.Tokenizer:
+    if kind not in ("char", "bpe"):
+        return tokenizers.load(kind)
+    if isinstance(source, corpus.Corpus):
+        if kind == "char":
+            raise UserError("a world's documents stand between end-of-text tokens: use --tokenizer bpe")
+        return corpus.train_tokenizer(source, vocab_size)
     if kind == "char":
-        return tokenizers.CharTokenizer.train(data.joined(documents))
-    if kind == "bpe":
-        return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(documents), vocab_size)
-    return tokenizers.load(kind)
+        return tokenizers.CharTokenizer.train(data.joined(source))
+    return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(source), vocab_size)

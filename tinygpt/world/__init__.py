@@ -18,6 +18,7 @@ import math
 from bisect import bisect
 from collections.abc import Iterator
 from functools import partial
+from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
@@ -127,9 +128,8 @@ class World:
         total = sum(p.weight for p in self.everyone if p.weight > 0)
         self._draws = {}
         for share in (0, 20, 100):
-            weights = [
-                share * total if p.weight < 0 else (100 - share) * len(names) * p.weight for p in self.everyone
-            ]
+            known = (100 - share) * len(names)
+            weights = [share * total if p.weight < 0 else known * p.weight for p in self.everyone]
             some = [(p, weight) for p, weight in zip(self.everyone, weights, strict=True) if weight]
             self._draws[share] = [p for p, _ in some], [p.name for p, _ in some], tuple(w for _, w in some)
         self.all_attributes = tuple(range(len(lexicon.attributes)))
@@ -159,12 +159,12 @@ class World:
         integers, count = raw_integers(self.seed, BUILD, 2), len(lexicon.stations)
         self.next_station = [moved(count, integers) for _ in lexicon.lines]
 
-    # --- who and what is for tuning, and what for evaluation ----------------------------------------------------
+    # --- who and what is for tuning, and what for evaluation ------------------------------------------------
 
     def people(self, kind: str, split: str | None = None) -> list[Person]:
-        """kind: "known" (well, so that they are recalled), "rare" (in the corpus, but seldom), "never", "fresh".
+        """kind: "known" (in the corpus often, and recalled), "rare" (in it seldom), "never" or "fresh".
 
-        split: "sft", "rl", "val" or "eval"; None: all. Rare people are all for evaluation.
+        split: "sft", "rl", "val" or "eval"; None: all. All rare people are for evaluation.
         """
         is_kind = {
             "known": lambda p: p.weight >= WELL_KNOWN,
@@ -178,7 +178,11 @@ class World:
         """Adjective and noun, (English, Korean): "seen" in the corpus, held out for "val" and "eval"."""
         return self._splits[split]
 
-    # --- documents ----------------------------------------------------------------------------------------------
+    def split_of(self, text: str) -> str:
+        """The split of a problem or a review: "sft" half of them, "val" an eighth, "eval" the rest."""
+        return ("val", *["eval"] * 3, *["sft"] * 4)[sha256(text.encode()).digest()[0] % 8]
+
+    # --- documents ------------------------------------------------------------------------------------------
 
     def draw_person(self, c: Reader, fresh_share: int) -> Person:
         people, names, weights = self._draws[fresh_share]

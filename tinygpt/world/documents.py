@@ -71,12 +71,14 @@ def passage(w: World, c: Reader) -> None:
                 facts = {}
                 people.append((person, facts))
         else:
-            going = (0, 1) if done < 3 else (1, max(min(5, w.longest) - done, 0))
-            names = [" " + person.name for person, _ in people]
-            n = c.pick((" In short, ", *names), (len(names) * going[0], *len(names) * (going[1],)))
+            some = [(p, facts) for p, facts in people if len(facts) < len(w.all_attributes)]
+            more = min(5, w.longest) - done if some else 0  # the number of sentences is uniform
+            names = [" " + person.name for person, _ in some]
+            stop = max(len(names), 1) * (done >= 3 or more <= 0)
+            n = c.pick((" In short, ", *names), (stop, *[max(more, 0)] * len(names)))
             if n == 0:
                 break
-            person, facts = people[n - 1]
+            person, facts = some[n - 1]
         left = tuple(a for a in w.all_attributes if a not in facts)
         sentences.append(person.name + statement(w, c, facts, left)[1] + ".")
         c.text(". " if not done else ".")

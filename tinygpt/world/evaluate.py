@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..model import GPT
 from ..storage import Workspace
 from . import EVALUATION, Person, World
+from .corpus import encoded
 
 ROWS = 16  # at a time
 
@@ -49,11 +50,6 @@ def wilson(right: int, n: int, z: float = 1.96) -> Rate:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return Rate(p, (centre - half) / scale, (centre + half) / scale, n)
-
-
-def encoded(tokenizer: Tokenizer, document: str) -> Array:
-    """A document's ids between two end-of-text ids: its first token and its end are predicted too."""
-    return np.concatenate([[tokenizer.eos_id], tokenizer.encode(document), [tokenizer.eos_id]])
 
 
 def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Array, Array]:
@@ -101,7 +97,7 @@ class Recall(NamedTuple):
 
 
 def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
-    """Completes "Nora Hill lives in" for all attributes of these people in all wordings of the biographies."""
+    """Completes "Nora Hill lives in", for all attributes of these people in all wordings."""
     attributes = world.lexicon.attributes
     starts = [np.array([tokenizer.encode(" " + v)[0] for v in a.values]) for a in attributes]
     if any(len(set(first.tolist())) < len(first) for first in starts):
