@@ -156,9 +156,11 @@ def _describes(folder: Path, config: dict, tokenizer: Tokenizer) -> bool:
     """Whether the folder already has this config and this tokenizer, as when a run is resumed."""
     try:
         found = [tokenizers.read_object(folder / name) for name in (CONFIG, "tokenizer.json")]
+        return found == [config, tokenizer.to_spec()] and (
+            tokenizers.load(folder).chat_template == tokenizer.chat_template
+        )
     except (UserError, OSError):
         return False
-    return found == [config, tokenizer.to_spec()]
 
 
 def save_weights(folder: Path, model: GPT) -> None:
@@ -249,6 +251,7 @@ def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings:
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
     state |= {"tokenizer": tokenizer.to_spec(), "eos": tokenizer.eos}
+    state["chat_template"] = tokenizer.chat_template
     tensors = {"weights": optimizer.model.flat, "m": optimizer.m, "v": optimizer.v}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
@@ -257,18 +260,22 @@ def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings:
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
     """What stays as it is in a run: settings, a `cls` whose field `model` is the GPTConfig, and tokenizer.
 
-    Raises UserError where there is no such run, and where the file is too small for the model it tells of.
+    Raises UserError where there is no such run, or one of another stage, and where the file is too small for
+    the model it tells of.
     """
     path = folder / TRAINER
     if not path.is_file():
         raise UserError(f"{folder}: has no {TRAINER}, so there is nothing to resume")
     tensors, state = _read_trainer(path)
+    stage = state["settings"].get("stage") if isinstance(state["settings"], dict) else None
+    if isinstance(stage, str) and stage != getattr(cls, "stage", stage):
+        raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
     settings = from_json(cls, state["settings"], str(path))
     size = math.prod(tensors["weights"].shape)
     if settings.model.size != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
     try:
-        tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"])
+        tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"], state.get("chat_template"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     _check_vocabulary(tokenizer, settings.model, path)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import shlex
@@ -59,6 +60,10 @@ def main() -> None:
 
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
+_WORLD = {
+    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4700,
+    "learning_rate": 3e-3, "beta2": 0.98, "warmup_iters": 200, "eval_interval": 470,
+}  # fmt: skip
 
 
 def _written(options: dict) -> str:
@@ -87,11 +92,17 @@ def _options(*options: Callable):
     return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), options[::-1], command)
 
 
-def _training(max_iters: int, learning_rate: float, warmup_iters: int, eval_interval: int):
-    """The options of `train.TrainConfig`, which all training stages share; what they differ in."""
+def _training(max_iters: int, learning_rate: float | str, warmup_iters: int, eval_interval: int):
+    """The options of `train.TrainConfig`, which all training stages share; what they differ in.
+
+    learning_rate: the default, or in words how the command finds it, which then gets None.
+    """
+    rate = {"default": learning_rate}
+    if isinstance(learning_rate, str):
+        rate = {"default": None, "show_default": learning_rate}
     return _options(
         click.option("--max-iters", default=max_iters, type=_COUNT, help="Updates of weights."),
-        click.option("--learning-rate", default=learning_rate, type=_REAL, help="At its highest."),
+        click.option("--learning-rate", type=_REAL, help="At its highest.", **rate),
         click.option("--min-lr", type=_REAL, show_default="a tenth of it", help="At the end."),
         click.option("--warmup-iters", default=warmup_iters, type=_COUNT_OR_0, help="On the way up."),
         click.option("--weight-decay", default=0.1, type=_REAL, help="Of matrices."),
@@ -125,6 +136,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         first = n - 1 if first is None else first
         left = int((now - began) / (n - first) * (max_iters - n))
         val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+        val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
         text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{val}"
         text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
         if not terminal:
@@ -141,7 +153,10 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
 
 @main.command()
 @_options(
-    _data,
+    click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+                 help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
+                      "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
+                      f"Defaults then: {_written(_WORLD)}."),
     click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
     click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
     click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -181,20 +196,40 @@ def pretrain(ctx: click.Context, **options) -> None:
     else:
         if not options["data"]:
             click.echo("Reading Python's own documentation ...")
+        elif _names_world(options):
+            options |= {} if options["init_from"] else {n: v for n, v in _WORLD.items() if n not in given}
+            click.echo("Reading the world ...")
         run = _begin(given, **options)
-    model, n = run.optimizer.model, len(run.train_tokens)
+    model, n, n_val = run.optimizer.model, _tokens(run.train_tokens), _tokens(run.val_tokens)
     if run.optimizer.steps >= run.settings.train.max_iters:
         click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
     click.echo(
         f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
-        f"{len(run.val_tokens):,} to evaluate on"
+        f"{n_val:,} to evaluate on"
     )
     try:
         stage.pretrain(run, _progress(run.settings.train.max_iters))
     except KeyboardInterrupt:
         click.echo(f"\nStopped. To go on: {_command('pretrain', '--resume', str(folder))}")
         sys.exit(130)
-    _finish(run)
+    if run.world is None:
+        _finish(run)
+    else:
+        _finish_world(run)
+
+
+def _names_world(options: dict) -> bool:
+    """Whether --data names a world; `world` becomes the folder of that name, or the world of --seed."""
+    from .world.corpus import is_source
+
+    built_in = f"world:{options['seed']}"
+    found = (built_in if path == "world" and not Path(path).exists() else path for path in options["data"])
+    options["data"] = tuple(found)
+    return any(map(is_source, options["data"]))
+
+
+def _tokens(part) -> int:
+    return part.size if hasattr(part, "size") else int(part.weights.sum())
 
 
 def _command(*words: str) -> str:
@@ -249,10 +284,173 @@ def _finish(run) -> None:
     click.echo(f"Saved in {run.folder}. Next: {_command('generate', str(run.folder))}")
 
 
+# --- tinygpt world ------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
+@click.option("--permuted", is_flag=True, help="The same people with other answers.")
+@click.option("--documents", type=_COUNT, show_default="165000", help="In the corpus.")
+@click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
+@click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
+@click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
+def world(seed: int, permuted: bool, documents: int | None, vocab_size: int, out: Path, overwrite: bool) -> None:
+    """Write the synthetic world: invented people, and text and questions about them.
+
+    Shows documents of each kind and their exact entropy: the loss that no model passes.
+    """
+    from .world import World, corpus
+    from .world.evaluate import floors
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if (out / corpus.MARK).exists() and not overwrite:
+        raise UserError(f"{out}: has a world; --overwrite replaces it, --out names another folder")
+    found = corpus.draw(World(seed, permuted), documents or corpus.DOCUMENTS)
+    corpus.write(out, found)
+    tokenizer = corpus.train_tokenizer(found, vocab_size)
+    samples: dict[str, list[str]] = {}
+    for kind, document in itertools.islice(found.world.documents(), 1000):
+        samples.setdefault(kind, []).append(document)
+    for kind, texts in samples.items():
+        click.echo("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    click.echo(f"{'entropy of':12} {'documents':>10} {'nats each':>10} {'tokens each':>12} {'nats/token':>11}")
+    for kind, (n, tokens, nats) in floors(tokenizer, found.world).items():
+        click.echo(f"{kind:12} {n:10,} {nats / n:10.2f} {tokens / n:12.1f} {nats / tokens:11.3f}")
+    click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
+
+
+def _finish_world(run) -> None:
+    """Loss above the floor by kind of document, recall by how often a fact was told, and what to run next."""
+    from .world import evaluate
+
+    model, world = run.optimizer.model, run.world
+    click.echo(f"\n{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token")
+    for kind, gap in evaluate.gaps(model, run.tokenizer, world).items():
+        click.echo(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
+    click.echo(f"\n{'facts told':>10} {'recalled':>9}  95% interval")
+    for told, rate in evaluate.recall_by_exposure(model, run.tokenizer, world):
+        click.echo(f"{told:10.1f} {rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}  n = {rate.n:,}")
+    click.echo(f"{'chance':>10} {evaluate.chance(world):9.3f}")
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('generate', str(run.folder))}")
+
+
+# --- tinygpt sft --------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_options(
+    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token."),
+    click.option("--data", multiple=True, metavar="FILE",
+                 help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat.'),
+    click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
+                 help="The same, to evaluate on."),
+    click.option("--out", default="sft", type=click.Path(path_type=Path), help="Folder for the model."),
+    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
+    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Go on with the run there, with its settings. --data says where the examples are now."),
+    click.option("--show", type=_COUNT, help="Print so many examples, token by token, and stop."),
+    click.option("--no-packing", is_flag=True, help="A row for each example, instead of several to a row."),
+    click.option("--block-size", type=_COUNT, show_default="256, or the model's if less",
+                 help="Tokens of a row; longer examples are left out."),
+    click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time."),
+    click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update."),
+    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples."),
+)  # fmt: skip
+@_training(
+    max_iters=200, learning_rate="5e-4 at a million weights, less by the root of their number",
+    warmup_iters=10, eval_interval=50,
+)  # fmt: skip
+@click.pass_context
+def sft(ctx: click.Context, **options) -> None:
+    """Tune a model to follow instructions: train it on prompts and their completions.
+
+    The loss is that of the completions and of the end-of-text token after each. Ctrl-C saves, --resume goes
+    on. `tinygpt chat` talks with the result.
+    """
+    from .finetune import sft as stage
+
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if options["resume"]:
+        _refuse(given - {"resume", "data", "val_data"}, "--resume takes all settings from its folder")
+        run = stage.resume(options["resume"], options["data"], options["val_data"])
+    elif not options["init_from"] or not options["data"]:
+        raise click.UsageError("give the model to tune as --init-from and the examples as --data")
+    elif options["show"]:
+        _show(options["init_from"], options["data"], options["show"])
+        sys.exit()
+    else:
+        run = _begin_sft(**options)
+    _describe(run)
+    try:
+        stage.sft(run, _progress(run.settings.train.max_iters))
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. To go on: {_command('sft', '--resume', str(run.folder))}")
+        sys.exit(130)
+    _finish_sft(run)
+
+
+def _begin_sft(*, init_from, data, val_data, out, overwrite, resume, show, no_packing, **options):
+    from .checkpoint import read_config
+    from .finetune import sft as stage
+
+    model = dataclasses.replace(read_config(init_from), dropout=options.pop("dropout"))
+    options["block_size"] = options["block_size"] or min(256, model.block_size)
+    if options["learning_rate"] is None:
+        options["learning_rate"] = stage.learning_rate(model)
+    train = _train_config(options)
+    settings = stage.Settings(
+        model=model, train=train, data=data, val_data=val_data, packing=not no_packing, **options
+    )
+    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
+
+
+def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
+    """The first examples as they are trained on: each token, and whether it is learned."""
+    from . import instructions, tokenizer
+
+    found = tokenizer.load(init_from)
+    for where, messages in instructions.read(data)[:count]:
+        ids, learned = instructions.encode(found, messages)
+        click.echo(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
+        for i, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):
+            click.echo(f"  {'learned' if is_learned else '-':8}{i:6}  {_shown(found.tokens[i])}")
+
+
+def _describe(run) -> None:
+    train, _, count, questions, dropped, _ = run.examples
+    weights, block_size = run.optimizer.model.flat.size, run.settings.block_size
+    click.echo(
+        f"{weights:,} weights; {count:,} examples in {len(train.ids):,} rows of {block_size}, "
+        f"{int(train.weights.sum()):,} tokens of them learned; {len(questions):,} examples to evaluate on"
+    )
+    if dropped:
+        click.echo(f"Left out, as longer than --block-size {block_size}: {dropped:,}")
+    if run.optimizer.steps >= run.settings.train.max_iters:
+        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
+
+
+def _finish_sft(run) -> None:
+    """How far the weights moved, answers to questions it was not trained on, and what to run next."""
+    from .evaluate import answers
+    from .train import weight_change
+
+    model, asked = run.optimizer.model, [example.messages for example in run.examples.questions[:3]]
+    if run.before is not None:
+        click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
+    found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
+    for (*before, expected), answer in zip(asked, found, strict=True):
+        question = before[-1]["content"].strip() if before else ""
+        click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
+        click.echo(f"  (in the data: {expected['content'].strip()})")
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', str(run.folder))}")
+
+
 # --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
 
 
-def _sampling(max_new_tokens: int, stop: str):
+def _sampling(max_new_tokens: int, stop: str | None, shown: str):
     """The arguments that generate and chat share; the two defaults in which they differ."""
     return _options(
         click.argument("folder", type=click.Path(path_type=Path)),
@@ -261,14 +459,14 @@ def _sampling(max_new_tokens: int, stop: str):
         click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
         click.option("--top-p", default=1.0, type=click.FloatRange(0, 1, min_open=True),
                      help="Only the likeliest tokens that have this probability together; 1: all."),
-        click.option("--stop", default=stop, show_default=repr(stop) if stop else "none", metavar="TEXT",
-                     help="End before this text."),
+        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
         click.option("--seed", default=1337, type=click.IntRange(0), help="The same seed, the same text."),
     )  # fmt: skip
 
 
-def _speaker(folder: Path, max_new_tokens: int, stop: str, seed: int, **sampling):
-    """The model, the tokenizer, and a function from a prompt's ids to its continuation, piece by piece."""
+def _speaker(folder: Path, max_new_tokens: int, seed: int, **sampling):
+    """The model, the tokenizer, and a function from a prompt's ids to its continuation, piece by piece, up to
+    a text."""
     import numpy as np
 
     from . import checkpoint
@@ -277,7 +475,7 @@ def _speaker(folder: Path, max_new_tokens: int, stop: str, seed: int, **sampling
     model, tokenizer = checkpoint.load(folder)
     sampling["rng"] = np.random.default_rng(seed)
 
-    def continuation(ids: np.ndarray) -> Iterable[str]:
+    def continuation(ids: np.ndarray, stop: str) -> Iterable[str]:
         return until(stream(model, tokenizer, ids, max_new_tokens, **sampling), stop)
 
     return model, tokenizer, continuation
@@ -291,13 +489,14 @@ def _from_stdin(read: Callable[[], str]) -> str:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop="")
+@_sampling(max_new_tokens=200, stop="", shown="none")
 @click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
 @click.option("--num-samples", default=1, type=click.IntRange(1), help="How many, a line of dashes between.")
-def generate(prompt: str, num_samples: int, **options) -> None:
+def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
     """Let the model in FOLDER (tinygpt's, or GPT-2 as downloaded from the hub) continue a text.
 
-    Prints the prompt and its continuation as it comes. Without a prompt the model begins a text.
+    Prints the prompt and its continuation as it comes. Without a prompt the model begins a text. For answers
+    of a model that was tuned to instructions: tinygpt chat.
     """
     from .generate import encode_prompt
 
@@ -307,39 +506,56 @@ def generate(prompt: str, num_samples: int, **options) -> None:
     ids = encode_prompt(tokenizer, prompt)
     for n in range(num_samples):
         click.echo("-" * 15 + "\n" + prompt if n else prompt, nl=False)
-        for piece in continuation(ids):
+        for piece in continuation(ids, stop):
             click.echo(piece, nl=False)
         click.echo()
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop="\n\n")
-def chat(**options) -> None:
+@_sampling(max_new_tokens=200, stop=None, shown="a blank line; none after tinygpt sft")
+def chat(stop: str | None, **options) -> None:
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
-    The model continues the conversation as plain text. What no longer fits its context is forgotten.
+    A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
+    conversation as plain text. What no longer fits its context is forgotten.
     """
     import numpy as np
 
+    from . import instructions
+
     model, tokenizer, continuation = _speaker(**options)
-    context, person = np.zeros(0, np.int32), sys.stdin.isatty()
+    size, tuned = model.config.block_size, instructions.is_tuned(tokenizer)
+    stop = ("" if tuned else "\n\n") if stop is None else stop
+    said, context, person = [], np.zeros(0, np.int32), sys.stdin.isatty()
+
+    def asked(line: str) -> np.ndarray:
+        if not tuned:
+            new = tokenizer.encode(line + "\n")
+            return np.concatenate([context, new])[-max(size, len(new)) :]
+        while True:
+            ids = instructions.prompt(tokenizer, [*said, {"role": "user", "content": line}])
+            if len(ids) <= size // 2 or not said:  # the other half is for the answer
+                return ids
+            del said[:2]
+
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = _from_stdin(lambda: input("> " if person else ""))
             try:
-                asked = tokenizer.encode(line + "\n")
+                ids = asked(line)
             except UserError as error:
                 if not person:
                     raise
                 click.echo(f"tinygpt: {_one_line(error)}", err=True)  # a slip does not end the conversation
                 continue
-            context = np.concatenate([context, asked])[-max(model.config.block_size, len(asked)) :]
             answer = ""
-            for piece in continuation(context):
+            for piece in continuation(ids, stop):
+                piece = piece if answer or not tuned else piece.lstrip()
                 click.echo(piece, nl=False)
                 answer += piece
             click.echo()
-            context = np.concatenate([context, tokenizer.encode(answer + (options["stop"] or "\n"))])
+            said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+            context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
     if person:
         click.echo()
 

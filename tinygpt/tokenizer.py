@@ -24,6 +24,7 @@ from .bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, piec
 from .errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+TEMPLATE = "chat_template.jinja"              # where transformers puts a chat template of its own
 CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
 
 
@@ -45,6 +46,7 @@ class _Tokenizer:
         self.tokens = tokens
         self.special = special
         self.eos, self.eos_id = eos, None if eos is None else special[eos]
+        self.chat_template: str | None = None  # how a conversation is written, in Hugging Face's words
 
     @property
     def vocab_size(self) -> int:
@@ -71,14 +73,18 @@ class _Tokenizer:
         config = {
             # Any other class replaces the rules in tokenizer.json by its own.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            # Otherwise a text that spells a special token out becomes that token.
-            "split_special_tokens": True,
+            # Otherwise a text that spells a special token out becomes that token: what a chat template needs,
+            # whose result is a text, and must guard against (ours does, in `instructions`).
+            "split_special_tokens": self.chat_template is None,
             "clean_up_tokenization_spaces": False,
             "bos_token": self.eos,
             "eos_token": self.eos,
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        (folder / TEMPLATE).unlink(missing_ok=True)    # or it would count, and not what is written here
         _write_json(folder / "tokenizer.json", self.to_spec())
         _write_json(folder / "tokenizer_config.json", config)
 
@@ -293,7 +299,8 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     """
     folder = Path(folder)
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    eos = read_object(config).get("eos_token", END_OF_TEXT) if config.exists() else END_OF_TEXT
+    said = read_object(config) if config.exists() else {}
+    eos = said.get("eos_token", END_OF_TEXT)
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(eos, str | None):
         raise UserError(f"{config}: eos_token should be a string or null, is {short(eos)}")
@@ -307,14 +314,18 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
         added = [{"id": vocab[eos], "content": eos, "special": True}] if eos in vocab else []
         spec = _BYTE_LEVEL | {"added_tokens": added, "model": {
             "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
+    template = _read(folder / TEMPLATE) if (folder / TEMPLATE).exists() else said.get("chat_template")
     try:
-        return from_spec(spec, eos)
+        return from_spec(spec, eos, template)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def from_spec(spec: object, eos: str | None) -> CharTokenizer | BPETokenizer:
-    """Check everything that a tokenizer.json says, and build what it describes. Raises UserError."""
+def from_spec(spec: object, eos: str | None, chat_template: object = None) -> CharTokenizer | BPETokenizer:
+    """Check everything that a tokenizer.json says, and build what it describes. Raises UserError.
+
+    chat_template: a string is kept as it is; anything else, such as a list of several, is not.
+    """
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
@@ -338,7 +349,9 @@ def from_spec(spec: object, eos: str | None) -> CharTokenizer | BPETokenizer:
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
         raise UserError(f"special token {short(min(spelled))} is one that text can spell")
-    return CharTokenizer(vocab, special, eos) if characters else BPETokenizer(vocab, merges, special, eos)
+    found = CharTokenizer(vocab, special, eos) if characters else BPETokenizer(vocab, merges, special, eos)
+    found.chat_template = chat_template if isinstance(chat_template, str) else None
+    return found
 
 
 def _vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, int]]:

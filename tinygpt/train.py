@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,6 +170,20 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
         total += model.loss(ids, targets, weights, ws=ws, start=start, positions=positions)
         count += float(weights.sum(dtype=np.float64))
     return total / max(count, 1e-30)
+
+
+def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[float, dict[str, float]]:
+    """How far training moved the weights: norm(after - before) / norm(before), of all together and of each.
+
+    before, after: name -> array. What was zero and is not has the change infinity.
+    """
+    moved = {name: float(np.square(after[name] - p).sum(dtype=np.float64)) for name, p in before.items()}
+    old = {name: float(np.square(p).sum(dtype=np.float64)) for name, p in before.items()}
+
+    def ratio(a: float, b: float) -> float:
+        return math.sqrt(a / b) if b else math.inf if a else 0.0
+
+    return ratio(sum(moved.values()), sum(old.values())), {n: ratio(moved[n], old[n]) for n in before}
 
 
 def _check_finite(value: float, what: str, n: int, saved: int) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from ..errors import UserError
 from ..model import GPT
 from ..storage import Workspace
 from . import EVALUATION, Person, World
-from .corpus import encoded
+from .corpus import DOCUMENTS, encoded
 
 ROWS = 16  # at a time
 
@@ -64,6 +66,16 @@ def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[
         loss, _ = model.ops.cross_entropy_forward(logits, targets)
         nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
     return nll[1:], np.array([len(i) - 1 for i in ids])
+
+
+def floors(tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, tuple[int, int, float]]:
+    """Of `count` fresh documents by kind: how many, tokens, and -log p in nats, which no model can beat."""
+    found: dict[str, tuple] = {}
+    for kind, document in itertools.islice(world.documents(EVALUATION), count):
+        new = (1, len(encoded(tokenizer, document)) - 1, -world.logprob(document))
+        for name in (kind, "all"):
+            found[name] = tuple(map(sum, zip(found.get(name, (0, 0, 0.0)), new, strict=True)))
+    return dict(sorted(found.items(), key=lambda item: (item[0] == "all", item[0])))
 
 
 def gaps(model: GPT, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
@@ -123,3 +135,45 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
             chosen[n], greedy[n] = values.argmax(), row.argmax() == starts[attribute[n]][right[n]]
             nats[n] = np.logaddexp.reduce(values) - values[right[n]]
     return Recall(person, attribute, right, chosen, greedy, nats)
+
+
+def recall_by_exposure(
+    model: GPT, tokenizer: Tokenizer, world: World, documents: int = 20_000
+) -> list[tuple[float, Rate]]:
+    """For each group of people: how often a fact of theirs is told in the corpus, and how often recalled.
+
+    Told: by the first `documents` of the corpus, at the rate of the whole of it.
+    """
+    told, found = exposures(world, documents), []
+    groups: dict[int, list[Person]] = {}
+    for person in world.everyone:
+        if person.weight >= 0:
+            groups.setdefault(person.weight, []).append(person)
+    for _, people in sorted(groups.items(), reverse=True):
+        facts = sum(told[person.name] for person in people) / (len(people) * len(world.all_attributes))
+        found.append((facts * DOCUMENTS / documents, recall(model, tokenizer, world, people).rate()))
+    return found
+
+
+def exposures(world: World, documents: int) -> Counter:
+    """How many facts of each known person the first `documents` of the corpus tell, by name."""
+    told: Counter = Counter()
+    known = {p.name: p for p in world.everyone if p.weight > 0}
+    values = [value for attribute in world.lexicon.attributes for value in attribute.values]
+    meant = dict(zip(values, world.attribute_of, strict=True))
+    words = re.compile(r"\b(" + "|".join([*(p.name for p in world.everyone), *values]) + r")\b")
+    for _, document in itertools.islice(world.documents(), documents):
+        person = None
+        for found in words.findall(document):
+            if found not in meant:
+                person = known.get(found)
+            elif person is not None:
+                attribute, value = meant[found]
+                told[person.name] += person.values[attribute] == value
+    return told
+
+
+def chance(world: World) -> float:
+    """The recall of who guesses."""
+    attributes = world.lexicon.attributes
+    return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)

@@ -1,0 +1,90 @@
+"""Questions to a model, in batches, and how many answers are right, with an interval.
+
+Answers are greedy. An exact match is one of the whole answer, white space around it apart; whoever has the
+answers can count as right whatever else they like.
+
+Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import instructions
+from .data import Array, Tokenizer
+from .generate import encode_prompt, generate
+from .instructions import Message
+from .model import GPT
+from .storage import Workspace
+
+BATCH = 64  # prompts at a time
+
+
+class Answer(NamedTuple):
+    text: str  # without white space around it
+    stopped: bool  # by the end-of-text token, not by the limit of its length
+
+
+def answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[Message] | Array],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """The likeliest continuation of each prompt, token by token, up to the end-of-text token.
+
+    A prompt is ids (n,), or a string or messages: these are asked in the form of `instructions` where the
+    model was tuned to it; otherwise a string is a text to go on from. Prompts of similar length are computed
+    together, which changes no answer but for rounding (see `generate.steps`).
+    """
+    encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    stop, ws, found = {tokenizer.eos_id} - {None}, Workspace(), {}
+    for i in range(0, len(order), BATCH):
+        batch = order[i : i + BATCH]
+        new = generate(
+            model, [encoded[place] for place in batch], max_new_tokens, temperature=0, stop=stop, ws=ws,
+            vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+        for place, ids in zip(batch, new, strict=True):
+            stopped = len(ids) > 0 and int(ids[-1]) in stop
+            found[place] = Answer(tokenizer.decode(ids[: len(ids) - stopped]).strip(), stopped)
+    return [found[place] for place in range(len(encoded))]
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> Array:
+    if isinstance(prompt, Array):
+        return prompt
+    if isinstance(prompt, str) and not instructions.is_tuned(tokenizer):
+        return encode_prompt(tokenizer, prompt)
+    return instructions.prompt(tokenizer, prompt)
+
+
+class Rate(NamedTuple):
+    rate: float
+    low: float  # Wilson's 95% interval
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n}"
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> Rate:
+    """A rate with its interval, which is never a point, nor reaches beyond 0 and 1.
+
+    >>> print(wilson(9, 10))
+    90.0% [59.6%, 98.2%] of 10
+    """
+    if not n:
+        return Rate(math.nan, 0.0, 1.0, 0)
+    p, middle = right / n, right / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return Rate(p, max(0.0, low), min(1.0, high), n)
+
+
+def exact_match(found: Sequence[Answer], expected: Sequence[str]) -> Rate:
+    """The share of answers that are what was expected, and stopped there."""
+    pairs = zip(found, expected, strict=True)
+    return wilson(sum(answer.stopped and answer.text == text.strip() for answer, text in pairs), len(found))

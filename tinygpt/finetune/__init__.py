@@ -1,0 +1,1 @@
+"""Stages that go on from a pre-trained model."""

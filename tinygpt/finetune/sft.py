@@ -1,0 +1,227 @@
+"""Instruction tuning (supervised fine-tuning): predict the assistant's tokens, given all that comes before.
+
+    loss = sum of -log p(token) over the learned tokens of an update / their number
+
+The number is that of the whole update, all its batches together: n small batches are one large batch.
+Examples lie side by side in rows (`data.pack`) and do not see one another; all weights are trained.
+
+The seed decides which tenth of the examples is for validation, who shares a row, and in which order the rows
+come in each epoch. Update n takes the next rows of that endless sequence after those of update n - 1, so a
+run that was interrupted goes on with the very rows it would have had.
+
+Not here: how an example is written down (`instructions`), the loop (`train`), the folder (`runs`).
+
+References: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section
+3.5; Krell et al. 2021, "Efficient sequence packing without cross-contamination", section 3.2.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import checkpoint, data, instructions, runs, train
+from ..data import Array, Packed, Tokenizer
+from ..errors import UserError
+from ..instructions import Example
+from ..model import GPTConfig
+from ..optim import AdamW
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runs.Settings):
+    """Those of every run, and what only this stage has. A batch has batch_size rows of block_size tokens."""
+
+    stage: str = "sft"
+    val_data: tuple[str, ...] = ()  # none: a tenth of the examples
+    packing: bool = True  # False: each example has a row of its own
+    init_from: str = ""
+    init_hash: str = ""  # of the weights there, as they were
+
+
+class Examples(NamedTuple):
+    """What the files hold."""
+
+    train: Packed
+    val: Packed
+    count: int  # of the examples in train
+    questions: list[Example]  # the examples in val
+    dropped: int  # examples that are too long for a row
+    fingerprint: str
+
+
+class Run(NamedTuple):
+    """A run that is ready to go on from update `optimizer.steps`."""
+
+    folder: Path
+    settings: Settings
+    optimizer: AdamW
+    tokenizer: Tokenizer
+    examples: Examples
+    before: dict[str, Array] | None  # the weights that it began with, if they can still be had
+
+
+def learning_rate(config: GPTConfig) -> float:
+    """A peak for tuning all weights of a model of this size: 5e-4 at a million, less by the root of the size.
+
+    For GPT-2's 124 million it is 4.5e-5; GPT-1's 117 million were tuned at 6.25e-5 (Radford et al. 2018,
+    section 4.1).
+    """
+    return float(f"{min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)):.1e}")
+
+
+def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
+    """A new run in `folder` from the model in `init_from`; of settings.model only the dropout is taken.
+
+    The folder is written last, after all that can be wrong has been checked. Raises UserError, also where
+    `folder` has a model and not `overwrite`.
+    """
+    runs.check_folder(folder, overwrite)
+    model, tokenizer = checkpoint.load(init_from)
+    model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
+    tokenizer.chat_template = instructions.TEMPLATE
+    settings = dataclasses.replace(
+        settings,
+        model=model.config,
+        data=runs.absolute(settings.data),
+        val_data=runs.absolute(settings.val_data),
+        init_from=str(Path(init_from).resolve()),
+        init_hash=_hash(model.flat),
+    )
+    examples = read(settings, tokenizer)
+    settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
+    optimizer = settings.train.optimizer(model)
+    runs.first_save(folder, optimizer, tokenizer, settings)
+    before = {name: p.copy() for name, p in model.params.items()}
+    return Run(folder, settings, optimizer, tokenizer, examples, before)
+
+
+def resume(folder: Path, paths: tuple[str, ...] = (), val_paths: tuple[str, ...] = ()) -> Run:
+    """The run in `folder` as it was saved last. The paths say where the data is now, if it was moved.
+
+    Raises UserError where there is no run, and where the data is gone or another.
+    """
+    settings, tokenizer = checkpoint.read_run(folder, Settings)
+    moved = {"data": runs.absolute(paths), "val_data": runs.absolute(val_paths)}
+    settings = dataclasses.replace(settings, **{name: found for name, found in moved.items() if found})
+    examples = read(settings, tokenizer)
+    if examples.fingerprint != settings.fingerprint:
+        source = ", ".join((*settings.data, *settings.val_data))
+        raise UserError(f"{source}: not the examples that the run in {folder} began with; it needs those")
+    optimizer = runs.load(folder, settings, tokenizer)
+    return Run(folder, settings, optimizer, tokenizer, examples, _weights_before(settings))
+
+
+def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
+    """Trains to the end; saves at every evaluation, at the end and on Ctrl-C, then raising KeyboardInterrupt.
+
+    Each record of `train.train` becomes a line of metrics.jsonl and goes to `report`. Where it was evaluated,
+    as at the end, it has `val_loss`, the mean over all learned tokens of the validation examples, and
+    `weight_change`, that of all weights together since the beginning, unless the model of then is gone.
+    """
+    settings, model, examples = run.settings, run.optimizer.model, run.examples
+
+    def batches(n: int, rng: np.random.Generator) -> list[train.Batch]:
+        return update(examples.train, settings, n)
+
+    def evaluate() -> train.Record:
+        found = {"val_loss": train.mean_loss(model, consecutive(examples.val, settings.batch_size))}
+        if run.before is not None:
+            found["weight_change"], _ = train.weight_change(run.before, model.params)
+        return found
+
+    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
+
+
+def _hash(weights: Array) -> str:
+    return hashlib.sha256(weights).hexdigest()
+
+
+def _weights_before(settings: Settings) -> dict[str, Array] | None:
+    try:
+        model, _ = checkpoint.load(settings.init_from)
+    except (UserError, OSError):
+        return None
+    return model.params if _hash(model.flat) == settings.init_hash else None
+
+
+# --- examples and batches -----------------------------------------------------------------------------------
+
+
+def read(settings: Settings, tokenizer: Tokenizer) -> Examples:
+    """The examples of the settings' files without those too long for a row, shuffled but for val_data's.
+
+    Raises UserError, with file and line, for what is no example, and where there are too few.
+    """
+    instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
+    found, dropped = _fitting(settings.data, settings, tokenizer)
+    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(found))
+    found, n = [found[i] for i in order], max(1, len(found) // 10)
+    if settings.val_data:
+        val, more = _fitting(settings.val_data, settings, tokenizer)
+        dropped += more
+    elif len(found) < 2:
+        raise UserError(f"{settings.data[0]}: one example is too few: one is to train on, one to validate on")
+    else:
+        val, found = found[:n], found[n:]
+    digest, packed = hashlib.sha256(), []
+    for part in (found, val):
+        encoded = [pair for _, pair in part]
+        for array in (array for pair in encoded for array in pair):
+            digest.update(array)
+        groups = [encoded] if settings.packing else [[pair] for pair in encoded]
+        rows = [data.pack(group, settings.block_size) for group in groups]
+        packed.append(Packed(*map(np.concatenate, zip(*rows, strict=True))))
+    return Examples(*packed, len(found), [example for example, _ in val], dropped, digest.hexdigest())
+
+
+def _fitting(paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer) -> tuple[list[tuple], int]:
+    """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
+    found = []
+    for example in instructions.read(paths):
+        try:
+            found.append((example, instructions.encode(tokenizer, example.messages)))
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from None
+    fit = [pair for pair in found if len(pair[1][0]) <= settings.block_size + 1]
+    if not fit:
+        least, limit = min(len(ids) for _, (ids, _) in found) - 1, settings.model.block_size
+        raise UserError(
+            f"{paths[0]}: no example fits into block_size {settings.block_size}: the shortest needs {least}, "
+            f"and the model has {limit} positions"
+        )
+    return fit, len(found) - len(fit)
+
+
+def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
+    """The batches of update n: rows in an order drawn anew for each epoch, weights that sum to 1.
+
+    Where there are fewer rows than batch_size, a batch has all of them once.
+    """
+    R, A = len(rows.ids), settings.gradient_accumulation_steps
+    B = min(settings.batch_size, R)
+    places = np.arange(n * A * B, (n + 1) * A * B)  # in the sequence of all epochs
+    order = {
+        epoch: np.random.default_rng([settings.train.seed, epoch, 2]).permutation(R)
+        for epoch in range(places[0] // R, places[-1] // R + 1)
+    }
+    picked = np.array([order[place // R][place % R] for place in places.tolist()])
+    batches = [_batch(rows, picked[i : i + B]) for i in range(0, A * B, B)]
+    learned = max(1, sum(int(batch.weights.sum()) for batch in batches))
+    return [batch._replace(weights=batch.weights / np.float32(learned)) for batch in batches]
+
+
+def consecutive(rows: Packed, count: int) -> Iterator[train.Batch]:
+    """All rows, up to `count` at a time; each learned token has weight 1."""
+    for i in range(0, len(rows.ids), count):
+        yield _batch(rows, np.arange(i, min(i + count, len(rows.ids))))
+
+
+def _batch(rows: Packed, picked: Array) -> train.Batch:
+    """Some of the rows, without the columns after the last that is learned: nothing depends on them."""
+    T = int(np.flatnonzero(rows.weights[picked].any(0)).max(initial=0)) + 1
+    return train.Batch(*(part[picked, :T] for part in rows))

@@ -1,0 +1,122 @@
+"""A run in a folder: what all training stages do with theirs.
+
+A run begins with `check_folder` and `first_save`, is taken up with `load`, and trains with `run`. At every
+moment the folder has a model that can be loaded, or a run from which `load` writes that model. The model is
+always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
+
+Not here: the loop itself (`train`), what is in the files (`checkpoint`), the data (each stage's).
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import checkpoint, train
+from .atomic import sync, writing
+from .checkpoint import Tokenizer
+from .errors import UserError
+from .model import GPT, GPTConfig
+from .optim import AdamW
+
+METRICS = "metrics.jsonl"
+MOST_TOKENS = 10**9  # in a batch: no memory holds more
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run depends on, apart from its tokenizer: saved with it, and all that resuming needs."""
+
+    model: GPTConfig
+    train: train.TrainConfig
+    stage: str = ""  # the command that goes on with it
+    data: tuple[str, ...] = ()  # files and folders
+    fingerprint: str = ""  # of what is made from them
+    block_size: int = 64  # of the training sequences: at most the model's
+    batch_size: int = 12
+    gradient_accumulation_steps: int = 1  # batches of that size for each update
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.block_size > self.model.block_size:
+            limit = self.model.block_size
+            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions")
+        if self.batch_size * self.block_size > MOST_TOKENS:
+            raise UserError(
+                f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
+                f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
+            )
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and a run needs a folder")
+    found = [name for name in (*checkpoint.FILES, METRICS) if (folder / name).exists()]
+    if found and not overwrite:
+        raise UserError(
+            f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
+            "replaces it, --out takes another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: this folder is read-only")
+
+
+def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
+    """Paths that a run can be resumed with from any folder."""
+    return tuple(str(Path(path).resolve()) for path in paths)
+
+
+def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
+    checkpoint.save_trainer(folder, optimizer, tokenizer, settings)
+    checkpoint.save(folder, optimizer.model, tokenizer)
+
+
+def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
+    """The optimizer and its model as they were saved last; settings and tokenizer are from `read_run`.
+
+    The model's files are written anew, as a kill may have come between them and the run's own.
+    """
+    optimizer = settings.train.optimizer(GPT(settings.model))
+    checkpoint.load_trainer(folder, optimizer)
+    checkpoint.save(folder, optimizer.model, tokenizer)
+    return optimizer
+
+
+def run(
+    folder: Path,
+    optimizer: AdamW,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    batches: Callable[[int, np.random.Generator], Sequence[train.Batch]],
+    evaluate: Callable[[], train.Record],
+    report: Callable[[train.Record], None],
+) -> None:
+    """`train.train` to the end; saves at every evaluation, at the end and on Ctrl-C, then KeyboardInterrupt.
+
+    Each of its records becomes a line of metrics.jsonl and goes to `report`.
+    """
+    metrics = folder / METRICS
+
+    def save() -> None:
+        sync(metrics)  # the record of an update is on the disk before the update is
+        checkpoint.save_trainer(folder, optimizer, tokenizer, settings)
+        checkpoint.save_weights(folder, optimizer.model)
+
+    def log(record: train.Record) -> None:
+        with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        report(record)
+
+    records = train.resume_metrics(metrics, optimizer.steps)
+    elapsed_s = records[-1]["elapsed_s"] if records else 0.0
+    train.train(
+        optimizer, batches, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
+    )
