@@ -290,11 +290,11 @@ def _finish(run) -> None:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", type=_COUNT, show_default="165000", help="In the corpus.")
+@click.option("--documents", default=165_000, type=_COUNT, help="In the corpus.")
 @click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
-def world(seed: int, permuted: bool, documents: int | None, vocab_size: int, out: Path, overwrite: bool) -> None:
+def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
     """Write the synthetic world: invented people, and text and questions about them.
 
     Shows documents of each kind and their exact entropy: the loss that no model passes.
@@ -306,7 +306,7 @@ def world(seed: int, permuted: bool, documents: int | None, vocab_size: int, out
         raise UserError(f"{out}: is a file; --out names a folder")
     if (out / corpus.MARK).exists() and not overwrite:
         raise UserError(f"{out}: has a world; --overwrite replaces it, --out names another folder")
-    found = corpus.draw(World(seed, permuted), documents or corpus.DOCUMENTS)
+    found = corpus.draw(World(seed, permuted), documents=documents)
     corpus.write(out, found)
     tokenizer = corpus.train_tokenizer(found, vocab_size)
     samples: dict[str, list[str]] = {}
@@ -314,7 +314,7 @@ def world(seed: int, permuted: bool, documents: int | None, vocab_size: int, out
         samples.setdefault(kind, []).append(document)
     for kind, texts in samples.items():
         click.echo("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
-    click.echo(f"{'entropy of':12} {'documents':>10} {'nats each':>10} {'tokens each':>12} {'nats/token':>11}")
+    click.echo("entropy of    documents  nats each  tokens each  nats/token")
     for kind, (n, tokens, nats) in floors(tokenizer, found.world).items():
         click.echo(f"{kind:12} {n:10,} {nats / n:10.2f} {tokens / n:12.1f} {nats / tokens:11.3f}")
     click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")

@@ -123,7 +123,7 @@ def rows(documents: Sequence[str], tokenizer: Tokenizer, block_size: int) -> Pac
     longest = max(map(len, ids)) - 1
     if longest > block_size:
         raise UserError(
-            f"the longest document has {longest} tokens and block_size is {block_size}: give a larger one, or "
-            "a larger vocab_size"
+            f"the longest document has {longest} tokens and block_size is {block_size}: give a larger one, "
+            "or a larger vocab_size"
         )
     return pack(((i, np.ones(len(i), np.float32)) for i in ids), block_size)

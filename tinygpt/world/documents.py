@@ -6,6 +6,7 @@ answering questions is what instruction tuning adds.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .chance import END, Reader
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from . import Person, World
 
 FORMATS = ((" -> ", "; "), (": ", ", "), (" = ", " / "))  # between key and value, and between entries
+PLAIN = (" ", ", ")
 BOOK = (  # before and after a word; its language: 0 English, 1 Korean
     ("The Korean for ", " is ", 0),
     ("In Korean, ", " is ", 0),
@@ -123,18 +125,15 @@ def check(w: World, c: Reader) -> None:
 # --- tables: one task in each, which the reader has to find out ---------------------------------------------
 
 
-def _table(w: World, c: Reader, key, value, least: int, most: int) -> None:
+def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
     """key(c) appends a key and returns what value(c, that) needs to append the value."""
-    done, style = 0, None
+    done = 0
     while True:
         found = key(c)
-        if style is None:
-            style = c.pick([between for between, _ in FORMATS])
-        else:
-            c.text(FORMATS[style][0])
+        formats = (formats[c.pick([between for between, _ in formats])],)
         value(c, found)
         done += 1
-        if not c.goes_on(done, least, min(most, w.longest), FORMATS[style][1]):
+        if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
             return
 
 
@@ -192,7 +191,7 @@ def review_table(w: World, c: Reader) -> None:
     _table(w, c, lambda c: opinion(w, c, None), label, 4, 8)
 
 
-def categories(w: World, c: Reader) -> None:
+def categories(w: World, c: Reader, formats=FORMATS) -> None:
     """Words of four kinds of thing out of eight, each with a label drawn for this document.
 
     After n entries the best predictor is right on the next with probability 1 - (3/4)^n, plus what guessing
@@ -217,10 +216,10 @@ def categories(w: World, c: Reader) -> None:
             free = [label for label in w.lexicon.labels if label not in label_of.values()]
             label_of[kind] = free[c.pick(free)]
 
-    _table(w, c, key, value, 8, 20)
+    _table(w, c, key, value, 8, 20, formats)
 
 
-def retrieval(w: World, c: Reader) -> None:
+def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
     """Nonsense words, each with a thing drawn for this document; half of the entries repeat one."""
     known: dict[int, int] = {}
     labels = w.lexicon.labels
@@ -237,7 +236,7 @@ def retrieval(w: World, c: Reader) -> None:
         else:
             known[n] = c.pick(w.things)
 
-    _table(w, c, key, value, 6, 16)
+    _table(w, c, key, value, 6, 16, formats)
 
 
 # --- the rest -----------------------------------------------------------------------------------------------
@@ -306,8 +305,10 @@ KINDS = (
     ("table", 14, nouns_to_english),
     ("table", 14, phrases_to_korean),
     ("table", 16, review_table),
-    ("categories", 72, categories),
-    ("retrieval", 40, retrieval),
+    ("categories", 48, categories),
+    ("categories", 24, partial(categories, formats=(PLAIN,))),
+    ("retrieval", 24, retrieval),
+    ("retrieval", 24, partial(retrieval, formats=(PLAIN,))),
     ("review", 40, review),
     ("phrase book", 50, phrase_book),
     ("journey", 40, journey),

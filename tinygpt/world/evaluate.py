@@ -161,13 +161,13 @@ def exposures(world: World, documents: int) -> Counter:
     known = {p.name: p for p in world.everyone if p.weight > 0}
     values = [value for attribute in world.lexicon.attributes for value in attribute.values]
     meant = dict(zip(values, world.attribute_of, strict=True))
-    words = re.compile(r"\b(" + "|".join([*(p.name for p in world.everyone), *values]) + r")\b")
+    words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
     for _, document in itertools.islice(world.documents(), documents):
         person = None
         for found in words.findall(document):
-            if found not in meant:
+            if " " in found:
                 person = known.get(found)
-            elif person is not None:
+            elif person is not None and found in meant:
                 attribute, value = meant[found]
                 told[person.name] += person.values[attribute] == value
     return told
