@@ -300,7 +300,7 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     Shows documents of each kind and their exact entropy: the loss that no model passes.
     """
     from .world import World, corpus
-    from .world.evaluate import floors
+    from .world.evaluate import gaps
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
@@ -315,8 +315,8 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     for kind, texts in samples.items():
         click.echo("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
     click.echo("entropy of    documents  nats each  tokens each  nats/token")
-    for kind, (n, tokens, nats) in floors(tokenizer, found.world).items():
-        click.echo(f"{kind:12} {n:10,} {nats / n:10.2f} {tokens / n:12.1f} {nats / tokens:11.3f}")
+    for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, found.world).items():
+        click.echo(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
     click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
 
 

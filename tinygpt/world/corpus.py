@@ -102,12 +102,11 @@ def _json(item: dict) -> str:
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
     """BPE over documents and over what tuning will ask, so that its words are no novelty of spelling."""
-    sets = task_sets(corpus.world)
-    tuning = [item for name, items in sets.items() if name.endswith(".sft") for item in items]
-    asked = (f"{item['prompt']} {item['completion']}\n" for item in tuning)
-    return BPETokenizer.train(
-        itertools.chain((document + "\n" for document in corpus.train[:SAMPLE]), asked), vocab_size
-    )
+    texts = [document + "\n" for document in corpus.train[:SAMPLE]]
+    for name, items in task_sets(corpus.world).items():
+        if name.endswith(".sft"):
+            texts += [f"User: {item['prompt']}\nAssistant: {item['completion']}\n" for item in items]
+    return BPETokenizer.train(texts, vocab_size)
 
 
 def encoded(tokenizer: Tokenizer, document: str) -> Array:

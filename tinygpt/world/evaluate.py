@@ -54,8 +54,8 @@ def wilson(right: int, n: int, z: float = 1.96) -> Rate:
     return Rate(p, (centre - half) / scale, (centre + half) / scale, n)
 
 
-def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Array, Array]:
-    """Each document's -log p in nats, and its number of predicted tokens; both (N,)."""
+def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
+    """Each document's -log p in nats, (N,)."""
     ids = [encoded(tokenizer, document) for document in documents]
     # A place's weight says which document it belongs to, from 1; 0 is padding.
     rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
@@ -65,31 +65,23 @@ def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[
         logits, _ = model.forward(inputs, ws, start=start, positions=positions, keep=False)
         loss, _ = model.ops.cross_entropy_forward(logits, targets)
         nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
-    return nll[1:], np.array([len(i) - 1 for i in ids])
+    return nll[1:]
 
 
-def floors(tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, tuple[int, int, float]]:
-    """Of `count` fresh documents by kind: how many, tokens, and -log p in nats, which no model can beat."""
-    found: dict[str, tuple] = {}
-    for kind, document in itertools.islice(world.documents(EVALUATION), count):
-        new = (1, len(encoded(tokenizer, document)) - 1, -world.logprob(document))
-        for name in (kind, "all"):
-            found[name] = tuple(map(sum, zip(found.get(name, (0, 0, 0.0)), new, strict=True)))
-    return dict(sorted(found.items(), key=lambda item: (item[0] == "all", item[0])))
-
-
-def gaps(model: GPT, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
-    """Loss above the floor on `count` fresh documents: by kind, and under "all" of all together."""
+def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
+    """Loss above the floor on `count` fresh documents, by kind and of all; model None: the floors alone."""
     kinds, documents = zip(*itertools.islice(world.documents(EVALUATION), count), strict=True)
-    nll, tokens = losses(model, tokenizer, documents)
-    floor, kinds = -np.array([world.logprob(document) for document in documents]), np.array(kinds)
+    kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
+    tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
+    above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
     found = {}
     for kind in [*sorted(set(kinds.tolist())), "all"]:
-        mine = np.full(count, True) if kind == "all" else kinds == kind
-        n, total, above = int(mine.sum()), int(tokens[mine].sum()), (nll - floor)[mine]
-        gap = above.sum() / total
-        error = np.sqrt(np.sum((above - gap * tokens[mine]) ** 2)) / total  # of a ratio of two sums
-        found[kind] = Gap(n, total, float(floor[mine].sum() / total), float(gap), float(error))
+        mine = (kinds == kind) | (kind == "all")
+        total = tokens[mine].sum()
+        gap = above[mine].sum() / total
+        error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
+        numbers = (floor[mine].sum() / total, gap, error)
+        found[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
     return found
 
 
