@@ -20,10 +20,11 @@ enum { QUERIES = COLS };
 static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded,
                       size_t Dp)
 {
-    memset(out, 0, padded * Dp * sizeof(real));
-    for (size_t i = 0; i < rows; i++)
-        for (size_t d = 0; d < D; d++)
-            out[i * Dp + d] = in[i * stride + d];
+    for (size_t i = 0; i < rows; i++) {
+        memcpy(out + i * Dp, in + i * stride, D * sizeof(real));
+        memset(out + i * Dp + D, 0, (Dp - D) * sizeof(real));
+    }
+    memset(out + rows * Dp, 0, (padded - rows) * Dp * sizeof(real));
 }
 
 /* strip[j][q] = rows[j] . columns[.][q]: scores and dprobs. */
@@ -216,8 +217,7 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             keys_by_channels(dk, dscores, q, Dp, w.begin, w.end);
             queries_by_channels(dq, dscores, k, Dp, w.begin, w.end);
             for (size_t r = 0; r < n; r++)
-                for (size_t d = 0; d < D; d++)
-                    a->dq[b * a->dq_batch + (i + r) * a->dq_row + h * D + d] = dq[r * Dp + d];
+                memcpy(a->dq + b * a->dq_batch + (i + r) * a->dq_row + h * D, dq + r * Dp, D * sizeof(real));
         }
         for (size_t j = 0; j < S; j++) {
             memcpy(a->dk + b * a->dk_batch + j * a->dk_row + h * D, dk + j * Dp, D * sizeof(real));

@@ -18,6 +18,8 @@ static void embedding_forward(const void *args)
 static void embedding_backward_channels(const void *args, size_t begin, size_t end)
 {
     const struct embedding_backward *a = args;
+    for (size_t v = 0; v < a->V && !a->add; v++)
+        memset(a->dw + v * a->C + begin, 0, (end - begin) * sizeof(real));
     for (size_t i = 0; i < a->rows; i++) {
         real *restrict dw = a->dw + (size_t)a->ids[i] * a->C;
         const real *restrict dout = a->dout + i * a->C;

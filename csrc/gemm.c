@@ -5,24 +5,33 @@
    b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the
    time. Around it, blocking keeps what is used again close:
 
-       for each DEPTH of K, for each WIDTH of columns:
-           pack b: panels of 2 vectors' columns, in the order in which tiles read     (outer cache)
-           for each block of rows, shared by the threads:
-               for each panel of b                                                    (inner cache)
+       each thread has a piece of c of its own, and in it
+       for each WIDTH of columns, for each DEPTH of K:
+           pack b: panels of 2 vectors' columns, in the order in which tiles read     (second cache)
+           for each HEIGHT of rows:
+               for each panel of b                                                    (first cache)
                    for each ROWS rows of a: one tile                                  (registers)
 
    Packing turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run
-   the same inner loop. Rows of a that are contiguous are read where they lie. Each element of c is summed in
-   one order, whatever the threads do. */
+   the same inner loop. Rows of a that are contiguous are read where they lie. A thread packs what it reads:
+   two may pack the same panel, but neither waits for the other, nor for its cache. Each element of c is summed
+   in one order, whatever the threads do. */
 
-enum { DEPTH = 256, WIDTH = 1024, BLOCK_ROWS = 16 * ROWS, COLS = 2 * LANES };
+enum { DEPTH = 384, WIDTH = 512, HEIGHT = 16 * ROWS, COLS = 2 * LANES };
+enum { SMALL = 1 << 18 }; /* multiply-adds: fewer take less time than a second thread needs to begin */
 
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
-   from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. */
+   from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. c, not needed before
+   the end, is on its way from memory while the sums are made. */
 INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
                  size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {
     vec acc[ROWS][2];
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        __builtin_prefetch(c + i * c_row, 1);
+        __builtin_prefetch(c + i * c_row + LANES, 1);
+    }
     UNROLL
     for (int i = 0; i < rows; i++) {
         acc[i][0] = from ? load(from + i * from_row) : (vec){0};
@@ -44,98 +53,107 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
     }
 }
 
-/* Copies a panel: `width` lines (rows of a, columns of b) of `depth` elements to out[p * full + i], zeros
-   from width on. across is the stride from line to line, along the stride in a line; full is a constant. */
-INLINE void pack(real *restrict out, const real *restrict in, size_t width, const size_t full, size_t depth,
+/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines, the last one
+   filled up with zeros: line l's element p goes to out[l / full][p][l % full]. across is the stride from line to
+   line, along the stride in a line; full is a constant. */
+INLINE void pack(real *restrict out, const real *restrict in, size_t lines, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
-    size_t p = 0;
-    if (width == full && across == 1)
-        for (; p < depth; p++)
-            memcpy(out + p * full, in + p * along, full * sizeof(real));
-    else if (width == full && along == 1 && full % LANES == 0)
-        for (; p + LANES <= depth; p += LANES)
+    size_t l = 0;
+    for (size_t p = 0; p < depth && across == 1; p++) /* memory in its order */
+        for (l = 0; l + full <= lines; l += full)
+            memcpy(out + l * depth + p * full, in + l + p * along, full * sizeof(real));
+    for (; l < lines; l += full) {
+        size_t p = 0;
+        for (; along == 1 && l + full <= lines && full % LANES == 0 && p + LANES <= depth; p += LANES)
             for (size_t i = 0; i < full; i += LANES) {
                 vec square[LANES];
-                for (size_t l = 0; l < LANES; l++)
-                    square[l] = load(in + (i + l) * across + p);
+                for (size_t k = 0; k < LANES; k++)
+                    square[k] = load(in + (l + i + k) * across + p);
                 transpose(square);
-                for (size_t l = 0; l < LANES; l++)
-                    store(out + (p + l) * full + i, square[l]);
+                for (size_t k = 0; k < LANES; k++)
+                    store(out + l * depth + (p + k) * full + i, square[k]);
             }
-    for (; p < depth; p++)
-        for (size_t i = 0; i < full; i++)
-            out[p * full + i] = i < width ? in[i * across + p * along] : 0;
-}
-
-/* One DEPTH x WIDTH block of b, and the grid of tasks that multiplies it. */
-struct block {
-    const struct gemm *g;
-    real *packed_b;
-    size_t depth_begin, depth, col_begin, cols; /* cols in columns, not panels */
-    size_t row_pieces, col_pieces;
-};
-
-static void pack_b(const void *args, size_t begin, size_t end)
-{
-    const struct block *t = args;
-    const struct gemm *g = t->g;
-    for (size_t panel = begin; panel < end; panel++) {
-        const size_t j = panel * COLS, width = least(t->cols - j, COLS);
-        const real *b = g->b + t->depth_begin * g->b_row + (t->col_begin + j) * g->b_col;
-        pack(t->packed_b + j * t->depth, b, width, COLS, t->depth, g->b_col, g->b_row);
+        for (; p < depth; p++)
+            for (size_t i = 0; i < full; i++)
+                out[l * depth + p * full + i] = l + i < lines ? in[(l + i) * across + p * along] : 0;
     }
 }
 
+/* A slice of K: its first index, its depth. */
+struct slice {
+    size_t p, depth;
+};
+
 /* c's rows i to i + height, columns j to j + width: whole tiles in place, edges by way of a copy. b is the
-   panel; a is packed where it must be: when its rows have gaps, and at the bottom, where rows are missing. */
-static void one_tile(const struct block *t, const real *packed_a, const real *b, size_t i, size_t j,
-                     size_t height, size_t width)
+   packed panel; so is a, with a_row and a_col, or it is a itself. */
+static void one_tile(const struct gemm *g, struct slice k, const real *a, size_t a_row, size_t a_col,
+                     const real *b, size_t i, size_t j, size_t height, size_t width)
 {
-    const struct gemm *g = t->g;
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
-    const int first = t->depth_begin == 0; /* the others add to what is there */
-    const real *from = first ? g->bias ? g->bias + j : NULL : c;
-    size_t from_row = first ? 0 : g->c_row, out_row = g->c_row;
+    const real *from = k.p ? c : g->add ? g->add + i * g->c_row + j : g->bias ? g->bias + j : NULL;
+    size_t from_row = k.p || g->add ? g->c_row : 0, out_row = g->c_row; /* later slices add to what is there */
     if (height < ROWS || width < COLS) {
         for (size_t r = 0; r < height && from; r++)
             memcpy(edge + r * COLS, from + r * from_row, width * sizeof(real));
         from = out = edge;
         from_row = out_row = COLS;
     }
-    const real *a = packed_a ? packed_a : g->a + i * g->a_row + t->depth_begin;
-    if (packed_a)
-        tile(ROWS, out, out_row, from, from_row, a, 1, ROWS, b, COLS, t->depth);
-    else
-        tile(ROWS, out, out_row, from, from_row, a, g->a_row, 1, b, COLS, t->depth);
+    tile(ROWS, out, out_row, from, from_row, a, a_row, a_col, b, COLS, k.depth);
     for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
+    if (g->add && g->bias && !k.p)
+        for (size_t r = 0; r < height; r++)
+            for (size_t l = 0; l < width; l++)
+                c[r * g->c_row + l] += g->bias[j + l];
 }
 
-/* A task is a piece of the rows and a piece of the panels. */
-static void multiply(const void *args, size_t begin, size_t end)
+/* Rows i0 to i1 of the columns j0 to j1, with b packed: a is packed where it must be, when its rows have whole
+   and at the bottom, where rows are missing. */
+static void multiply(const struct gemm *g, struct slice k, real *packed, const real *packed_b, size_t i0, size_t i1,
+                     size_t j0, size_t j1)
 {
-    const struct block *t = args;
-    const struct gemm *g = t->g;
-    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (t->cols + COLS - 1) / COLS;
-    real *packed = scratch(SCRATCH_PRIVATE, BLOCK_ROWS * t->depth * sizeof(real));
-    for (size_t task = begin; task < end; task++) {
-        const size_t r = task / t->col_pieces, s = task % t->col_pieces;
-        const size_t stop = least((r + 1) * row_tiles / t->row_pieces * ROWS, g->M);
-        for (size_t i0 = r * row_tiles / t->row_pieces * ROWS; i0 < stop; i0 += BLOCK_ROWS) {
-            const size_t i1 = least(i0 + BLOCK_ROWS, stop);
-            for (size_t i = i0; i < i1; i += ROWS)
-                if (g->a_col != 1 || i1 - i < ROWS)
-                    pack(packed + (i - i0) * t->depth, g->a + i * g->a_row + t->depth_begin * g->a_col,
-                         least(i1 - i, ROWS), ROWS, t->depth, g->a_row, g->a_col);
-            for (size_t panel = s * panels / t->col_pieces; panel < (s + 1) * panels / t->col_pieces; panel++)
-                for (size_t i = i0; i < i1; i += ROWS) {
-                    const size_t j = panel * COLS;
-                    const int in_place = g->a_col == 1 && i1 - i >= ROWS;
-                    one_tile(t, in_place ? NULL : packed + (i - i0) * t->depth, t->packed_b + j * t->depth, i,
-                             t->col_begin + j, least(i1 - i, ROWS), least(t->cols - j, COLS));
-                }
+    const real *a = g->a + k.p * g->a_col;
+    const size_t whole = g->a_col == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
+    pack(packed + whole * k.depth, a + (i0 + whole) * g->a_row, i1 - i0 - whole, ROWS, k.depth, g->a_row, g->a_col);
+    for (size_t j = j0; j < j1; j += COLS)
+        for (size_t i = i0; i < i1; i += ROWS) {
+            const size_t height = least(i1 - i, ROWS), width = least(j1 - j, COLS);
+            const real *b = packed_b + (j - j0) * k.depth;
+            if (i - i0 < whole)
+                one_tile(g, k, a + i * g->a_row, g->a_row, 1, b, i, j, height, width);
+            else
+                one_tile(g, k, packed + (i - i0) * k.depth, 1, ROWS, b, i, j, height, width);
         }
+}
+
+/* c in pieces, of whole tiles: row_pieces x col_pieces. */
+struct grid {
+    const struct gemm *g;
+    size_t row_pieces, col_pieces;
+};
+
+static void pieces_of_c(const void *args, size_t begin, size_t end)
+{
+    const struct grid *t = args;
+    const struct gemm *g = t->g;
+    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
+    const size_t slices = (g->K + DEPTH - 1) / DEPTH, depth = (g->K + slices - 1) / slices;
+    real *packed_b = scratch(SCRATCH_PRIVATE, (WIDTH + HEIGHT) * depth * sizeof(real));
+    real *packed_a = packed_b + WIDTH * depth;
+    for (size_t piece = begin; piece < end; piece++) {
+        const size_t r = piece / t->col_pieces, s = piece % t->col_pieces;
+        const size_t i0 = r * row_tiles / t->row_pieces * ROWS, j0 = s * panels / t->col_pieces * COLS;
+        const size_t i1 = least((r + 1) * row_tiles / t->row_pieces * ROWS, g->M);
+        const size_t j1 = least((s + 1) * panels / t->col_pieces * COLS, g->N);
+        for (size_t j = j0; j < j1; j += WIDTH)
+            for (size_t p = 0; p < g->K; p += depth) {
+                const struct slice k = {p, least(g->K - p, depth)};
+                const size_t stop = least(j + WIDTH, j1);
+                pack(packed_b, g->b + p * g->b_row + j * g->b_col, stop - j, COLS, k.depth, g->b_col, g->b_row);
+                for (size_t i = i0; i < i1; i += HEIGHT)
+                    multiply(g, k, packed_a, packed_b, i, least(i + HEIGHT, i1), j, stop);
+            }
     }
 }
 
@@ -169,7 +187,8 @@ static void few_rows_by_tiles(const void *args, size_t begin, size_t end)
             else
                 tile(1, out, COLS, bias, 0, a, g->a_row, 1, b, b_row, g->K);
             for (size_t r = 0; r < rows; r++)
-                memcpy(g->c + (i + r) * g->c_row + j, out + r * COLS, width * sizeof(real));
+                for (size_t l = 0, at = (i + r) * g->c_row + j; l < width; l++)
+                    g->c[at + l] = out[r * COLS + l] + (g->add ? g->add[at + l] : 0);
         }
     }
 }
@@ -201,8 +220,8 @@ INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_
         }
     }
     for (int r = 0; r < rows; r++)
-        for (size_t l = 0; l < columns; l++)
-            g->c[(i + r) * g->c_row + j + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0);
+        for (size_t l = 0, at = (i + r) * g->c_row + j; l < columns; l++)
+            g->c[at + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0) + (g->add ? g->add[at + l] : 0);
 }
 
 /* Columns of b contiguous, as in the tied head. */
@@ -230,26 +249,23 @@ static void gemm(const void *args)
         parallel(g->b_col == 1 ? few_rows_by_tiles : few_rows_by_dots, g, up(g->N, group) / group, grain);
         return;
     }
-    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, row_blocks = (g->M + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const size_t wanted = 4 * thread_count();
-    const size_t blocks = (g->K + DEPTH - 1) / DEPTH, depth = blocks ? (g->K + blocks - 1) / blocks : 0;
-    real *packed_b = scratch(SCRATCH_SHARED, (WIDTH + COLS) * (depth + 1) * sizeof(real));
-    struct block t = {.g = g, .packed_b = packed_b};
-    if (!g->K && g->M) /* an empty sum */
+    if (!g->K) /* an empty sum */
         for (size_t i = 0; i < g->M; i++)
             for (size_t j = 0; j < g->N; j++)
-                g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
-    for (t.col_begin = 0; t.col_begin < g->N && g->M; t.col_begin += WIDTH)
-        for (t.depth_begin = 0; t.depth_begin < g->K; t.depth_begin += depth) {
-            t.cols = least(g->N - t.col_begin, WIDTH);
-            t.depth = least(g->K - t.depth_begin, depth);
-            size_t panels = (t.cols + COLS - 1) / COLS;
-            t.row_pieces = row_tiles < wanted ? row_tiles : row_blocks > wanted ? row_blocks : wanted;
-            t.col_pieces = (wanted + t.row_pieces - 1) / t.row_pieces; /* few rows: share the columns too */
-            t.col_pieces = least(t.col_pieces, panels);
-            parallel(pack_b, &t, panels, 1 + 16384 / (t.depth * COLS));
-            parallel(multiply, &t, t.row_pieces * t.col_pieces, 1);
-        }
+                g->c[i * g->c_row + j] = (g->bias ? g->bias[j] : 0) + (g->add ? g->add[i * g->c_row + j] : 0);
+    if (!g->K || !g->M || !g->N)
+        return;
+    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
+    const size_t wanted = g->M * g->N * g->K < SMALL ? 1 : thread_count();
+    struct grid t = {g, 1, 1};
+    if (g->M >= g->N) { /* cut the longer side */
+        t.row_pieces = least(row_tiles, wanted);
+        t.col_pieces = least(panels, wanted / t.row_pieces);
+    } else {
+        t.col_pieces = least(panels, wanted);
+        t.row_pieces = least(row_tiles, wanted / t.col_pieces);
+    }
+    parallel(pieces_of_c, &t, t.row_pieces * t.col_pieces, 1);
 }
 
 /* A column at a time would jump; a range of columns, row by row, keeps its sums in the cache. */

@@ -32,55 +32,62 @@ static void layernorm_forward(const void *args)
     parallel(layernorm_forward_rows, a, a->rows, 1 + 4096 / (a->C + 1));
 }
 
-static void layernorm_backward_rows(const void *args, size_t begin, size_t end)
-{
-    const struct layernorm_backward *a = args;
-    const size_t C = a->C;
-    for (size_t i = begin; i < end; i++) {
-        const real *x = a->x + i * C, *dout = a->dout + i * C;
-        const real mean = a->mean[i], rstd = a->rstd[i];
-        vec ones = {0}, along = {0};
-        for (size_t c = 0; c < C; c += LANES) {
-            vec xhat = (load_n(x + c, C - c, 0) - mean) * rstd;
-            vec dxhat = load_n(dout + c, C - c, 0) * load_n(a->g + c, C - c, 0);
-            ones += dxhat;
-            along += dxhat * xhat;
-        }
-        real along_ones = sum(ones) / C, along_xhat = sum(along) / C;
-        for (size_t c = 0; c < C; c += LANES) {
-            vec xhat = (load_n(x + c, C - c, 0) - mean) * rstd;
-            vec dxhat = load_n(dout + c, C - c, 0) * load_n(a->g + c, C - c, 0);
-            store_n(a->dx + i * C + c, rstd * (dxhat - along_ones - xhat * along_xhat), C - c);
-        }
-    }
-}
+/* One pass over the rows gives all three. dg and db are sums over rows: a part of the rows has sums of its own,
+   and these are added up at the end; the parts are the same whatever the threads do. */
+enum { MOST_PARTS = 32 };
 
-/* dg and db are sums over the rows: a range of channels, row by row, as in column_sum. */
-static void layernorm_backward_channels(const void *args, size_t begin, size_t end)
+struct layernorm_parts {
+    const struct layernorm_backward *a;
+    real *dg, *db; /* (parts, C) */
+    size_t rows;   /* in a part */
+};
+
+static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
 {
-    const struct layernorm_backward *a = args;
+    const struct layernorm_parts *t = args;
+    const struct layernorm_backward *a = t->a;
     const size_t C = a->C;
-    for (size_t c = begin; c < end; c++) {
-        if (a->dg)
-            a->dg[c] = 0;
-        if (a->db)
-            a->db[c] = 0;
-    }
-    for (size_t i = 0; i < a->rows; i++) {
-        const real *x = a->x + i * C, *dout = a->dout + i * C;
-        const real mean = a->mean[i], rstd = a->rstd[i];
-        for (size_t c = begin; a->dg && c < end; c++)
-            a->dg[c] += dout[c] * ((x[c] - mean) * rstd);
-        for (size_t c = begin; a->db && c < end; c++)
-            a->db[c] += dout[c];
+    for (size_t part = begin; part < end; part++) {
+        real *dg = t->dg + part * C, *db = t->db + part * C;
+        memset(dg, 0, C * sizeof(real));
+        memset(db, 0, C * sizeof(real));
+        for (size_t i = part * t->rows; i < least((part + 1) * t->rows, a->rows); i++) {
+            const real *x = a->x + i * C, *dout = a->dout + i * C, mean = a->mean[i], rstd = a->rstd[i];
+            vec ones = {0}, along = {0};
+            for (size_t c = 0; c < C; c += LANES) {
+                const vec xhat = (load_n(x + c, C - c, 0) - mean) * rstd, dy = load_n(dout + c, C - c, 0);
+                const vec dxhat = dy * load_n(a->g + c, C - c, 0);
+                ones += dxhat;
+                along += dxhat * xhat;
+                store_n(dg + c, load_n(dg + c, C - c, 0) + dy * xhat, C - c);
+                store_n(db + c, load_n(db + c, C - c, 0) + dy, C - c);
+            }
+            const real along_ones = sum(ones) / C, along_xhat = sum(along) / C;
+            for (size_t c = 0; c < C && a->dx; c += LANES) {
+                const vec xhat = (load_n(x + c, C - c, 0) - mean) * rstd;
+                const vec dxhat = load_n(dout + c, C - c, 0) * load_n(a->g + c, C - c, 0);
+                const vec other = a->add ? load_n(a->add + i * C + c, C - c, 0) : (vec){0};
+                store_n(a->dx + i * C + c, other + rstd * (dxhat - along_ones - xhat * along_xhat), C - c);
+            }
+        }
     }
 }
 
 static void layernorm_backward(const void *args)
 {
     const struct layernorm_backward *a = args;
-    if (a->dx)
-        parallel(layernorm_backward_rows, a, a->rows, 1 + 4096 / (a->C + 1));
-    if (a->dg || a->db)
-        parallel(layernorm_backward_channels, a, a->C, 64);
+    const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS, parts = rows ? up(a->rows, rows) / rows : 0;
+    real *dg = scratch(SCRATCH_SHARED, 2 * MOST_PARTS * C * sizeof(real)), *db = dg + MOST_PARTS * C;
+    parallel(layernorm_backward_parts, &(struct layernorm_parts){a, dg, db, rows}, parts, 1 + 4096 / (rows * C + 1));
+    for (size_t c = 0; c < C; c++) {
+        real g = 0, b = 0;
+        for (size_t part = 0; part < parts; part++) {
+            g += dg[part * C + c];
+            b += db[part * C + c];
+        }
+        if (a->dg)
+            a->dg[c] = g;
+        if (a->db)
+            a->db[c] = b;
+    }
 }

@@ -1,19 +1,19 @@
 /* peak.c: what this machine can do at most, for `tinygpt bench` to hold the kernels against. */
 
-/* `steps` times 16 independent multiply-adds of whole vectors, in registers, in each of `tasks`. */
+/* `steps` times 12 independent multiply-adds of whole vectors, in registers, in each of `tasks`. */
 static void fma_peak_tasks(const void *args, size_t begin, size_t end)
 {
     const struct fma_peak *a = args;
     for (size_t task = begin; task < end; task++) {
-        vec x = all(0.999f), y = all(0.001f), sums[16];
-        for (size_t i = 0; i < 16; i++)
+        vec x = all(0.999f), y = all(0.001f), sums[12];
+        for (size_t i = 0; i < 12; i++)
             sums[i] = all(i + task);
         for (size_t step = 0; step < a->steps; step++) {
             UNROLL
-            for (size_t i = 0; i < 16; i++)
+            for (size_t i = 0; i < 12; i++)
                 sums[i] = sums[i] * x + y;
         }
-        for (size_t i = 1; i < 16; i++)
+        for (size_t i = 1; i < 12; i++)
             sums[0] += sums[i];
         a->out[task] = sum(sums[0]); /* used, or the compiler would leave it all out */
     }
@@ -22,7 +22,7 @@ static void fma_peak_tasks(const void *args, size_t begin, size_t end)
 static void fma_peak(const void *args)
 {
     const struct fma_peak *a = args;
-    *a->flops = 2.0 * 16 * LANES * a->steps * a->tasks;
+    *a->flops = 2.0 * 12 * LANES * a->steps * a->tasks;
     parallel(fma_peak_tasks, a, a->tasks, 1);
 }
 

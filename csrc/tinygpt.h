@@ -18,11 +18,11 @@
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
     X(sum_of_squares) X(adamw) X(append_rows) X(fma_peak) X(read_memory)
 
-/* c = a b + bias, with c (M, N), a (M, K), b (K, N), and bias (N) or NULL. Strides make transposes: a^T is a
-   with a_row and a_col exchanged. Rows of c are contiguous, c_row apart. */
+/* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL. Strides
+   make transposes: a^T is a with a_row and a_col exchanged. Rows of c and of add are contiguous, c_row apart. */
 struct gemm {
     real *c;
-    const real *a, *b, *bias;
+    const real *a, *b, *bias, *add;
     size_t M, N, K, c_row, a_row, a_col, b_row, b_col;
 };
 
@@ -41,10 +41,11 @@ struct embedding_forward {
 };
 
 struct embedding_backward {
-    real *dw;              /* (V, C), added to */
+    real *dw;              /* (V, C) */
     const real *dout;      /* (rows, C) */
     const int32_t *ids;
-    size_t rows, C;
+    size_t V, rows, C;
+    int add;               /* to what dw holds; else it begins at zero */
 };
 
 struct layernorm_forward {
@@ -56,7 +57,7 @@ struct layernorm_forward {
 
 struct layernorm_backward {
     real *dx, *dg, *db;         /* each may be NULL: not wanted */
-    const real *dout, *x, *g, *mean, *rstd;
+    const real *dout, *x, *g, *mean, *rstd, *add; /* add: NULL, or added to dx */
     size_t rows, C;
 };
 

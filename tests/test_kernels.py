@@ -101,6 +101,7 @@ def test_attention_at_extremes(c, rng, dtype, scale, T, S):
 
 
 GEMMS = [(1, 1, 1), (3, 7, 17), (17, 1, 33), (1, 257, 33), (65, 3, 7), (33, 65, 129), (257, 129, 65)]
+GEMMS += [(130, 530, 401), (401, 97, 771)]  # more than one block of every kind, and a piece for each thread
 
 
 @pytest.mark.parametrize("M, N, K", GEMMS)
@@ -124,6 +125,23 @@ def test_the_tied_head(c, rng, dtype, M, N, K):
     assert db is False
 
 
+@pytest.mark.parametrize("M, N, K", [*GEMMS, (5, 40, 30), (8, 33, 500)])
+def test_sums_with_the_stream(c, rng, dtype, M, N, K):
+    """Also where the sum replaces what is added, as the model does with its gradient."""
+    x, w, b, stream = (rng.standard_normal(s).astype(dtype) for s in ((M, K), (K, N), (N,), (M, N)))
+    for weights in (w, np.ascontiguousarray(w.T).T):
+        for bias in (b, None):
+            expected, mine = ops.linear_forward(x, weights, bias, stream)[0], stream.copy()
+            assert error((c.linear_forward(x, weights, bias, stream)[0],), (expected,)) <= LIMIT[dtype]
+            assert c.linear_forward(x, weights, bias, add=mine, out=mine)[0] is mine
+            assert error((mine,), (expected,)) <= LIMIT[dtype]
+    dout, g = rng.standard_normal((M, N)).astype(dtype), rng.standard_normal(N).astype(dtype)
+    expected = ops.layernorm_backward(dout, ops.layernorm_forward(stream, g, b)[1], add=stream)
+    mine, cache = stream.copy(), c.layernorm_forward(stream, g, b)[1]
+    got = c.layernorm_backward(dout, cache, dx=mine, add=mine)
+    assert got[0] is mine and error(got, expected, 316 * np.abs(dout).max()) <= LIMIT[dtype]
+
+
 @pytest.mark.parametrize("n", [*SIZES, 100_003])
 def test_the_optimizers_passes(c, rng, dtype, n):
     state = [rng.standard_normal(n).astype(dtype) for _ in range(3)] + [rng.random(n).astype(dtype)]
@@ -133,6 +151,41 @@ def test_the_optimizers_passes(c, rng, dtype, n):
     ops.adamw(*reference, **settings, scale=0.5)
     assert error(tuple(mine), tuple(reference)) <= LIMIT[dtype]
     assert c.sum_of_squares(state[0]) == pytest.approx(ops.sum_of_squares(state[0]), rel=1e-7)
+
+
+EVERY_1009TH = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+
+
+def exp_in_c(x):
+    """exp(x) as cross-entropy's backward makes it, given a largest logit of 0 and a sum of 1."""
+    logits, one = np.append(x, np.float32(0))[None], np.ones(1, np.float32)
+    cache = (logits, np.array([x.size], np.int32), 0 * one, one)
+    return kernels.cross_entropy_backward(one, cache)[0, :-1]
+
+
+def test_exp_over_the_whole_range(c):
+    """Of all floats every 1009th, from infinity to infinity, within 2 units in the last place of libm's."""
+    x = EVERY_1009TH
+    got, with_nan = exp_in_c(x), np.isnan(x)
+    assert np.isnan(got[with_nan]).all() and not np.isnan(got[~with_nan]).any()
+    x, got = x[~with_nan], got[~with_nan]
+    with np.errstate(over="ignore", under="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    assert np.isinf(got[x > 88.7229]).all()
+    assert (got[x < -86.7] == 0).all()
+    inner = (x > -86.5) & (x < 88.72)
+    ulp = np.spacing(exact[inner].astype(np.float32)).astype(np.float64)
+    assert (np.abs(got[inner] - exact[inner]) <= 2 * ulp).all()
+
+
+def test_gelu_over_the_whole_range(c):
+    """Within 3 units in the last place of x, and its slope within 2e-6, of the textbook's in double."""
+    x = EVERY_1009TH[np.abs(EVERY_1009TH) < 1e12]
+    exact, cache = ops.gelu_forward(x.astype(np.float64))
+    got = kernels.gelu_forward(x)[0]
+    assert (np.abs(got - exact) <= 3 * np.spacing(np.abs(x)).astype(np.float64)).all()
+    slope = kernels.gelu_backward(np.ones_like(x), (x,))
+    assert np.abs(slope - ops.gelu_backward(np.ones(x.shape), cache)).max() < 2e-6
 
 
 def test_gelu_far_out(c, dtype):

@@ -211,7 +211,7 @@ def test_the_tied_tables_gradient_is_the_sum_of_its_two_uses(model, rng):
     """It loses one of the two where a backward overwrites what the other left."""
     ops = model.ops
 
-    def head_only(dout, cache, dw=None):
+    def head_only(dout, cache, dw=None, add=False):
         return dw
 
     def table_only(dout, cache, dx=None, dw=None, db=None):

@@ -26,19 +26,20 @@ def test_gradients_of_the_whole_model(ops, rng, post_norm):
 # --- embedding, linear -------------------------------------------------------------------------------------
 
 
-def test_embedding_backward_adds_to_what_it_is_given(ops, rng):
+def test_embedding_backward_adds_where_it_is_told_to(ops, rng):
     """The tied table's gradient is the head's part plus this one: overwriting loses the head."""
     ids = np.array([[0, 2, 2], [2, 1, 0]])
     w, dout = rng.standard_normal((4, 3)), rng.standard_normal((2, 3, 3))
     _, cache = ops.embedding_forward(ids, w)
     dw = np.ones_like(w)
-    assert ops.embedding_backward(dout, cache, dw) is dw
+    assert ops.embedding_backward(dout, cache, dw, add=True) is dw
     by_hand = np.ones_like(w)
     for b in range(2):
         for t in range(3):
             by_hand[ids[b, t]] += dout[b, t]
     np.testing.assert_allclose(dw, by_hand, rtol=1e-14)
     assert (dw[3] == 1).all()  # no id names row 3
+    np.testing.assert_allclose(ops.embedding_backward(dout, cache, dw), by_hand - 1, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", [-1, 4])

@@ -57,6 +57,35 @@ def test_accumulation_is_the_large_batch(rng):
     assert (whole.flat == before).all()  # and nothing of the last update is left in the next
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_recorded_step_is_the_step(rng, dtype):
+    """Guards: a record that keeps numbers of the batch that it was made from, or weights that have moved."""
+    optimizer, ws = make(dtype=dtype), Workspace()
+    for n in range(6):
+        ids, targets = data.random_blocks(TOKENS, 3 + n % 2, 8, rng)
+        weights, more = rng.random(ids.shape).astype(dtype), {}
+        if n > 2:
+            more["start"] = np.minimum(rng.integers(0, 4, ids.shape), np.arange(8)).astype(np.int32)
+            more["positions"] = rng.integers(0, 8, ids.shape)
+        loss = train.accumulate(optimizer, [train.Batch(ids, targets, weights, **more)], ws)
+        flat, grads = optimizer.model.gradients()
+        assert loss == optimizer.model.loss(ids, targets, weights, grads, **more)
+        assert (optimizer.flat == flat).all()
+        optimizer.step(1e-2)
+
+
+@pytest.mark.parametrize("field, value", [("ids", 13), ("ids", -1), ("targets", 13), ("positions", 8)])
+def test_a_recorded_step_reads_nothing_outside(field, value):
+    """Guards: a record that reads where an id of a later batch points, past the end of a table."""
+    optimizer, ws = make(), Workspace()
+    fields = {name: np.zeros((2, 8), np.int32) for name in ("ids", "targets", "start", "positions")}
+    fields["weights"] = np.ones((2, 8), np.float32)
+    train.accumulate(optimizer, [train.Batch(**fields)], ws)
+    fields[field][1, 3] = value
+    with pytest.raises((IndexError, UserError)):
+        train.accumulate(optimizer, [train.Batch(**fields)], ws)
+
+
 def test_accumulation_makes_no_new_buffers(rng):
     """Guards: memory of the gradients' size, half a gigabyte for GPT-2, taken anew at every update."""
     config = GPTConfig(vocab_size=13, block_size=2, n_layer=2, n_head=2, n_embd=128)

@@ -7,23 +7,28 @@ with the same threads, just before. A training step's operations are counted as
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
+`numpy/nano` is nano's training step on the NumPy backend. `scaling` varies one size of a training step at a
+time, with one thread and with all.
 
-Not here: other libraries.
+Not here: other libraries; tests/peers/bench.py puts these figures beside theirs.
 """
 
 import dataclasses
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from . import kernels, storage
+from . import kernels, ops, storage
 from .errors import UserError
 from .generate import steps
-from .model import GPT, PRESETS
+from .model import GPT, PRESETS, GPTConfig
 from .optim import AdamW
+from .train import Batch, accumulate
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
@@ -38,13 +43,22 @@ GEMM = [
     (256, 50304, 768),
 ]
 
+SCALING = {  # one of these at a time, the others as in BASE
+    "T": (64, 128, 256, 512, 1024),
+    "C": (64, 128, 192, 256, 384, 512, 768),
+    "B": (1, 2, 4, 8, 16, 32, 64),
+}
+BASE = {"T": 128, "C": 256, "B": 8}
+
 JOBS = [
     "peak",
     "gemm",
     *(f"train/{size}" for size in TRAIN),
+    "numpy/nano",
+    "scaling",
     *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
 ]
-SLOW = {job for job in JOBS if "gpt2" in job}
+SLOW = {job for job in JOBS if "gpt2" in job or job == "scaling"}
 
 Row = dict[str, object]
 
@@ -63,9 +77,18 @@ def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
         raise UserError("bench measures the C core, which is not built here")
     context = multiprocessing.get_context("spawn")
     for job in jobs or [job for job in JOBS if job not in SLOW]:
-        with context.Pool(1, maxtasksperchild=1) as process:  # a new process for each call
-            limits = process.apply(machine, (min(1.0, seconds / 4),))
-            yield from process.apply(_measure, (job, seconds, *limits))
+        parts = [job]
+        if job == "scaling":
+            threads = sorted({1, kernels.processors()})
+            parts = [f"scaling/{axis}/{n}" for axis in SCALING for n in threads]
+        for part in parts:
+            with context.Pool(1, maxtasksperchild=1) as process:  # a new process for each call
+                limits = process.apply(machine, (min(1.0, seconds / 4), _threads(part)))
+                yield from process.apply(_measure, (part, seconds, *limits))
+
+
+def _threads(job: str) -> int | None:
+    return int(job.split("/")[2]) if job.startswith("scaling/") else None
 
 
 def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Row]:
@@ -74,8 +97,11 @@ def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Ro
         return [_row(job, None, None, peak, peak, bandwidth, bandwidth)]
     if kind == "gemm":
         return [_gemm(shape, peak, seconds / len(GEMM)) for shape in GEMM]
-    if kind == "train":
-        step, tokens, flops = _training(*rest)
+    if kind == "scaling":
+        return [_scaling(rest[0], size, int(rest[1]), peak, seconds / 4) for size in SCALING[rest[0]]]
+    if kind in ("train", "numpy"):
+        B, T = TRAIN[rest[0]]
+        step, tokens, flops = _training(PRESETS[rest[0]], B, T, None if kind == "train" else ops)
         ms = median_ms(step, seconds)
         return [_row(job, ms, tokens, flops / ms * 1e3, peak)]
     step, tokens, weights = _generation(rest[0], int(rest[1]))
@@ -118,11 +144,13 @@ def median_ms(step: Callable[[], object], seconds: float) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def machine(seconds: float = 1.0) -> tuple[float, float]:
+def machine(seconds: float = 1.0, threads: int | None = None) -> tuple[float, float]:
     """Operations a second in float32 (a multiply-add is two), and bytes a second read from memory.
 
-    The best of many tries, as both are limits.
+    The best of many tries, as both are limits. threads: None leaves their number as it is.
     """
+    if threads:
+        kernels.set_threads(threads)
     out, flops, tasks = np.zeros(64, np.float32), np.zeros(1), 64
     far = storage.empty(1 << 26, np.float32)  # 256 MiB: beyond any cache
     far[:] = 1
@@ -148,17 +176,28 @@ def _gemm(shape: tuple[int, int, int], peak: float, seconds: float) -> Row:
     return _row(f"gemm/{M}x{N}x{K}", ms, None, 2 * M * N * K / ms * 1e3, peak)
 
 
-def _training(size: str) -> tuple[Callable[[], object], int, int]:
+def _scaling(axis: str, size: int, threads: int, peak: float, seconds: float) -> Row:
+    kernels.set_threads(threads)
+    sizes = BASE | {axis: size}
+    config = GPTConfig(1024, sizes["T"], n_layer=4, n_head=sizes["C"] // 64, n_embd=sizes["C"])
+    step, tokens, flops = _training(config, sizes["B"], sizes["T"])
+    ms = median_ms(step, seconds)
+    return _row(f"scaling/{axis}={size}/{threads}", ms, tokens, flops / ms * 1e3, peak)
+
+
+def _training(
+    config: GPTConfig, B: int, T: int, backend: ModuleType | None = None
+) -> tuple[Callable[[], object], int, int]:
     """A training step, its tokens, its operations."""
-    config, (B, T) = PRESETS[size], TRAIN[size]
     config = dataclasses.replace(config, block_size=T)
     rng, ws = np.random.default_rng(0), storage.Workspace()
-    model = GPT(config, rng)
+    model = GPT(config, rng, ops=backend)
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
+    batch = Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))
 
     def step() -> None:
-        model.loss(ids, targets, grads=optimizer.grads, ws=ws)
+        accumulate(optimizer, [batch], ws)
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T
@@ -182,3 +221,30 @@ def _generation(size: str, batch: int) -> tuple[Callable[[], object], int, int]:
         batch,
         sum(p.size for name, p in model.params.items() if name != "wpe.weight"),
     )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws the rows of `scaling`: the share of the peak against each size. Raises UserError without them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    found = [row for row in rows if row["job"].startswith("scaling/")]
+    if not found:
+        raise UserError("--plot draws the job scaling, which was not measured")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axis, panel in zip(SCALING, figure.subplots(1, len(SCALING), sharey=True), strict=True):
+        lines: dict[str, list] = {}
+        for row in found:
+            _, size, threads = row["job"].split("/")
+            if size.startswith(f"{axis}="):
+                lines.setdefault(threads, []).append((int(size[2:]), row["share_of_peak"]))
+        for threads, points in lines.items():
+            panel.plot(*zip(*points, strict=True), marker="o", label=f"threads: {threads}")
+        others = ", ".join(f"{name} {size}" for name, size in BASE.items() if name != axis)
+        panel.set(xscale="log", xlabel=f"{axis} ({others})", ylim=(0, 1))
+        panel.set_xticks(SCALING[axis], SCALING[axis], minor=False)
+        panel.minorticks_off()
+        panel.legend()
+    figure.axes[0].set_ylabel("training step, share of FMA peak")
+    figure.savefig(path)

@@ -189,10 +189,9 @@ def pretrain(ctx: click.Context, **options) -> None:
     from . import pretrain as stage
 
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    folder = options["resume"] or options["out"]
     if options["resume"]:
         _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
-        run = stage.resume(folder, options["data"])
+        run = stage.resume(options["resume"], options["data"])
     else:
         if not options["data"]:
             click.echo("Reading Python's own documentation ...")
@@ -201,17 +200,11 @@ def pretrain(ctx: click.Context, **options) -> None:
             click.echo("Reading the world ...")
         run = _begin(given, **options)
     model, n, n_val = run.optimizer.model, _tokens(run.train_tokens), _tokens(run.val_tokens)
-    if run.optimizer.steps >= run.settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
     click.echo(
         f"{model.flat.size:,} weights, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
         f"{n_val:,} to evaluate on"
     )
-    try:
-        stage.pretrain(run, _progress(run.settings.train.max_iters))
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command('pretrain', '--resume', str(folder))}")
-        sys.exit(130)
+    _train(stage.pretrain, run)
     if run.world is None:
         _finish(run)
     else:
@@ -230,6 +223,17 @@ def _names_world(options: dict) -> bool:
 
 def _tokens(part) -> int:
     return part.size if hasattr(part, "size") else int(part.weights.sum())
+
+
+def _train(stage: Callable, run) -> None:
+    """Runs a stage to its end, or until Ctrl-C, with its progress."""
+    if run.optimizer.steps >= run.settings.train.max_iters:
+        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
+    try:
+        stage(run, _progress(run.settings.train.max_iters))
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. To go on: {_command(run.settings.stage, '--resume', str(run.folder))}")
+        sys.exit(130)
 
 
 def _command(*words: str) -> str:
@@ -383,11 +387,7 @@ def sft(ctx: click.Context, **options) -> None:
     else:
         run = _begin_sft(**options)
     _describe(run)
-    try:
-        stage.sft(run, _progress(run.settings.train.max_iters))
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command('sft', '--resume', str(run.folder))}")
-        sys.exit(130)
+    _train(stage.sft, run)
     _finish_sft(run)
 
 
@@ -427,8 +427,6 @@ def _describe(run) -> None:
     )
     if dropped:
         click.echo(f"Left out, as longer than --block-size {block_size}: {dropped:,}")
-    if run.optimizer.steps >= run.settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
 
 
 def _finish_sft(run) -> None:
@@ -697,11 +695,13 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 @click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
 @click.option("--quick", is_flag=True, help="A fraction of a second for each job: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
-def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw what scaling found.")
+def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
-    A JOB is peak, gemm, train/SIZE or generate/SIZE/BATCH, such as train/nano or generate/small/64; without
-    one, all but those of GPT-2 124M. A time is the median of a training step, or of a token for each prompt.
+    A JOB is peak, gemm, train/SIZE, generate/SIZE/BATCH, numpy/nano or scaling, such as train/nano or
+    generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the median of a
+    training step, or of a token for each prompt.
     """
     from . import bench as benchmarks
 
@@ -715,3 +715,5 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool) -> 
         rows.append(row)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
+    if plot:
+        benchmarks.plot(rows, plot)

@@ -69,11 +69,11 @@ def _configure() -> str:
         raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
     if threads is not None and not (threads.isdecimal() and int(threads) > 0):
         raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
-    set_threads(int(threads or _processors()))
+    set_threads(int(threads or processors()))
     return ffi.string(isa).decode()
 
 
-def _processors() -> int:
+def processors() -> int:
     """Those this process may use: fewer than the machine's in a container, where more threads only wait."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # cgroups 2: "max 100000", or microseconds a period
@@ -190,20 +190,23 @@ def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tup
     return out, (ids, w.shape)
 
 
-def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Grad:
+def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Grad:
     ids, shape = cache
     if dw is False:
         return False
     ids = _ids(ids, shape[0], "id")  # again: the cache may hold the caller's own array
     dout = _like(dout, dout.dtype, (*ids.shape, shape[1]))
-    dw = np.zeros(shape, dout.dtype) if dw is None else _result(dw, dout.dtype, shape)
-    _run("embedding_backward", dout.dtype, dw, dout, ids, ids.size, shape[1])
+    add, dw = add and dw is not None, _result(dw, dout.dtype, shape)
+    _run("embedding_backward", dout.dtype, dw, dout, ids, shape[0], ids.size, shape[1], int(add))
     return dw
 
 
-def gemm(a: Array, b: Array, bias: Array | None = None, out: Out = None) -> Array:
-    """a (M, K) times b (K, N), plus bias (N,) on every row. a and b may have any strides, so `.T` costs
-    nothing; so may out, if either its rows or its columns have no gaps."""
+def gemm(
+    a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Out = None
+) -> Array:
+    """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N). a and b may have any strides, so
+    `.T` costs nothing; so may out, where there is no bias and nothing to add, if either its rows or its
+    columns have no gaps."""
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
@@ -211,18 +214,25 @@ def gemm(a: Array, b: Array, bias: Array | None = None, out: Out = None) -> Arra
     b = _strided(b, a.dtype)
     if out is None:
         out = storage.empty((M, N), a.dtype)
-    if out.strides[1] != size and out.strides[0] == size and bias is None:
+    if out.strides[1] != size and out.strides[0] == size and bias is None and add is None:
         return gemm(b.T, a.T, out=out.T).T  # the columns have no gaps: compute the transpose
     rows = (out.strides[1] == size or N == 1) and (out.strides[0] >= N * size or M == 1)
     _destination(out, a.dtype, (M, N), rows and out.strides[0] % size == 0)
     strides = [s // size for s in (out.strides[0], *a.strides, *b.strides)]
-    _run("gemm", a.dtype, out, a, b, None if bias is None else _like(bias, a.dtype, (N,)), M, N, K, *strides)
+    if add is not None and out.strides[0] != N * size:
+        raise ValueError("gemm: where something is added, the rows of out have no gaps")
+    bias = None if bias is None else _like(bias, a.dtype, (N,))
+    add = None if add is None else _like(add, a.dtype, (M, N))
+    _run("gemm", a.dtype, out, a, b, bias, add, M, N, K, *strides)
     return out
 
 
-def linear_forward(x: Array, w: Array, b: Array | None = None, out: Out = None) -> tuple[Array, tuple]:
+def linear_forward(
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, out: Out = None
+) -> tuple[Array, tuple]:
     out = _result(out, x.dtype, (*x.shape[:-1], w.shape[1]))
-    gemm(x.reshape(-1, x.shape[-1]), w, b, out.reshape(-1, w.shape[1]))
+    out_rows = out.reshape(-1, w.shape[1])
+    gemm(x.reshape(-1, x.shape[-1]), w, b, None if add is None else add.reshape(out_rows.shape), out_rows)
     return out, (x, w)
 
 
@@ -255,12 +265,13 @@ def layernorm_forward(
 
 
 def layernorm_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None
+    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None, add: Array | None = None
 ) -> tuple[Grad, Grad, Grad]:
     x, g, mean, rstd = cache
     dout = _like(dout, x.dtype, x.shape)
     dx, dg, db = _grad(dx, x.dtype, x.shape), _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
-    _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, mean.size, x.shape[-1])
+    add = None if add is None else _like(add, x.dtype, x.shape)
+    _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, add, mean.size, x.shape[-1])
     return dx, dg, db
 
 

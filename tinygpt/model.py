@@ -187,14 +187,12 @@ class GPT:
     def _sublayer(self, x: Array, norm: str, branch: Callable, run: _Pass) -> tuple[Array, tuple]:
         """Half a block: a branch off the stream `x` and its sum with it; the norm before or after."""
         h, c_norm = (x, None) if self.config.post_norm else self._layernorm(x, norm, run)
-        y, c_branch = branch(h, norm.rsplit(".", 1)[0], run)
-        y, c_drop = self._dropout(y, f"{norm}.drop", run)
-        x, _ = self.ops.residual_forward(x, y, out=run.buffer(run.name(f"{norm}.sum"), x.shape[-1]))
+        x, c_branch = branch(h, x, norm.rsplit(".", 1)[0], run)
         if self.config.post_norm:
             x, c_norm = self._layernorm(x, norm, run)
-        return x, (norm, c_norm, c_branch, c_drop)
+        return x, (norm, c_norm, c_branch)
 
-    def _attention(self, h: Array, block: str, run: _Pass) -> tuple[Array, tuple]:
+    def _attention(self, h: Array, x: Array, block: str, run: _Pass) -> tuple[Array, tuple]:
         C = self.config.n_embd
         qkv, c_qkv = self._linear(h, f"{block}.attn.c_attn", run)
         q, k, v = qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
@@ -203,18 +201,28 @@ class GPT:
         a, c_attn = self.ops.attention_forward(
             q, k, v, self.config.n_head, run.start, out=run.buffer(run.name(f"{block}.attn"), C)
         )
-        y, c_proj = self._linear(a, f"{block}.attn.c_proj", run)
-        return y, (self._attention_backward, c_qkv, c_attn, c_proj)
+        x, c_proj = self._join(a, x, f"{block}.attn.c_proj", run)
+        return x, (self._attention_backward, c_qkv, c_attn, c_proj)
 
-    def _mlp(self, h: Array, block: str, run: _Pass) -> tuple[Array, tuple]:
+    def _mlp(self, h: Array, x: Array, block: str, run: _Pass) -> tuple[Array, tuple]:
         f, c_fc = self._linear(h, f"{block}.mlp.c_fc", run)
         g, c_gelu = self.ops.gelu_forward(f, out=run.buffer(run.name(f"{block}.gelu"), f.shape[-1]))
-        y, c_proj = self._linear(g, f"{block}.mlp.c_proj", run)
-        return y, (self._mlp_backward, c_fc, c_gelu, c_proj)
+        x, c_proj = self._join(g, x, f"{block}.mlp.c_proj", run)
+        return x, (self._mlp_backward, c_fc, c_gelu, c_proj)
 
-    def _linear(self, x: Array, name: str, run: _Pass) -> tuple[Array, tuple]:
+    def _join(self, h: Array, x: Array, name: str, run: _Pass) -> tuple[Array, tuple]:
+        """A branch's last layer, dropout, and the sum with the stream; without dropout one operation."""
+        if run.rng is None:
+            x, c_linear = self._linear(h, name, run, add=x)
+            return x, (c_linear, None)
+        y, c_linear = self._linear(h, name, run)
+        y, c_drop = self._dropout(y, f"{name}.drop", run)
+        x, _ = self.ops.residual_forward(x, y, out=run.buffer(run.name(f"{name}.sum"), x.shape[-1]))
+        return x, (c_linear, c_drop)
+
+    def _linear(self, x: Array, name: str, run: _Pass, add: Array | None = None) -> tuple[Array, tuple]:
         w, b = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
-        out, cache = self.ops.linear_forward(x, w, b, out=run.buffer(run.name(name), w.shape[1]))
+        out, cache = self.ops.linear_forward(x, w, b, add, out=run.buffer(run.name(name), w.shape[1]))
         return out, (name, cache)
 
     def _layernorm(self, x: Array, name: str, run: _Pass) -> tuple[Array, tuple]:
@@ -252,10 +260,8 @@ class GPT:
         if lowest < 0:
             if c_drop is not None:
                 dx = self.ops.dropout_backward(dx, c_drop, dx=buffer("dx.drop", C))
-            self.ops.embedding_backward(dx, c_tok, dwte)  # adds to the head's part: the table is used twice
-            if (dwpe := grads.get("wpe.weight", False)) is not False:
-                dwpe[:] = 0
-                self.ops.embedding_backward(dx, c_pos, dwpe)
+            self.ops.embedding_backward(dx, c_tok, dwte, add=True)  # to the head's part: it is used twice
+            self.ops.embedding_backward(dx, c_pos, grads.get("wpe.weight", False))
 
     def _depth(self, name: str) -> int:
         """-1 for the embeddings, i for block i, n_layer for what comes after the blocks."""
@@ -263,41 +269,46 @@ class GPT:
         return int(parts[1]) if parts[0] == "h" else -1 if parts[0] in ("wte", "wpe") else self.config.n_layer
 
     def _sublayer_backward(self, dx: Array, cache: tuple, buffer: Callable, grads: dict[str, Array]) -> Array:
-        norm, c_norm, (branch_backward, *c_branch), c_drop = cache
-        C = self.config.n_embd
+        norm, c_norm, (branch_backward, *c_branch) = cache
         if self.config.post_norm:
-            dx = self._layernorm_backward(dx, c_norm, buffer("d" + norm[-4:], C), grads)
-        dy = dx if c_drop is None else self.ops.dropout_backward(dx, c_drop, dx=buffer("dy", C))
-        dh = branch_backward(dy, *c_branch, buffer, grads)
-        if not self.config.post_norm:
-            dh = self._layernorm_backward(dh, c_norm, buffer("d" + norm[-4:], C), grads)
-        dx, _ = self.ops.residual_forward(dx, dh, out=dx)  # the stream feeds sum and branch: gradients add
-        return dx
+            dx = self._layernorm_backward(dx, c_norm, buffer("d" + norm[-4:], self.config.n_embd), grads)
+            dh = branch_backward(dx, *c_branch, buffer, grads)
+            return self.ops.residual_forward(dx, dh, out=dx)[0]
+        dh = branch_backward(dx, *c_branch, buffer, grads)
+        return self._layernorm_backward(dh, c_norm, dx, grads, add=dx)  # it fed sum and branch: gradients add
 
     def _attention_backward(
-        self, dy, c_qkv, c_attn, c_proj, buffer: Callable, grads: dict[str, Array]
+        self, dx, c_qkv, c_attn, c_proj, buffer: Callable, grads: dict[str, Array]
     ) -> Array:
         C = self.config.n_embd
-        da = self._linear_backward(dy, c_proj, buffer("da", C), grads)
+        da = self._join_backward(dx, c_proj, buffer("da", C), buffer, grads)
         dqkv = buffer("dqkv", 3 * C)
         self.ops.attention_backward(da, c_attn, dqkv[..., :C], dqkv[..., C : 2 * C], dqkv[..., 2 * C :])
         return self._linear_backward(dqkv, c_qkv, buffer("dh", C), grads)
 
-    def _mlp_backward(self, dy, c_fc, c_gelu, c_proj, buffer: Callable, grads: dict[str, Array]) -> Array:
+    def _mlp_backward(self, dx, c_fc, c_gelu, c_proj, buffer: Callable, grads: dict[str, Array]) -> Array:
         C = self.config.n_embd
-        dg = self._linear_backward(dy, c_proj, buffer("dg", 4 * C), grads)
-        df = self.ops.gelu_backward(dg, c_gelu, dx=buffer("df", 4 * C))
+        dg = self._join_backward(dx, c_proj, buffer("dg", 4 * C), buffer, grads)
+        df = self.ops.gelu_backward(dg, c_gelu, dx=dg)
         return self._linear_backward(df, c_fc, buffer("dh", C), grads)
+
+    def _join_backward(self, dx: Array, cache: tuple, dh: Array, buffer: Callable, grads) -> Array:
+        c_linear, c_drop = cache
+        if c_drop is not None:
+            dx = self.ops.dropout_backward(dx, c_drop, dx=buffer("dy", self.config.n_embd))
+        return self._linear_backward(dx, c_linear, dh, grads)
 
     def _linear_backward(self, dout: Array, cache: tuple, dx: Array, grads: dict[str, Array]) -> Array:
         name, c = cache
         dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
         return self.ops.linear_backward(dout, c, dx=dx, dw=dw, db=db)[0]
 
-    def _layernorm_backward(self, dout: Array, cache: tuple, dx: Array, grads: dict[str, Array]) -> Array:
+    def _layernorm_backward(
+        self, dout: Array, cache: tuple, dx: Array, grads: dict[str, Array], add: Array | None = None
+    ) -> Array:
         name, c = cache
         dg, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.layernorm_backward(dout, c, dx=dx, dg=dg, db=db)[0]
+        return self.ops.layernorm_backward(dout, c, dx, dg, db, add)[0]
 
     # --- loss -----------------------------------------------------------------------------------------------
 
@@ -315,15 +326,27 @@ class GPT:
         ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to
         `forward`.
         """
+        if weights is None:
+            weights = np.full(targets.shape, 1 / targets.size, self.flat.dtype)
+        nll = self.losses(ids, targets, weights, grads, ws, **forward)
+        return float((nll * weights).sum(dtype=np.float64))
+
+    def losses(
+        self,
+        ids: Array,
+        targets: Array,
+        weights: Array | None = None,
+        grads: dict[str, Array] | None = None,
+        ws: storage.Workspace | None = None,
+        **forward,
+    ) -> Array:
+        """nll (B, T), in nats, and where `grads` is given the gradients of sum(weights * nll): see `loss`."""
         ws = ws or storage.Workspace()
         logits, cache = self.forward(ids, ws, keep=grads is not None, **forward)
         nll, c_nll = self.ops.cross_entropy_forward(logits, targets)
-        if weights is None:
-            weights = np.full(nll.shape, 1 / nll.size, nll.dtype)
         if grads is not None:
-            dlogits = ws("dlogits", logits.shape, logits.dtype)
-            self.backward(self.ops.cross_entropy_backward(weights, c_nll, dlogits), cache, grads)
-        return float((nll * weights).sum(dtype=np.float64))
+            self.backward(self.ops.cross_entropy_backward(weights, c_nll, logits), cache, grads)
+        return nll
 
 
 @dataclasses.dataclass

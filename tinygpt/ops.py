@@ -44,17 +44,19 @@ def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tup
     return out, (ids, w.shape)
 
 
-def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Array | bool:
+def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Array | bool:
     """Adds up the gradients of equal ids: dw[v] = sum of dout[b, t] where ids[b, t] = v.
 
-    A given `dw` is added to, not overwritten: a row that no id names is not touched. This is what makes the
-    gradient of a tied embedding a plain sum, the head's part first and then this one.
+    With `add` the sum goes on top of what `dw` holds. This is what makes the gradient of a tied embedding a
+    plain sum, the head's part first and then this one.
     """
     ids, shape = cache
     if dw is False:
         return False
     if dw is None:
         dw = np.zeros(shape, dout.dtype)
+    elif not add:
+        dw[:] = 0
     np.add.at(dw, ids, dout)
     return dw
 
@@ -62,14 +64,20 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None) -> Array | bo
 # --- linear -------------------------------------------------------------------------------------------------
 
 
-def linear_forward(x: Array, w: Array, b: Array | None = None, out: Out = None) -> tuple[Array, tuple]:
-    """out = x w + b. x (..., I), w (I, O), b (O,) or None -> out (..., O).
+def linear_forward(
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, out: Out = None
+) -> tuple[Array, tuple]:
+    """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
 
-    The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view.
+    The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
+    branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
+    gradient of `add` is `dout` itself.
     """
     out = np.matmul(x, w, out=out)
     if b is not None:
         out += b
+    if add is not None:
+        out += add
     return out, (x, w)
 
 
@@ -112,13 +120,14 @@ def layernorm_forward(
 
 
 def layernorm_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None
+    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None, add: Array | None = None
 ) -> tuple[Array | bool, Array | bool, Array | bool]:
-    """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), with dxhat = dout g.
+    """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
 
     Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
     all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
-    either cannot reach x. The two means are the projections on those directions.
+    either cannot reach x. The two means are the projections on those directions. `add` is the gradient that
+    reaches x past the norm, along the residual stream.
     """
     x, g, mean, rstd = cache
     channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
@@ -127,7 +136,8 @@ def layernorm_backward(
         dxhat = dout * g
         along_ones = dxhat.mean(-1, keepdims=True)
         along_xhat = (dxhat * xhat).mean(-1, keepdims=True)
-        dx = np.multiply(rstd, dxhat - along_ones - xhat * along_xhat, out=dx)
+        through = rstd * (dxhat - along_ones - xhat * along_xhat)
+        dx = np.add(through, 0 if add is None else add, out=dx)
     if dg is not False:
         dg = np.sum(dout * xhat, axis=channels, out=dg)
     if db is not False:

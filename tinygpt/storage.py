@@ -42,6 +42,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
+        self.records: dict[object, object] = {}  # for callers: what they know of work in these buffers
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
         self._views: dict[tuple, np.ndarray] = {}
 

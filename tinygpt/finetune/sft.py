@@ -222,6 +222,9 @@ def consecutive(rows: Packed, count: int) -> Iterator[train.Batch]:
 
 
 def _batch(rows: Packed, picked: Array) -> train.Batch:
-    """Some of the rows, without the columns after the last that is learned: nothing depends on them."""
+    """Some of the rows, without the columns after the last that is learned: nothing depends on them.
+
+    Cut at a multiple of 32, so that batches have few shapes: `train` keeps a record of each.
+    """
     T = int(np.flatnonzero(rows.weights[picked].any(0)).max(initial=0)) + 1
-    return train.Batch(*(part[picked, :T] for part in rows))
+    return train.Batch(*(part[picked, : -(-T // 32) * 32] for part in rows))

@@ -220,23 +220,21 @@ def categories(w: World, c: Reader, formats=FORMATS) -> None:
 
 
 def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
-    """Nonsense words, each with a thing drawn for this document; half of the entries repeat one."""
-    known: dict[int, int] = {}
-    labels = w.lexicon.labels
+    """Nonsense words, each with a thing drawn for this document; two thirds of the entries repeat one."""
+    labels, thing_of = w.lexicon.labels, {}
 
     def key(c: Reader) -> int:
-        new = len(labels) - len(known)
-        old = len(known)
-        weights = [new if n in known else max(old, 1) for n in range(len(labels))] if new else None
-        return c.pick(labels, weights and tuple(weights))
+        new = len(labels) - len(thing_of)
+        weights = tuple(2 * new if n in thing_of else max(len(thing_of), 1) for n in range(len(labels)))
+        return c.pick(labels, weights if new else None)
 
     def value(c: Reader, n: int) -> None:
-        if n in known:
-            c.text(w.things[known[n]])
+        if n in thing_of:
+            c.text(w.things[thing_of[n]])
         else:
-            known[n] = c.pick(w.things)
+            thing_of[n] = c.pick(w.things)
 
-    _table(w, c, key, value, 6, 16, formats)
+    _table(w, c, key, value, 8, 20, formats)
 
 
 # --- the rest -----------------------------------------------------------------------------------------------
@@ -297,19 +295,19 @@ def journey(w: World, c: Reader) -> None:
 
 
 KINDS = (
-    ("biography", 500, biography),
-    ("passage", 30, passage),
-    ("check", 120, check),
-    ("table", 60, people_table),
+    ("biography", 420, biography),
+    ("passage", 40, passage),
+    ("check", 100, check),
+    ("table", 50, people_table),
     ("table", 14, nouns_to_korean),
     ("table", 14, nouns_to_english),
     ("table", 14, phrases_to_korean),
     ("table", 16, review_table),
-    ("categories", 48, categories),
-    ("categories", 24, partial(categories, formats=(PLAIN,))),
-    ("retrieval", 24, retrieval),
-    ("retrieval", 24, partial(retrieval, formats=(PLAIN,))),
-    ("review", 40, review),
+    ("categories", 36, categories),
+    ("categories", 36, partial(categories, formats=(PLAIN,))),
+    ("retrieval", 30, retrieval),
+    ("retrieval", 50, partial(retrieval, formats=(PLAIN,))),
+    ("review", 30, review),
     ("phrase book", 50, phrase_book),
     ("journey", 40, journey),
 )
