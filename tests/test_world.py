@@ -34,7 +34,10 @@ TINY = Lexicon(
 )  # fmt: skip
 
 
-HASHES = {"corpus": "", "tasks": ""}
+HASHES = {
+    "corpus": "d596cdfeb5aa245d1be22bbb90787f5f7982594690d77c2a7038e23ab91f25e8",
+    "tasks": "825570bff67a0b1d64459c2badc5606cca5d9d3637a55edf56d85ca5ca96d7db",
+}
 
 
 def tiny(longest: int = 2) -> World:

@@ -61,8 +61,8 @@ def main() -> None:
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _WORLD = {
-    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4700,
-    "learning_rate": 3e-3, "beta2": 0.98, "warmup_iters": 200, "eval_interval": 470,
+    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4800,
+    "learning_rate": 2e-3, "beta2": 0.98, "warmup_iters": 200, "eval_interval": 480,
 }  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def _finish(run) -> None:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=165_000, type=_COUNT, help="In the corpus.")
+@click.option("--documents", default=160_000, type=_COUNT, help="In the corpus.")
 @click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
