@@ -35,7 +35,7 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "d596cdfeb5aa245d1be22bbb90787f5f7982594690d77c2a7038e23ab91f25e8",
+    "corpus": "9c62b84d8583a52d8d86104352beae62c98678a67e9c7e5bfe738822fe682ae3",
     "tasks": "825570bff67a0b1d64459c2badc5606cca5d9d3637a55edf56d85ca5ca96d7db",
 }
 

@@ -294,7 +294,7 @@ def _finish(run) -> None:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=160_000, type=_COUNT, help="In the corpus.")
+@click.option("--documents", default=147_000, type=_COUNT, help="In the corpus.")
 @click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")

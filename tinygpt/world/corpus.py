@@ -24,7 +24,7 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 160_000, 2_000  # for training: about 4.8 million tokens; for validation
+DOCUMENTS, HELD_OUT = 147_000, 2_000  # for training: about 4.8 million tokens; for validation
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
