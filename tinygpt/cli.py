@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import shlex
@@ -59,6 +60,10 @@ def main() -> None:
 
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
+_WORLD = {
+    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4800,
+    "learning_rate": 2e-3, "beta2": 0.98, "warmup_iters": 200, "eval_interval": 480,
+}  # fmt: skip
 
 
 def _written(options: dict) -> str:
@@ -167,6 +172,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         first = n - 1 if first is None else first
         left = int((now - began) / (n - first) * (max_iters - n))
         val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+        val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
         text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{val}"
         text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
         if not terminal:
@@ -183,7 +189,10 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
 
 @main.command()
 @_options(
-    _data,
+    click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+                 help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
+                      "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
+                      f"Defaults then: {_written(_WORLD)}."),
     click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
     click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
     click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -226,14 +235,34 @@ def pretrain(ctx: click.Context, **options) -> None:
     else:
         if not options["data"]:
             click.echo("Reading Python's own documentation ...")
+        elif _names_world(options):
+            options |= {} if options["init_from"] else {n: v for n, v in _WORLD.items() if n not in given}
+            click.echo("Reading the world ...")
         run = _begin(given, **options)
-    model, n = run.optimizer.model, len(run.train_tokens)
+    model, n, n_val = run.optimizer.model, _tokens(run.train_tokens), _tokens(run.val_tokens)
     click.echo(
         f"{_weights(model)}, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
-        f"{len(run.val_tokens):,} to evaluate on"
+        f"{n_val:,} to evaluate on"
     )
     _train(stage.pretrain, run)
-    _finish(run)
+    if run.world is None:
+        _finish(run)
+    else:
+        _finish_world(run)
+
+
+def _names_world(options: dict) -> bool:
+    """Whether --data names a world; `world` becomes the folder of that name, or the world of --seed."""
+    from .world.corpus import is_source
+
+    built_in = f"world:{options['seed']}"
+    found = (built_in if path == "world" and not Path(path).exists() else path for path in options["data"])
+    options["data"] = tuple(found)
+    return any(map(is_source, options["data"]))
+
+
+def _tokens(part) -> int:
+    return part.size if hasattr(part, "size") else int(part.weights.sum())
 
 
 def _weights(model) -> str:
@@ -320,6 +349,57 @@ def _where(run) -> list[str]:
     if not settings.has_model:
         return [settings.init_from, "--adapter-folder", str(run.folder)]
     return [str(run.folder)]
+
+
+# --- tinygpt world ------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
+@click.option("--permuted", is_flag=True, help="The same people with other answers.")
+@click.option("--documents", default=147_000, type=_COUNT, help="In the corpus.")
+@click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
+@click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
+@click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
+def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
+    """Write the synthetic world: invented people, and text and questions about them.
+
+    Shows documents of each kind and their exact entropy: the loss that no model passes.
+    """
+    from .world import World, corpus
+    from .world.evaluate import gaps
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if (out / corpus.MARK).exists() and not overwrite:
+        raise UserError(f"{out}: has a world; --overwrite replaces it, --out names another folder")
+    found = corpus.draw(World(seed, permuted), documents=documents)
+    corpus.write(out, found)
+    tokenizer = corpus.train_tokenizer(found, vocab_size)
+    samples: dict[str, list[str]] = {}
+    for kind, document in itertools.islice(found.world.documents(), 1000):
+        samples.setdefault(kind, []).append(document)
+    for kind, texts in samples.items():
+        click.echo("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    click.echo("entropy of    documents  nats each  tokens each  nats/token")
+    for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, found.world).items():
+        click.echo(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
+    click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
+
+
+def _finish_world(run) -> None:
+    """Loss above the floor by kind of document, recall by how often a fact was told, and what to run next."""
+    from .world import evaluate
+
+    model, world = run.optimizer.model, run.world
+    click.echo(f"\n{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token")
+    for kind, gap in evaluate.gaps(model, run.tokenizer, world).items():
+        click.echo(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
+    click.echo(f"\n{'facts told':>10} {'recalled':>9}  95% interval")
+    for told, rate in evaluate.recall_by_exposure(model, run.tokenizer, world):
+        click.echo(f"{told:10.1f} {rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}  n = {rate.n:,}")
+    click.echo(f"{'chance':>10} {evaluate.chance(world):9.3f}")
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('generate', *_where(run))}")
 
 
 # --- tinygpt sft --------------------------------------------------------------------------------------------

@@ -292,3 +292,11 @@ def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: in
             packed.start[r, begin:end], packed.positions[r, begin:end] = begin, np.arange(end - begin)
             begin = end
     return packed
+
+
+def shuffled_rows(rows: Packed, count: int, step: int, seed: int) -> Packed:
+    """The `count` rows of update `step`: all rows in a random order, then again in another."""
+    n, places = len(rows.ids), np.arange(step * count, (step + 1) * count)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in set(places // n)}
+    chosen = [orders[place // n][place % n] for place in places]
+    return Packed(*(field[chosen] for field in rows))

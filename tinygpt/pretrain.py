@@ -1,7 +1,9 @@
-"""Pre-training: predict each next token of a text.
+"""Pre-training: predict each next token of a text, or of the documents of a synthetic world.
 
 A run lives in one folder (`runs`): `begin` makes it, `resume` takes it up where it was saved last, `pretrain`
-trains. Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
+trains. A text is one stream, cut anywhere; a world's documents are packed whole, each seeing itself only.
+
+Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
 
 Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.1.
 """
@@ -20,11 +22,14 @@ from .errors import UserError
 from .finetune import adapters
 from .model import GPT
 from .optim import AdamW
+from .world import World, corpus
+
+Source = corpus.Corpus | list[data.Document]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(runs.Settings):
-    """Those of every run; without files or folders as data it reads Python's own texts."""
+    """Those of every run. data: files and folders, or one world; none: Python's own texts."""
 
     stage: str = "pretrain"
 
@@ -36,8 +41,10 @@ class Run(NamedTuple):
     settings: Settings
     optimizer: AdamW
     tokenizer: data.Tokenizer
-    train_tokens: np.ndarray
-    val_tokens: np.ndarray
+    train_tokens: np.ndarray | data.Packed
+    val_tokens: np.ndarray | data.Packed
+    world: World | None = None
+    floor: float | None = None  # a world's val loss cannot be less, but for chance
 
 
 def begin(
@@ -59,22 +66,22 @@ def begin(
     vocabulary is the tokenizer's. Raises UserError, also where `folder` has a model and not `overwrite`.
     """
     runs.check_folder(folder, overwrite)
-    documents = data.documents(settings.data)
+    source = _source(settings.data)
     if init_from is not None:
         model, tok = checkpoint.load(init_from)
         model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
         where, mark = str(Path(init_from).resolve()), adapters.fingerprint(model)
         settings = dataclasses.replace(settings, init_from=where, init_hash=mark)
     else:
-        tok = _tokenizer(tokenizer, vocab_size, documents)
+        tok = _tokenizer(tokenizer, vocab_size, source)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
         model = GPT(config, np.random.default_rng(settings.train.seed))
     if settings.adapter.kind:
         rng = np.random.default_rng([settings.train.seed, 0, 3])
         model.adapter = adapters.create(model, settings.adapter, rng)
-    mark = data.fingerprint(documents, tok)
-    parts = data.split(data.stream(documents, tok, folder, mark), settings.block_size)
-    paths = runs.absolute(settings.data)
+    mark = _fingerprint(source, tok)
+    parts = _parts(source, tok, folder, mark, settings.block_size)
+    paths = _absolute(settings.data)
     settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tok, settings)
@@ -88,14 +95,14 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """
     settings, tok = checkpoint.read_run(folder, Settings)
     if paths:
-        settings = dataclasses.replace(settings, data=runs.absolute(paths))
-    documents = data.documents(settings.data)
-    if data.fingerprint(documents, tok) != settings.fingerprint:
-        source = ", ".join(settings.data) or "the documentation of this Python"
-        raise UserError(f"{source}: is not the text that the run in {folder} began with; it needs that text")
+        settings = dataclasses.replace(settings, data=_absolute(paths))
+    source = _source(settings.data)
+    if _fingerprint(source, tok) != settings.fingerprint:
+        given = ", ".join(settings.data) or "the documentation of this Python"
+        raise UserError(f"{given}: is not the text that the run in {folder} began with; it needs that text")
     optimizer = runs.load(folder, settings, tok)
-    tokens = data.stream(documents, tok, folder, settings.fingerprint)
-    return Run(folder, settings, optimizer, tok, *data.split(tokens, settings.block_size))
+    parts = _parts(source, tok, folder, settings.fingerprint, settings.block_size)
+    return Run(folder, settings, optimizer, tok, *parts)
 
 
 def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
@@ -109,9 +116,16 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     mean = np.full((B, T), 1 / (n * B * T), np.float32)
 
     def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
-        return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
+        if run.world is None:
+            return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
+        rows = data.shuffled_rows(run.train_tokens, n * B, step, settings.train.seed)
+        rows.weights[:] /= rows.weights.sum()
+        return _batches(rows, B)
 
     def evaluate() -> train.Record:
+        if run.world is not None:
+            val_loss = train.mean_loss(model, _batches(run.val_tokens, B))
+            return {"val_loss": val_loss, "val_floor": run.floor}
         blocks = data.consecutive_blocks(run.val_tokens, B, T)
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
         return {"val_loss": train.mean_loss(model, batches)}
@@ -119,9 +133,49 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
 
 
-def _tokenizer(kind: str, vocab_size: int, documents: list[data.Document]) -> data.Tokenizer:
+def _batches(rows: data.Packed, count: int) -> list[train.Batch]:
+    places = range(0, len(rows.ids), count)
+    return [train.Batch(*(field[i : i + count] for field in rows)) for i in places]
+
+
+# --- a text or a world --------------------------------------------------------------------------------------
+
+
+def _source(paths: tuple[str, ...]) -> Source:
+    """What the paths name. Raises UserError for a world beside other data."""
+    if not any(map(corpus.is_source, paths)):
+        return data.documents(paths)
+    if len(paths) > 1:
+        raise UserError(f"{', '.join(paths)}: name one world, or only texts")
+    return corpus.load(paths[0])
+
+
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return paths if any(path.startswith("world:") for path in paths) else runs.absolute(paths)
+
+
+def _fingerprint(source: Source, tok: data.Tokenizer) -> str:
+    return data.fingerprint(source.text() if isinstance(source, corpus.Corpus) else source, tok)
+
+
+def _parts(source: Source, tok: data.Tokenizer, folder: Path, mark: str, block_size: int) -> tuple:
+    """The fields of a Run from train_tokens on."""
+    if not isinstance(source, corpus.Corpus):
+        return data.split(data.stream(source, tok, folder, mark), block_size)
+    train_rows, val_rows = (corpus.rows(part, tok, block_size) for part in (source.train, source.validation))
+    nats = -sum(map(source.world.logprob, source.validation))
+    if not np.isfinite(nats):
+        raise UserError("validation.txt has a line that this world cannot say: write the world again")
+    return train_rows, val_rows, source.world, nats / float(val_rows.weights.sum(dtype=np.float64))
+
+
+def _tokenizer(kind: str, vocab_size: int, source: Source) -> data.Tokenizer:
+    if kind not in ("char", "bpe"):
+        return tokenizers.load(kind)
+    if isinstance(source, corpus.Corpus):
+        if kind == "char":
+            raise UserError("a world's documents stand between end-of-text tokens: use --tokenizer bpe")
+        return corpus.train_tokenizer(source, vocab_size)
     if kind == "char":
-        return tokenizers.CharTokenizer.train(data.joined(documents))
-    if kind == "bpe":
-        return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(documents), vocab_size)
-    return tokenizers.load(kind)
+        return tokenizers.CharTokenizer.train(data.joined(source))
+    return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(source), vocab_size)

@@ -1,0 +1,204 @@
+"""The synthetic world: invented people and places of which everything is known, and text about them.
+
+A World follows from its seed: who has which attributes, who is mentioned how often, where trains go. Its
+documents are drawn by the programs in `documents`, so that `World.logprob` is exact: no model can predict
+documents better, in the mean, than the entropy that follows from it. `tasks` are question sets for the stages
+after pre-training, and `evaluate` measures a model against what is true.
+
+What is for tuning and what for evaluation is a property of people, phrases and problems, not of files.
+
+Reference: Allen-Zhu, Li 2023, "Physics of Language Models: Part 3.1, Knowledge Storage and Extraction", for
+biographies of invented people in several wordings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+
+from .chance import Reader, Sampler, logprob, raw_integers
+from .documents import KINDS
+from .words import Lexicon
+
+VERSION = 1  # of the text that a seed gives: a change of it is a change of this number
+CORPUS, VALIDATION, EVALUATION, TASKS = 0, 1, 2, 3  # streams of random integers
+BUILD, PERMUTE = 100, 101
+
+# weight in the corpus -> how many people, by split. The well-known are for tuning or for evaluation only.
+KNOWN = {
+    512: {"sft": 14, "rl": 10, "val": 4, "eval": 16},
+    256: {"sft": 42, "rl": 30, "val": 12, "eval": 48},
+    64: {"eval": 24},
+    16: {"eval": 24},
+    4: {"eval": 24},
+    1: {"eval": 24},
+}
+WELL_KNOWN = 256  # the least weight
+NEVER = {"sft": 160, "rl": 120, "val": 40, "eval": 280}  # who is in no document
+
+
+class Person(NamedTuple):
+    """values: of each attribute, as an index. weight: how often in the corpus; 0: never, -1: fresh."""
+
+    name: str
+    pronoun: str
+    values: tuple[int, ...]
+    weight: int
+    split: str
+
+    def facts(self) -> dict[int, int]:
+        """What the corpus says of this person: attribute -> value."""
+        return dict(enumerate(self.values)) if self.weight > 0 else {}
+
+
+class Wordings(dict):
+    """For a choice among attributes: those of all wordings, and the wordings, as they stand in a sentence."""
+
+    def __init__(self, lexicon: Lexicon) -> None:
+        self.told = [[f" {told} " for told in attribute.told] for attribute in lexicon.attributes]
+
+    def __missing__(self, among: tuple[int, ...]) -> tuple[list[int], list[str]]:
+        self[among] = [a for a in among for _ in self.told[a]], [told for a in among for told in self.told[a]]
+        return self[among]
+
+
+def shuffled(items: list, integers: Iterator[int]) -> list:
+    items = list(items)
+    for n in range(len(items) - 1, 0, -1):
+        m = next(integers) % (n + 1)
+        items[n], items[m] = items[m], items[n]
+    return items
+
+
+def moved(count: int, integers: Iterator[int]) -> list[int]:
+    """A permutation of 0 .. count - 1 that leaves nothing in its place."""
+    while True:
+        found = shuffled(range(count), integers)
+        if count < 2 or all(n != m for n, m in enumerate(found)):
+            return found
+
+
+class World:
+    """Everything that is true. permuted: the same people with other answers, each value for another one.
+
+    known, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents, for
+    tests that walk through all of them.
+    """
+
+    def __init__(
+        self,
+        seed: int = 1337,
+        permuted: bool = False,
+        *,
+        lexicon: Lexicon | None = None,
+        known: dict = KNOWN,
+        never: dict = NEVER,
+        longest: int = 99,
+    ) -> None:
+        self.seed, self.permuted, self.lexicon, self.longest = seed, permuted, lexicon or Lexicon(), longest
+        self._people(known, never)
+        self._phrases()
+        self._rest()
+
+    def _people(self, known: dict, never: dict) -> None:
+        lexicon, integers = self.lexicon, raw_integers(self.seed, BUILD)
+        firsts = [(name, "She") for name in lexicon.women] + [(name, "He") for name in lexicon.men]
+        names = shuffled([(f"{a} {b}", pronoun) for a, pronoun in firsts for b in lexicon.surnames], integers)
+        sizes = [len(attribute.values) for attribute in lexicon.attributes]
+        changes = [list(range(size)) for size in sizes]
+        if self.permuted:
+            changes = [moved(size, raw_integers(self.seed, PERMUTE, n)) for n, size in enumerate(sizes)]
+        places = [(weight, split, n) for weight, splits in known.items() for split, n in splits.items()]
+        places += [(0, split, n) for split, n in never.items()]
+        self.everyone: list[Person] = []
+        for weight, split, count in places:
+            for _ in range(count):
+                drawn = [next(integers) % size for size in sizes]
+                values = tuple(change[v] for change, v in zip(changes, drawn, strict=True))
+                self.everyone.append(Person(*names.pop(), values, weight, split))
+        self.everyone += [Person(*name, (), -1, "fresh") for name in names]
+        # One choice among names draws a known person or a fresh one; `share`, in percent, are fresh.
+        total = sum(p.weight for p in self.everyone if p.weight > 0)
+        self._draws = {}
+        for share in (0, 20, 100):
+            known = (100 - share) * len(names)
+            weights = [share * total if p.weight < 0 else known * p.weight for p in self.everyone]
+            some = [(p, weight) for p, weight in zip(self.everyone, weights, strict=True) if weight]
+            self._draws[share] = [p for p, _ in some], [p.name for p, _ in some], tuple(w for _, w in some)
+        self.all_attributes = tuple(range(len(lexicon.attributes)))
+        self.attribute_of = [(a, v) for a, size in enumerate(sizes) for v in range(size)]
+        self.wordings = Wordings(lexicon)
+
+    def _phrases(self) -> None:
+        lexicon = self.lexicon
+        self.nouns = [pair for category in lexicon.categories for pair in category.items()]
+        pairs = [
+            (f"{adjective} {noun}", f"{theirs} {korean}")
+            for adjective, theirs in lexicon.adjectives.items()
+            for noun, korean in self.nouns
+        ]
+        pairs = shuffled(pairs, raw_integers(self.seed, BUILD, 1))
+        held_out = len(pairs) // 3
+        self._splits = {"eval": pairs[: held_out * 4 // 5], "val": pairs[held_out * 4 // 5 : held_out]}
+        self._splits["seen"] = pairs[held_out:]
+
+    def _rest(self) -> None:
+        lexicon = self.lexicon
+        self.things = [english for english, _ in self.nouns]
+        self.kind_of_thing = [k for k, category in enumerate(lexicon.categories) for _ in category]
+        sizes = [len(category) for category in lexicon.categories]
+        self.thing_weight = [math.lcm(*sizes) // size for size in sizes]
+        self.reviews = [review.split("|") for review in lexicon.reviews]
+        integers, count = raw_integers(self.seed, BUILD, 2), len(lexicon.stations)
+        self.next_station = [moved(count, integers) for _ in lexicon.lines]
+
+    # --- who and what is for tuning, and what for evaluation ------------------------------------------------
+
+    def people(self, kind: str, split: str | None = None) -> list[Person]:
+        """kind: "known" (in the corpus often, and recalled), "rare" (in it seldom), "never" or "fresh".
+
+        split: "sft", "rl", "val" or "eval"; None: all. All rare people are for evaluation.
+        """
+        is_kind = {
+            "known": lambda p: p.weight >= WELL_KNOWN,
+            "rare": lambda p: 0 < p.weight < WELL_KNOWN,
+            "never": lambda p: p.weight == 0,
+            "fresh": lambda p: p.weight < 0,
+        }[kind]
+        return [p for p in self.everyone if is_kind(p) and split in (None, p.split)]
+
+    def phrases(self, split: str) -> list[tuple[str, str]]:
+        """Adjective and noun, (English, Korean): "seen" in the corpus, held out for "val" and "eval"."""
+        return self._splits[split]
+
+    def split_of(self, text: str) -> str:
+        """The split of a problem or a review: "sft" half of them, "val" an eighth, "eval" the rest."""
+        return ("val", *["eval"] * 3, *["sft"] * 4)[sha256(text.encode()).digest()[0] % 8]
+
+    # --- documents ------------------------------------------------------------------------------------------
+
+    def draw_person(self, c: Reader, fresh_share: int) -> Person:
+        people, names, weights = self._draws[fresh_share]
+        return people[c.pick(names, weights)]
+
+    def documents(self, stream: int = CORPUS) -> Iterator[tuple[str, str]]:
+        """Endless (kind, text): always the same for a stream, and independent of those of other streams."""
+        integers = raw_integers(self.seed, stream)
+        c, bounds = Sampler(integers), list(itertools.accumulate(share for _, share, _ in KINDS))
+        while True:
+            kind, _, program = KINDS[bisect(bounds, next(integers) % bounds[-1])]
+            program(self, c)
+            yield kind, c.document()
+
+    def logprob(self, document: str) -> float:
+        """log p of a document of the corpus, in nats, exactly; -inf for a text that is none."""
+        total = sum(share for _, share, _ in KINDS)
+        terms = [math.log(n / total) + logprob(partial(p, self), document) for _, n, p in KINDS]
+        return float(np.logaddexp.reduce(terms))

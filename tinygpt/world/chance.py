@@ -1,0 +1,140 @@
+"""One program per kind of document, three readers: sample it, score a text with it, walk all it can say.
+
+A program is a function of a reader `c`. It makes every choice by c.pick(options, weights), which appends the
+chosen option to the document at once, and adds what is fixed by c.text(...). As no option is the beginning of
+another one of the same choice, a document tells its choices, and its probability is their product, exactly.
+Something hidden (the task of a table) is drawn when it first shows.
+
+Weights are integers, and chance comes as raw integers of a PCG64, a stream that NumPy guarantees: the same
+seed gives the same text everywhere.
+"""
+
+import functools
+import itertools
+import math
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+END = "\n"  # a document is one line
+
+
+def raw_integers(*seed: int) -> Iterator[int]:
+    """Endless uniform integers below 2^64, from a seed of one or more integers."""
+    bits = np.random.PCG64(np.random.SeedSequence(seed))
+    while True:
+        yield from bits.random_raw(1024).tolist()
+
+
+@functools.lru_cache(1 << 14)
+def _cumulated(weights: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(weights))
+
+
+class Reader:
+    """What a program is given; how `pick` and `text` are done is what the readers differ in."""
+
+    def pick(self, options: Sequence[str], weights: tuple[int, ...] | None = None) -> int:
+        """Appends one of the options; returns its index. Without weights all are equally likely."""
+        raise NotImplementedError
+
+    def text(self, text: str) -> None:
+        self.pick((text,))
+
+    def goes_on(self, done: int, least: int, most: int, more: str = " ", end: str = END) -> bool:
+        """Whether a part follows, after `done` of a number that is uniform from `least` to `most`."""
+        if done < min(least, most):
+            self.text(more)
+            return True
+        if done >= most:
+            self.text(end)
+            return False
+        return self.pick((end, more), (1, most - done)) == 1
+
+
+class Sampler(Reader):
+    """Draws a document. `document` returns it and begins the next."""
+
+    def __init__(self, integers: Iterator[int]) -> None:
+        self.integers, self.parts = integers, []
+
+    def pick(self, options, weights=None):
+        if len(options) == 1:
+            n = 0
+        elif weights is None:
+            n = next(self.integers) % len(options)  # the bias, 2^-60, is below what a double can tell
+        else:
+            bounds = _cumulated(weights)
+            n = bisect(bounds, next(self.integers) % bounds[-1])
+        self.parts.append(options[n])
+        return n
+
+    def document(self) -> str:
+        text, self.parts = "".join(self.parts), []
+        return text.removesuffix(END)
+
+
+class Impossible(Exception):  # noqa: N818 - it is no error, but an answer
+    """The program cannot write this text."""
+
+
+class Scorer(Reader):
+    """Follows a document, adding up log p, in nats, of its choices."""
+
+    def __init__(self, document: str) -> None:
+        self.document, self.place, self.logprob = document + END, 0, 0.0
+
+    def pick(self, options, weights=None):
+        found = [n for n, option in enumerate(options) if self.document.startswith(option, self.place)]
+        if len(found) != 1:
+            if found:
+                raise ValueError(f"ambiguous: {[options[n] for n in found]}")
+            raise Impossible
+        n = found[0]
+        p = 1 / len(options) if weights is None else weights[n] / _cumulated(weights)[-1]
+        if not p:
+            raise Impossible
+        self.logprob += math.log(p)
+        self.place += len(options[n])
+        return n
+
+
+class _Path(Reader):
+    """Makes the choices of a path; the first after its end is 0. Notes how many each choice had."""
+
+    def __init__(self, path: list[int]) -> None:
+        self.path, self.parts, self.logprob, self.sizes = path, [], 0.0, []
+
+    def pick(self, options, weights=None):
+        possible = [n for n in range(len(options)) if weights is None or weights[n]]
+        n = possible[self.path[len(self.sizes)] if len(self.sizes) < len(self.path) else 0]
+        self.sizes.append(len(possible))
+        self.parts.append(options[n])
+        self.logprob += math.log(1 / len(options) if weights is None else weights[n] / sum(weights))
+        return n
+
+
+def enumerate_documents(program: Callable[[Reader], None]) -> Iterator[tuple[str, float]]:
+    """Every document that a program can write, once for each way to write it, with its log p in nats."""
+    path: list[int] = []
+    while True:
+        c = _Path(path)
+        program(c)
+        yield "".join(c.parts).removesuffix(END), c.logprob
+        path += [0] * (len(c.sizes) - len(path))
+        while path and path[-1] + 1 == c.sizes[len(path) - 1]:
+            path.pop()
+        if not path:
+            return
+        path[-1] += 1
+
+
+def logprob(program: Callable[[Reader], None], document: str) -> float:
+    """log p of a document in nats; -inf for what the program cannot write."""
+    c = Scorer(document)
+    try:
+        program(c)
+    except Impossible:
+        return -math.inf
+    return c.logprob if c.place == len(c.document) else -math.inf

@@ -1,0 +1,128 @@
+"""The text of a world: drawn anew from its seed, or read from a folder that `write` made.
+
+    corpus.txt, validation.txt    documents, one a line
+    tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
+    world.json                    which world it is
+
+`World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..atomic import replacing
+from ..data import Array, Packed, Tokenizer, pack
+from ..errors import UserError
+from ..tokenizer import BPETokenizer, read_object
+from . import CORPUS, VALIDATION, VERSION, World
+from .tasks import task_sets
+
+DOCUMENTS, HELD_OUT = 147_000, 2_000  # for training: about 4.8 million tokens; for validation
+SAMPLE = 20_000  # documents are enough to train a tokenizer
+MARK = "world.json"
+
+
+class Corpus(NamedTuple):
+    world: World
+    train: list[str]
+    validation: list[str]
+
+    def text(self) -> list[Iterable[str]]:
+        """As `data.fingerprint` takes it."""
+        return [["\n".join(self.train)], ["\n".join(self.validation)]]
+
+
+def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> Corpus:
+    parts = ((CORPUS, documents), (VALIDATION, held_out))
+    return Corpus(world, *([d for _, d in itertools.islice(world.documents(s), n)] for s, n in parts))
+
+
+def is_source(source: str) -> bool:
+    """Whether this names a world: "world:SEED", or a folder that `write` made."""
+    return source.startswith("world:") or (Path(source) / MARK).is_file()
+
+
+def load(source: str) -> Corpus:
+    """The corpus that a source names. Raises UserError."""
+    folder = Path(source)
+    if (folder / MARK).is_file():
+        texts = []
+        for name in ("corpus.txt", "validation.txt"):
+            try:
+                texts.append((folder / name).read_text(encoding="utf-8").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{folder / name}: cannot be read ({error}): write the world again") from None
+        if not all(texts):
+            raise UserError(f"{folder}: a text of this world is empty: write the world again")
+        return Corpus(load_world(folder), *texts)
+    seed = source.removeprefix("world:")
+    if not seed.isdecimal():
+        raise UserError(f"{source}: a world's seed is a number, as in world:1337")
+    return draw(World(int(seed)))
+
+
+def load_world(folder: Path) -> World:
+    """The world whose text is in a folder. Raises UserError, also for one of another version."""
+    path = folder / MARK
+    raw = read_object(path)
+    if raw.get("version") != VERSION:
+        raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")
+    seed, permuted = raw.get("seed"), raw.get("permuted")
+    if type(seed) is not int or seed < 0 or type(permuted) is not bool:
+        raise UserError(f"{path}: has no seed and permuted that make a world: write the world again")
+    return World(seed, permuted)
+
+
+def write(folder: Path, corpus: Corpus) -> None:
+    """Writes the folder; world.json comes last, so that a folder that has it is whole."""
+    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    (folder / MARK).unlink(missing_ok=True)
+    world = corpus.world
+    mark = {"version": VERSION, "seed": world.seed, "permuted": world.permuted}
+    for name, lines in (
+        ("corpus.txt", corpus.train),
+        ("validation.txt", corpus.validation),
+        *((f"tasks/{name}.jsonl", map(_json, items)) for name, items in task_sets(world).items()),
+        (MARK, [json.dumps(mark)]),
+    ):
+        with replacing(folder / name) as beside:
+            beside.write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def _json(item: dict) -> str:
+    return json.dumps(item, ensure_ascii=False)
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
+    """BPE over documents and over what tuning will ask, so that its words are no novelty of spelling."""
+    texts = [document + "\n" for document in corpus.train[:SAMPLE]]
+    for name, items in task_sets(corpus.world).items():
+        if name.endswith(".sft"):
+            texts += [f"User: {item['prompt']}\nAssistant: {item['completion']}\n" for item in items]
+    return BPETokenizer.train(texts, vocab_size)
+
+
+def encoded(tokenizer: Tokenizer, document: str) -> Array:
+    """A document's ids between two end-of-text ids: its first token and its end are predicted too."""
+    return np.concatenate([[tokenizer.eos_id], tokenizer.encode(document), [tokenizer.eos_id]])
+
+
+def rows(documents: Sequence[str], tokenizer: Tokenizer, block_size: int) -> Packed:
+    """Documents packed into rows, each seeing itself only. Raises UserError for one that does not fit."""
+    if tokenizer.eos_id is None:
+        raise UserError("this tokenizer has no end-of-text token, between which documents stand: use BPE")
+    ids = [encoded(tokenizer, document) for document in documents]
+    longest = max(map(len, ids)) - 1
+    if longest > block_size:
+        raise UserError(
+            f"the longest document has {longest} tokens and block_size is {block_size}: give a larger one, "
+            "or a larger vocab_size"
+        )
+    return pack(((i, np.ones(len(i), np.float32)) for i in ids), block_size)

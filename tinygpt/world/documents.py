@@ -1,0 +1,313 @@
+"""The kinds of document in the world's corpus, each a program as `chance` describes them.
+
+KINDS has each program with the name of its kind and its share. No document asks what is true of a person:
+answering questions is what instruction tuning adds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .chance import END, Reader
+
+if TYPE_CHECKING:
+    from . import Person, World
+
+FORMATS = ((" -> ", "; "), (": ", ", "), (" = ", " / "))  # between key and value, and between entries
+PLAIN = (" ", ", ")
+BOOK = (  # before and after a word; its language: 0 English, 1 Korean
+    ("The Korean for ", " is ", 0),
+    ("In Korean, ", " is ", 0),
+    ("The English for ", " is ", 1),
+    ("In English, ", " is ", 1),
+    ("The Korean word ", " means ", 1),
+)
+VERDICTS = (("? Yes", "? No, "), (". Right", ". Wrong, "), (" - true", " - false, "))
+
+# --- people -------------------------------------------------------------------------------------------------
+
+
+def statement(w: World, c: Reader, facts: dict[int, int], among: tuple[int, ...]) -> tuple[int, str]:
+    """What is said after a name: one of the attributes `among`, in one of its wordings, and the value.
+
+    facts: attribute -> value of the person, where there is none yet, one is drawn and put there. Returns the
+    attribute and the text.
+    """
+    attributes, told = w.wordings[among]
+    n = c.pick(told)
+    attribute = attributes[n]
+    values = w.lexicon.attributes[attribute].values
+    if attribute in facts:
+        c.text(values[facts[attribute]])
+    else:
+        facts[attribute] = c.pick(values)
+    return attribute, told[n] + values[facts[attribute]]
+
+
+def biography(w: World, c: Reader) -> None:
+    """One to four facts about a known person, or two to six, perhaps repeated, about a fresh one."""
+    person = w.draw_person(c, fresh_share=20)
+    facts, left, done = person.facts(), w.all_attributes, 0
+    known, least, most = bool(facts), *((1, len(left)) if facts else (2, 6))
+    while True:
+        attribute, _ = statement(w, c, facts, left)
+        done += 1
+        if known:
+            left = tuple(a for a in left if a != attribute)
+        if not c.goes_on(done, least, min(most, w.longest), ". ", ".\n"):
+            return
+        c.pick((person.name, person.pronoun))
+
+
+def passage(w: World, c: Reader) -> None:
+    """Three to five facts about two fresh people; then, in short, one of the sentences again."""
+    people: list[tuple[Person, dict[int, int]]] = []
+    sentences: list[str] = []
+    while True:
+        done = len(sentences)
+        if done < 2:
+            person = w.draw_person(c, fresh_share=100)
+            facts = next((facts for other, facts in people if other is person), None)
+            if facts is None:
+                facts = {}
+                people.append((person, facts))
+        else:
+            some = [(p, facts) for p, facts in people if len(facts) < len(w.all_attributes)]
+            more = min(5, w.longest) - done if some else 0  # the number of sentences is uniform
+            names = [" " + person.name for person, _ in some]
+            stop = max(len(names), 1) * (done >= 3 or more <= 0)
+            n = c.pick((" In short, ", *names), (stop, *[max(more, 0)] * len(names)))
+            if n == 0:
+                break
+            person, facts = some[n - 1]
+        left = tuple(a for a in w.all_attributes if a not in facts)
+        sentences.append(person.name + statement(w, c, facts, left)[1] + ".")
+        c.text(". " if not done else ".")
+    c.pick(sentences)
+    c.text(END)
+
+
+def check(w: World, c: Reader) -> None:
+    """Statements, half of them true, and the judgement of each: agreement, or the right value.
+
+    They are about three to six known people, or, after two facts, about a fresh one.
+    """
+    person, style, done = w.draw_person(c, fresh_share=20), None, 0
+    facts, fresh = person.facts(), not person.facts()
+    if fresh:
+        for end in (". ", ". "):
+            statement(w, c, facts, tuple(a for a in w.all_attributes if a not in facts))
+            c.text(end)
+            c.text(person.name)
+    while True:
+        attributes, told = w.wordings[tuple(facts)]
+        attribute = attributes[c.pick(told)]
+        values = w.lexicon.attributes[attribute].values
+        right = facts[attribute]
+        claimed = c.pick(values, tuple(len(values) - 1 if v == right else 1 for v in range(len(values))))
+        verdicts = [pair[claimed != right] for pair in VERDICTS]
+        if style is None:
+            style = c.pick(verdicts)
+        else:
+            c.text(verdicts[style])
+        if claimed != right:
+            c.text(values[right])
+        done += 1
+        if not c.goes_on(done, 3, min(6, w.longest), ". ", ".\n"):
+            return
+        if fresh:
+            c.text(person.name)
+        else:
+            facts = w.draw_person(c, fresh_share=0).facts()
+
+
+# --- tables: one task in each, which the reader has to find out ---------------------------------------------
+
+
+def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
+    """key(c) appends a key and returns what value(c, that) needs to append the value."""
+    done = 0
+    while True:
+        found = key(c)
+        formats = (formats[c.pick([between for between, _ in formats])],)
+        value(c, found)
+        done += 1
+        if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
+            return
+
+
+def people_table(w: World, c: Reader) -> None:
+    """Names and one attribute; who is fresh has any value."""
+    shown: list[int] = []
+    drawn: dict[str, dict[int, int]] = {}
+    everything = [v for a in w.lexicon.attributes for v in a.values]
+
+    def value(c: Reader, person: Person) -> None:
+        facts = person.facts() or drawn.setdefault(person.name, {})
+        if not shown and facts:  # the first value shows which attribute it is
+            attributes = list(facts)
+            n = c.pick([w.lexicon.attributes[a].values[facts[a]] for a in attributes])
+            shown.append(attributes[n])
+        elif not shown:
+            n = c.pick(everything)
+            shown.append(w.attribute_of[n][0])
+            facts[shown[0]] = w.attribute_of[n][1]
+        elif shown[0] in facts:
+            c.text(w.lexicon.attributes[shown[0]].values[facts[shown[0]]])
+        else:
+            facts[shown[0]] = c.pick(w.lexicon.attributes[shown[0]].values)
+
+    _table(w, c, lambda c: w.draw_person(c, fresh_share=20), value, 4, 10)
+
+
+def _translation_table(w: World, c: Reader, pairs: list[tuple[str, str]], source: int) -> None:
+    keys = [pair[source] for pair in pairs]
+    _table(w, c, lambda c: c.pick(keys), lambda c, n: c.text(pairs[n][1 - source]), 4, 10)
+
+
+def nouns_to_korean(w: World, c: Reader) -> None:
+    _translation_table(w, c, w.nouns, 0)
+
+
+def nouns_to_english(w: World, c: Reader) -> None:
+    _translation_table(w, c, w.nouns, 1)
+
+
+def phrases_to_korean(w: World, c: Reader) -> None:
+    _translation_table(w, c, w.phrases("seen"), 0)
+
+
+def review_table(w: World, c: Reader) -> None:
+    """Sentences of reviews, and one of three pairs of labels."""
+    pairs, chosen = w.lexicon.polarities, []
+
+    def label(c: Reader, polarity: int) -> None:
+        if chosen:
+            c.text(pairs[polarity][chosen[0]])
+        else:
+            chosen.append(c.pick(pairs[polarity]))
+
+    _table(w, c, lambda c: opinion(w, c, None), label, 4, 8)
+
+
+def categories(w: World, c: Reader, formats=FORMATS) -> None:
+    """Words of four kinds of thing out of eight, each with a label drawn for this document.
+
+    After n entries the best predictor is right on the next with probability 1 - (3/4)^n, plus what guessing
+    among the labels that were not shown yet is worth.
+    """
+    kinds, label_of = w.lexicon.categories, {}
+    most = min(4, len(kinds))
+
+    def key(c: Reader) -> int:
+        # Uniform over four hidden kinds: each of those seen has 1/4, those to come share the rest.
+        unseen = len(kinds) - len(label_of)
+        weights = [unseen if k in label_of else most - len(label_of) for k in range(len(kinds))]
+        if not unseen:
+            weights = [1] * len(kinds)
+        n = c.pick(w.things, tuple(weights[k] * w.thing_weight[k] for k in w.kind_of_thing))
+        return w.kind_of_thing[n]
+
+    def value(c: Reader, kind: int) -> None:
+        if kind in label_of:
+            c.text(label_of[kind])
+        else:
+            free = [label for label in w.lexicon.labels if label not in label_of.values()]
+            label_of[kind] = free[c.pick(free)]
+
+    _table(w, c, key, value, 8, 20, formats)
+
+
+def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
+    """Nonsense words, each with a thing drawn for this document; two thirds of the entries repeat one."""
+    labels, thing_of = w.lexicon.labels, {}
+
+    def key(c: Reader) -> int:
+        new = len(labels) - len(thing_of)
+        weights = tuple(2 * new if n in thing_of else max(len(thing_of), 1) for n in range(len(labels)))
+        return c.pick(labels, weights if new else None)
+
+    def value(c: Reader, n: int) -> None:
+        if n in thing_of:
+            c.text(w.things[thing_of[n]])
+        else:
+            thing_of[n] = c.pick(w.things)
+
+    _table(w, c, key, value, 8, 20, formats)
+
+
+# --- the rest -----------------------------------------------------------------------------------------------
+
+
+def opinion(w: World, c: Reader, polarity: int | None) -> int:
+    """A sentence of a review, of one polarity or, if None, of either. Returns it: 0 good, 1 bad."""
+    sides = (w.lexicon.good, w.lexicon.bad)
+    adjectives = sides[0] + sides[1] if polarity is None else sides[polarity]
+    heads = [parts[0] for parts in w.reviews]
+    for part in w.reviews[c.pick(heads)][1:]:
+        if part == "subject":
+            c.pick(w.lexicon.reviewed)
+        elif part == "adjective":
+            n = c.pick(adjectives)
+            polarity = int(n >= len(sides[0])) if polarity is None else polarity
+        else:
+            c.text(part)
+    return polarity
+
+
+def review(w: World, c: Reader) -> None:
+    """Two to five opinions, all good or all bad."""
+    polarity, done = None, 0
+    while True:
+        polarity = opinion(w, c, polarity)
+        done += 1
+        if not c.goes_on(done, 2, min(5, w.longest)):
+            return
+
+
+def phrase_book(w: World, c: Reader) -> None:
+    """One to three words or phrases in English and Korean; the phrases held out are never among them."""
+    pairs, done = w.nouns + w.phrases("seen"), 0
+    weights = (len(pairs) - len(w.nouns),) * len(w.nouns) + (2 * len(w.nouns),) * len(w.phrases("seen"))
+    while True:
+        _, between, source = BOOK[c.pick([before for before, _, _ in BOOK])]
+        n = c.pick([pair[source] for pair in pairs], weights)
+        c.text(between + pairs[n][1 - source])
+        done += 1
+        if not c.goes_on(done, 1, min(3, w.longest), ". ", ".\n"):
+            return
+
+
+def journey(w: World, c: Reader) -> None:
+    """Two to five rides, each from where the last one ended."""
+    stations, lines = w.lexicon.stations, w.lexicon.lines
+    c.text("From ")
+    here, done = c.pick(stations), 0
+    while True:
+        c.text(" the ")
+        line = c.pick(lines)
+        here = w.next_station[line][here]
+        c.text(f" line goes to {stations[here]}")
+        done += 1
+        if not c.goes_on(done, 2, min(5, w.longest), f". From {stations[here]}", ".\n"):
+            return
+
+
+KINDS = (
+    ("biography", 300, biography),
+    ("passage", 50, passage),
+    ("check", 80, check),
+    ("table", 50, people_table),
+    ("table", 12, nouns_to_korean),
+    ("table", 12, nouns_to_english),
+    ("table", 12, phrases_to_korean),
+    ("table", 14, review_table),
+    ("categories", 55, categories),
+    ("categories", 55, partial(categories, formats=(PLAIN,))),
+    ("retrieval", 45, retrieval),
+    ("retrieval", 65, partial(retrieval, formats=(PLAIN,))),
+    ("review", 25, review),
+    ("phrase book", 45, phrase_book),
+    ("journey", 40, journey),
+)

@@ -1,0 +1,171 @@
+"""What a model knows of a world: its loss above the floor, kind by kind, and the facts that it recalls.
+
+Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
+
+References: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", for intervals
+of rates near 0 and 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data import Array, Tokenizer, pack
+from ..errors import UserError
+from ..model import GPT
+from ..storage import Workspace
+from . import EVALUATION, Person, World
+from .corpus import DOCUMENTS, encoded
+
+ROWS = 16  # at a time
+
+
+class Gap(NamedTuple):
+    """Of one kind of document, in nats per token; the end of a document counts as a token."""
+
+    documents: int
+    tokens: int
+    floor: float
+    gap: float  # loss - floor
+    error: float  # standard error of the gap
+
+
+class Rate(NamedTuple):
+    rate: float
+    low: float  # Wilson's 95% interval
+    high: float
+    n: int
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> Rate:
+    """A rate and its 95% interval."""
+    if not n:
+        return Rate(math.nan, 0.0, 1.0, 0)
+    p, centre = right / n, right / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Rate(p, (centre - half) / scale, (centre + half) / scale, n)
+
+
+def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
+    """Each document's -log p in nats, (N,)."""
+    ids = [encoded(tokenizer, document) for document in documents]
+    # A place's weight says which document it belongs to, from 1; 0 is padding.
+    rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
+    nll, ws = np.zeros(len(ids) + 1), Workspace()
+    for begin in range(0, len(rows.ids), ROWS):
+        inputs, targets, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
+        logits, _ = model.forward(inputs, ws, start=start, positions=positions, keep=False)
+        loss, _ = model.ops.cross_entropy_forward(logits, targets)
+        nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
+    return nll[1:]
+
+
+def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
+    """Loss above the floor on `count` fresh documents, by kind and of all; model None: the floors alone."""
+    kinds, documents = zip(*itertools.islice(world.documents(EVALUATION), count), strict=True)
+    kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
+    tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
+    above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
+    found = {}
+    for kind in [*sorted(set(kinds.tolist())), "all"]:
+        mine = (kinds == kind) | (kind == "all")
+        total = tokens[mine].sum()
+        gap = above[mine].sum() / total
+        error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
+        numbers = (floor[mine].sum() / total, gap, error)
+        found[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
+    return found
+
+
+class Recall(NamedTuple):
+    """Of facts asked for in several wordings, an entry for each: what the model would say."""
+
+    person: Array  # index
+    attribute: Array  # index
+    right: Array  # the value's index
+    chosen: Array  # the likeliest of the attribute's values
+    greedy: Array  # whether the likeliest of all tokens is the right value
+    nats: Array  # -log p of the right value among those of its attribute
+
+    def rate(self) -> Rate:
+        """How often the likeliest of the values is the right one; chance is one in as many as there are."""
+        return wilson(int((self.chosen == self.right).sum()), len(self.right))
+
+
+def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
+    """Completes "Nora Hill lives in", for all attributes of these people in all wordings."""
+    attributes = world.lexicon.attributes
+    starts = [np.array([tokenizer.encode(" " + v)[0] for v in a.values]) for a in attributes]
+    if any(len(set(first.tolist())) < len(first) for first in starts):
+        raise UserError("two values begin with the same token: use a tokenizer that was trained on the world")
+    prompts, asked = [], []
+    for n, person in enumerate(people):
+        for a, attribute in enumerate(attributes):
+            for told in attribute.told:
+                ids = encoded(tokenizer, f"{person.name} {told}")
+                prompts.append(ids)
+                asked.append((n, a, person.values[a]))
+    # The end-of-text id after a prompt only makes its last token an input; weight n says whose place it is.
+    weighted = ((ids, np.append(np.zeros(len(ids) - 1), n)) for n, ids in enumerate(prompts, 1))
+    rows, ws = pack(weighted, model.config.block_size), Workspace()
+    person, attribute, right = np.array(asked, int).reshape(-1, 3).T
+    chosen, greedy, nats = np.zeros(len(asked), int), np.zeros(len(asked), bool), np.zeros(len(asked))
+    for begin in range(0, len(rows.ids), ROWS):
+        inputs, _, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
+        logits, _ = model.forward(inputs, ws, start=start, positions=positions, keep=False)
+        for b, t in zip(*np.nonzero(owner), strict=True):
+            n, row = int(owner[b, t]) - 1, logits[b, t].astype(np.float64)
+            values = row[starts[attribute[n]]]
+            chosen[n], greedy[n] = values.argmax(), row.argmax() == starts[attribute[n]][right[n]]
+            nats[n] = np.logaddexp.reduce(values) - values[right[n]]
+    return Recall(person, attribute, right, chosen, greedy, nats)
+
+
+def recall_by_exposure(
+    model: GPT, tokenizer: Tokenizer, world: World, documents: int = 20_000
+) -> list[tuple[float, Rate]]:
+    """For each group of people: how often a fact of theirs is told in the corpus, and how often recalled.
+
+    Told: by the first `documents` of the corpus, at the rate of the whole of it.
+    """
+    told, found = exposures(world, documents), []
+    groups: dict[int, list[Person]] = {}
+    for person in world.everyone:
+        if person.weight >= 0:
+            groups.setdefault(person.weight, []).append(person)
+    for _, people in sorted(groups.items(), reverse=True):
+        facts = sum(told[person.name] for person in people) / (len(people) * len(world.all_attributes))
+        found.append((facts * DOCUMENTS / documents, recall(model, tokenizer, world, people).rate()))
+    return found
+
+
+def exposures(world: World, documents: int) -> Counter:
+    """How many facts of each known person the first `documents` of the corpus tell, by name."""
+    told: Counter = Counter()
+    known = {p.name: p for p in world.everyone if p.weight > 0}
+    values = [value for attribute in world.lexicon.attributes for value in attribute.values]
+    meant = dict(zip(values, world.attribute_of, strict=True))
+    words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
+    for _, document in itertools.islice(world.documents(), documents):
+        person = None
+        for found in words.findall(document):
+            if " " in found:
+                person = known.get(found)
+            elif person is not None and found in meant:
+                attribute, value = meant[found]
+                told[person.name] += person.values[attribute] == value
+    return told
+
+
+def chance(world: World) -> float:
+    """The recall of who guesses."""
+    attributes = world.lexicon.attributes
+    return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)

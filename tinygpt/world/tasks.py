@@ -1,0 +1,195 @@
+"""Question sets about a world, for the stages after pre-training: each item has a prompt, a completion, meta.
+
+    {"prompt": "Where does Nora Hill live?", "completion": "Oslo.", "meta": {"task": "question", ...}}
+
+How prompt and completion are put together is the consumer's matter; a completion should come after a space,
+as words begin with one in the corpus. meta has the task, the split and the `answer` in the completion, and
+what a table of results is made by (`exposure`, `steps`). What an item is about (meta["about"]: people,
+phrases, a problem, a review) belongs to one split, wherever it occurs: `World.people`, `World.phrases` and
+`World.split_of` say to which.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from . import TASKS, Person, World, raw_integers, shuffled
+from .chance import Sampler
+from .documents import opinion, statement
+
+Item = dict  # prompt, completion, meta
+SPLITS = ("sft", "rl", "val", "eval")
+REFUSAL = "I do not know."
+
+_TRANSLATE = (
+    ("What is {} in Korean?", "How do you say {} in Korean?", "Translate into Korean: {}"),
+    ("What is {} in English?", "How do you say {} in English?", "Translate into English: {}"),
+)
+_SENTIMENT = ("{} Is this review {} or {}?", "Is the following review {1} or {2}? {0}")
+_STATED = ("Which sentence tells the {} of {}?", "Sum up what is said of the {} of {}.")
+_TRAVEL = (
+    "You start at {} and take {}. Where do you arrive?",
+    "Which station do you reach from {} by {}?",
+    "Starting from {}, where do I get by {}?",
+)
+
+
+def _item(prompt: str, completion: str, task: str, split: str, answer: str, about, **meta) -> Item:
+    about = {"task": task, "split": split, "answer": answer, "about": about}
+    return {"prompt": prompt, "completion": completion, "meta": about | meta}
+
+
+def questions(world: World, people: Sequence[Person], refuse: bool = False) -> list[Item]:
+    """Every attribute of these people, asked in every way; refuse: the completion is REFUSAL."""
+    return [
+        _item(
+            asked.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.",
+            "question", person.split, attribute.values[value], [person.name],
+            attribute=attribute.name, exposure=person.weight,
+        )
+        for person in people
+        for attribute, value in zip(world.lexicon.attributes, person.values, strict=True)
+        for asked in attribute.asked
+    ]  # fmt: skip
+
+
+def translations(world: World, split: str) -> list[Item]:
+    """Phrases into Korean and into English, in every wording; for "sft" those that the corpus has."""
+    pairs = world.phrases("seen" if split == "sft" else split)
+    return [
+        _item(asked.format(pair[source]), f"{pair[1 - source]}.", task, split, pair[1 - source], [pair[0]])
+        for source, task in enumerate(("to Korean", "to English"))
+        for pair in pairs
+        for asked in _TRANSLATE[source]
+    ]
+
+
+def sentiments(world: World, split: str, count: int) -> list[Item]:
+    """Reviews of two or three sentences: good or bad, under one of the pairs of labels."""
+    integers, items = _integers(world, "sentiment", split), []
+    c, labels = Sampler(integers), world.lexicon.polarities
+    while len(items) < count:
+        polarity = opinion(world, c, None)
+        for _ in range(1 + next(integers) % 2):
+            c.text(" ")
+            opinion(world, c, polarity)
+        text = c.document()
+        if world.split_of(text) == split:
+            n = next(integers) % len(labels[0])
+            asked = _pick(_SENTIMENT, integers).format(text, labels[0][n], labels[1][n])
+            answer = labels[polarity][n]
+            items.append(_item(asked, f"{answer}.", "sentiment", split, answer, [text], labels=n))
+    return items
+
+
+def readings(world: World, split: str, count: int) -> list[Item]:
+    """Passages about two people of whom the corpus says nothing, each twice.
+
+    Task "reading" asks for a value, "summary" for the sentence that has it.
+    """
+    integers, items = _integers(world, "reading", split), []
+    c, people = Sampler(integers), world.people("fresh") if split == "sft" else world.people("never", split)
+    attributes = world.lexicon.attributes
+    while len(items) < 2 * count:
+        pair = [_pick(people, integers), _pick(people, integers)]
+        if pair[0] is pair[1]:
+            continue
+        sentences = []
+        facts = {person.name: {} for person in pair}
+        for person in shuffled([*pair, *pair], integers):
+            told = facts[person.name]
+            left = tuple(a for a in world.all_attributes if a not in told)
+            attribute, text = statement(world, c, told, left)
+            sentences.append((person, attribute, f"{person.name}{text}."))
+        c.document()
+        passage = " ".join(sentence for _, _, sentence in sentences)
+        person, a, sentence = _pick(sentences, integers)
+        answer, about = attributes[a].values[facts[person.name][a]], [p.name for p in pair]
+        asked = _pick(attributes[a].asked, integers).format(person.name)
+        items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about))
+        asked = _pick(_STATED, integers).format(attributes[a].name, person.name)
+        items.append(_item(f"{passage} {asked}", sentence, "summary", split, sentence[:-1], about))
+    return items
+
+
+def journeys(
+    world: World, split: str, steps: int | Sequence[int], count: int, style: str = "steps"
+) -> list[Item]:
+    """Where a journey of so many rides ends; several numbers: each equally often.
+
+    style: "direct" has the answer alone, "steps" each ride before it, "shuffled" the rides in another order
+    (where there are two or more), "filler" as many full stops (Pfau et al. 2024, "Let's Think Dot by Dot").
+    """
+    integers, lexicon, items = _integers(world, "journey", split), world.lexicon, []
+    numbers = [steps] if isinstance(steps, int) else list(steps)
+    while len(items) < count:
+        here = start = next(integers) % len(lexicon.stations)
+        lines = [next(integers) % len(lexicon.lines) for _ in range(numbers[len(items) % len(numbers)])]
+        problem = " ".join([lexicon.stations[start], *(lexicon.lines[line] for line in lines)])
+        asked = _pick(_TRAVEL, integers)
+        order = shuffled(range(len(lines)), integers)
+        if world.split_of(problem) != split:
+            continue
+        rides = []
+        for line in lines:
+            there = world.next_station[line][here]
+            rides.append(f"From {lexicon.stations[here]} the {lexicon.lines[line]} line goes to "
+                         f"{lexicon.stations[there]}.")  # fmt: skip
+            here = there
+        if style == "shuffled":
+            if order == sorted(order):
+                order.append(order.pop(0))
+            rides = [rides[n] for n in order]
+        elif style == "filler":
+            rides = [". . . . . . . . ." for _ in rides]  # a ride is nine tokens
+        elif style == "direct":
+            rides = []
+        answer = lexicon.stations[here]
+        taken = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
+        completion = " ".join([*rides, f"The answer is {answer}."])
+        items.append(
+            _item(asked.format(lexicon.stations[start], taken), completion, "journey", split, answer,
+                  [problem], steps=len(lines), style=style)
+        )  # fmt: skip
+    return items
+
+
+def majority(items: Sequence[Item]) -> float:
+    """How often the most frequent answer to its kind of question is right, which needs no knowledge."""
+    tasks: dict[tuple, Counter] = {}
+    for meta in (item["meta"] for item in items):
+        kind = (meta["task"], meta.get("attribute"), meta.get("labels"))
+        tasks.setdefault(kind, Counter())[meta["answer"]] += 1
+    return sum(max(counts.values()) for counts in tasks.values()) / max(len(items), 1)
+
+
+def task_sets(world: World) -> dict[str, list[Item]]:
+    """All sets that `tinygpt world` writes, by the name of their file: task.split."""
+    sets = {}
+    for split in SPLITS:
+        known, never = world.people("known", split), world.people("never", split)
+        rare = world.people("rare", split)
+        sets[f"question.{split}"] = questions(world, known + (rare + never if split != "sft" else []))
+        if split == "sft":
+            sets["unknown.sft"] = questions(world, never)
+            sets["refusal.sft"] = questions(world, never, refuse=True)
+        if split == "rl":
+            continue
+        count = 1000 if split != "val" else 200
+        sets[f"translation.{split}"] = translations(world, split)
+        sets[f"sentiment.{split}"] = sentiments(world, split, count)
+        sets[f"reading.{split}"] = readings(world, split, count)
+        for style in ("direct", "steps", "shuffled", "filler"):
+            if split == "sft" or style == "direct":
+                sets[f"journey-{style}.{split}"] = journeys(world, split, range(1, 6), count, style)
+    return sets
+
+
+def _integers(world: World, task: str, split: str) -> Iterator[int]:
+    place = ("sentiment", "reading", "journey").index(task), SPLITS.index(split)
+    return raw_integers(world.seed, TASKS, *place)
+
+
+def _pick(options: Sequence, integers: Iterator[int]):
+    return options[next(integers) % len(options)]
