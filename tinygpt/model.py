@@ -335,7 +335,7 @@ class GPT:
         self,
         ids: Array,
         targets: Array,
-        weights: Array | None = None,
+        weights: Array,
         grads: dict[str, Array] | None = None,
         ws: storage.Workspace | None = None,
         **forward,
