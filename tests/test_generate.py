@@ -46,6 +46,27 @@ def uncached(model: GPT, prompt: list[int], count: int) -> list[int]:
     return new
 
 
+@pytest.mark.parametrize("backend", kernels.available())
+def test_a_second_generation_makes_no_buffers(backend):
+    """Guards: a cache as new memory each time, whose first use costs more than many steps."""
+    model, ws = make(backend=backend), storage.Workspace()
+    first = g.generate(model, PROMPTS, 6, temperature=0, ws=ws)
+    size = ws.nbytes
+    places = len(PROMPTS) * CONFIG.block_size * CONFIG.n_layer * CONFIG.n_embd
+    assert size > 2 * 4 * places  # the cache is in it
+    again = g.generate(model, PROMPTS, 6, temperature=0, ws=ws)
+    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first] and ws.nbytes == size
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core was not built")
+def test_weights_are_packed_once(monkeypatch):
+    """Guards: weights packed at every step, or at none."""
+    model, packed, run = make(backend="c"), [], kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda op, *more: (packed.append(op), run(op, *more)))
+    g.generate(model, [[1]], g.PACK_AFTER + 6, temperature=0)
+    assert packed.count("pack_panels") == 4 * CONFIG.n_layer + 1
+
+
 # --- the cache ----------------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,15 @@ def test_shared_buffers_give_the_same_logits(model, rng):
     assert small.nbytes < ws.nbytes / 2
 
 
+def test_a_branch_joins_the_stream_in_one_operation(model, rng, monkeypatch):
+    """Guards: a pass over memory for each sum; only that of the two embeddings is left."""
+    sums, ops = [], model.ops
+    counted = {"residual_forward": lambda *a, **k: (sums.append(1), ops.residual_forward(*a, **k))[1]}
+    model.ops = SimpleNamespace(**vars(ops) | counted)
+    model.forward(batch(rng)[0])
+    assert len(sums) == 1
+
+
 def test_a_workspace_is_used_again(model, rng):
     """The second step allocates nothing, whatever the first left behind; and a smaller batch fits in."""
     ws, (_, grads) = Workspace(), model.gradients()

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tinygpt import data, train
+from tinygpt import data, kernels, train
 from tinygpt.errors import UserError
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
@@ -72,6 +72,57 @@ def test_a_recorded_step_is_the_step(rng, dtype):
         assert loss == optimizer.model.loss(ids, targets, weights, grads, **more)
         assert (optimizer.flat == flat).all()
         optimizer.step(1e-2)
+
+
+@pytest.mark.parametrize("change", [
+    lambda batch: train.Batch(*(np.asfortranarray(a) for a in batch)),
+    lambda batch: batch._replace(positions=batch.positions[0]),
+    lambda batch: batch._replace(positions=batch.positions[:1]),
+], ids=["columns first", "(T,)", "(1, T)"])  # fmt: skip
+def test_odd_batches_are_not_those_of_before(rng, change):
+    """Guards: a record that goes on with a copy of its first batch's arrays."""
+    optimizer, ws = make(), Workspace()
+    for _ in range(3):
+        ids, targets, start, positions = rng.integers(0, 8, (4, 3, 8)).astype(np.int32)
+        start = np.minimum(start, np.arange(8, dtype=np.int32))
+        batch = change(train.Batch(ids, targets, rng.random((3, 8)).astype(np.float32), start, positions))
+        loss = train.accumulate(optimizer, [batch], ws)
+        flat, grads = optimizer.model.gradients()
+        ids, targets, weights, start, positions = batch
+        more = {"start": start, "positions": positions}
+        assert loss == optimizer.model.loss(ids, targets, weights, grads, **more)
+        assert (optimizer.flat == flat).all()
+
+
+def test_a_record_is_of_one_optimizer_and_one_buffer(rng):
+    """Guards: another model's gradients, or the gradients in a buffer that was replaced."""
+    ids, targets = data.random_blocks(TOKENS, 4, 8, rng)
+    batch, ws = train.Batch(ids, targets, np.ones((4, 8), np.float32)), Workspace()
+    first, second = make(), make()
+    second.model.flat *= 2
+    losses = [train.accumulate(optimizer, [batch], ws) for optimizer in (first, second, first, second)]
+    assert losses[0] == losses[2] != losses[1] == losses[3]
+    before = first.flat.copy()
+    first.flat, first.grads = first.model.gradients()
+    assert train.accumulate(first, [batch], ws) == losses[0]
+    assert (first.flat == before).all() and before.any()
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core was not built")
+def test_steps_are_recorded(rng, monkeypatch):
+    """Guards: a step that Python makes again each time; records that keep memory which was replaced."""
+    replays, replay = [], kernels.Recording.replay
+    monkeypatch.setattr(kernels.Recording, "replay", lambda self: (replays.append(1), replay(self)))
+    optimizer, ws = make(), Workspace()
+    optimizer.model.ops = kernels
+    for rows in (1, 2, 3, 3, 2, 3):
+        ids, targets = data.random_blocks(TOKENS, rows, 8, rng)
+        train.accumulate(optimizer, [train.Batch(ids, targets, np.ones((rows, 8), np.float32))], ws)
+    assert len(replays) == 2 and len(ws.records) == 2
+    for rows in range(40):
+        ids, targets = data.random_blocks(TOKENS, 1 + rows % 3, 1 + rows % 8, rng)
+        train.accumulate(optimizer, [train.Batch(ids, targets, np.ones(ids.shape, np.float32))], ws)
+    assert len(ws.records) == train.MOST_RECORDS
 
 
 @pytest.mark.parametrize("field, value", [("ids", 13), ("ids", -1), ("targets", 13), ("positions", 8)])

@@ -225,28 +225,38 @@ def _generation(size: str, batch: int) -> tuple[Callable[[], object], int]:
     return lambda: generate(model, prompts, NEW, rng=rng, ws=ws), read
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws the rows of `scaling`: the share of the peak against each size. Raises UserError without them."""
+def plotter(path: Path, jobs: Sequence[str]) -> Callable[[Sequence[Row]], None]:
+    """A function that draws the rows of `scaling`, the share of the peak against each size, as a picture.
+
+    Raises UserError, before anything is measured, where there will be no such rows or no picture.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    found = [row for row in rows if row["job"].startswith("scaling/")]
-    if not found:
-        raise UserError("--plot draws the job scaling, which was not measured")
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axis, panel in zip(SCALING, figure.subplots(1, len(SCALING), sharey=True), strict=True):
-        lines: dict[str, list] = {}
-        for row in found:
-            _, size, threads = row["job"].split("/")
-            if size.startswith(f"{axis}="):
-                lines.setdefault(threads, []).append((int(size[2:]), row["share_of_peak"]))
-        for threads, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", label=f"threads: {threads}")
-        others = ", ".join(f"{name} {size}" for name, size in BASE.items() if name != axis)
-        panel.set(xscale="log", xlabel=f"{axis} ({others})", ylim=(0, 1))
-        panel.set_xticks(SCALING[axis], SCALING[axis], minor=False)
-        panel.minorticks_off()
-        panel.legend()
-    figure.axes[0].set_ylabel("training step, share of FMA peak")
-    figure.savefig(path)
+    if "scaling" not in jobs:
+        raise UserError("--plot draws what the job scaling finds: bench scaling --plot FILE")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path}: a picture's name ends in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
+
+    def draw(rows: Sequence[Row]) -> None:
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        for axis, panel in zip(SCALING, figure.subplots(1, len(SCALING), sharey=True), strict=True):
+            lines: dict[str, list] = {}
+            for row in rows:
+                if row["job"].startswith(f"scaling/{axis}="):
+                    _, size, threads = row["job"].split("/")
+                    lines.setdefault(threads, []).append((int(size[2:]), row["share_of_peak"]))
+            for threads, points in lines.items():
+                panel.plot(*zip(*points, strict=True), marker="o", label=f"threads: {threads}")
+            others = ", ".join(f"{name} {size}" for name, size in BASE.items() if name != axis)
+            panel.set(xscale="log", xlabel=f"{axis} ({others})", ylim=(0, None))
+            panel.set_xticks(SCALING[axis], SCALING[axis], minor=False)
+            panel.minorticks_off()
+            panel.legend()
+        figure.axes[0].set_ylabel("training step, share of FMA peak")
+        figure.savefig(path)
+
+    return draw

@@ -806,7 +806,7 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 @main.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
-@click.option("--quick", is_flag=True, help="A fraction of a second for each job: does it run?")
+@click.option("--quick", is_flag=True, help="A fraction of a second for each figure: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw what scaling found.")
 def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
@@ -818,7 +818,7 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plo
     """
     from . import bench as benchmarks
 
-    rows = []
+    rows, draw = [], benchmarks.plotter(plot, jobs) if plot else None
     for row in benchmarks.run(list(jobs), 0.2 if quick else seconds):
         cells = ["" if value is None else f"{value:,}" for name, value in row.items() if name != "job"]
         if not as_json:
@@ -829,4 +829,5 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plo
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     if plot:
-        benchmarks.plot(rows, plot)
+        draw(rows)
+        click.echo(f"Drawn in {plot}.", err=True)

@@ -196,6 +196,7 @@ def stream(
             break
     else:
         return np.concatenate(head)
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("tokens-*.bin"):
         old.unlink()
     with replacing(file) as beside, open(beside, "wb") as out:

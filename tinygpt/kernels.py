@@ -2,8 +2,8 @@
 
 A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in
 csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
-backend. Arrays that the C core cannot walk (odd strides, another type) are copied first. An `out` is an input
-itself or does not overlap with one: the order of writing is not NumPy's.
+backend. Arrays that the C core cannot walk (odd strides, another type) are copied first. An `out` is `add`,
+the input of an operation element by element, or memory of its own: the order of writing is not NumPy's.
 
 Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or
 avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
@@ -126,11 +126,12 @@ class Recording:
     """
 
     def __init__(self, function: Callable[[], object]) -> None:
-        _recording.tape = tape = []
+        outer, tape = getattr(_recording, "tape", None), []
+        _recording.tape = tape
         try:
             self.result = function()
         finally:
-            _recording.tape = None
+            _recording.tape = outer
         calls = [entry for entry in tape if isinstance(entry, tuple)]
         self.args: dict[str, list] = {}
         for op, (_, _, args), _ in calls:
@@ -402,7 +403,7 @@ def sample(
 ) -> Array:
     (B, V), logits = logits.shape, _rows(logits[None], logits.dtype)[0]
     uniform, ids = _like(uniform, np.float64, (B,)), np.empty(B, np.int32)
-    sizes = B, V, logits.strides[0] // logits.itemsize, min(top_k, V)
+    sizes = B, V, logits.strides[0] // logits.itemsize, max(0, min(top_k, V))
     _run("sample", logits.dtype, ids, logits, uniform, *sizes, float(temperature), float(top_p))
     if B and ids.min() < 0:
         raise UserError(ops.NOT_FINITE)

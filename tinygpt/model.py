@@ -575,7 +575,7 @@ class GPT(Parameters):
         self,
         ids: Array,
         targets: Array,
-        weights: Array | None = None,
+        weights: Array,
         grads: dict[str, Array] | None = None,
         ws: storage.Workspace | None = None,
         **forward,

@@ -75,11 +75,8 @@ def linear_forward(
     branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
     gradient of `add` is `dout` itself.
     """
-    if add is None:
-        out = np.matmul(x, w, out=out)
-    else:
-        product = np.matmul(x, w)  # not into `out`, which may be `add` itself
-        out = np.add(product, add, out=out)
+    product = np.matmul(x, w, out=out if add is None else None)  # out may be add itself
+    out = product if add is None else np.add(product, add, out=out)
     if b is not None:
         out += b
     return out, (x, w)

@@ -79,18 +79,18 @@ class Settings:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError, or OSError, unless a run can be written here; makes the folder."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, and a run needs a folder")
+    """Raises UserError unless a run can be written here; what is written first makes the folder."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file, and a run needs a folder")
     found = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
             f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
             "replaces it, --out takes another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: this folder is read-only")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: this folder is read-only")
 
 
 def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
@@ -102,6 +102,7 @@ def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: S
     """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
     if not settings.has_model and folder.resolve() == Path(settings.init_from):
         raise UserError(f"{folder}: is the base, which an adapter needs as it is; --out takes another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     _save_trainer(folder, optimizer, tokenizer, settings)
     _export(folder, optimizer.model, tokenizer, settings)
     tidy(folder, settings.has_model)

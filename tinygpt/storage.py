@@ -42,7 +42,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self.records: dict[object, object] = {}  # for callers: what they know of work in these buffers
+        self.records: dict[object, object] = {}  # of work in these buffers; gone when one is replaced
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
         self._views: dict[tuple, np.ndarray] = {}
 
@@ -52,6 +52,7 @@ class Workspace:
             size, buffer = math.prod(shape), self._buffers.get((name, dtype))
             if buffer is None or buffer.size < size:
                 self._views.clear()  # some are of the buffer that is replaced here
+                self.records.clear()  # and these would keep it alive
                 buffer = self._buffers[name, dtype] = empty(size, dtype)
             view = self._views[name, shape, dtype] = buffer[:size].reshape(shape)
         return view

@@ -171,25 +171,30 @@ def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generato
 
     With the C core the calls that the first batch of a shape makes are recorded, and later ones are made from
     the record: Python's part of a small model's step is a tenth of its time. Dropout has other seeds in each
-    step and is not recorded; nor is a batch with ids out of range, of which the model says what is wrong.
+    step and is not recorded; nor is an odd batch, of which the model says what is wrong.
     """
     model, (ids, targets, weights, start, positions) = optimizer.model, batch
-    more = {"start": start, "positions": positions}
-    V, limit = model.config.vocab_size, model.context
-    bounds = ((ids, V), (targets, V), (start, math.inf), (positions, limit))
-    inside = all(a is None or (a.size and a.min() >= 0 and a.max() < n) for a, n in bounds)
-    if not inside or not hasattr(model.ops, "Recording") or (rng is not None and model.draws):
-        return model.loss(ids, targets, weights, optimizer.grads, ws, rng=rng, **more)
-    key = (optimizer, *(a if a is None else a.shape for a in batch))
+    bounds = (ids, model.config.vocab_size), (targets, model.config.vocab_size)
+    bounds += (start, math.inf), (positions, model.context)
+    usual = ids.size and weights.shape == ids.shape and hasattr(model.ops, "Recording")
+    for a, below in bounds:
+        if usual and a is not None:
+            usual = a.shape == ids.shape and a.dtype.kind in "iu" and a.min() >= 0 and a.max() < below
+    if not usual or (rng is not None and model.draws):
+        more = {"start": start, "positions": positions, "rng": rng}
+        return model.loss(ids, targets, weights, optimizer.grads, ws, **more)
+    given = tuple(a is not None for a in batch)
+    key = optimizer, optimizer.flat.ctypes.data, model.config, model.adapter, ids.shape, given  # what a record depends on
     if key in ws.records:
         held, recording = ws.records[key]
-        for mine, given in zip(held, batch, strict=True):
+        for mine, new in zip(held, batch, strict=True):
             if mine is not None:
-                mine[:] = given
+                mine[:] = new
         recording.replay()
     else:
         types = (np.int32, np.int32, model.flat.dtype, np.int32, np.int32)
-        held = Batch(*(a if a is None else np.array(a, t) for a, t in zip(batch, types, strict=True)))
+        arrays = (a if a is None else np.array(a, t, order="C") for a, t in zip(batch, types, strict=True))
+        held = Batch(*arrays)  # in the type and order in which C reads these very arrays
         more = {"start": held.start, "positions": held.positions}
         recording = model.ops.Recording(lambda: model.losses(*held[:3], optimizer.grads, ws, **more))
         ws.records[key] = held, recording
