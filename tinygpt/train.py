@@ -184,7 +184,8 @@ def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generato
         more = {"start": start, "positions": positions, "rng": rng}
         return model.loss(ids, targets, weights, optimizer.grads, ws, **more)
     given = tuple(a is not None for a in batch)
-    key = optimizer, optimizer.flat.ctypes.data, model.config, model.adapter, ids.shape, given  # what a record depends on
+    grads = optimizer.flat.ctypes.data
+    key = optimizer, grads, model.config, model.adapter, ids.shape, given  # what a record depends on
     if key in ws.records:
         held, recording = ws.records[key]
         for mine, new in zip(held, batch, strict=True):
