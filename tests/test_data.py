@@ -218,6 +218,13 @@ def test_packed_losses_are_those_of_each_example_alone():
     assert len(packed.ids) < len(examples) and abs(together - alone) < 1e-4 * alone
 
 
+def test_a_row_closes_behind_its_younger_ones():
+    """Guards: a last, short example in the first row that has room, far from its neighbours."""
+    long, short = np.arange(7), np.arange(3)
+    packed = data.pack([(ids, np.ones(len(ids))) for ids in [*[long] * 40, short]], 8)
+    assert packed.weights[0].sum() == 6 and packed.weights[40 - 32 :].sum() == 6 * 32 + 2
+
+
 def test_packing_wastes_little_and_keeps_neighbours_together():
     examples = _examples(3000, 60)
     packed = data.pack(examples, 128)

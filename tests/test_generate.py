@@ -58,6 +58,17 @@ def test_a_second_generation_makes_no_buffers(backend):
     assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first] and ws.nbytes == size
 
 
+@pytest.mark.parametrize("backend", kernels.available())
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 7, 36])
+def test_one_bad_logit_is_told(backend, bad, place):
+    """Guards: a NaN that hides behind a larger number, from which anything would be drawn."""
+    logits = np.random.default_rng(0).standard_normal((3, 37)).astype(np.float32)
+    logits[1, place] = bad
+    with pytest.raises(UserError, match="not finite"):
+        kernels.backend(backend).sample(logits, np.full(3, 0.5))
+
+
 @pytest.mark.skipif("c" not in kernels.available(), reason="the C core was not built")
 def test_weights_are_packed_once(monkeypatch):
     """Guards: weights packed at every step, or at none."""

@@ -136,6 +136,14 @@ def test_a_batch_in_which_nothing_is_learned(folder):
     assert train.mean_loss(optimizer.model, sft.consecutive(rows, 2)) == 0
 
 
+def test_batches_have_few_lengths(folder):
+    """Guards: a length for every batch, of each of which a record would be kept."""
+    lines = [{"prompt": "p" * n, "completion": "c"} for n in range(1, 60)]
+    rows = read(write("many.jsonl", lines), packing=False, block_size=CONFIG.block_size).train
+    lengths = {batch.ids.shape[1] for batch in sft.consecutive(rows, 1)}
+    assert len(lengths) > 1 and all(n % 32 == 0 or n == CONFIG.block_size for n in lengths)
+
+
 def test_an_epoch_has_every_row_once_and_depends_on_seed_and_number(folder):
     """Guards: a resumed run that begins its epoch anew; the same order in each epoch; rows never seen."""
     chosen = settings("pairs.jsonl", packing=False, batch_size=2, gradient_accumulation_steps=2)

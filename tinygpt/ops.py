@@ -395,19 +395,10 @@ def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p
 
 
 def _least_in_nucleus(probs: Array, top_p: float) -> Array:
-    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together.
-
-    A trained model needs few: the 64 likeliest are sorted, and eight times more until they are enough.
-    """
-    V, n = probs.shape[-1], 64
-    while True:
-        n = min(n, V)
-        likeliest = np.sort(np.partition(probs, V - n)[..., V - n :])[..., ::-1]
-        mass = likeliest.cumsum(-1, dtype=np.float64)
-        if n == V or (mass[..., -1] >= top_p).all():
-            last = np.minimum((mass < top_p).sum(-1, keepdims=True), n - 1)  # rounded, all may be below top_p
-            return np.take_along_axis(likeliest, last, -1)
-        n *= 8
+    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together."""
+    likeliest = np.sort(probs)[..., ::-1]
+    before = (likeliest.cumsum(-1, dtype=np.float64) < top_p).sum(-1, keepdims=True)
+    return np.take_along_axis(likeliest, np.minimum(before, probs.shape[-1] - 1), -1)  # all: rounded
 
 
 def sample(
