@@ -84,8 +84,8 @@ struct gelu_backward {
 };
 
 /* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. Query i of row b
-   sees the keys j <= S - T + i for which j < prefix or j >= prefix + start[b][i], and its own always. start is
-   NULL, or (B, T) without the queries that stand in the prefix themselves. */
+   sees the keys j <= S - T + i for which j < prefix or j >= prefix + start[b][i], and its own always. start
+   is NULL, or (B, T) without the queries that stand in the prefix themselves. */
 struct attention_forward {
     real *out;
     const real *q, *k, *v;
