@@ -61,6 +61,7 @@ def test_an_answer_that_is_cut_short_is_told_apart(made):
 
 def test_rates():
     """Guards: an interval that is a point at 0 and 1, or leaves them. The figures are Wilson's formula's."""
+    assert evaluate.wilson(81, 263)[1:3] == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, I
     assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.0, 0.277533, 10), abs=1e-4)
     assert evaluate.wilson(10, 10) == pytest.approx((1.0, 0.722467, 1.0, 10), abs=1e-4)
     assert evaluate.wilson(80, 100) == pytest.approx((0.8, 0.711171, 0.866633, 100), abs=1e-4)

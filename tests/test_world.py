@@ -309,13 +309,6 @@ def test_recall_reads_what_a_model_says(untrained):
     assert found.right.tolist()[:6] == [people[0].values[0]] * 6 and (found.nats >= 0).all()
 
 
-def test_wilson():
-    """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
-    assert evaluate.wilson(81, 263)[1:3] == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert evaluate.wilson(0, 20)[1:3] == pytest.approx((0, 0.1611), abs=1e-4)
-    assert evaluate.wilson(0, 0).n == 0
-
-
 
 
 # --- the commands -------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generato
 
     With the C core the calls that the first batch of a shape makes are recorded, and later ones are made from
     the record: Python's part of a small model's step is a tenth of its time. Dropout has other seeds in each
-    step and is not recorded; nor is an odd batch, of which the model says what is wrong.
+    step and is not recorded; nor is a batch of odd shapes, or with ids out of range, which the model names.
     """
     model, (ids, targets, weights, start, positions) = optimizer.model, batch
     bounds = (ids, model.config.vocab_size), (targets, model.config.vocab_size)

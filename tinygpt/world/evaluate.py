@@ -1,15 +1,11 @@
 """What a model knows of a world: its loss above the floor, kind by kind, and the facts that it recalls.
 
 Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
-
-References: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", for intervals
-of rates near 0 and 1.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +15,7 @@ import numpy as np
 
 from ..data import Array, Tokenizer, pack
 from ..errors import UserError
+from ..evaluate import Rate, wilson
 from ..model import GPT
 from ..storage import Workspace
 from . import EVALUATION, Person, World
@@ -35,23 +32,6 @@ class Gap(NamedTuple):
     floor: float
     gap: float  # loss - floor
     error: float  # standard error of the gap
-
-
-class Rate(NamedTuple):
-    rate: float
-    low: float  # Wilson's 95% interval
-    high: float
-    n: int
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> Rate:
-    """A rate and its 95% interval."""
-    if not n:
-        return Rate(math.nan, 0.0, 1.0, 0)
-    p, centre = right / n, right / n + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return Rate(p, (centre - half) / scale, (centre + half) / scale, n)
 
 
 def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
