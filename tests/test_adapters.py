@@ -272,7 +272,7 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
         optimizer.step(1e-2)
     before, base, old = logits(model, ids), model.flat.copy(), model.adapter.flat.copy()
     adapters.restart(optimizer, rng)
-    np.testing.assert_allclose(logits(model, ids), before, atol=1e-5)
+    np.testing.assert_allclose(logits(model, ids), before, atol=1e-5 * abs(before).max())
     assert (model.flat != base).mean() > 0.2
     assert not model.adapter.params["h.0.mlp.c_fc.lora_B"].any()
     a = model.adapter.params["h.0.mlp.c_fc.lora_A"]

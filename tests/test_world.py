@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, cli, data
+from tinygpt import checkpoint, cli, data, train
 from tinygpt.cli import main
 from tinygpt.errors import UserError
+from tinygpt.evaluate import Answer
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.pretrain import Settings
+from tinygpt.tokenizer import BPETokenizer
 from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, tasks
 from tinygpt.world.chance import Sampler, enumerate_documents, logprob, raw_integers
 from tinygpt.world.documents import KINDS
@@ -35,8 +37,8 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "9c62b84d8583a52d8d86104352beae62c98678a67e9c7e5bfe738822fe682ae3",
-    "tasks": "825570bff67a0b1d64459c2badc5606cca5d9d3637a55edf56d85ca5ca96d7db",
+    "corpus": "7f490d2b02b5acb3e64de17fef2c852939cd42addaca1c1e3f4529ee7b2f04c2",
+    "tasks": "0a3a5edb8f71b8037a353f4d0e20956c592454e33423062310a026c440a0e08e",
 }
 
 
@@ -85,12 +87,10 @@ def test_documents_fit_a_row_and_words_are_tokens():
 
 
 def test_documents_tell_the_truth():
-    """Guards: biographies and judgements that contradict the world."""
+    """Guards: biographies and tables that contradict the world, and passages that contradict themselves."""
     known, values = {p.name: p for p in WORLD.everyone if p.weight > 0}, {}
     for a, attribute in enumerate(WORLD.lexicon.attributes):
         values |= {value: (a, v) for v, value in enumerate(attribute.values)}
-    verdict = r"(?:(\? No,|\. Wrong,| - false,) (\w+)|\? Yes|\. Right| - true)"
-    claim = re.compile(r"(\w+ \w+) [a-z ]+ (\w+)" + verdict)
     seen = Counter()
     for kind, document in take(WORLD, 3000):
         person = known.get(" ".join(document.split()[:2]))
@@ -98,13 +98,16 @@ def test_documents_tell_the_truth():
             for sentence in document.removesuffix(".").split(". "):
                 a, v = values[sentence.split()[-1]]
                 assert person.values[a] == v
-        if kind == "check" and person:
-            for name, claimed, wrong, right in claim.findall(document):
-                a, v = values[claimed]
-                assert bool(wrong) == (known[name].values[a] != v)
-                assert not wrong or values[right] == (a, known[name].values[a])
-                seen[bool(wrong)] += 1
-    assert 0.4 < seen[True] / seen.total() < 0.6 and seen.total() > 500
+                seen[kind] += 1
+        if kind == "table":
+            for name, value in re.findall(r"([A-Z]\w+ [A-Z]\w+)(?: ->|:| =) (\w+)", document):
+                assert name not in known or known[name].values[values[value][0]] == values[value][1]
+                seen[kind] += name in known
+        if kind == "passage":
+            told, again = document.removesuffix(".").split("; in short")
+            assert {s.split()[-1] for s in again.split(". ")} <= {s.split()[-1] for s in told.split(". ")}
+            seen[kind] += 1
+    assert min(seen.values()) > 200 and len(seen) == 3
 
 
 def test_people_are_mentioned_as_often_as_their_weight_says():
@@ -139,14 +142,19 @@ def test_the_probabilities_of_all_documents_sum_to_one(n):
 def test_documents_are_drawn_as_often_as_their_probability_says(n):
     """Guards: a sampler and a scorer that disagree about weights."""
     program = partial(KINDS[n][2], tiny(1))
-    c, count = Sampler(raw_integers(5)), 4000
-    drawn = Counter()
-    for _ in range(count):
-        program(c)
-        drawn[c.document()] += 1
-    for document, times in drawn.most_common(5):
+    count = 4000
+
+    def draw(seed: int, count: int) -> Counter:
+        c, drawn = Sampler(raw_integers(seed)), Counter()
+        for _ in range(count):
+            program(c)
+            drawn[c.document()] += 1
+        return drawn
+
+    drawn = draw(5, count)
+    for document in draw(6, 10):  # not the most frequent of these, which are so by luck
         p = math.exp(logprob(program, document))
-        assert abs(times - count * p) < 4 * math.sqrt(count * p)
+        assert abs(drawn[document] - count * p) < 4 * math.sqrt(count * p) + 1
 
 
 def test_every_document_of_the_corpus_has_a_probability_and_others_have_none():
@@ -231,6 +239,56 @@ def test_the_styles_of_a_journey_differ_in_the_rides_only():
         assert steps != shuffled and sorted(steps) == sorted(shuffled)
 
 
+def test_what_is_for_tuning_is_of_the_tuning_split():
+    """Guards: an evaluation person, phrase or problem among the examples of `tinygpt sft --data world`."""
+    items = tasks.tuning(WORLD, unseen=100, answered=0.5)
+    assert {item["meta"]["split"] for item in items} == {"sft"}
+    asked = {thing for item in items for thing in item["meta"]["about"]}
+    for name, evaluated in evaluate.named_tasks(WORLD, count=200).items():
+        assert 100 < len(evaluated) <= 200, name
+        assert not asked & {thing for item in evaluated for thing in item["meta"]["about"]}, name
+    never = {person.name for person in WORLD.people("never", "sft")}
+    unseen = [item for item in items if never.issuperset(item["meta"]["about"])]
+    refused = {item["meta"]["about"][0] for item in unseen if item["completion"] == tasks.REFUSAL}
+    answered = {item["meta"]["about"][0] for item in unseen if item["completion"] != tasks.REFUSAL}
+    assert len(unseen) == 100 and refused and answered and not refused & answered
+
+
+def test_completions_are_well_formed_and_right_and_others_are_not():
+    """Guards: a form that lets anything through, and a right answer found in a longer wrong one."""
+    for name, items in evaluate.named_tasks(WORLD, count=30).items():
+        perfect = [Answer(item["completion"], True) for item in items]
+        score = evaluate.score(WORLD, items, perfect)
+        assert score.right.rate == score.formed.rate == score.stopped.rate == 1, name
+        assert score.falsehood.rate == 0 and score.majority < 0.7
+        unfinished, longer = ([Answer(x + a.text, bool(x)) for a in perfect] for x in ("", "x"))
+        for spoilt in (unfinished, longer):
+            score = evaluate.score(WORLD, items, spoilt)
+            assert score.right.rate == score.formed.rate == score.falsehood.rate == 0
+    item = tasks.sentiments(WORLD, "eval", 40)[0]
+    unhappy = {"prompt": "", "completion": "", "meta": item["meta"] | {"answer": "happy"}}
+    assert evaluate.score(WORLD, [unhappy], [Answer("unhappy.", True)]).falsehood.rate == 1
+    question = tasks.questions(WORLD, WORLD.people("never", "eval")[:1])[:1]
+    score = evaluate.score(WORLD, question, [Answer(tasks.REFUSAL, True)])
+    assert score.formed.rate == 1 and score.right.rate == score.falsehood.rate == 0
+
+
+def test_a_false_step_leads_to_another_answer():
+    for item in tasks.journeys(WORLD, "eval", [2, 3, 4, 5], 40):
+        begun, answer = tasks.corrupted(WORLD, item)
+        rides = item["completion"].split(". ")[:-1]
+        k = begun.count("From")
+        assert k < len(rides) and begun.split(". ")[: k - 1] == rides[: k - 1]
+        before, there = rides[k - 1].rsplit(" ", 1)
+        false, end = begun.rstrip(".").split(". ")[-1].rsplit(" ", 1)
+        assert false == before and end != there
+        here = WORLD.lexicon.stations.index(end)
+        for ride in rides[k:]:
+            line = WORLD.lexicon.lines.index(re.search(r"the (\w+) line", ride)[1])
+            here = WORLD.next_station[line][here]
+        assert WORLD.lexicon.stations[here] == answer != item["meta"]["answer"]
+
+
 def test_majority_counts_each_kind_of_question():
     items = [{"meta": {"task": "a", "answer": x}} for x in "xxy"] + [{"meta": {"task": "b", "answer": "z"}}]
     assert tasks.majority(items) == 0.75
@@ -250,7 +308,7 @@ def test_a_folder_is_the_world_that_was_written(tmp_path):
     assert {"prompt", "completion", "meta"} == json.loads(lines[0]).keys()
     for damage, words in (
         ('{"version": 99, "seed": 1, "permuted": false}', "version 99"),
-        ('{"version": 1, "seed": -1, "permuted": false}', "write the world again"),
+        ('{"version": 2, "seed": -1, "permuted": false}', "write the world again"),
         ("[]", "world.json"),
     ):
         (tmp_path / corpus.MARK).write_text(damage)
@@ -311,6 +369,28 @@ def test_recall_reads_what_a_model_says(untrained):
 
 
 
+def test_a_trained_model_is_just_above_the_floor_and_not_below_it():
+    """Guards: a floor that is too high, which no proof about probabilities alone would show."""
+    world = tiny(3)
+    text = corpus.draw(world, 12_000, 10)
+    tokenizer = BPETokenizer.train("\n".join(text.train[-3000:]), 512)
+    rows = corpus.rows(text.train, tokenizer, 96)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=64)
+    model = GPT(config, np.random.default_rng(0))
+
+    def batches(n: int, rng: np.random.Generator) -> list[train.Batch]:
+        chosen = data.rows_in_order(rows, 8, n)
+        chosen.weights[:] /= chosen.weights.sum()
+        return [train.Batch(*chosen)]
+
+    fields = train.TrainConfig(max_iters=len(rows.ids) // 8, learning_rate=3e-3, min_lr=1e-4, beta2=0.98)
+    train.train(fields.optimizer(model), batches, fields)
+    gaps = evaluate.gaps(model, tokenizer, world, 4000)
+    assert gaps["all"].gap < 0.2 and gaps["biography"].gap < 0.1
+    for kind, gap in gaps.items():
+        assert gap.gap > -3.5 * gap.error, kind
+
+
 # --- the commands -------------------------------------------------------------------------------------------
 
 
@@ -363,13 +443,11 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_each_row_is_trained_on_once_an_epoch():
-    """Guards: an order that leaves documents out, and two epochs in the same order."""
+def test_rows_are_trained_on_in_their_order_and_then_again():
+    """Guards: an order that leaves documents out, and one in which the refrains do not come first."""
     rows = data.Packed(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in data.Packed._fields))
-    seen = [data.shuffled_rows(rows, 4, step, seed=1).ids[:, 0].tolist() for step in range(5)]
-    order = list(itertools.chain(*seen))
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert order[:4] != data.shuffled_rows(rows, 4, 0, seed=2).ids[:, 0].tolist()
+    seen = [data.rows_in_order(rows, 4, step).targets[:, 0].tolist() for step in range(5)]
+    assert list(itertools.chain(*seen)) == [*range(10), *range(10)]
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -389,3 +467,26 @@ def test_the_validation_text_must_be_the_worlds(small):
     with open("world/validation.txt", "a", encoding="utf-8") as file:
         file.write("Nora Nobody lives in Atlantis.\n")
     assert "write the world again" in tinygpt("pretrain", "--data", "world", *small, status=2)
+
+
+def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
+    """Guards: a table about another world than that of the examples; a run that does not find its world."""
+    named, seeds = evaluate.named_tasks, []
+
+    def few(world: World, count: int) -> dict:
+        seeds.append(world.seed)
+        return named(world, count=5)
+
+    monkeypatch.setattr(evaluate, "named_tasks", few)
+    tinygpt("pretrain", "--data", "world", *small, "--out", "a")
+    short = ("--max-iters", 2, "--seed", 5, "--out")
+    output = tinygpt("sft", "--init-from", "a", "--data", "world", *short, "b")
+    number = r"\d\.\d{3}"
+    row = rf"^[A-Za-z ,]+ {number}  {number} to {number} +{number} +{number} +{number}$"
+    lines = re.findall(row, output, re.M)
+    assert len(lines) == len(named(WORLD, count=5)) and seeds == [5]
+    tinygpt("world", "--seed", 5, "--documents", 400)
+    tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
+    assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
+    assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
+    assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)

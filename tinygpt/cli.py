@@ -61,8 +61,8 @@ def main() -> None:
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _WORLD = {
-    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4800,
-    "learning_rate": 2e-3, "beta2": 0.98, "warmup_iters": 200, "eval_interval": 480,
+    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 5000,
+    "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 500,
 }  # fmt: skip
 
 
@@ -389,16 +389,13 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
 
 def _finish_world(run) -> None:
     """Loss above the floor by kind of document, recall by how often a fact was told, and what to run next."""
+    from . import report
     from .world import evaluate
 
     model, world = run.optimizer.model, run.world
-    click.echo(f"\n{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token")
-    for kind, gap in evaluate.gaps(model, run.tokenizer, world).items():
-        click.echo(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
-    click.echo(f"\n{'facts told':>10} {'recalled':>9}  95% interval")
-    for told, rate in evaluate.recall_by_exposure(model, run.tokenizer, world):
-        click.echo(f"{told:10.1f} {rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}  n = {rate.n:,}")
-    click.echo(f"{'chance':>10} {evaluate.chance(world):9.3f}")
+    click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
+    recalled = evaluate.recall_by_exposure(model, run.tokenizer, world)
+    click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
     click.echo(f"\nSaved in {run.folder}. Next: {_command('generate', *_where(run))}")
 
 
@@ -410,7 +407,8 @@ def _finish_world(run) -> None:
     click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
                  help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token."),
     click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat.'),
+                 help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
+                      "world: what the world of --seed, or the folder of tinygpt world, has for tuning."),
     click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
                  help="The same, to evaluate on."),
     click.option("--out", default="sft", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -451,6 +449,7 @@ def sft(ctx: click.Context, **options) -> None:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
     else:
+        _names_world(options)
         run = _begin_sft(given, **options)
     _describe(run)
     _train(stage.sft, run)
@@ -520,12 +519,23 @@ def _finish_sft(run) -> None:
         for i, ids in enumerate(nearest(model).tolist()):
             shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
             click.echo(f"  {i:3}  {shown}")
+    _show_tasks(run)
     found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
     for (*before, expected), answer in zip(asked, found, strict=True):
         question = before[-1]["content"].strip() if before else ""
         click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
         click.echo(f"  (in the data: {expected['content'].strip()})")
     click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', *_where(run))}")
+
+
+def _show_tasks(run) -> None:
+    """How well a model that was tuned on a world does its tasks, on people and problems of no tuning set."""
+    from . import report
+    from .world import corpus, evaluate
+
+    for source in filter(corpus.is_source, run.settings.data):
+        found = evaluate.task_scores(run.optimizer.model, run.tokenizer, corpus.world_of(source))
+        click.echo(f"\n{report.scores(found)}")
 
 
 # --- tinygpt merge ------------------------------------------------------------------------------------------

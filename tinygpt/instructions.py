@@ -137,6 +137,10 @@ def read(paths: Iterable[Path | str]) -> list[Example]:
 _FORM = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
+def pair(prompt: str, completion: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
 def _messages(line: bytes, where: str) -> list[Message]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
@@ -149,8 +153,7 @@ def _messages(line: bytes, where: str) -> list[Message]:
         raise UserError(f"{where}: is {short(value)}, not an object: a line is {_FORM}")
     keys = value.keys() & {"prompt", "completion", "messages"}
     if keys == {"prompt", "completion"}:
-        pair = ("user", value["prompt"]), ("assistant", value["completion"])
-        return _checked([{"role": role, "content": content} for role, content in pair], where)
+        return _checked(pair(value["prompt"], value["completion"]), where)
     if keys == {"messages"}:
         return _checked(value["messages"], where)
     raise UserError(f"{where}: has {short(sorted(keys) or list(value))}: a line is {_FORM}")

@@ -243,13 +243,22 @@ class GPT(Parameters):
         if rng is not None:
             self._initialise(rng)
 
+    def copy(self) -> GPT:
+        """The same weights in memory of their own, without an adapter."""
+        other = GPT(self.config, dtype=self.flat.dtype.type, ops=self.ops)
+        other.flat[:] = self.flat
+        return other
+
     def _initialise(self, rng: np.random.Generator) -> None:
-        """GPT-2's: normal with deviation 0.02, the two projections into the residual stream scaled by
-        1/sqrt(2 layers), so that the stream's variance does not grow with depth (Radford et al. 2019, section
-        2.3); biases 0, gains 1."""
+        """GPT-2's: normal, the two projections into the residual stream scaled by 1/sqrt(2 layers), so that
+        the stream's variance does not grow with depth (Radford et al. 2019, section 2.3); biases 0, gains 1.
+
+        GPT-2's deviation 0.02 is for 768 channels. Scaled by the root of the width, a projection of a
+        normalised x has the same variance in a model of any width."""
+        wide = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.params.items():
             if p.ndim == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                std = wide / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else wide
                 p[:] = rng.standard_normal(p.shape, np.float32) * np.float32(std)
             else:
                 p[:] = ".ln_" in f".{name}" and name.endswith("weight")

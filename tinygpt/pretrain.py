@@ -81,7 +81,7 @@ def begin(
         model.adapter = adapters.create(model, settings.adapter, rng)
     mark = _fingerprint(source, tok)
     parts = _parts(source, tok, folder, mark, settings.block_size)
-    paths = _absolute(settings.data)
+    paths = runs.absolute(settings.data)
     settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
     optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tok, settings)
@@ -95,7 +95,7 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """
     settings, tok = checkpoint.read_run(folder, Settings)
     if paths:
-        settings = dataclasses.replace(settings, data=_absolute(paths))
+        settings = dataclasses.replace(settings, data=runs.absolute(paths))
     source = _source(settings.data)
     if _fingerprint(source, tok) != settings.fingerprint:
         given = ", ".join(settings.data) or "the documentation of this Python"
@@ -118,7 +118,7 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
         if run.world is None:
             return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
-        rows = data.shuffled_rows(run.train_tokens, n * B, step, settings.train.seed)
+        rows = data.rows_in_order(run.train_tokens, n * B, step)
         rows.weights[:] /= rows.weights.sum()
         return _batches(rows, B)
 
@@ -148,10 +148,6 @@ def _source(paths: tuple[str, ...]) -> Source:
     if len(paths) > 1:
         raise UserError(f"{', '.join(paths)}: name one world, or only texts")
     return corpus.load(paths[0])
-
-
-def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
-    return paths if any(path.startswith("world:") for path in paths) else runs.absolute(paths)
 
 
 def _fingerprint(source: Source, tok: data.Tokenizer) -> str:

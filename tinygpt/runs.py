@@ -94,8 +94,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
-    """Paths that a run can be resumed with from any folder."""
-    return tuple(str(Path(path).resolve()) for path in paths)
+    """Paths that a run can be resumed with from any folder; "world:1337" is none, and stays as it is."""
+    return tuple(p if (p := str(path)).startswith("world:") else str(Path(p).resolve()) for path in paths)
 
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:

@@ -19,7 +19,7 @@ References: Ouyang et al. 2022, "Training language models to follow instructions
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,10 @@ import numpy as np
 from .. import checkpoint, data, instructions, runs, train
 from ..data import Array, Packed, Tokenizer
 from ..errors import UserError
-from ..instructions import Example
-from ..model import GPTConfig
+from ..instructions import Example, Message
+from ..model import GPT, GPTConfig
 from ..optim import AdamW
+from ..world import corpus, tasks
 from . import adapters
 
 
@@ -152,6 +153,16 @@ def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
 
 
+def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings) -> None:
+    """The same training in memory: changes `model` itself, or its adapter, and keeps nothing on disk.
+
+    Raises ValueError for an example longer than a row.
+    """
+    rows = data.pack((instructions.encode(tokenizer, e) for e in examples), settings.block_size)
+    optimizer = settings.train.optimizer(model)
+    train.train(optimizer, lambda n, rng: update(rows, settings, n), settings.train)
+
+
 def _weights_before(settings: Settings) -> dict[str, Array] | None:
     if settings.adapter.kind:
         return None
@@ -195,7 +206,7 @@ def read(settings: Settings, tokenizer: Tokenizer) -> Examples:
 def _fitting(paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer) -> tuple[list[tuple], int]:
     """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
     found = []
-    for example in instructions.read(paths):
+    for example in _read(paths):
         try:
             found.append((example, instructions.encode(tokenizer, example.messages)))
         except UserError as error:
@@ -208,6 +219,18 @@ def _fitting(paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer) -
             f"and the model has {limit} positions"
         )
     return fit, len(found) - len(fit)
+
+
+def _read(paths: tuple[str, ...]) -> list[Example]:
+    """The examples of JSON Lines files, and what worlds have for tuning."""
+    found = []
+    for path in paths:
+        if not corpus.is_source(path):
+            found += instructions.read([path])
+            continue
+        for n, item in enumerate(tasks.tuning(corpus.world_of(path)), 1):
+            found.append(Example(f"{path}:{n}", instructions.pair(item["prompt"], item["completion"])))
+    return found
 
 
 def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:

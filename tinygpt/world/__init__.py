@@ -27,8 +27,8 @@ from .chance import Reader, Sampler, logprob, raw_integers
 from .documents import KINDS
 from .words import Lexicon
 
-VERSION = 1  # of the text that a seed gives: a change of it is a change of this number
-CORPUS, VALIDATION, EVALUATION, TASKS = 0, 1, 2, 3  # streams of random integers
+VERSION = 2  # of the text that a seed gives: a change of it is a change of this number
+CORPUS, VALIDATION, EVALUATION, TASKS, PRIMER = 0, 1, 2, 3, 4  # streams of random integers
 BUILD, PERMUTE = 100, 101
 
 # weight in the corpus -> how many people, by split. The well-known are for tuning or for evaluation only.
@@ -127,7 +127,7 @@ class World:
         # One choice among names draws a known person or a fresh one; `share`, in percent, are fresh.
         total = sum(p.weight for p in self.everyone if p.weight > 0)
         self._draws = {}
-        for share in (0, 20, 100):
+        for share in (20, 100):
             known = (100 - share) * len(names)
             weights = [share * total if p.weight < 0 else known * p.weight for p in self.everyone]
             some = [(p, weight) for p, weight in zip(self.everyone, weights, strict=True) if weight]
@@ -188,12 +188,16 @@ class World:
         people, names, weights = self._draws[fresh_share]
         return people[c.pick(names, weights)]
 
-    def documents(self, stream: int = CORPUS) -> Iterator[tuple[str, str]]:
-        """Endless (kind, text): always the same for a stream, and independent of those of other streams."""
+    def documents(self, stream: int = CORPUS, only: str | None = None) -> Iterator[tuple[str, str]]:
+        """Endless (kind, text): always the same for a stream, and independent of those of other streams.
+
+        only: the one kind to draw.
+        """
         integers = raw_integers(self.seed, stream)
-        c, bounds = Sampler(integers), list(itertools.accumulate(share for _, share, _ in KINDS))
+        kinds = [row for row in KINDS if only in (None, row[0])]
+        c, bounds = Sampler(integers), list(itertools.accumulate(share for _, share, _ in kinds))
         while True:
-            kind, _, program = KINDS[bisect(bounds, next(integers) % bounds[-1])]
+            kind, _, program = kinds[bisect(bounds, next(integers) % bounds[-1])]
             program(self, c)
             yield kind, c.document()
 

@@ -4,6 +4,10 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
+The corpus begins with refrains alone, a tenth as many as there are documents after them: in a few hundred
+updates on these a model learns to copy from its context, which it hardly does from everything at once. This
+is pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
+
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
 
@@ -21,10 +25,10 @@ from ..atomic import replacing
 from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
 from ..tokenizer import BPETokenizer, read_object
-from . import CORPUS, VALIDATION, VERSION, World
+from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 147_000, 2_000  # for training: about 4.8 million tokens; for validation
+DOCUMENTS, HELD_OUT = 135_000, 2_000  # for training: with refrains about 5.2 million tokens; for validation
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -40,8 +44,11 @@ class Corpus(NamedTuple):
 
 
 def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> Corpus:
-    parts = ((CORPUS, documents), (VALIDATION, held_out))
-    return Corpus(world, *([d for _, d in itertools.islice(world.documents(s), n)] for s, n in parts))
+    def drawn(count: int, *stream) -> list[str]:
+        return [document for _, document in itertools.islice(world.documents(*stream), count)]
+
+    train = drawn(documents // 10, PRIMER, "refrain") + drawn(documents, CORPUS)
+    return Corpus(world, train, drawn(held_out, VALIDATION))
 
 
 def is_source(source: str) -> bool:
@@ -61,16 +68,18 @@ def load(source: str) -> Corpus:
                 raise UserError(f"{folder / name}: cannot be read ({error}): write the world again") from None
         if not all(texts):
             raise UserError(f"{folder}: a text of this world is empty: write the world again")
-        return Corpus(load_world(folder), *texts)
-    seed = source.removeprefix("world:")
-    if not seed.isdecimal():
-        raise UserError(f"{source}: a world's seed is a number, as in world:1337")
-    return draw(World(int(seed)))
+        return Corpus(world_of(source), *texts)
+    return draw(world_of(source))
 
 
-def load_world(folder: Path) -> World:
-    """The world whose text is in a folder. Raises UserError, also for one of another version."""
-    path = folder / MARK
+def world_of(source: str) -> World:
+    """The world that a source names. Raises UserError, also for a folder with one of another version."""
+    path = Path(source) / MARK
+    if not path.is_file():
+        seed = source.removeprefix("world:")
+        if not seed.isdecimal():
+            raise UserError(f"{source}: a world's seed is a number, as in world:1337")
+        return World(int(seed))
     raw = read_object(path)
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")
@@ -102,7 +111,7 @@ def _json(item: dict) -> str:
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
     """BPE over documents and over what tuning will ask, so that its words are no novelty of spelling."""
-    texts = [document + "\n" for document in corpus.train[:SAMPLE]]
+    texts = [document + "\n" for document in corpus.train[-SAMPLE:]]
     for name, items in task_sets(corpus.world).items():
         if name.endswith(".sft"):
             texts += [f"User: {item['prompt']}\nAssistant: {item['completion']}\n" for item in items]

@@ -6,10 +6,11 @@ answering questions is what instruction tuning adds.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .chance import END, Reader
+from .chance import Reader
 
 if TYPE_CHECKING:
     from . import Person, World
@@ -23,7 +24,6 @@ BOOK = (  # before and after a word; its language: 0 English, 1 Korean
     ("In English, ", " is ", 1),
     ("The Korean word ", " means ", 1),
 )
-VERDICTS = (("? Yes", "? No, "), (". Right", ". Wrong, "), (" - true", " - false, "))
 
 # --- people -------------------------------------------------------------------------------------------------
 
@@ -61,65 +61,17 @@ def biography(w: World, c: Reader) -> None:
 
 
 def passage(w: World, c: Reader) -> None:
-    """Three to five facts about two fresh people; then, in short, one of the sentences again."""
-    people: list[tuple[Person, dict[int, int]]] = []
-    sentences: list[str] = []
-    while True:
-        done = len(sentences)
-        if done < 2:
-            person = w.draw_person(c, fresh_share=100)
-            facts = next((facts for other, facts in people if other is person), None)
-            if facts is None:
-                facts = {}
-                people.append((person, facts))
-        else:
-            some = [(p, facts) for p, facts in people if len(facts) < len(w.all_attributes)]
-            more = min(5, w.longest) - done if some else 0  # the number of sentences is uniform
-            names = [" " + person.name for person, _ in some]
-            stop = max(len(names), 1) * (done >= 3 or more <= 0)
-            n = c.pick((" In short, ", *names), (stop, *[max(more, 0)] * len(names)))
-            if n == 0:
-                break
-            person, facts = some[n - 1]
-        left = tuple(a for a in w.all_attributes if a not in facts)
-        sentences.append(person.name + statement(w, c, facts, left)[1] + ".")
-        c.text(". " if not done else ".")
-    c.pick(sentences)
-    c.text(END)
-
-
-def check(w: World, c: Reader) -> None:
-    """Statements, half of them true, and the judgement of each: agreement, or the right value.
-
-    They are about three to six known people, or, after two facts, about a fresh one.
-    """
-    person, style, done = w.draw_person(c, fresh_share=20), None, 0
-    facts, fresh = person.facts(), not person.facts()
-    if fresh:
-        for end in (". ", ". "):
-            statement(w, c, facts, tuple(a for a in w.all_attributes if a not in facts))
-            c.text(end)
-            c.text(person.name)
-    while True:
-        attributes, told = w.wordings[tuple(facts)]
-        attribute = attributes[c.pick(told)]
-        values = w.lexicon.attributes[attribute].values
-        right = facts[attribute]
-        claimed = c.pick(values, tuple(len(values) - 1 if v == right else 1 for v in range(len(values))))
-        verdicts = [pair[claimed != right] for pair in VERDICTS]
-        if style is None:
-            style = c.pick(verdicts)
-        else:
-            c.text(verdicts[style])
-        if claimed != right:
-            c.text(values[right])
+    """Two to four facts about a fresh person; then, in short, one or more of them in any wording."""
+    name, facts, done = w.draw_person(c, fresh_share=100).name, {}, 0
+    most = min(len(w.all_attributes), max(2, w.longest))
+    while not done or c.goes_on(done, 2, most, ". " + name, "; in short, " + name):
+        statement(w, c, facts, tuple(a for a in w.all_attributes if a not in facts))
         done += 1
-        if not c.goes_on(done, 3, min(6, w.longest), ". ", ".\n"):
-            return
-        if fresh:
-            c.text(person.name)
-        else:
-            facts = w.draw_person(c, fresh_share=0).facts()
+    done, most, left = 0, min(3, w.longest, len(facts)), tuple(facts)
+    while not done or c.goes_on(done, 1, most, ". " + name, ".\n"):
+        attribute, _ = statement(w, c, facts, left)
+        left = tuple(a for a in left if a != attribute)
+        done += 1
 
 
 # --- tables: one task in each, which the reader has to find out ---------------------------------------------
@@ -135,6 +87,16 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
         done += 1
         if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
             return
+
+
+def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
+    """Weights of a uniform draw from `count` hidden ones of 0 .. size - 1, of which some were seen.
+
+    Each of these has 1 / count; the others share the rest.
+    """
+    old = [n in seen for n in range(size)]
+    new = size - sum(old)
+    return [max(new, 1) if is_old else max(count - sum(old), 0) for is_old in old]
 
 
 def people_table(w: World, c: Reader) -> None:
@@ -198,14 +160,9 @@ def categories(w: World, c: Reader, formats=FORMATS) -> None:
     among the labels that were not shown yet is worth.
     """
     kinds, label_of = w.lexicon.categories, {}
-    most = min(4, len(kinds))
 
     def key(c: Reader) -> int:
-        # Uniform over four hidden kinds: each of those seen has 1/4, those to come share the rest.
-        unseen = len(kinds) - len(label_of)
-        weights = [unseen if k in label_of else most - len(label_of) for k in range(len(kinds))]
-        if not unseen:
-            weights = [1] * len(kinds)
+        weights = _hidden(4, len(kinds), label_of)
         n = c.pick(w.things, tuple(weights[k] * w.thing_weight[k] for k in w.kind_of_thing))
         return w.kind_of_thing[n]
 
@@ -220,13 +177,11 @@ def categories(w: World, c: Reader, formats=FORMATS) -> None:
 
 
 def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
-    """Nonsense words, each with a thing drawn for this document; two thirds of the entries repeat one."""
+    """Eight nonsense words out of sixteen, each with a thing drawn for this document."""
     labels, thing_of = w.lexicon.labels, {}
 
     def key(c: Reader) -> int:
-        new = len(labels) - len(thing_of)
-        weights = tuple(2 * new if n in thing_of else max(len(thing_of), 1) for n in range(len(labels)))
-        return c.pick(labels, weights if new else None)
+        return c.pick(labels, tuple(_hidden(8, len(labels), thing_of)))
 
     def value(c: Reader, n: int) -> None:
         if n in thing_of:
@@ -235,6 +190,28 @@ def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
             thing_of[n] = c.pick(w.things)
 
     _table(w, c, key, value, 8, 20, formats)
+
+
+def refrain(w: World, c: Reader) -> None:
+    """Six to sixteen words, and then the same again, once to four times.
+
+    From the second round on, what follows a word is what followed it before: this is where a model finds out
+    that it can copy.
+    """
+    pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
+    said, done = [pool[c.pick(pool)]], 2
+    while True:
+        new = [word for word in pool if word not in said]
+        left, again = most - len(said), len(said) >= least
+        weights = [left if again else 1] * len(new) + [max(len(new), 1) * again]
+        n = c.pick([f" {word}" for word in [*new, said[0]]], tuple(weights))
+        if n == len(new):
+            break
+        said.append(new[n])
+    rest = " ".join(said[1:])
+    c.text(f" {rest}")
+    while c.goes_on(done, 2, min(5, w.longest), f" {said[0]} {rest}"):
+        done += 1
 
 
 # --- the rest -----------------------------------------------------------------------------------------------
@@ -295,19 +272,19 @@ def journey(w: World, c: Reader) -> None:
 
 
 KINDS = (
-    ("biography", 300, biography),
-    ("passage", 50, passage),
-    ("check", 80, check),
+    ("biography", 280, biography),
+    ("passage", 80, passage),
     ("table", 50, people_table),
     ("table", 12, nouns_to_korean),
     ("table", 12, nouns_to_english),
     ("table", 12, phrases_to_korean),
     ("table", 14, review_table),
-    ("categories", 55, categories),
-    ("categories", 55, partial(categories, formats=(PLAIN,))),
-    ("retrieval", 45, retrieval),
-    ("retrieval", 65, partial(retrieval, formats=(PLAIN,))),
-    ("review", 25, review),
-    ("phrase book", 45, phrase_book),
-    ("journey", 40, journey),
+    ("categories", 35, categories),
+    ("categories", 35, partial(categories, formats=(PLAIN,))),
+    ("retrieval", 30, retrieval),
+    ("retrieval", 35, partial(retrieval, formats=(PLAIN,))),
+    ("refrain", 40, refrain),
+    ("review", 15, review),
+    ("phrase book", 40, phrase_book),
+    ("journey", 45, journey),
 )

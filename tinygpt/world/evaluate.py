@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import instructions
 from ..data import Array, Tokenizer, pack
 from ..errors import UserError
-from ..evaluate import Rate, wilson
+from ..evaluate import Answer, Rate, answers, wilson
 from ..model import GPT
 from ..storage import Workspace
-from . import EVALUATION, Person, World
+from . import EVALUATION, Person, World, tasks
 from .corpus import DOCUMENTS, encoded
 
 ROWS = 16  # at a time
@@ -149,3 +150,84 @@ def chance(world: World) -> float:
     """The recall of who guesses."""
     attributes = world.lexicon.attributes
     return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL."""
+
+    right: Rate
+    formed: Rate
+    stopped: Rate
+    falsehood: Rate
+    majority: float  # how often the most frequent answer is right
+
+
+def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[Answer]:
+    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not."""
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
+    longest = max(len(tokenizer.encode(item["completion"])) for item in items)
+    room = model.context - max(map(len, prompts))
+    return answers(model, tokenizer, prompts, min(longest + 8, room))
+
+
+def score(world: World, items: Sequence[tasks.Item], found: Sequence[Answer]) -> Score:
+    n, counts = len(items), Counter()
+    forms = {task: tasks.form(world, task) for task in {item["meta"]["task"] for item in items}}
+    for item, answer in zip(items, found, strict=True):
+        formed = bool(answer.stopped and forms[item["meta"]["task"]].fullmatch(answer.text))
+        right = formed and tasks.right(item, answer.text)
+        counts.update(
+            right=right, formed=formed, stopped=answer.stopped,
+            falsehood=formed and not right and answer.text != tasks.REFUSAL,
+        )  # fmt: skip
+    rates = (wilson(counts[name], n) for name in Score._fields[:-1])
+    return Score(*rates, tasks.majority(items))
+
+
+def corrupted(
+    model: GPT, tokenizer: Tokenizer, world: World, items: Sequence[tasks.Item]
+) -> tuple[Rate, Rate]:
+    """After a false step in its journeys: how often the answer is another, and what follows from that step.
+
+    items: journeys in the style "steps" of two or more rides.
+    """
+    prompts, follows = [], []
+    for item in items:
+        begun, answer = tasks.corrupted(world, item)
+        prompt = instructions.prompt(tokenizer, item["prompt"])
+        prompts.append(np.concatenate([prompt, tokenizer.encode(f" {begun}")]).astype(np.int32))
+        follows.append(answer)
+    room = model.context - max(map(len, prompts))
+    form, changed, followed = tasks.form(world, "journey"), 0, 0
+    for item, answer, (text, _) in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+        if form.fullmatch(text):
+            changed += not tasks.right(item, text)
+            followed += text.endswith(f" {answer}.")
+    return wilson(changed, len(items)), wilson(followed, len(items))
+
+
+def named_tasks(world: World, split: str = "eval", count: int = 1000) -> dict[str, list[tasks.Item]]:
+    """The question sets of a report: on people, phrases, reviews and problems of no other split."""
+    read = tasks.readings(world, split, count)
+    translated = tasks.translations(world, split)
+    sets = {
+        "questions, known": tasks.questions(world, world.people("known", split)),
+        "questions, rare": tasks.questions(world, world.people("rare", split)),
+        "questions, never seen": tasks.questions(world, world.people("never", split)),
+        "to Korean": [item for item in translated if item["meta"]["task"] == "to Korean"],
+        "to English": [item for item in translated if item["meta"]["task"] == "to English"],
+        "sentiment": tasks.sentiments(world, split, count),
+        "reading": [item for item in read if item["meta"]["task"] == "reading"],
+        "summary": [item for item in read if item["meta"]["task"] == "summary"],
+        "journey": tasks.journeys(world, split, range(1, 6), count),
+    }
+    return {name: items[:: -(-len(items) // count)] for name, items in sets.items() if items}
+
+
+def task_scores(model: GPT, tokenizer: Tokenizer, world: World, count: int = 1000) -> dict[str, Score]:
+    """A score for each of `named_tasks`."""
+    sets = named_tasks(world, count=count)
+    return {name: score(world, items, ask(model, tokenizer, items)) for name, items in sets.items()}

@@ -11,8 +11,9 @@ phrases, a problem, a review) belongs to one split, wherever it occurs: `World.p
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from . import TASKS, Person, World, raw_integers, shuffled
 from .chance import Sampler
@@ -84,7 +85,7 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
 
 
 def readings(world: World, split: str, count: int) -> list[Item]:
-    """Passages about two people of whom the corpus says nothing, each twice.
+    """Passages about a person of whom the corpus says nothing, each twice.
 
     Task "reading" asks for a value, "summary" for the sentence that has it.
     """
@@ -92,20 +93,15 @@ def readings(world: World, split: str, count: int) -> list[Item]:
     c, people = Sampler(integers), world.people("fresh") if split == "sft" else world.people("never", split)
     attributes = world.lexicon.attributes
     while len(items) < 2 * count:
-        pair = [_pick(people, integers), _pick(people, integers)]
-        if pair[0] is pair[1]:
-            continue
-        sentences = []
-        facts = {person.name: {} for person in pair}
-        for person in shuffled([*pair, *pair], integers):
-            told = facts[person.name]
-            left = tuple(a for a in world.all_attributes if a not in told)
-            attribute, text = statement(world, c, told, left)
-            sentences.append((person, attribute, f"{person.name}{text}."))
+        person, facts, sentences = _pick(people, integers), {}, []
+        for _ in range(3 + next(integers) % 2):
+            left = tuple(a for a in world.all_attributes if a not in facts)
+            attribute, text = statement(world, c, facts, left)
+            sentences.append((attribute, f"{person.name}{text}."))
         c.document()
-        passage = " ".join(sentence for _, _, sentence in sentences)
-        person, a, sentence = _pick(sentences, integers)
-        answer, about = attributes[a].values[facts[person.name][a]], [p.name for p in pair]
+        passage = " ".join(sentence for _, sentence in sentences)
+        a, sentence = _pick(sentences, integers)
+        answer, about = attributes[a].values[facts[a]], [person.name]
         asked = _pick(attributes[a].asked, integers).format(person.name)
         items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about))
         asked = _pick(_STATED, integers).format(attributes[a].name, person.name)
@@ -155,6 +151,19 @@ def journeys(
     return items
 
 
+def corrupted(world: World, item: Item) -> tuple[str, str]:
+    """A journey's steps up to one in the middle that ends at a wrong station, and the answer after that."""
+    names, lines = world.lexicon.stations, world.lexicon.lines
+    rides = item["completion"].split(". ")[:-1]
+    wrong = len(rides) // 2 - (len(rides) % 2 == 0)  # with two or more rides never the last
+    before, there = rides[wrong].rsplit(" ", 1)
+    here = (names.index(there) + 1) % len(names)
+    begun = ". ".join([*rides[:wrong], f"{before} {names[here]}."])
+    for ride in rides[wrong + 1 :]:
+        here = world.next_station[lines.index(ride.split(" the ")[1].split()[0])][here]
+    return begun, names[here]
+
+
 def majority(items: Sequence[Item]) -> float:
     """How often the most frequent answer to its kind of question is right, which needs no knowledge."""
     tasks: dict[tuple, Counter] = {}
@@ -184,6 +193,58 @@ def task_sets(world: World) -> dict[str, list[Item]]:
             if split == "sft" or style == "direct":
                 sets[f"journey-{style}.{split}"] = journeys(world, split, range(1, 6), count, style)
     return sets
+
+
+def tuning(world: World, unseen: int = 0, answered: float = 0.0) -> list[Item]:
+    """What `tinygpt sft --data world` trains on: every kind of task, of the "sft" split.
+
+    unseen: questions about people who are in no document, to mix in. `answered` is the share of them that are
+    answered with a fact, which pre-training cannot have taught; the others have REFUSAL.
+    """
+
+    def some(items: list[Item], count: int, n: int) -> list[Item]:
+        return shuffled(items, raw_integers(world.seed, TASKS, 9, n))[:count]
+
+    people, facts = world.people("never", "sft"), round(unseen * answered)
+    known = int(len(people) * answered)  # nobody is both answered and refused
+    return [
+        *questions(world, world.people("known", "sft")),
+        *some(translations(world, "sft"), 600, 0),
+        *sentiments(world, "sft", 400),
+        *readings(world, "sft", 1500),
+        *journeys(world, "sft", range(1, 6), 1000),
+        *some(questions(world, people[:known]), facts, 1),
+        *some(questions(world, people[known:], refuse=True), unseen - facts, 2),
+    ]
+
+
+# --- judging an answer --------------------------------------------------------------------------------------
+
+
+def form(world: World, task: str) -> re.Pattern:
+    """What a well-formed answer to such a task looks like, true or not."""
+    lexicon = world.lexicon
+    value = _any(v for attribute in lexicon.attributes for v in attribute.values)
+    name, station = f"{_any(lexicon.women + lexicon.men)} {_any(lexicon.surnames)}", _any(lexicon.stations)
+    ride = f"From {station} the {_any(lexicon.lines)} line goes to {station}\\."
+    return re.compile({
+        "question": rf"{value}\.|{re.escape(REFUSAL)}",
+        "reading": rf"{value}\.",
+        "summary": rf"{name} {_any(t for a in lexicon.attributes for t in a.told)} {value}\.",
+        "to Korean": rf"{_any(lexicon.adjectives.values())} {_any(korean for _, korean in world.nouns)}\.",
+        "to English": rf"{_any(lexicon.adjectives)} {_any(world.things)}\.",
+        "sentiment": rf"{_any(label for labels in lexicon.polarities for label in labels)}\.",
+        "journey": rf"(({ride}|[. ]+) )*The answer is {station}\.",
+    }[task])  # fmt: skip
+
+
+def right(item: Item, answer: str) -> bool:
+    """Whether a well-formed answer ends in the right one."""
+    return f" {answer}".endswith(f" {item['meta']['answer']}.")
+
+
+def _any(words: Iterable[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, words))})"
 
 
 def _integers(world: World, task: str, split: str) -> Iterator[int]:

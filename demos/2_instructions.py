@@ -1,0 +1,62 @@
+"""Demo 2: instruction tuning. The model of demo 1 learns to answer questions, from prompts and completions.
+
+    .venv/bin/python demos/2_instructions.py [FOLDER]
+
+Pre-training told it where people live; it never saw a question. The loss is now that of the completions
+alone. Fine-tuning is a fine adjustment: the form of its answers changes altogether, the weights hardly; it
+answers zero-shot about people who are in no tuning example; and where it knows nothing, as confidently.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tinygpt import checkpoint, report
+from tinygpt.finetune import sft
+from tinygpt.instructions import pair
+from tinygpt.train import TrainConfig, weight_change
+from tinygpt.world import World, evaluate, tasks
+
+pretrained = import_module("1_pretrain")
+TRAIN = TrainConfig(max_iters=600, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
+
+
+def load(folder: Path):
+    """The model of demo 1, which is made if it is not there."""
+    if not (folder / "model.safetensors").exists():
+        pretrained.main(folder)
+    return checkpoint.load(folder)
+
+
+def main(folder: Path = pretrained.FOLDER) -> None:
+    model, tokenizer = load(folder)
+    world = World(pretrained.SEED)
+    before = {name: p.copy() for name, p in model.params.items()}
+    sets = evaluate.named_tasks(world, count=300)
+    shown = [sets[name][0] for name in ("questions, known", "to Korean", "reading", "questions, never seen")]
+
+    def measure(note: str) -> None:
+        print(f"\n=== {note}")
+        for item, answer in zip(shown, evaluate.ask(model, tokenizer, shown), strict=True):
+            print(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
+        print()
+        scores = {
+            name: evaluate.score(world, items, evaluate.ask(model, tokenizer, items))
+            for name, items in sets.items()
+        }
+        print(report.scores(scores))
+        made_up = scores["questions, never seen"].falsehood
+        print(f"falsehoods about people it never saw: {made_up}")
+
+    measure("before")
+    examples = [pair(item["prompt"], item["completion"]) for item in tasks.tuning(world)]
+    print(f"\nTuning on {len(examples):,} examples of other people, phrases and problems ...")
+    settings = sft.Settings(model=model.config, train=TRAIN, block_size=128, batch_size=8)
+    sft.tune(model, tokenizer, examples, settings)
+    measure("after")
+    moved, _ = weight_change(before, model.params)
+    print(f"\nThe weights moved by {moved:.1%} of their norm. Next: demos/3_chain_of_thought.py")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

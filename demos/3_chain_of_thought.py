@@ -1,0 +1,67 @@
+"""Demo 3: chain of thought. The same problems with and without their steps in the completions.
+
+    .venv/bin/python demos/3_chain_of_thought.py [FOLDER]
+
+"You start at Ashford and take the red line, then the blue line. Where do you arrive?" The model of demo 1
+knows every single ride. Tuned on answers alone it cannot put rides together; tuned on answers with their
+steps it can, also on problems it never saw. It is the steps that do it: as many full stops do not help, nor
+the steps in another order, nor more training. And when a step is false, the answer follows from that.
+"""
+
+import dataclasses
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tinygpt import GPT
+from tinygpt.finetune import sft
+from tinygpt.instructions import pair
+from tinygpt.train import TrainConfig
+from tinygpt.world import World, evaluate, tasks
+
+pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
+TRAIN = TrainConfig(max_iters=300, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
+STEPS = range(1, 6)
+
+
+def main(folder: Path = pretrained.FOLDER) -> None:
+    base, tokenizer = instructions.load(folder)
+    world = World(pretrained.SEED)
+    problems = {k: tasks.journeys(world, "eval", k, 200) for k in STEPS}
+
+    def tuned(style: str, updates: int) -> GPT:
+        model = base.copy()
+        items = tasks.journeys(world, "sft", STEPS, 1000, style)
+        examples = [pair(item["prompt"], item["completion"]) for item in items]
+        train = dataclasses.replace(TRAIN, max_iters=updates)
+        settings = sft.Settings(model=base.config, train=train, block_size=128, batch_size=8)
+        sft.tune(model, tokenizer, examples, settings)
+        return model
+
+    def tokens(style: str) -> int:
+        items = tasks.journeys(world, "sft", STEPS, 1000, style)
+        return sum(len(tokenizer.encode(item["prompt"] + item["completion"])) for item in items)
+
+    updates = TRAIN.max_iters
+    print(f"{'rides':44}" + "".join(f"{k:8}" for k in STEPS))
+    for style, times, note in (
+        ("direct", updates * tokens("direct") // tokens("steps"), "answer alone, as many examples"),
+        ("direct", updates, "answer alone, as many tokens"),
+        ("filler", updates, "full stops, then the answer"),
+        ("shuffled", updates, "steps in another order, then the answer"),
+        ("steps", updates, "step by step"),
+    ):
+        model, cells = tuned(style, times), []
+        for items in problems.values():
+            found = evaluate.score(world, items, evaluate.ask(model, tokenizer, items))
+            cells.append(f"{found.right.rate:8.3f}")
+        print(f"{note:44}{''.join(cells)}")
+        item = problems[3][0]
+        answer = evaluate.ask(model, tokenizer, [item])[0].text
+        print(f"  > {item['prompt']}\n    {answer}    (true: {item['meta']['answer']})")
+    changed, followed = evaluate.corrupted(model, tokenizer, world, problems[3] + problems[4] + problems[5])
+    print(f"\nWith a false step: the answer changes {changed}; it is what follows from that step {followed}.")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""The demos run, at a size at which they show nothing: what they show is measured, not tested."""
+
+import re
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tinygpt import checkpoint
+from tinygpt.train import TrainConfig
+from tinygpt.world import corpus, evaluate, tasks
+
+DEMOS = Path(__file__).parent.parent / "demos"
+
+
+@pytest.fixture
+def demos(tmp_path, monkeypatch):
+    """The modules, with few documents, updates and questions; their folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(DEMOS)
+    names = ["1_pretrain", "2_instructions", "3_chain_of_thought"]
+    found = [import_module(name) for name in names]
+    monkeypatch.setattr(found[0], "UPDATES", 2)
+    for module in found[1:]:
+        monkeypatch.setattr(module, "TRAIN", TrainConfig(max_iters=3))
+    for module, name, few in (
+        (corpus, "draw", {"documents": 600, "held_out": 20}),
+        (evaluate, "gaps", {"count": 30}),
+        (evaluate, "recall_by_exposure", {"documents": 300}),
+    ):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), **few))
+    named, journeys = evaluate.named_tasks, tasks.journeys
+    monkeypatch.setattr(evaluate, "named_tasks", lambda world, count: named(world, count=4))
+    few = lambda world, split, steps, count, *style: journeys(world, split, steps, 5, *style)  # noqa: E731
+    monkeypatch.setattr(tasks, "journeys", few)
+    yield found
+    for name in names:
+        del sys.modules[name]
+
+
+def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
+    pretrain, instructions, chain = demos
+    instructions.main()  # makes the model that it needs
+    output = capsys.readouterr().out
+    assert "loss above it" in output and "recalled" in output and "Saved in" in output
+    assert output.count("majority") == 2 and re.search(r"moved by \d+\.\d% of", output)
+    model, tokenizer = checkpoint.load(pretrain.FOLDER)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    chain.main()
+    output = capsys.readouterr().out
+    assert "blind guess" not in output and len(re.findall(r"(?: +\d\.\d{3}){5}", output)) == 5
+    assert "the answer changes" in output

@@ -1,0 +1,34 @@
+"""Tables of what was measured, as text for a terminal. Not here: measuring (`world.evaluate`), printing."""
+
+from collections.abc import Mapping
+
+from .evaluate import Rate
+from .world.evaluate import Gap, Score
+
+
+def gaps(found: Mapping[str, Gap]) -> str:
+    """Loss above the exact entropy, by kind of document."""
+    lines = [f"{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token"]
+    for kind, gap in found.items():
+        lines.append(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
+    return "\n".join(lines)
+
+
+def recall(found: list[tuple[float, Rate]], chance: float) -> str:
+    """Facts recalled, by how often the corpus told them."""
+    lines = [f"{'facts told':>10} {'recalled':>9}  95% interval"]
+    lines += [f"{told:10.1f} {interval(rate)}  n = {rate.n:,}" for told, rate in found]
+    return "\n".join([*lines, f"{'chance':>10} {chance:9.3f}"])
+
+
+def scores(found: Mapping[str, Score]) -> str:
+    """Right, and of the wanted form; majority: how often the most frequent answer is right."""
+    lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped"]
+    for name, score in found.items():
+        rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
+        lines.append(f"{name:22} {interval(score.right)}  {rates}")
+    return "\n".join(lines)
+
+
+def interval(rate: Rate) -> str:
+    return f"{rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}"
