@@ -22,7 +22,7 @@ from tinygpt.storage import Workspace
 from tinygpt.train import weight_change
 from tinygpt.world import World, corpus, evaluate
 
-SEED, BLOCK, BATCH, UPDATES = 1337, 128, 8, 5000
+SEED, BLOCK, BATCH, UPDATES = 1337, 128, 8, 4600
 FOLDER = Path("out/demo")
 
 
@@ -46,9 +46,8 @@ def main(folder: Path = FOLDER) -> None:
     def sample(note: str) -> None:
         print(f"--- {note}")
         for begin in (f"{known.name} lives in", "From Ashford the red line goes to", "The Korean for cat is"):
-            ids = np.append(tokenizer.eos_id, encode_prompt(tokenizer, begin))
-            new = generate(model, [ids], 12, temperature=0, stop={tokenizer.eos_id})[0]
-            print(f"{begin} |{tokenizer.decode(new).removesuffix('<|endoftext|>')}")
+            new = generate(model, [encode_prompt(tokenizer, begin)], 8, temperature=0)[0]
+            print(f"{begin} |{tokenizer.decode(new)}")
         print("---")
 
     sample("before")

@@ -18,7 +18,7 @@ from tinygpt.train import TrainConfig, weight_change
 from tinygpt.world import World, evaluate, tasks
 
 pretrained = import_module("1_pretrain")
-TRAIN = TrainConfig(max_iters=600, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
+TRAIN = TrainConfig(max_iters=1000, learning_rate=3e-4, min_lr=3e-5, warmup_iters=10)
 
 
 def load(folder: Path):
@@ -45,8 +45,6 @@ def main(folder: Path = pretrained.FOLDER) -> None:
             for name, items in sets.items()
         }
         print(report.scores(scores))
-        made_up = scores["questions, never seen"].falsehood
-        print(f"falsehoods about people it never saw: {made_up}")
 
     measure("before")
     examples = [pair(item["prompt"], item["completion"]) for item in tasks.tuning(world)]

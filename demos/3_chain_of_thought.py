@@ -13,26 +13,25 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from tinygpt import GPT
+from tinygpt import GPT, instructions
 from tinygpt.finetune import sft
-from tinygpt.instructions import pair
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
 
-pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
+pretrained, demo2 = import_module("1_pretrain"), import_module("2_instructions")
 TRAIN = TrainConfig(max_iters=300, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
 STEPS = range(1, 6)
 
 
 def main(folder: Path = pretrained.FOLDER) -> None:
-    base, tokenizer = instructions.load(folder)
+    base, tokenizer = demo2.load(folder)
     world = World(pretrained.SEED)
-    problems = {k: tasks.journeys(world, "eval", k, 200) for k in STEPS}
+    problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 300)) for k in STEPS}
 
     def tuned(style: str, updates: int) -> GPT:
         model = base.copy()
         items = tasks.journeys(world, "sft", STEPS, 1000, style)
-        examples = [pair(item["prompt"], item["completion"]) for item in items]
+        examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
         train = dataclasses.replace(TRAIN, max_iters=updates)
         settings = sft.Settings(model=base.config, train=train, block_size=128, batch_size=8)
         sft.tune(model, tokenizer, examples, settings)
@@ -40,10 +39,12 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
     def tokens(style: str) -> int:
         items = tasks.journeys(world, "sft", STEPS, 1000, style)
-        return sum(len(tokenizer.encode(item["prompt"] + item["completion"])) for item in items)
+        pairs = [instructions.pair(item["prompt"], item["completion"]) for item in items]
+        return sum(len(instructions.encode(tokenizer, messages)[0]) for messages in pairs)
 
     updates = TRAIN.max_iters
     print(f"{'rides':44}" + "".join(f"{k:8}" for k in STEPS))
+    print(f"{'problems, all unseen':44}" + "".join(f"{len(items):8}" for items in problems.values()))
     for style, times, note in (
         ("direct", updates * tokens("direct") // tokens("steps"), "answer alone, as many examples"),
         ("direct", updates, "answer alone, as many tokens"),

@@ -20,6 +20,7 @@ import pytest
 from tinygpt import bpe, tokenizer
 from tinygpt.bpe import apply_merges, learn_merges, merge_steps, pieces
 from tinygpt.errors import UserError
+from tinygpt.generate import encode_prompt
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer, load, stream_decoder
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -348,6 +349,23 @@ def test_a_byte_without_token_is_named(tmp_path):
     assert load(tmp_path).decode(load(tmp_path).encode("ab")) == "ab"
     with pytest.raises(UserError, match="byte 0x21"):
         load(tmp_path).encode("a!")
+
+
+def test_a_tokenizer_of_documents_begins_them_with_a_space(tmp_path):
+    """Guards: a first word that is another token than later ones; a file that says something else."""
+    ours = BPETokenizer.train(["wug dax wug", "wug"], 262, documents=True)
+    assert ours.encode("wug").tolist() == ours.encode(" wug").tolist() and len(ours.encode("wug")) == 1
+    assert ours.decode(ours.encode("wug")) == " wug" and not len(ours.encode(""))
+    assert [step.ids for step in ours.explain("wug")] == [ours.encode("wug").tolist()]
+    ours.save(tmp_path)
+    found = load(tmp_path)
+    assert found.documents and found.encode("wug dax").tolist() == ours.encode("wug dax").tolist()
+    assert encode_prompt(found, "wug").tolist() == [found.eos_id, *found.encode("wug")]
+    assert encode_prompt(found, "").tolist() == [found.eos_id]
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    write_spec(tmp_path, spec | {"post_processor": None})
+    with pytest.raises(UserError, match="add_prefix_space"):
+        load(tmp_path)
 
 
 REFUSED = [    # where in tokenizer.json, what is put there, what the error must name

@@ -22,7 +22,7 @@ from tinygpt.pretrain import Settings
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, tasks
 from tinygpt.world.chance import Sampler, enumerate_documents, logprob, raw_integers
-from tinygpt.world.documents import KINDS
+from tinygpt.world.documents import KINDS, _hidden
 from tinygpt.world.words import Attribute, Lexicon
 
 WORLD = World(1337)
@@ -37,8 +37,8 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "7f490d2b02b5acb3e64de17fef2c852939cd42addaca1c1e3f4529ee7b2f04c2",
-    "tasks": "0a3a5edb8f71b8037a353f4d0e20956c592454e33423062310a026c440a0e08e",
+    "corpus": "ab6caf86702925b002d1fb1fee49496a775bc3a76667cb07627cc829bfe7feab",
+    "tasks": "bc39442d9cf3ab67e6bf197e9e34c6d979c2c870f5cfba4ce217343da6f9376d",
 }
 
 
@@ -166,6 +166,19 @@ def test_every_document_of_the_corpus_has_a_probability_and_others_have_none():
     assert WORLD.logprob("") == WORLD.logprob("Nora") == -math.inf
 
 
+def test_what_was_seen_of_some_hidden_ones_keeps_its_chance():
+    """Each of four has a quarter, whether it was seen or not; refrains have each length as often."""
+    for seen in (set(), {5}, {0, 1}, {0, 1, 2, 3}):
+        weights = np.array(_hidden(4, 8, seen)) / sum(_hidden(4, 8, seen))
+        new = weights[[n for n in range(8) if n not in seen]]
+        assert np.allclose(weights[sorted(seen)], 1 / 4)
+        assert np.allclose(new, (1 - len(seen) / 4) / (8 - len(seen)))
+    lengths = Counter()
+    for _, document in itertools.islice(WORLD.documents(CORPUS, "refrain"), 2200):
+        lengths[len(set(document.split()))] += 1
+    assert lengths.keys() == set(range(6, 17)) and all(abs(n - 200) < 60 for n in lengths.values())
+
+
 def test_categories_have_the_chances_that_their_docstring_says():
     """The n-th entry is of a kind seen before with probability 1 - (3/4)^(n - 1)."""
     seen, count = np.zeros(8), 0
@@ -245,8 +258,14 @@ def test_what_is_for_tuning_is_of_the_tuning_split():
     assert {item["meta"]["split"] for item in items} == {"sft"}
     asked = {thing for item in items for thing in item["meta"]["about"]}
     for name, evaluated in evaluate.named_tasks(WORLD, count=200).items():
-        assert 100 < len(evaluated) <= 200, name
+        assert 100 < len(evaluated) <= 200 and len(tasks.distinct(evaluated)) == len(evaluated), name
+        wordings = {re.sub(r"[A-Z]\w+|[가-힣]+", "", item["prompt"]) for item in evaluated}
+        assert len(wordings) > 2 or name == "sentiment", name
         assert not asked & {thing for item in evaluated for thing in item["meta"]["about"]}, name
+    to_validate = tasks.tuning(WORLD, "val")
+    assert {item["meta"]["split"] for item in to_validate} == {"val"} and len(to_validate) > 300
+    with pytest.raises(ValueError, match="there are"):
+        tasks.tuning(WORLD, unseen=10_000)
     never = {person.name for person in WORLD.people("never", "sft")}
     unseen = [item for item in items if never.issuperset(item["meta"]["about"])]
     refused = {item["meta"]["about"][0] for item in unseen if item["completion"] == tasks.REFUSAL}
@@ -268,6 +287,16 @@ def test_completions_are_well_formed_and_right_and_others_are_not():
     item = tasks.sentiments(WORLD, "eval", 40)[0]
     unhappy = {"prompt": "", "completion": "", "meta": item["meta"] | {"answer": "happy"}}
     assert evaluate.score(WORLD, [unhappy], [Answer("unhappy.", True)]).falsehood.rate == 1
+    summary = next(i for i in tasks.readings(WORLD, "eval", 9) if i["meta"]["task"] == "summary")
+    name, end = summary["meta"]["about"][0], summary["meta"]["answer"]
+    other = WORLD.people("never", "eval")[0].name
+    assert other != name
+    first, *_, last = next(a for a in WORLD.lexicon.attributes if end in a.values).told
+    wrong = [f"{other} {first} {end}.", f"{name} {first}.", f"{name} is {end}.", f"{name} {first} x {end}."]
+    for text, expected in [(f"{name} {last} {end}.", 1), *((text, 0) for text in wrong)]:
+        assert evaluate.score(WORLD, [summary], [Answer(text, True)]).right.rate == expected, text
+    journey = tasks.journeys(WORLD, "eval", 5, 1)
+    assert evaluate.score(WORLD, journey, [Answer(". " * 60 + "The end", True)]).formed.rate == 0  # at once
     question = tasks.questions(WORLD, WORLD.people("never", "eval")[:1])[:1]
     score = evaluate.score(WORLD, question, [Answer(tasks.REFUSAL, True)])
     assert score.formed.rate == 1 and score.right.rate == score.falsehood.rate == 0
@@ -419,7 +448,7 @@ def test_a_written_world_and_the_built_in_one_train_the_same_model(small):
     assert len(Path("world/validation.txt").read_text(encoding="utf-8").splitlines()) == 20
     output = tinygpt(*pretrain, "--out", "b", "--seed", 5)
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
-    assert "loss above it" in output and "recalled" in output and "(floor 1." in output
+    assert "loss above it" in output and "recalled" in output and "(floor " in output
     record = json.loads(Path("a/metrics.jsonl").read_text().splitlines()[-1])
     assert record["val_loss"] > record["val_floor"] > 0.8
     settings, _ = checkpoint.read_run(Path("b"), Settings)
@@ -443,11 +472,20 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_rows_are_trained_on_in_their_order_and_then_again():
+def test_rows_are_trained_on_in_their_order_and_then_in_another():
     """Guards: an order that leaves documents out, and one in which the refrains do not come first."""
     rows = data.Packed(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in data.Packed._fields))
-    seen = [data.rows_in_order(rows, 4, step).targets[:, 0].tolist() for step in range(5)]
-    assert list(itertools.chain(*seen)) == [*range(10), *range(10)]
+    seen = [data.rows_in_order(rows, 4, step, seed=1).targets[:, 0].tolist() for step in range(5)]
+    order = list(itertools.chain(*seen))
+    assert order[:10] == list(range(10)) == sorted(order[10:]) != order[10:]
+
+
+def test_a_corpus_begins_with_refrains_alone():
+    text = corpus.draw(WORLD, 100, 5)
+    programs = {name: partial(program, WORLD) for name, _, program in KINDS}
+    assert len(text.train) == 110 and corpus.count(text) == 100
+    assert all(logprob(programs["refrain"], document) > -math.inf for document in text.train[:10])
+    assert text.train[10:] == [document for _, document in take(WORLD, 100)]
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -479,10 +517,11 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
 
     monkeypatch.setattr(evaluate, "named_tasks", few)
     tinygpt("pretrain", "--data", "world", *small, "--out", "a")
-    short = ("--max-iters", 2, "--seed", 5, "--out")
+    short = ("--max-iters", 2, "--out")
+    assert "Assistant" in tinygpt("sft", "--init-from", "a", "--data", "world", "--show", 1)
     output = tinygpt("sft", "--init-from", "a", "--data", "world", *short, "b")
     number = r"\d\.\d{3}"
-    row = rf"^[A-Za-z ,]+ {number}  {number} to {number} +{number} +{number} +{number}$"
+    row = rf"^[A-Za-z ,]+ {number}  {number} to {number} +{number} +{number} +{number} +{number}$"
     lines = re.findall(row, output, re.M)
     assert len(lines) == len(named(WORLD, count=5)) and seeds == [5]
     tinygpt("world", "--seed", 5, "--documents", 400)

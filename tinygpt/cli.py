@@ -61,9 +61,12 @@ def main() -> None:
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _WORLD = {
-    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 5000,
-    "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 500,
+    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4600,
+    "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 920,
 }  # fmt: skip
+
+
+_WORLD_TUNING = {"max_iters": 1000, "learning_rate": 3e-4, "eval_interval": 250}
 
 
 def _written(options: dict) -> str:
@@ -251,14 +254,28 @@ def pretrain(ctx: click.Context, **options) -> None:
         _finish_world(run)
 
 
-def _names_world(options: dict) -> bool:
-    """Whether --data names a world; `world` becomes the folder of that name, or the world of --seed."""
+def _names_world(options: dict, base: Path | None = None) -> bool:
+    """Whether --data names a world. `world` becomes the folder of that name, or the world that a base was
+    trained on, or that of --seed."""
     from .world.corpus import is_source
 
-    built_in = f"world:{options['seed']}"
-    found = (built_in if path == "world" and not Path(path).exists() else path for path in options["data"])
-    options["data"] = tuple(found)
+    if "world" in options["data"] + options.get("val_data", ()) and not Path("world").exists():
+        known = (_world_of(base) if base else None) or f"world:{options['seed']}"
+        for name in options.keys() & {"data", "val_data"}:
+            options[name] = tuple(known if path == "world" else path for path in options[name])
     return any(map(is_source, options["data"]))
+
+
+def _world_of(folder: Path) -> str | None:
+    from . import checkpoint
+    from .finetune import sft
+    from .pretrain import Settings
+    from .world.corpus import is_source
+
+    for cls in (Settings, sft.Settings):
+        with contextlib.suppress(UserError):
+            return next(filter(is_source, checkpoint.read_run(folder, cls)[0].data), None)
+    return None
 
 
 def _tokens(part) -> int:
@@ -357,7 +374,7 @@ def _where(run) -> list[str]:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=147_000, type=_COUNT, help="In the corpus.")
+@click.option("--documents", default=140_000, type=_COUNT, help="In the corpus, beside the refrains.")
 @click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
@@ -394,7 +411,7 @@ def _finish_world(run) -> None:
 
     model, world = run.optimizer.model, run.world
     click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
-    recalled = evaluate.recall_by_exposure(model, run.tokenizer, world)
+    recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
     click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
     click.echo(f"\nSaved in {run.folder}. Next: {_command('generate', *_where(run))}")
 
@@ -408,7 +425,8 @@ def _finish_world(run) -> None:
                  help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token."),
     click.option("--data", multiple=True, metavar="FILE",
                  help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
-                      "world: what the world of --seed, or the folder of tinygpt world, has for tuning."),
+                      "world: what the base's world, or the folder of tinygpt world, has for tuning. "
+                      f"Defaults then: {_written(_WORLD_TUNING)}."),
     click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
                  help="The same, to evaluate on."),
     click.option("--out", default="sft", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -440,6 +458,7 @@ def sft(ctx: click.Context, **options) -> None:
     from .finetune import sft as stage
 
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    is_world = _names_world(options, options["init_from"])
     if options["resume"]:
         _refuse(given - {"resume", "data", "val_data"}, "--resume takes all settings from its folder")
         run = stage.resume(options["resume"], options["data"], options["val_data"])
@@ -449,7 +468,10 @@ def sft(ctx: click.Context, **options) -> None:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
     else:
-        _names_world(options)
+        if is_world:
+            options["val_data"] = options["val_data"] or options["data"]
+            adapted = {"learning_rate"} if given & {"adapter", "adapter_folder"} else set()  # has its own
+            options |= {name: v for name, v in _WORLD_TUNING.items() if name not in given | adapted}
         run = _begin_sft(given, **options)
     _describe(run)
     _train(stage.sft, run)
@@ -485,9 +507,10 @@ def _begin_sft(
 def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
     """The first examples as they are trained on: each token, and whether it is learned."""
     from . import instructions, tokenizer
+    from .finetune.sft import read_examples
 
     found = tokenizer.load(init_from)
-    for where, messages in instructions.read(data)[:count]:
+    for where, messages in read_examples(data)[:count]:
         ids, learned = instructions.encode(found, messages)
         click.echo(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
         for i, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):

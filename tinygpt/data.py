@@ -295,7 +295,13 @@ def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: in
     return packed
 
 
-def rows_in_order(rows: Packed, count: int, step: int) -> Packed:
-    """The `count` rows of update `step`; after the last comes the first again."""
-    places = np.arange(step * count, (step + 1) * count) % len(rows.ids)
-    return Packed(*(field[places] for field in rows))
+def rows_in_order(rows: Packed, count: int, step: int, seed: int = 0) -> Packed:
+    """The `count` rows of update `step`: all rows in their order, then in a random one for each epoch."""
+
+    def order(epoch: int) -> Array:
+        return np.random.default_rng([seed, epoch]).permutation(n) if epoch else np.arange(n)
+
+    n, places = len(rows.ids), np.arange(step * count, (step + 1) * count)
+    orders = {epoch: order(epoch) for epoch in set(places // n)}
+    chosen = [orders[place // n][place % n] for place in places]
+    return Packed(*(field[chosen] for field in rows))

@@ -228,11 +228,13 @@ def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Array:
     """A prompt's ids; an empty one is what a text begins after: the end-of-text token, else a newline.
+    For a tokenizer of documents any prompt begins with that token.
 
     Raises UserError for a character that the tokenizer does not know, and where it has neither of these two.
     """
     if text:
-        return tokenizer.encode(text)
+        ids = tokenizer.encode(text)
+        return np.append(np.int32(tokenizer.eos_id), ids) if tokenizer.documents else ids
     if tokenizer.eos_id is not None:
         return np.array([tokenizer.eos_id], np.int32)
     try:

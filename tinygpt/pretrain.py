@@ -44,6 +44,7 @@ class Run(NamedTuple):
     train_tokens: np.ndarray | data.Packed
     val_tokens: np.ndarray | data.Packed
     world: World | None = None
+    documents: int = 0  # of the world's corpus, the refrains apart
     floor: float | None = None  # a world's val loss cannot be less, but for chance
 
 
@@ -118,7 +119,7 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
     def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
         if run.world is None:
             return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
-        rows = data.rows_in_order(run.train_tokens, n * B, step)
+        rows = data.rows_in_order(run.train_tokens, n * B, step, settings.train.seed)
         rows.weights[:] /= rows.weights.sum()
         return _batches(rows, B)
 
@@ -162,7 +163,8 @@ def _parts(source: Source, tok: data.Tokenizer, folder: Path, mark: str, block_s
     nats = -sum(map(source.world.logprob, source.validation))
     if not np.isfinite(nats):
         raise UserError("validation.txt has a line that this world cannot say: write the world again")
-    return train_rows, val_rows, source.world, nats / float(val_rows.weights.sum(dtype=np.float64))
+    floor = nats / float(val_rows.weights.sum(dtype=np.float64))
+    return train_rows, val_rows, source.world, corpus.count(source), floor
 
 
 def _tokenizer(kind: str, vocab_size: int, source: Source) -> data.Tokenizer:

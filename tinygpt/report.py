@@ -22,10 +22,11 @@ def recall(found: list[tuple[float, Rate]], chance: float) -> str:
 
 
 def scores(found: Mapping[str, Score]) -> str:
-    """Right, and of the wanted form; majority: how often the most frequent answer is right."""
-    lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped"]
+    """Right, beside how often the most frequent answer is (majority), of the wanted form, and made up."""
+    lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped  false"]
     for name, score in found.items():
         rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
+        rates += f" {score.falsehood.rate:6.3f}"
         lines.append(f"{name:22} {interval(score.right)}  {rates}")
     return "\n".join(lines)
 

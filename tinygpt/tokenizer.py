@@ -42,6 +42,8 @@ class Explained(NamedTuple):
 class _Tokenizer:
     """What both kinds share. tokens[i] is what id i stands for, in UTF-8: perhaps a part of a character."""
 
+    documents = False  # see BPETokenizer
+
     def __init__(self, tokens: list[bytes], special: dict[str, int], eos: str | None):
         self.tokens = tokens
         self.special = special
@@ -93,7 +95,7 @@ class _Tokenizer:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added = [{"id": i, "content": name, **flags} for name, i in self.special.items()]
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                **self._spec(), "post_processor": None}
+                "post_processor": None, **self._spec()}
 
 
 class CharTokenizer(_Tokenizer):
@@ -149,18 +151,21 @@ class BPETokenizer(_Tokenizer):
     """
 
     def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]],
-                 special: dict[str, int], eos: str | None):
+                 special: dict[str, int], eos: str | None, documents: bool = False):
         """vocab: token -> id, bytes written as in BYTE_OF, special tokens included, ids 0 .. n-1. merges: the
-        pairs of tokens to join, in order of rank. special: the tokens that no merge makes."""
+        pairs of tokens to join, in order of rank. special: the tokens that no merge makes. documents: a text
+        is encoded as after a space, so that its first word is the token that it is elsewhere, and a prompt
+        stands after the end token."""
         super().__init__([_utf8(token) if token in special else bytes(map(BYTE_OF.__getitem__, token))
                           for token in sorted(vocab, key=vocab.__getitem__)], special, eos)
         self._id_of = {byte: vocab[char] for char, byte in BYTE_OF.items() if char in vocab}
         self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
         self._cache: dict[str, bytes] = {}
+        self.documents = documents
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int,
-              special: Sequence[str] = (END_OF_TEXT,)) -> "BPETokenizer":
+              special: Sequence[str] = (END_OF_TEXT,), documents: bool = False) -> "BPETokenizer":
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
         Ids are laid out as GPT-2's: bytes, merges as learned, special tokens; the first of these ends a text.
@@ -171,7 +176,7 @@ class BPETokenizer(_Tokenizer):
             raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special "
                             f"token(s) need {least}")
         texts = [texts] if isinstance(texts, str) else texts
-        words = Counter(chain.from_iterable(map(pieces, texts)))
+        words = Counter(chain.from_iterable(pieces(_begun(text, documents)) for text in texts))
         if not words:
             raise UserError("the training text is empty: BPE learns from text")
         names, merges = list(BYTE_OF), []
@@ -179,11 +184,12 @@ class BPETokenizer(_Tokenizer):
             merges.append((names[a], names[b]))
             names.append(names[a] + names[b])
         vocab, special_ids, eos = _with_special(names, special)
-        return cls(vocab, merges, special_ids, eos)
+        return cls(vocab, merges, special_ids, eos, documents)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32. Raises UserError for half a surrogate pair, and for a byte that a vocabulary lacks."""
-        return np.frombuffer(bytearray().join(map(self._encode_piece, pieces(text))), np.int32)
+        return np.frombuffer(bytearray().join(map(self._encode_piece, pieces(_begun(text, self.documents)))),
+                             np.int32)
 
     def _encode_piece(self, piece: str) -> bytes:
         """A piece's int32 ids as bytes, which are small to keep and fast to join. Text repeats its words."""
@@ -210,7 +216,7 @@ class BPETokenizer(_Tokenizer):
         >>> next(tokenizer.explain("lot")).steps
         [(None, [b'l', b'o', b't']), (0, [b'lo', b't'])]
         """
-        for piece in pieces(text):
+        for piece in pieces(_begun(text, self.documents)):
             ids = self._byte_ids(piece)
             steps = [(None, ids), *merge_steps(ids, self._merges)]
             named = [(rank, [self.tokens[i] for i in ids]) for rank, ids in steps]
@@ -224,7 +230,9 @@ class BPETokenizer(_Tokenizer):
                  "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                  "vocab": {name: i for i, name in enumerate(names)},
                  "merges": [f"{names[a]} {names[b]}" for a, b in sorted(self._merges, key=self._merges.get)]}
-        return _BYTE_LEVEL | {"model": model}
+        if not self.documents:
+            return _BYTE_LEVEL | {"model": model}
+        return _BYTE_LEVEL | _document_rules(self.eos, self.eos_id) | {"model": model}
 
 
 def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str]:
@@ -240,6 +248,10 @@ def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str
     """
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return lambda *ids, final=False: utf8.decode(tokenizer.decode_bytes(ids), final)
+
+
+def _begun(text: str, documents: bool) -> str:
+    return " " + text if documents and text and text[0] != " " else text
 
 
 def _utf8(text: str) -> bytes:
@@ -273,13 +285,27 @@ _CHARACTERS = {
 _GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTE_LEVEL = {"normalizer": None, "pre_tokenizer": _GPT2_RULE, "decoder": _GPT2_RULE}
 
-# The values with which a file means the ids that are given here; None also where there is no value. A
-# post_processor may be anything: it only adds special tokens, which `encode` leaves to its caller.
+
+def _document_rules(eos: str, eos_id: int) -> dict:
+    """What it says for `documents`: a space, and the end token, before a text."""
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    token = {"SpecialToken": {"id": eos, "type_id": 0}}
+    return {
+        "pre_tokenizer": _GPT2_RULE | {"add_prefix_space": True},
+        "post_processor": {"type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
+                           "special_tokens": {eos: {"id": eos, "ids": [eos_id], "tokens": [eos]}}},
+    }  # fmt: skip
+
+
+
+# The values with which a file means the ids that are given here; None also where there is no value. Where no
+# space is added, a post_processor may be anything: it only adds special tokens, which `encode` leaves to its
+# caller.
 _CHARACTER_RULES = {name: (value,) for name, value in _CHARACTERS.items()}
 _BYTE_LEVEL_RULES = {
     "normalizer": (None,),
     "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.add_prefix_space": (False, True),
     "pre_tokenizer.use_regex": (True, None),
     "decoder.type": ("ByteLevel",),
     "model.type": ("BPE", None),
@@ -336,6 +362,10 @@ def from_spec(spec: object, eos: str | None, chat_template: object = None) -> Ch
         if eos not in (None, END_OF_TEXT):
             raise UserError(f"the eos_token {short(eos)} is not one of its special tokens")
         eos = None
+    documents = _at(spec, "pre_tokenizer.add_prefix_space") is True
+    if documents and (eos is None or not _document_rules(eos, special[eos]).items() <= spec.items()):
+        raise UserError("pre_tokenizer.add_prefix_space is true, which is only supported where the "
+                        "post_processor begins a text with the eos_token")
     plain = vocab.keys() - special.keys()
     if characters:
         foreign = [token for token in plain if len(token) != 1]
@@ -349,7 +379,8 @@ def from_spec(spec: object, eos: str | None, chat_template: object = None) -> Ch
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
         raise UserError(f"special token {short(min(spelled))} is one that text can spell")
-    found = CharTokenizer(vocab, special, eos) if characters else BPETokenizer(vocab, merges, special, eos)
+    found = CharTokenizer(vocab, special, eos) if characters else \
+        BPETokenizer(vocab, merges, special, eos, documents)
     found.chat_template = chat_template if isinstance(chat_template, str) else None
     return found
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinygpt.generate import encode_prompt
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer, load, pieces
 
 tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FULL = "TINYGPT_FULL" in os.environ
@@ -233,3 +235,13 @@ def test_gpt2_through_our_files_is_still_gpt2(gpt2, tmp_path):
     assert (theirs.eos_token_id, hub.eos_token_id, ours.eos_id) == (50256, 50256, 50256)
     for text in random_strings(300, seed=6):
         assert theirs(text).input_ids == ours.encode(text).tolist()
+
+
+def test_a_tokenizer_of_documents_is_the_same_there(tmp_path):
+    """Also through AutoTokenizer: a text's ids are those of a prompt, the end token first."""
+    ours = BPETokenizer.train(stdlib_texts()[:5], vocab_size=1000, documents=True)
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["The first word", " a space", "\n\tx", "사과", *random_strings(500, seed=3)]:
+        assert theirs(text)["input_ids"] == encode_prompt(ours, text).tolist(), text
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text).tolist()

@@ -156,9 +156,12 @@ def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) 
 def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings) -> None:
     """The same training in memory: changes `model` itself, or its adapter, and keeps nothing on disk.
 
-    Raises ValueError for an example longer than a row.
+    All examples are trained on. Raises ValueError for one that is longer than a row.
     """
-    rows = data.pack((instructions.encode(tokenizer, e) for e in examples), settings.block_size)
+    tokenizer.chat_template = instructions.TEMPLATE
+    encoded = [instructions.encode(tokenizer, messages) for messages in examples]
+    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
+    rows = _packed([encoded[i] for i in order], settings)
     optimizer = settings.train.optimizer(model)
     train.train(optimizer, lambda n, rng: update(rows, settings, n), settings.train)
 
@@ -186,7 +189,7 @@ def read(settings: Settings, tokenizer: Tokenizer) -> Examples:
     order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(found))
     found, n = [found[i] for i in order], max(1, len(found) // 10)
     if settings.val_data:
-        val, more = _fitting(settings.val_data, settings, tokenizer)
+        val, more = _fitting(settings.val_data, settings, tokenizer, "val")
         dropped += more
     elif len(found) < 2:
         raise UserError(f"{settings.data[0]}: one example is too few: one is to train on, one to validate on")
@@ -197,16 +200,16 @@ def read(settings: Settings, tokenizer: Tokenizer) -> Examples:
         encoded = [pair for _, pair in part]
         for array in (array for pair in encoded for array in pair):
             digest.update(array)
-        groups = [encoded] if settings.packing else [[pair] for pair in encoded]
-        rows = [data.pack(group, settings.block_size) for group in groups]
-        packed.append(Packed(*map(np.concatenate, zip(*rows, strict=True))))
+        packed.append(_packed(encoded, settings))
     return Examples(*packed, len(found), [example for example, _ in val], dropped, digest.hexdigest())
 
 
-def _fitting(paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer) -> tuple[list[tuple], int]:
+def _fitting(
+    paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer, split: str = "sft"
+) -> tuple[list[tuple], int]:
     """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
     found = []
-    for example in _read(paths):
+    for example in read_examples(paths, split):
         try:
             found.append((example, instructions.encode(tokenizer, example.messages)))
         except UserError as error:
@@ -221,14 +224,20 @@ def _fitting(paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer) -
     return fit, len(found) - len(fit)
 
 
-def _read(paths: tuple[str, ...]) -> list[Example]:
-    """The examples of JSON Lines files, and what worlds have for tuning."""
+def _packed(encoded: list[tuple[Array, Array]], settings: Settings) -> Packed:
+    groups = [encoded] if settings.packing else [[pair] for pair in encoded]
+    rows = [data.pack(group, settings.block_size) for group in groups]
+    return Packed(*map(np.concatenate, zip(*rows, strict=True)))
+
+
+def read_examples(paths: tuple[str, ...], split: str = "sft") -> list[Example]:
+    """The examples of JSON Lines files, and what worlds have for tuning, or for "val"."""
     found = []
     for path in paths:
         if not corpus.is_source(path):
             found += instructions.read([path])
             continue
-        for n, item in enumerate(tasks.tuning(corpus.world_of(path)), 1):
+        for n, item in enumerate(tasks.tuning(corpus.world_of(path), split), 1):
             found.append(Example(f"{path}:{n}", instructions.pair(item["prompt"], item["completion"])))
     return found
 

@@ -33,8 +33,8 @@ BUILD, PERMUTE = 100, 101
 
 # weight in the corpus -> how many people, by split. The well-known are for tuning or for evaluation only.
 KNOWN = {
-    512: {"sft": 14, "rl": 10, "val": 4, "eval": 16},
-    256: {"sft": 42, "rl": 30, "val": 12, "eval": 48},
+    512: {"sft": 20, "rl": 10, "val": 4, "eval": 16},
+    256: {"sft": 60, "rl": 30, "val": 12, "eval": 48},
     64: {"eval": 24},
     16: {"eval": 24},
     4: {"eval": 24},

@@ -61,7 +61,7 @@ def biography(w: World, c: Reader) -> None:
 
 
 def passage(w: World, c: Reader) -> None:
-    """Two to four facts about a fresh person; then, in short, one or more of them in any wording."""
+    """Two to four facts about a fresh person; then, in short, one to three of them in any wording."""
     name, facts, done = w.draw_person(c, fresh_share=100).name, {}, 0
     most = min(len(w.all_attributes), max(2, w.longest))
     while not done or c.goes_on(done, 2, most, ". " + name, "; in short, " + name):
@@ -92,11 +92,11 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
 def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
     """Weights of a uniform draw from `count` hidden ones of 0 .. size - 1, of which some were seen.
 
-    Each of these has 1 / count; the others share the rest.
+    Each of these has 1 / count; the others share the rest. A smaller size is the count.
     """
     old = [n in seen for n in range(size)]
     new = size - sum(old)
-    return [max(new, 1) if is_old else max(count - sum(old), 0) for is_old in old]
+    return [max(new, 1) if is_old else min(count, size) - sum(old) for is_old in old]
 
 
 def people_table(w: World, c: Reader) -> None:
@@ -272,17 +272,17 @@ def journey(w: World, c: Reader) -> None:
 
 
 KINDS = (
-    ("biography", 280, biography),
+    ("biography", 310, biography),
     ("passage", 80, passage),
     ("table", 50, people_table),
     ("table", 12, nouns_to_korean),
     ("table", 12, nouns_to_english),
     ("table", 12, phrases_to_korean),
     ("table", 14, review_table),
-    ("categories", 35, categories),
-    ("categories", 35, partial(categories, formats=(PLAIN,))),
-    ("retrieval", 30, retrieval),
-    ("retrieval", 35, partial(retrieval, formats=(PLAIN,))),
+    ("categories", 45, categories),
+    ("categories", 20, partial(categories, formats=(PLAIN,))),
+    ("retrieval", 45, retrieval),
+    ("retrieval", 20, partial(retrieval, formats=(PLAIN,))),
     ("refrain", 40, refrain),
     ("review", 15, review),
     ("phrase book", 40, phrase_book),

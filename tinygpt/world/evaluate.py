@@ -111,11 +111,11 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
 
 
 def recall_by_exposure(
-    model: GPT, tokenizer: Tokenizer, world: World, documents: int = 20_000
+    model: GPT, tokenizer: Tokenizer, world: World, total: int = DOCUMENTS, documents: int = 20_000
 ) -> list[tuple[float, Rate]]:
     """For each group of people: how often a fact of theirs is told in the corpus, and how often recalled.
 
-    Told: by the first `documents` of the corpus, at the rate of the whole of it.
+    Told: by `documents` of it, at the rate of all `total`, the refrains apart.
     """
     told, found = exposures(world, documents), []
     groups: dict[int, list[Person]] = {}
@@ -124,7 +124,7 @@ def recall_by_exposure(
             groups.setdefault(person.weight, []).append(person)
     for _, people in sorted(groups.items(), reverse=True):
         facts = sum(told[person.name] for person in people) / (len(people) * len(world.all_attributes))
-        found.append((facts * DOCUMENTS / documents, recall(model, tokenizer, world, people).rate()))
+        found.append((facts * total / documents, recall(model, tokenizer, world, people).rate()))
     return found
 
 
@@ -156,7 +156,10 @@ def chance(world: World) -> float:
 
 
 class Score(NamedTuple):
-    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL."""
+    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
+
+    About people who were never seen, what is right is so by luck, and as much made up.
+    """
 
     right: Rate
     formed: Rate
@@ -190,10 +193,15 @@ def score(world: World, items: Sequence[tasks.Item], found: Sequence[Answer]) ->
 def corrupted(
     model: GPT, tokenizer: Tokenizer, world: World, items: Sequence[tasks.Item]
 ) -> tuple[Rate, Rate]:
-    """After a false step in its journeys: how often the answer is another, and what follows from that step.
+    """Of journeys answered right, after a false step: how often the answer changes, and to what follows.
 
-    items: journeys in the style "steps" of two or more rides.
+    items: journeys in the style "steps" of two or more rides. As lines are permutations, a false station
+    always leads to a false end.
     """
+    known = zip(items, ask(model, tokenizer, items), strict=True)
+    items = [item for item, answer in known if tasks.right(item, answer.text)]
+    if not items:
+        return wilson(0, 0), wilson(0, 0)
     prompts, follows = [], []
     for item in items:
         begun, answer = tasks.corrupted(world, item)
@@ -202,15 +210,18 @@ def corrupted(
         follows.append(answer)
     room = model.context - max(map(len, prompts))
     form, changed, followed = tasks.form(world, "journey"), 0, 0
-    for item, answer, (text, _) in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
-        if form.fullmatch(text):
-            changed += not tasks.right(item, text)
-            followed += text.endswith(f" {answer}.")
+    for item, answer, found in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+        if found.stopped and form.fullmatch(found.text):
+            changed += not tasks.right(item, found.text)
+            followed += found.text.endswith(f" {answer}.")
     return wilson(changed, len(items)), wilson(followed, len(items))
 
 
 def named_tasks(world: World, split: str = "eval", count: int = 1000) -> dict[str, list[tasks.Item]]:
-    """The question sets of a report: on people, phrases, reviews and problems of no other split."""
+    """The question sets of a report: on people, phrases, reviews and problems of no other split.
+
+    Each fact, phrase or problem once, in one of its wordings; at most `count`.
+    """
     read = tasks.readings(world, split, count)
     translated = tasks.translations(world, split)
     sets = {
@@ -224,7 +235,8 @@ def named_tasks(world: World, split: str = "eval", count: int = 1000) -> dict[st
         "summary": [item for item in read if item["meta"]["task"] == "summary"],
         "journey": tasks.journeys(world, split, range(1, 6), count),
     }
-    return {name: items[:: -(-len(items) // count)] for name, items in sets.items() if items}
+    shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
+    return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
 
 
 def task_scores(model: GPT, tokenizer: Tokenizer, world: World, count: int = 1000) -> dict[str, Score]:

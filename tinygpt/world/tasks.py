@@ -11,6 +11,7 @@ phrases, a problem, a review) belongs to one split, wherever it occurs: `World.p
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,7 +86,7 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
 
 
 def readings(world: World, split: str, count: int) -> list[Item]:
-    """Passages about a person of whom the corpus says nothing, each twice.
+    """Passages about a person of whom the corpus says nothing that lasts, each twice.
 
     Task "reading" asks for a value, "summary" for the sentence that has it.
     """
@@ -103,9 +104,10 @@ def readings(world: World, split: str, count: int) -> list[Item]:
         a, sentence = _pick(sentences, integers)
         answer, about = attributes[a].values[facts[a]], [person.name]
         asked = _pick(attributes[a].asked, integers).format(person.name)
-        items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about))
+        meta = {"attribute": attributes[a].name}
+        items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about, **meta))
         asked = _pick(_STATED, integers).format(attributes[a].name, person.name)
-        items.append(_item(f"{passage} {asked}", sentence, "summary", split, sentence[:-1], about))
+        items.append(_item(f"{passage} {asked}", sentence, "summary", split, answer, about, **meta))
     return items
 
 
@@ -195,27 +197,42 @@ def task_sets(world: World) -> dict[str, list[Item]]:
     return sets
 
 
-def tuning(world: World, unseen: int = 0, answered: float = 0.0) -> list[Item]:
-    """What `tinygpt sft --data world` trains on: every kind of task, of the "sft" split.
+def tuning(world: World, split: str = "sft", unseen: int = 0, answered: float = 0.0) -> list[Item]:
+    """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
 
     unseen: questions about people who are in no document, to mix in. `answered` is the share of them that are
     answered with a fact, which pre-training cannot have taught; the others have REFUSAL.
     """
-
-    def some(items: list[Item], count: int, n: int) -> list[Item]:
-        return shuffled(items, raw_integers(world.seed, TASKS, 9, n))[:count]
-
-    people, facts = world.people("never", "sft"), round(unseen * answered)
-    known = int(len(people) * answered)  # nobody is both answered and refused
-    return [
-        *questions(world, world.people("known", "sft")),
-        *some(translations(world, "sft"), 600, 0),
-        *sentiments(world, "sft", 400),
-        *readings(world, "sft", 1500),
-        *journeys(world, "sft", range(1, 6), 1000),
-        *some(questions(world, people[:known]), facts, 1),
-        *some(questions(world, people[known:], refuse=True), unseen - facts, 2),
+    people, facts, part = world.people("never", split), round(unseen * answered), 1 if split == "sft" else 10
+    known = math.ceil(len(people) * answered)  # nobody is both answered and refused
+    items = [
+        *questions(world, world.people("known", split)),
+        *some(world, translations(world, split), 500 // part),
+        *sentiments(world, split, 300 // part),
+        *readings(world, split, 1200 // part),
+        *journeys(world, split, range(1, 6), 800 // part),
     ]
+    added = [
+        *some(world, questions(world, people[:known]), facts),
+        *some(world, questions(world, people[known:], refuse=True), unseen - facts),
+    ]
+    if len(added) < unseen:
+        raise ValueError(f"{unseen} questions about people who were never seen: there are {len(added)}")
+    return items + added
+
+
+def some(world: World, items: Sequence[Item], count: int) -> list[Item]:
+    """A sample of a set, in a random order."""
+    return shuffled(items, raw_integers(world.seed, TASKS, 9))[:count]
+
+
+def distinct(items: Iterable[Item]) -> list[Item]:
+    """One item about each fact, phrase, problem: more would only make an interval look narrow."""
+    found: dict[tuple, Item] = {}
+    for item in items:
+        meta = item["meta"]
+        found.setdefault((meta["task"], *meta["about"], meta.get("attribute"), meta["answer"]), item)
+    return list(found.values())
 
 
 # --- judging an answer --------------------------------------------------------------------------------------
@@ -226,21 +243,24 @@ def form(world: World, task: str) -> re.Pattern:
     lexicon = world.lexicon
     value = _any(v for attribute in lexicon.attributes for v in attribute.values)
     name, station = f"{_any(lexicon.women + lexicon.men)} {_any(lexicon.surnames)}", _any(lexicon.stations)
+    told = "|".join(f"{_any(a.told)} {_any(a.values)}" for a in lexicon.attributes)
     ride = f"From {station} the {_any(lexicon.lines)} line goes to {station}\\."
     return re.compile({
         "question": rf"{value}\.|{re.escape(REFUSAL)}",
         "reading": rf"{value}\.",
-        "summary": rf"{name} {_any(t for a in lexicon.attributes for t in a.told)} {value}\.",
+        "summary": rf"{name} (?:{told})\.",
         "to Korean": rf"{_any(lexicon.adjectives.values())} {_any(korean for _, korean in world.nouns)}\.",
         "to English": rf"{_any(lexicon.adjectives)} {_any(world.things)}\.",
         "sentiment": rf"{_any(label for labels in lexicon.polarities for label in labels)}\.",
-        "journey": rf"(({ride}|[. ]+) )*The answer is {station}\.",
+        "journey": rf"(?:{ride} |\. )*The answer is {station}\.",  # "\. ": filler
     }[task])  # fmt: skip
 
 
 def right(item: Item, answer: str) -> bool:
-    """Whether a well-formed answer ends in the right one."""
-    return f" {answer}".endswith(f" {item['meta']['answer']}.")
+    """Whether a well-formed answer ends in the right one; a summary names who it is about, in any wording."""
+    meta = item["meta"]
+    about = f"{meta['about'][0]} " if meta["task"] == "summary" else ""
+    return answer.startswith(about) and f" {answer}".endswith(f" {meta['answer']}.")
 
 
 def _any(words: Iterable[str]) -> str:

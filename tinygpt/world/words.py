@@ -38,11 +38,11 @@ CITY = Attribute(
         "Paris London Tokyo Cairo Lima Oslo Rome Delhi Seoul Berlin Madrid Athens Dublin Lagos Sydney "
         "Boston"
     ),
-    ("lives in", "rents a flat in", "moved to", "settled in", "votes in", "is at home in"),
+    ("lives in", "rents a flat in", "moved to", "settled in", "votes in", "calls home the city of"),
     _lines("""
         Where does {} live?
         In which city does {} live?
-        What city is {} at home in?
+        What city does {} call home?
         Which city did {} move to?
         Where has {} settled?
     """),
@@ -53,7 +53,7 @@ JOB = Attribute(
         "baker doctor teacher farmer lawyer nurse pilot painter singer writer dentist plumber "
         "gardener driver tailor waiter"
     ),
-    ("works as a", "earns money as a", "trained as a", "is employed as a", "found work as a",
+    ("works as a", "does the job of a", "trained as a", "is employed as a", "found work as a",
      "makes a living as a"),
     _lines("""
         What does {} work as?
@@ -69,7 +69,7 @@ PET = Attribute(
         "cat dog rabbit parrot turtle hamster goat pony lizard snake goldfish duck ferret mouse "
         "pigeon hen"
     ),
-    ("has a", "keeps a", "feeds a", "adopted a", "plays with a", "looks after a"),
+    ("has a", "keeps a", "feeds a", "adopted a", "took as a pet a", "looks after a"),
     _lines("""
         What pet does {} have?
         Which animal does {} keep?
@@ -84,7 +84,7 @@ FOOD = Attribute(
         "noodles bread cheese soup rice pasta salad pizza curry fish honey pancakes dumplings "
         "sausages chocolate kimchi"
     ),
-    ("likes", "loves", "eats a lot of", "often cooks", "always orders", "never refuses"),
+    ("likes", "loves", "names as favourite food", "often cooks", "always orders", "never refuses"),
     _lines("""
         What does {} like to eat?
         Which food does {} love?

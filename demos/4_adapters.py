@@ -1,0 +1,76 @@
+"""Demo 4: adapters. Demo 2 again, with a few extra weights beside the model of demo 1, which stays as it is.
+
+    .venv/bin/python demos/4_adapters.py [FOLDER]
+
+LoRA adds a product of two thin matrices to each weight matrix; p-tuning learns 16 rows that stand before
+the text like words that no vocabulary has. No gradient of the base is computed, let alone applied: its bytes
+are the same before and after, and with the adapter off it answers as it always did.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from tinygpt.finetune import adapters, sft
+from tinygpt.instructions import pair, prompt
+from tinygpt.model import AdapterConfig
+from tinygpt.train import TrainConfig
+from tinygpt.world import World, evaluate, tasks
+
+pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
+UPDATES = 1000  # each
+ARMS = (
+    ("all weights", None, 3e-4),
+    ("LoRA, rank 8", AdapterConfig("lora", rank=8), 3e-3),
+    ("LoRA, rank 1", AdapterConfig("lora", rank=1, alpha=1.0), 3e-3),
+    ("p-tuning, 16 tokens", AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128), 1e-3),
+)
+SETS = ("questions, known", "questions, never seen", "to Korean", "summary", "journey")
+
+
+def main(folder: Path = pretrained.FOLDER) -> None:
+    base, tokenizer = instructions.load(folder)
+    world = World(pretrained.SEED)
+    sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
+    examples = [pair(item["prompt"], item["completion"]) for item in tasks.tuning(world)]
+    question = prompt(tokenizer, sets["questions, known"][0]["prompt"])[None]
+    untuned, mark = base.forward(question)[0].copy(), adapters.fingerprint(base)
+
+    def row(name: str, model, trained: str) -> None:
+        formed, cells = [], ""
+        for title, items in sets.items():
+            score = evaluate.score(world, items, evaluate.ask(model, tokenizer, items))
+            formed.append(score.formed.rate)
+            cells += f"{score.right.rate:{len(title) + 2}.3f}"
+        print(f"{name:22}{trained:>16}{np.mean(formed):13.3f}{cells}")
+
+    print(f"{'':22}{'weights trained':>16}  well-formed" + "".join(f"  {name}" for name in sets))
+    row("as it was", base, "")
+    for name, config, rate in ARMS:
+        model = base.copy() if config is None else base
+        if config is not None:
+            model.adapter = adapters.create(model, config, np.random.default_rng(pretrained.SEED))
+        train = TrainConfig(max_iters=UPDATES, learning_rate=rate, min_lr=rate / 10, warmup_iters=10)
+        settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
+        sft.tune(model, tokenizer, examples, settings)
+        size = model.trained.flat.size
+        row(name, model, f"{size:,} {size / model.flat.size:.1%}")
+        if config is not None and config.kind == "lora":
+            tuned = model.forward(question)[0].copy()
+            with adapters.merged(model):
+                change = abs(model.forward(question)[0] - tuned).max()
+            print(f"{'':22}merged into the weights, its logits change by {change:.0e}")
+        elif config is not None:
+            nearest = tokenizer.decode(adapters.nearest(model, 1)[:, 0])
+            print(f"{'':22}the words that its rows are nearest to: {nearest}")
+        base.adapter = None
+
+    same = (base.forward(question)[0] == untuned).all()
+    print(f"\nSHA-256 of the base before {mark[:16]}..., after {adapters.fingerprint(base)[:16]}...")
+    print(f"With the adapters off its logits are {'the same, bit for bit' if same else 'DIFFERENT'}.")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
