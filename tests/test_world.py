@@ -37,7 +37,7 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "ab6caf86702925b002d1fb1fee49496a775bc3a76667cb07627cc829bfe7feab",
+    "corpus": "044cf519e850f651421ac0909f9f793ad15f61e364e2312917dafe457f3ae819",
     "tasks": "bc39442d9cf3ab67e6bf197e9e34c6d979c2c870f5cfba4ce217343da6f9376d",
 }
 

@@ -257,7 +257,7 @@ def phrase_book(w: World, c: Reader) -> None:
 
 
 def journey(w: World, c: Reader) -> None:
-    """Two to five rides, each from where the last one ended."""
+    """Two to eleven rides, each from where the last one ended."""
     stations, lines = w.lexicon.stations, w.lexicon.lines
     c.text("From ")
     here, done = c.pick(stations), 0
@@ -267,7 +267,7 @@ def journey(w: World, c: Reader) -> None:
         here = w.next_station[line][here]
         c.text(f" line goes to {stations[here]}")
         done += 1
-        if not c.goes_on(done, 2, min(5, w.longest), f". From {stations[here]}", ".\n"):
+        if not c.goes_on(done, 2, min(11, w.longest), f". From {stations[here]}", ".\n"):
             return
 
 
@@ -286,5 +286,5 @@ KINDS = (
     ("refrain", 40, refrain),
     ("review", 15, review),
     ("phrase book", 40, phrase_book),
-    ("journey", 45, journey),
+    ("journey", 30, journey),
 )
