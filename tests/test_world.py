@@ -37,7 +37,7 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "044cf519e850f651421ac0909f9f793ad15f61e364e2312917dafe457f3ae819",
+    "corpus": "3692ce82908deebeb68721dc21fd9b7a0f67081067db319b0a80127259334740",
     "tasks": "bc39442d9cf3ab67e6bf197e9e34c6d979c2c870f5cfba4ce217343da6f9376d",
 }
 

@@ -286,5 +286,5 @@ KINDS = (
     ("refrain", 40, refrain),
     ("review", 15, review),
     ("phrase book", 40, phrase_book),
-    ("journey", 30, journey),
+    ("journey", 45, journey),
 )
