@@ -66,7 +66,7 @@ _WORLD = {
 }  # fmt: skip
 
 
-_WORLD_TUNING = {"max_iters": 1000, "learning_rate": 2e-4, "eval_interval": 250}
+_WORLD_TUNING = {"max_iters": 1000, "learning_rate": 3e-4, "eval_interval": 250}
 
 
 def _written(options: dict) -> str:
