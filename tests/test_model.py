@@ -309,3 +309,10 @@ def test_the_loss_is_a_weighted_sum(model, rng):
     masked = model.loss(ids, targets, np.zeros(ids.shape), grads)
     assert masked == 0
     assert not flat.any()
+
+
+def test_a_copy_has_the_weights_and_nothing_in_common(model):
+    other = model.copy()
+    assert other.flat.tobytes() == model.flat.tobytes() and not np.shares_memory(other.flat, model.flat)
+    other.params["wte.weight"][:] = 0
+    assert model.params["wte.weight"].any() and not other.flat[: other.params["wte.weight"].size].any()

@@ -357,3 +357,13 @@ def test_how_far_weights_moved():
     after = {"a": np.float32([3, 5]), "b": np.float32([0, 2]), "c": np.zeros(1)}
     total, each = train.weight_change(before, after)
     assert total == pytest.approx(np.sqrt(5) / 5) and each == {"a": 0.2, "b": np.inf, "c": 0.0}
+
+
+def test_tuning_in_memory_is_the_same_training(folder):
+    """Guards: another order, packing or form of the examples than that of a run in a folder."""
+    fields = settings("pairs.jsonl", train=TrainConfig(max_iters=5), val_data=("pairs.jsonl",))
+    run = sft.begin(folder / "out", fields, init_from=folder / "base")
+    sft.sft(run)
+    model, tokenizer = checkpoint.load(folder / "base")
+    sft.tune(model, tokenizer, [e.messages for e in instructions.read(["pairs.jsonl"])], fields)
+    assert model.flat.tobytes() == run.optimizer.model.flat.tobytes() and instructions.is_tuned(tokenizer)

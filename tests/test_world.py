@@ -17,6 +17,7 @@ from tinygpt import checkpoint, cli, data, train
 from tinygpt.cli import main
 from tinygpt.errors import UserError
 from tinygpt.evaluate import Answer
+from tinygpt.finetune import sft
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.pretrain import Settings
 from tinygpt.tokenizer import BPETokenizer
@@ -528,4 +529,6 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
     assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
+    asked = {example.messages[0]["content"] for example in sft.resume(Path("b")).examples.questions}
+    assert asked == {item["prompt"] for item in tasks.tuning(World(5), "val")}
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)

@@ -307,10 +307,10 @@ class GPT(Parameters):
         positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default, after those of an adapter's prompt.
         start (B, T): where each query's view begins, see `ops.visible_keys`. rng: turns dropout on. kv: a
         `generate.KVCache`, whose keys and values come before these and which is extended; an empty one gets
-        the prompt first. keep=False: buffers are shared by all layers and the cache is
-        of no use to `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False; the
-        head is a third of GPT-2's work. Raises UserError for a sequence longer than `context`. Results live
-        until `ws` is used again.
+        the prompt first. keep=False: buffers are shared by all layers and the cache is of no use to
+        `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False; the head is a
+        third of GPT-2's work. Raises UserError for a sequence longer than `context`. Results live until `ws`
+        is used again.
         """
         (B, T), C, P = ids.shape, self.config.n_embd, self.prompt_length
         ws, begins, wpe = ws or storage.Workspace(), kv is None or not kv.length, self._param("wpe.weight")
@@ -335,12 +335,11 @@ class GPT(Parameters):
             placed, _ = self.ops.residual_forward(prompt, wpe[:P])
             x = self._after(placed, x, buffer("rows", C))
         x, c_drop = self._dropout(x, "x.drop", run, self.config.dropout)
-        sublayers = []
+        sublayers, c_norm = [], None
         for layer in range(self.config.n_layer):
             for norm, branch in ((f"h.{layer}.ln_1", self._attention), (f"h.{layer}.ln_2", self._mlp)):
                 x, cache = self._sublayer(x, norm, branch, run)
                 sublayers.append(cache)
-        c_norm = None
         if rows:
             stream, x = x, buffer("text", C, T=T)
             self.ops.append_rows(x, stream[:, P:], 0)
