@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from tinygpt import checkpoint, cli, data, train
 from tinygpt.cli import main
 from tinygpt.errors import UserError
-from tinygpt.evaluate import Answer
+from tinygpt.evaluate import Answer, wilson
 from tinygpt.finetune import sft
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.pretrain import Settings
@@ -399,6 +400,30 @@ def test_recall_reads_what_a_model_says(untrained):
     assert found.right.tolist()[:6] == [people[0].values[0]] * 6 and (found.nats >= 0).all()
 
 
+
+
+def test_a_false_step_counts_where_the_answer_was_right_and_ended(untrained, monkeypatch):
+    """Guards: problems that the model cannot solve anyway, and answers without an end, among what changed."""
+    items = tasks.journeys(WORLD, "eval", [2, 3], 20)
+    wrong = Answer(items[-1]["completion"].replace(items[-1]["meta"]["answer"], "nowhere"), True)
+    solved = [wrong] * 4 + [Answer(item["completion"], True) for item in items[4:]]
+    follows = [f"The answer is {tasks.corrupted(WORLD, item)[1]}." for item in items[4:]]
+    stays = [f"The answer is {item['meta']['answer']}." for item in items[4:]]
+    said = [Answer(text, n < 13) for n, text in enumerate(follows[:10] + stays[10:13] + follows[13:])]
+    monkeypatch.setattr(evaluate, "ask", lambda *arguments: solved)
+    monkeypatch.setattr(evaluate, "answers", lambda *arguments: said)
+    assert evaluate.corrupted(*untrained, WORLD, items) == (wilson(10, 16), wilson(10, 16))
+    other = next(name for name in WORLD.lexicon.stations if name not in follows[0] + stays[0])
+    said[0] = Answer(f"The answer is {other}.", True)
+    assert evaluate.corrupted(*untrained, WORLD, items) == (wilson(10, 16), wilson(9, 16))
+
+
+def test_facts_told_are_those_of_the_whole_corpus(untrained, monkeypatch):
+    told = Counter({person.name: 3 * person.weight for person in WORLD.everyone if person.weight > 0})
+    monkeypatch.setattr(evaluate, "exposures", lambda world, documents: told)
+    monkeypatch.setattr(evaluate, "recall", lambda *arguments: SimpleNamespace(rate=lambda: wilson(1, 2)))
+    found = evaluate.recall_by_exposure(*untrained, WORLD, total=1000, documents=500)
+    assert [facts for facts, _ in found] == [2 * 3 * weight / 4 for weight in (512, 256, 64, 16, 4, 1, 0)]
 
 
 def test_a_trained_model_is_just_above_the_floor_and_not_below_it():
