@@ -38,7 +38,7 @@ TOKENIZER = CharTokenizer.train("abcdefghijklm")
 def make(config: AdapterConfig | None = None, ops=None, dtype=np.float32) -> GPT:
     """A model whose attention matters, with an adapter that changes what it says."""
     model = GPT(CONFIG, np.random.default_rng(0), dtype, ops)
-    model.flat *= 5
+    model.flat *= 1.9
     if config:
         model.adapter = adapters.create(model, config, np.random.default_rng(1))
         for name, p in model.adapter.params.items():
@@ -272,7 +272,7 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
         optimizer.step(1e-2)
     before, base, old = logits(model, ids), model.flat.copy(), model.adapter.flat.copy()
     adapters.restart(optimizer, rng)
-    np.testing.assert_allclose(logits(model, ids), before, atol=1e-5 * abs(before).max())
+    np.testing.assert_allclose(logits(model, ids), before, atol=1e-5)
     assert (model.flat != base).mean() > 0.2
     assert not model.adapter.params["h.0.mlp.c_fc.lora_B"].any()
     a = model.adapter.params["h.0.mlp.c_fc.lora_A"]

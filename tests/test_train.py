@@ -153,16 +153,22 @@ def test_accumulation_makes_no_new_buffers(rng):
 def test_it_learns_and_tells_of_every_update():
     """Guards: a loss that is not the model's, records that are missing, a last one without its evaluation."""
     records, settings = [], train.TrainConfig(max_iters=60, learning_rate=1e-2, min_lr=1e-3, eval_interval=25)
-    optimizer = make(settings=settings)
+    optimizer, used = make(settings=settings), []
+
+    def kept(step, rng):
+        used.extend(found := batches(step, rng))
+        return found
+
     train.train(
-        optimizer, batches, settings, report=records.append, elapsed_s=100.0,
+        optimizer, kept, settings, report=records.append, elapsed_s=100.0,
         evaluate=lambda: {"val_loss": train.mean_loss(optimizer.model, blocks())},
     )  # fmt: skip
     assert [r["iter"] for r in records] == list(range(1, 61))
     assert [r["iter"] for r in records if "val_loss" in r] == [25, 50, 60]
     fields = {"iter", "train_loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
     assert all(set(r) - {"val_loss"} == fields for r in records) and json.dumps(records)
-    assert records[0]["train_loss"] == pytest.approx(math.log(13), abs=0.5)
+    untrained = make(settings=settings).model.loss(*used[0][:3])
+    assert records[0]["train_loss"] == pytest.approx(untrained, rel=1e-6)
     assert records[-1]["val_loss"] < 0.5 * math.log(13)
     assert records[0]["lr"] == pytest.approx(1e-2 / 101) and records[0]["elapsed_s"] >= 100
 
