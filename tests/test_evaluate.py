@@ -70,3 +70,19 @@ def test_rates():
     assert evaluate.exact_match(found, [" a", "a", "a"]).rate == pytest.approx(1 / 3)
     with pytest.raises(ValueError):
         evaluate.exact_match(found, ["a"])
+
+
+def test_likelihoods_are_those_of_each_text_alone(made):
+    """Guards: a choice's last token scored where its first is; one prompt's logits taken for another's."""
+    model, tokenizer = made
+    prompts = [tokenizer.encode("the cat " * n + "sat") for n in range(1, 6)]
+    words = [" on", " on the mat", " on the", " mat", " qq"]
+    choices = [[tokenizer.encode(word) for word in words[: n + 1]] for n in range(5)]
+    assert len({len(ids) for ids in choices[-1]}) > 2
+    found = evaluate.likelihoods(model, prompts, choices, rows=2)
+    for prompt, options, logp in zip(prompts, choices, found, strict=True):
+        assert logp.shape == (len(options),)
+        for option, mine in zip(options, logp, strict=True):
+            ids = np.concatenate([prompt, option])[None]
+            nll = model.loss(ids[:, :-1], ids[:, 1:], np.arange(ids.size - 1)[None] >= len(prompt) - 1.0)
+            assert mine == pytest.approx(-nll, rel=1e-9)

@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from . import __version__
+from . import __version__, recipes
 from .errors import UserError
 
 
@@ -60,11 +60,6 @@ def main() -> None:
 
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
-_WORLD = {
-    "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4600,
-    "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 920,
-}  # fmt: skip
-_WORLD_TUNING = {"max_iters": 1000, "learning_rate": 3e-4, "eval_interval": 250}
 
 
 def _written(options: dict) -> str:
@@ -193,7 +188,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
     click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
                  help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
                       "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
-                      f"Defaults then: {_written(_WORLD)}."),
+                      f"Defaults then: {_written(recipes.PRETRAIN)}."),
     click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
     click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
     click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -237,7 +232,8 @@ def pretrain(ctx: click.Context, **options) -> None:
         if not options["data"]:
             click.echo("Reading Python's own documentation ...")
         elif _names_world(options):
-            options |= {} if options["init_from"] else {n: v for n, v in _WORLD.items() if n not in given}
+            if not options["init_from"]:
+                options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
             click.echo("Reading the world ...")
         run = _begin(given, **options)
     model, n, n_val = run.optimizer.model, _tokens(run.train_tokens), _tokens(run.val_tokens)
@@ -373,7 +369,7 @@ def _where(run) -> list[str]:
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
 @click.option("--documents", default=140_000, type=_COUNT, help="In the corpus, beside the refrains.")
-@click.option("--vocab-size", default=_WORLD["vocab_size"], type=_COUNT, help="To count tokens with.")
+@click.option("--vocab-size", default=2048, type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
 def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
@@ -424,7 +420,7 @@ def _finish_world(run) -> None:
     click.option("--data", multiple=True, metavar="FILE",
                  help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
                       "world: what the base's world, or the folder of tinygpt world, has for tuning. "
-                      f"Defaults then: {_written(_WORLD_TUNING)}."),
+                      f"Defaults then: {_written(recipes.SFT)}."),
     click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
                  help="The same, to evaluate on."),
     click.option("--out", default="sft", type=click.Path(path_type=Path), help="Folder for the model."),
@@ -469,7 +465,7 @@ def sft(ctx: click.Context, **options) -> None:
         if is_world:
             options["val_data"] = options["val_data"] or options["data"]
             adapted = {"learning_rate"} if given & {"adapter", "adapter_folder"} else set()  # has its own
-            options |= {name: v for name, v in _WORLD_TUNING.items() if name not in given | adapted}
+            options |= {name: v for name, v in recipes.SFT.items() if name not in given | adapted}
         run = _begin_sft(given, **options)
     _describe(run)
     _train(stage.sft, run)
@@ -761,6 +757,39 @@ def _shown(token: bytes) -> str:
     """A token as text, where it is whole characters that can be printed, or as its bytes."""
     text = token.decode("utf-8", "replace").replace(" ", "\u2423")
     return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
+
+
+# --- tinygpt claims -----------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("numbers", nargs=-1, type=_COUNT, metavar="[NUMBER]...")
+@click.option("--seeds", default=2, type=_COUNT, help="Worlds, and bases trained in them.")
+@click.option("--first-seed", default=1337, type=_COUNT_OR_0, help="The others follow.")
+@click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
+@click.option("--out", default="claims", type=click.Path(path_type=Path), help="Folder for all that is made.")
+def claims(numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, out: Path) -> None:
+    """Measure what the glossary says of each kind of learning: does it hold here?
+
+    A NUMBER is a claim's; without one, the core of them. Worlds, models and numbers are kept in --out: Ctrl-C
+    loses the measurement under way, and the same command goes on. To measure anew, remove the folder.
+    """
+    from . import claims as stage
+    from . import report
+
+    chosen = numbers or (tuple(stage.CLAIMS) if every else stage.CORE)
+    for number in chosen:
+        if number not in stage.CLAIMS:
+            known = ", ".join(map(str, stage.CLAIMS))
+            raise UserError(f"there is no claim {number}: known are {known}")
+    try:
+        found = stage.run(out, chosen, range(first_seed, first_seed + seeds), click.echo)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. The same command goes on.")
+        sys.exit(130)
+    for number, numbers_found in found.items():
+        click.echo(f"\n{report.claim(stage.CLAIMS[number], numbers_found)}")
+    click.echo(f"\nSaved in {out / 'claims.json'}.")
 
 
 # --- tinygpt gradcheck --------------------------------------------------------------------------------------

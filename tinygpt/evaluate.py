@@ -10,8 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from . import instructions
-from .data import Array, Tokenizer
+from .data import Array, Tokenizer, pack
 from .generate import encode_prompt, generate
 from .instructions import Message
 from .model import GPT
@@ -58,6 +60,37 @@ def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> A
     if isinstance(prompt, str) and not instructions.is_tuned(tokenizer):
         return encode_prompt(tokenizer, prompt)
     return instructions.prompt(tokenizer, prompt)
+
+
+def likelihoods(
+    model: GPT, prompts: Sequence[Array], choices: Sequence[Sequence[Array]], rows: int = 16
+) -> list[Array]:
+    """log p of each choice (ids) after its prompt (ids), in nats: an array for each prompt.
+
+    A prompt is computed once for all choices that differ in their last token only. Raises ValueError where a
+    prompt with a choice is longer than the model's context.
+    """
+    wanted: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices
+    for n, options in enumerate(choices):
+        for m, option in enumerate(options):
+            wanted.setdefault((n, *option[:-1].tolist()), []).append(m)
+    parts, keys = [], list(wanted)
+    for mark, (n, *begun) in enumerate(keys, 1):
+        ids = np.concatenate([prompts[n], begun, [0]]).astype(np.int32)  # 0 makes the last token an input
+        parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(begun) + 1])))
+    packed, ws = pack(parts, model.context), Workspace()
+    found = [np.zeros(len(options)) for options in choices]
+    for at in range(0, len(packed.ids), rows):
+        ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
+        logits, _ = model.forward(ids, ws, start=start, positions=positions, keep=False)
+        for b in range(len(ids)):
+            for mark in np.unique(marks[b][marks[b] > 0]):
+                n = keys[int(mark) - 1][0]
+                here = logits[b, marks[b] == mark].astype(np.float64)  # (length of these choices, V)
+                here -= np.logaddexp.reduce(here, axis=-1, keepdims=True)
+                for m in wanted[keys[int(mark) - 1]]:
+                    found[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
+    return found
 
 
 class Rate(NamedTuple):

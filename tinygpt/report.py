@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from .claims import Claim, Estimate, verdict
 from .evaluate import Rate
 from .world.evaluate import Gap, Score
 
@@ -29,6 +30,19 @@ def scores(found: Mapping[str, Score]) -> str:
         rates += f" {score.falsehood.rate:6.3f}"
         lines.append(f"{name:22} {interval(score.right)}  {rates}")
     return "\n".join(lines)
+
+
+def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:
+    """A claim, what it stands on with the verdict on each, and what else was measured."""
+    needed = [name for name, _, _ in asked.needs]
+    lines = [f"{asked.number}. {asked.says}"]
+    for name, sign, limit in asked.needs:
+        lines.append(f"{_estimate(name, found[name])}  {sign} {limit:g}: {verdict(found[name], sign, limit)}")
+    return "\n".join(lines + [_estimate(name, e) for name, e in found.items() if name not in needed])
+
+
+def _estimate(name: str, found: Estimate) -> str:
+    return f"   {name:78} {found.mean:8.3f}  {found.low:.3f} to {found.high:.3f}"
 
 
 def interval(rate: Rate) -> str:

@@ -57,7 +57,7 @@ def count(corpus: Corpus) -> int:
 
 
 def is_source(source: str) -> bool:
-    """Whether this names a world: "world:SEED", or a folder that `write` made."""
+    """Whether this names a world: "world:SEED", "world:SEED:permuted", or a folder that `write` made."""
     return source.startswith("world:") or (Path(source) / MARK).is_file()
 
 
@@ -81,10 +81,10 @@ def world_of(source: str) -> World:
     """The world that a source names. Raises UserError, also for a folder with one of another version."""
     path = Path(source) / MARK
     if not path.is_file():
-        seed = source.removeprefix("world:")
-        if not seed.isdecimal():
-            raise UserError(f"{source}: a world's seed is a number, as in world:1337")
-        return World(int(seed))
+        seed, *more = source.removeprefix("world:").split(":")
+        if not seed.isdecimal() or more not in ([], ["permuted"]):
+            raise UserError(f"{source}: a world's seed is a number, as in world:1337 or world:1337:permuted")
+        return World(int(seed), permuted=bool(more))
     raw = read_object(path)
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")

@@ -272,8 +272,8 @@ def journey(w: World, c: Reader) -> None:
 
 
 KINDS = (
-    ("biography", 310, biography),
-    ("passage", 80, passage),
+    ("biography", 290, biography),
+    ("passage", 100, passage),
     ("table", 50, people_table),
     ("table", 12, nouns_to_korean),
     ("table", 12, nouns_to_english),
@@ -284,7 +284,7 @@ KINDS = (
     ("retrieval", 45, retrieval),
     ("retrieval", 20, partial(retrieval, formats=(PLAIN,))),
     ("refrain", 40, refrain),
-    ("review", 15, review),
+    ("review", 20, review),
     ("phrase book", 40, phrase_book),
     ("journey", 45, journey),
 )

@@ -15,8 +15,8 @@ import numpy as np
 
 from .. import instructions
 from ..data import Array, Tokenizer, pack
-from ..errors import UserError
-from ..evaluate import Answer, Rate, answers, wilson
+from ..evaluate import Answer, Rate, answers, likelihoods, wilson
+from ..generate import encode_prompt
 from ..model import GPT
 from ..storage import Workspace
 from . import EVALUATION, Person, World, tasks
@@ -73,7 +73,6 @@ class Recall(NamedTuple):
     attribute: Array  # index
     right: Array  # the value's index
     chosen: Array  # the likeliest of the attribute's values
-    greedy: Array  # whether the likeliest of all tokens is the right value
     nats: Array  # -log p of the right value among those of its attribute
 
     def rate(self) -> Rate:
@@ -84,30 +83,18 @@ class Recall(NamedTuple):
 def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
     """Completes "Nora Hill lives in", for all attributes of these people in all wordings."""
     attributes = world.lexicon.attributes
-    starts = [np.array([tokenizer.encode(" " + v)[0] for v in a.values]) for a in attributes]
-    if any(len(set(first.tolist())) < len(first) for first in starts):
-        raise UserError("two values begin with the same token: use a tokenizer that was trained on the world")
-    prompts, asked = [], []
+    values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
+    asked, prompts = [], []
     for n, person in enumerate(people):
         for a, attribute in enumerate(attributes):
             for told in attribute.told:
-                ids = encoded(tokenizer, f"{person.name} {told}")
-                prompts.append(ids)
                 asked.append((n, a, person.values[a]))
-    # The end-of-text id after a prompt only makes its last token an input; weight n says whose place it is.
-    weighted = ((ids, np.append(np.zeros(len(ids) - 1), n)) for n, ids in enumerate(prompts, 1))
-    rows, ws = pack(weighted, model.config.block_size), Workspace()
+                prompts.append(encode_prompt(tokenizer, f"{person.name} {told}"))
     person, attribute, right = np.array(asked, int).reshape(-1, 3).T
-    chosen, greedy, nats = np.zeros(len(asked), int), np.zeros(len(asked), bool), np.zeros(len(asked))
-    for begin in range(0, len(rows.ids), ROWS):
-        inputs, _, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
-        logits, _ = model.forward(inputs, ws, start=start, positions=positions, keep=False)
-        for b, t in zip(*np.nonzero(owner), strict=True):
-            n, row = int(owner[b, t]) - 1, logits[b, t].astype(np.float64)
-            values = row[starts[attribute[n]]]
-            chosen[n], greedy[n] = values.argmax(), row.argmax() == starts[attribute[n]][right[n]]
-            nats[n] = np.logaddexp.reduce(values) - values[right[n]]
-    return Recall(person, attribute, right, chosen, greedy, nats)
+    said = likelihoods(model, prompts, [values[a] for a in attribute])
+    chosen = np.array([logp.argmax() for logp in said], int)
+    nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(said, right, strict=True)]
+    return Recall(person, attribute, right, chosen, np.array(nats))
 
 
 def recall_by_exposure(

@@ -1,0 +1,104 @@
+"""Claims: verdicts and intervals; what was measured is kept; every claim can be measured."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tinygpt import claims, recipes, report
+from tinygpt.claims import CLAIMS, Claim, Estimate, estimate, verdict
+from tinygpt.cli import main
+from tinygpt.world import corpus, evaluate, tasks
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "limit", "expected"),
+    [
+        (0.3, 0.4, ">=", 0.2, "held"), (0.2, 0.4, ">=", 0.2, "held"), (0.1, 0.4, ">=", 0.2, "undecided"),
+        (0.1, 0.19, ">=", 0.2, "refuted"), (0.0, 0.05, "<=", 0.1, "held"), (0.0, 0.0, "<=", 0.0, "held"),
+        (0.05, 0.15, "<=", 0.1, "undecided"), (0.11, 0.15, "<=", 0.1, "refuted"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_where_the_interval_lies(low, high, sign, limit, expected):
+    assert verdict(Estimate((low + high) / 2, low, high, 3), sign, limit) == expected
+
+
+def test_an_estimate_is_students_interval_and_a_pilots_span():
+    values = [0.2, 0.5, 0.8]
+    found = estimate(values)  # t for 2 degrees of freedom is 4.303, the standard error 0.3 / sqrt(3)
+    assert found.mean == pytest.approx(0.5) and found.n == 3
+    assert found.high - found.mean == pytest.approx(4.303 * 0.3 / math.sqrt(3), rel=1e-3)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    assert estimate([0.2, 0.6]) == Estimate(pytest.approx(0.4), 0.2, 0.6, 2)
+    rng = np.random.default_rng(0)  # 95 of a hundred intervals have the mean that they are of
+    hits = sum(e.low <= 1 <= e.high for e in (estimate(rng.normal(1, 2, 5)) for _ in range(2000)))
+    assert 0.93 < hits / 2000 < 0.97
+
+
+def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """Guards: an interrupted run that begins anew, numbers of one seed given for another."""
+    calls = []
+
+    def measure(lab) -> dict:
+        if lab.seed == 2 and not calls.count(2):
+            calls.append(2)
+            raise KeyboardInterrupt
+        calls.append(lab.seed)
+        return {"effect": lab.seed / 10}
+
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "seeds grow", (("effect", ">=", 0.15),), measure))
+    with pytest.raises(KeyboardInterrupt):
+        claims.run(tmp_path, [99], [1, 2], print)
+    found = claims.run(tmp_path, [99], [1, 2], print)
+    assert calls == [1, 2, 2] and found == {99: {"effect": Estimate(pytest.approx(0.15), 0.1, 0.2, 2)}}
+    saved = json.loads((tmp_path / "claims.json").read_text())
+    assert saved["99"]["effect"]["low"] == 0.1
+    text = report.claim(CLAIMS[99], found[99])
+    assert text.startswith("99. seeds grow\n") and "0.150  0.100 to 0.200  >= 0.15: undecided" in text
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """All that a claim does, too small to show anything."""
+    changes = {"max_iters": 20, "block_size": 256}  # few documents make a tokenizer of short tokens
+    monkeypatch.setattr(recipes, "PRETRAIN", recipes.PRETRAIN | changes)
+    tune, score, draw, gaps = claims.Lab.tune, claims.Lab.score, corpus.draw, evaluate.gaps
+    named, journeys = evaluate.named_tasks, tasks.journeys
+    monkeypatch.setattr(
+        claims.Lab, "tune",
+        lambda lab, items, *adapter, **how: tune(lab, items[-20:], *adapter, **how | {"max_iters": 1}),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        claims.Lab, "score",
+        lambda lab, model, items: score(lab, model, lab.sets[items] if type(items) is str else items[:3]),
+    )  # fmt: skip
+    monkeypatch.setattr(evaluate, "named_tasks", lambda world: named(world, count=3))
+    monkeypatch.setattr(tasks, "journeys", lambda w, split, k, n, *style: journeys(w, split, k, 5, *style))
+    monkeypatch.setattr(corpus, "draw", lambda world: draw(world, 600, 20))
+    monkeypatch.setattr(evaluate, "gaps", lambda *given: gaps(*given, count=40))
+
+
+def test_every_claim_can_be_measured(toy, tmp_path):
+    """Guards: a number that a verdict stands on and that nobody measures."""
+    out = tmp_path / "claims"
+    result = CliRunner().invoke(main, ["claims", "--all", "--seeds", "1", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    for claim in CLAIMS.values():
+        assert f"\n{claim.number}. {claim.says}" in result.output
+    saved = json.loads((out / "claims.json").read_text())
+    assert saved.keys() == {str(number) for number in CLAIMS}
+    for number, numbers in saved.items():
+        needed = [name for name, _, _ in CLAIMS[int(number)].needs]
+        assert numbers.keys() >= set(needed)
+        assert all(math.isfinite(numbers[name]["mean"]) for name in needed), numbers
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "claims.json"}
+    again = CliRunner().invoke(main, ["claims", "--all", "--seeds", "1", "--out", str(out)])
+    assert {path: path.stat().st_mtime_ns for path in before} == before and "seed 1337:" not in again.output
+
+
+def test_unknown_claims_are_refused(tmp_path):
+    result = CliRunner().invoke(main, ["claims", "1", "77", "--out", str(tmp_path / "claims")])
+    assert result.exit_code == 2 and result.output.startswith("tinygpt: there is no claim 77: known are 1, 2")
+    assert not (tmp_path / "claims").exists()

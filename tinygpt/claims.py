@@ -1,0 +1,488 @@
+"""The glossary's claims, each a short function that measures it on a `Lab`, and what must come out.
+
+    held        the 95% interval of the mean over seeds lies beyond the limit
+    refuted     it lies on the other side
+    undecided   neither; with two seeds, a pilot, an estimate counts as an interval
+
+A Lab is a seed's world and the models trained in it. These, and what was measured, are kept in a folder, so
+that a run that was interrupted goes on. All arms of a claim share a seed's world and base.
+
+Not here: what is measured (`world.evaluate`), training (`pretrain`, `finetune`), printing (`report`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import checkpoint, instructions, pretrain, recipes
+from .atomic import replacing
+from .finetune import adapters, sft
+from .model import GPT, PRESETS, AdapterConfig
+from .tokenizer import BPETokenizer, read_object
+from .train import TrainConfig, weight_change
+from .world import VERSION, Person, World, evaluate, tasks
+
+Numbers = dict[str, float]
+CORE = (1, 2, 3, 5, 6, 7, 11)
+SNAPSHOTS = 20  # models kept on the way of pre-training
+
+
+# --- a seed's world and its models --------------------------------------------------------------------------
+
+
+class Lab:
+    """Makes a seed's models when they are first asked for; `say` gets a line when that takes long."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.seed, self.say = folder / f"world-{VERSION}-seed-{seed}", seed, say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.world = World(seed)
+
+    def pretrained(
+        self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0
+    ) -> tuple[GPT, BPETokenizer]:
+        """A model of the recipe on a source, else this seed's world, kept in the folder of that name."""
+        folder, recipe = self.folder / name, recipes.PRETRAIN
+        block_size = recipe["block_size"]
+        known = TrainConfig.__dataclass_fields__
+        fields = {name: value for name, value in recipe.items() if name in known}
+        settings = pretrain.Settings(
+            model=dataclasses.replace(PRESETS["nano"], block_size=block_size),
+            train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
+            data=(source or f"world:{self.seed}",), block_size=block_size, batch_size=recipe["batch_size"],
+            adapter=adapter or AdapterConfig(),
+        )  # fmt: skip
+        if not (folder / "done").exists():
+            self.say(f"seed {self.seed}: pre-training {name}")
+            if (folder / checkpoint.TRAINER).exists():
+                run = pretrain.resume(folder)
+            else:
+                how = {"tokenizer": recipe["tokenizer"], "vocab_size": recipe["vocab_size"]}
+                run = pretrain.begin(folder, settings, **how)
+
+            def report(record: dict[str, float]) -> None:
+                if "val_loss" in record:
+                    self.say(f"  update {record['iter']}, val loss {record['val_loss']:.3f}")
+                if record["iter"] % (recipe["max_iters"] // SNAPSHOTS) == 0:
+                    at = folder / f"update-{record['iter']}"
+                    at.mkdir(exist_ok=True)
+                    checkpoint.save(at, run.optimizer.model, run.tokenizer)
+
+            pretrain.pretrain(run, report)
+            (folder / "done").touch()
+        return checkpoint.load(folder)
+
+    @cached_property
+    def _base(self) -> tuple[GPT, BPETokenizer]:
+        return self.pretrained("base")
+
+    @property
+    def base(self) -> GPT:
+        return self._base[0]
+
+    @property
+    def tokenizer(self) -> BPETokenizer:
+        return self._base[1]
+
+    @cached_property
+    def random(self) -> GPT:
+        """The base as it was before its first update."""
+        return GPT(self.base.config, np.random.default_rng(self.seed))
+
+    @cached_property
+    def tuned(self) -> GPT:
+        """The base after instruction tuning."""
+        folder = self.folder / "sft"
+        if not (folder / checkpoint.WEIGHTS).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(folder, self.tune(tasks.tuning(self.world)), self.tokenizer)
+        return checkpoint.load(folder)[0]
+
+    def tune(self, items: Iterable[tasks.Item], adapter: AdapterConfig | None = None, **changes) -> GPT:
+        """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
+        model, options = self.base.copy(), recipes.SFT | {"warmup_iters": 10, "seed": self.seed} | changes
+        self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
+        if adapter:
+            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
+        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
+        settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
+        examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
+        sft.tune(model, self.tokenizer, examples, settings)
+        return model
+
+    def length(self, item: tasks.Item) -> int:
+        """Of a question with its answer, in tokens."""
+        messages = instructions.pair(item["prompt"], item["completion"])
+        return len(instructions.encode(self.tokenizer, messages)[0])
+
+    @cached_property
+    def sets(self) -> dict[str, list[tasks.Item]]:
+        return evaluate.named_tasks(self.world)
+
+    def kept(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
+        """What was measured under this name before, or is now."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            self.say(f"seed {self.seed}: {name}")
+            found = measure()
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return read_object(path)
+
+    def score(self, model: GPT, items: str | list[tasks.Item]) -> evaluate.Score:
+        items = self.sets[items] if isinstance(items, str) else items
+        return evaluate.score(self.world, items, evaluate.ask(model, self.tokenizer, items))
+
+    def recall(self, model: GPT, people: Iterable[Person]) -> float:
+        return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
+
+
+# --- the claims ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    number: int
+    says: str
+    needs: tuple[tuple[str, str, float], ...]  # name of a number, ">=" or "<=", limit
+    measure: Callable[[Lab], Numbers]
+
+
+CLAIMS: dict[int, Claim] = {}
+
+
+def claim(number: int, says: str, *needs: tuple[str, str, float]):
+    def register(measure: Callable[[Lab], Numbers]) -> Callable[[Lab], Numbers]:
+        CLAIMS[number] = Claim(number, says, needs, measure)
+        return measure
+
+    return register
+
+
+@claim(
+    1, "Pre-training, from random weights, teaches the patterns of language and general knowledge",
+    ("loss above the floor, worst kind but retrieval, nats", "<=", 0.10),
+    ("recall of facts told often", ">=", 0.95),
+    ("recall of facts never told, above chance", "<=", 0.03),
+)  # fmt: skip
+def patterns_and_knowledge(lab: Lab) -> Numbers:
+    gaps, world = evaluate.gaps(lab.base, lab.tokenizer, lab.world), lab.world
+    chance = evaluate.chance(world)
+    return {
+        "loss above the floor, worst kind but retrieval, nats": max(
+            found.gap for kind, found in gaps.items() if kind not in ("retrieval", "all")
+        ),
+        "loss above the floor, retrieval": gaps["retrieval"].gap,
+        "loss above the floor, all": gaps["all"].gap,
+        "recall of facts told often": lab.recall(lab.base, world.people("known")),
+        "recall of facts never told, above chance": lab.recall(lab.base, world.people("never")) - chance,
+    }
+
+
+@claim(
+    2, "Pre-training is a major update of the weights, fine-tuning a fine adjustment",
+    ("times as far, all weights", ">=", 5), ("times as far, the least of all tensors", ">=", 5),
+)  # fmt: skip
+def major_and_fine(lab: Lab) -> Numbers:
+    pre, pre_by_name = weight_change(lab.random.params, lab.base.params)
+    tuned, by_name = weight_change(lab.base.params, lab.tuned.params)
+    ratios = [pre_by_name[name] / by_name[name] for name in by_name if math.isfinite(pre_by_name[name])]
+    return {
+        "relative change in pre-training": pre,
+        "relative change in fine-tuning": tuned,
+        "times as far, all weights": pre / tuned,
+        "times as far, the least of all tensors": min(ratios),
+        "directions with 90% of a matrix's change, pre-training": _directions(lab.random, lab.base),
+        "directions with 90% of a matrix's change, fine-tuning": _directions(lab.base, lab.tuned),
+    }
+
+
+def _directions(before: GPT, after: GPT) -> float:
+    """Of the maps of all blocks, the mean number of singular values that hold 90% of the squared change."""
+    found = []
+    for name, p in before.params.items():
+        if p.ndim == 2 and name.startswith("h."):
+            energy = np.cumsum(np.square(np.linalg.svd(after.params[name] - p, compute_uv=False)))
+            found.append(1 + int(np.searchsorted(energy, 0.9 * energy[-1])))
+    return float(np.mean(found))
+
+
+@claim(
+    3, "Pre-training plants parametric memory, which inference recalls",
+    ("recall, told most less told least", ">=", 0.5),
+    ("recall after other answers were told", ">=", 0.95),
+    ("of these facts, answers of the first world", "<=", 0.03),
+)  # fmt: skip
+def parametric_memory(lab: Lab) -> Numbers:
+    world, groups = lab.world, {}
+    for person in world.everyone:
+        if person.weight > 0:
+            groups.setdefault(person.weight, []).append(person)
+    found = {weight: evaluate.recall(lab.base, lab.tokenizer, world, people)
+             for weight, people in groups.items()}  # fmt: skip
+    rates = {weight: recall.rate().rate for weight, recall in found.items()}
+    facts, nats = zip(*((len(r.right), r.nats.sum()) for r in found.values()), strict=True)
+    wordings = sum(len(a.told) for a in world.lexicon.attributes) / len(world.lexicon.attributes)
+    guess = np.mean([math.log(len(a.values)) for a in world.lexicon.attributes])
+    bits = (sum(facts) * guess - sum(nats)) / wordings / math.log(2)
+    other, tokenizer = lab.pretrained("permuted", f"world:{lab.seed}:permuted")
+    permuted = World(lab.seed, permuted=True)
+    answers = evaluate.recall(other, tokenizer, permuted, permuted.people("known"))
+    people = world.people("known")
+    first = [people[n].values[a] for n, a in zip(answers.person, answers.attribute, strict=True)]
+    return {
+        **{f"recall, weight {weight} in the corpus": rate for weight, rate in rates.items()},
+        "recall, told most less told least": rates[max(rates)] - rates[min(rates)],
+        "bits about people stored per weight": bits / lab.base.flat.size,
+        "recall after other answers were told": answers.rate().rate,
+        "of these facts, answers of the first world": float(np.mean(answers.chosen == first)),
+    }
+
+
+@claim(4, "Adapters such as LoRA can be used while pre-training")
+def adapters_in_pretraining(lab: Lab) -> Numbers:
+    """No limit: loss above full pre-training at equal tokens, by rank, and with merging ten times."""
+    full, found = evaluate.gaps(lab.base, lab.tokenizer, lab.world)["all"].gap, {}
+    arms = [(rank, 0) for rank in (4, 16, 64)] + [(16, recipes.PRETRAIN["max_iters"] // 10)]
+    for rank, merge_every in arms:
+        name = f"rank {rank}" + ", merged ten times" * bool(merge_every)
+        config = AdapterConfig("lora", rank=rank, alpha=float(rank), full=True)
+        model, tokenizer = lab.pretrained(name.replace(" ", "-"), adapter=config, merge_every=merge_every)
+        gap = evaluate.gaps(model, tokenizer, lab.world)["all"].gap
+        found[f"nats above full training, {name}"] = gap - full
+        found[f"recall of facts told often, {name}"] = lab.recall(model, lab.world.people("known"))
+    return found
+
+
+@claim(
+    5, "Instruction tuning makes it answer in the wanted form",
+    ("well-formed answers, more than before", ">=", 0.5), ("well-formed answers", ">=", 0.99),
+    ("stopped by itself", ">=", 0.99),
+)  # fmt: skip
+def form(lab: Lab) -> Numbers:
+    before, after = (lab.score(model, "questions, known") for model in (lab.base, lab.tuned))
+    all_sets = [lab.score(lab.tuned, name) for name in lab.sets]
+    people = lab.world.people("known", "eval")
+    return {
+        "well-formed answers, more than before": after.formed.rate - before.formed.rate,
+        "well-formed answers": float(np.mean([score.formed.rate for score in all_sets])),
+        "stopped by itself": float(np.mean([score.stopped.rate for score in all_sets])),
+        "facts recalled in a sentence, before": lab.recall(lab.base, people),
+        "facts recalled in a sentence, after": lab.recall(lab.tuned, people),
+    }
+
+
+@claim(
+    6, "A tuned model answers zero-shot, out of its parametric memory",
+    ("right about people in no tuning example", ">=", 0.8),
+)  # fmt: skip
+def zero_shot(lab: Lab) -> Numbers:
+    return {
+        "right about people in no tuning example": lab.score(lab.tuned, "questions, known").right.rate,
+        "the same before tuning": lab.score(lab.base, "questions, known").right.rate,
+        "about people told of seldom": lab.score(lab.tuned, "questions, rare").right.rate,
+        "always the most frequent answer": tasks.majority(lab.sets["questions, known"]),
+    }
+
+
+@claim(
+    7, "Step-by-step reasoning in the completions raises correctness clearly",
+    ("right, above the best control, least of 3 to 5 rides", ">=", 0.2),
+    ("a false step changes the answer", ">=", 0.8),
+)  # fmt: skip
+def chain_of_thought(lab: Lab) -> Numbers:
+    world, found, rates = lab.world, {}, {}
+    problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 300)) for k in range(1, 6)}
+    items = {style: tasks.journeys(world, "sft", range(1, 6), 1000, style)
+             for style in ("direct", "filler", "shuffled", "steps")}  # fmt: skip
+    size = {style: sum(map(lab.length, items[style])) for style in items}
+    updates = 300
+    for name, style, times in (
+        ("answer alone, as many examples", "direct", updates * size["direct"] // size["steps"]),
+        ("answer alone, as many tokens", "direct", updates),
+        ("full stops, then the answer", "filler", updates),
+        ("steps in another order, then the answer", "shuffled", updates),
+        ("step by step", "steps", updates),
+    ):
+        model = lab.tune(items[style], max_iters=times, learning_rate=5e-4)
+        rates[name] = [lab.score(model, problems[k]).right.rate for k in problems]
+        found |= {f"{name}: right, {k} rides": rate for k, rate in zip(problems, rates[name], strict=True)}
+    hard = [item for k in (3, 4, 5) for item in problems[k]]
+    changed, followed = evaluate.corrupted(model, lab.tokenizer, world, hard)
+    best = np.max([rates[name] for name in rates if name != "step by step"], axis=0)
+    gain = float((rates["step by step"] - best)[2:].min())
+    return found | {
+        "right, above the best control, least of 3 to 5 rides": gain,
+        "a false step changes the answer": changed.rate if changed.n else 0.0,  # none was right before
+        "to what follows from that step": followed.rate if followed.n else 0.0,
+    }
+
+
+@claim(
+    8, "After instruction tuning it tells plausible falsehoods",
+    ("false about people never seen", ">=", 0.5), ("rise with unknown facts in the tuning", ">=", 0.05),
+)  # fmt: skip
+def falsehoods(lab: Lab) -> Numbers:
+    name, found = "questions, never seen", {}
+    found["base, asked"] = lab.score(lab.base, name).falsehood.rate
+    never = evaluate.recall(lab.base, lab.tokenizer, lab.world, lab.world.people("never", "eval"))
+    found["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
+    found["false about people never seen"] = lab.score(lab.tuned, name).falsehood.rate
+    for answered in (0.0, 0.5, 1.0):
+        model = lab.tune(tasks.tuning(lab.world, unseen=600, answered=answered))
+        arm = f"tuned with 600 questions about people never seen, {answered:.0%} of them answered"
+        found[f"{arm}: false"] = lab.score(model, name).falsehood.rate
+        found[f"{arm}: known people right"] = lab.score(model, "questions, known").right.rate
+    rates = [rate for key, rate in found.items() if key.endswith(": false")]
+    return found | {"rise with unknown facts in the tuning": rates[-1] - rates[0]}
+
+
+@claim(
+    11, "p-tuning and LoRA leave the base as it is, and train a few weights",
+    ("weights of the base that changed", "<=", 0), ("change of logits with the adapter off", "<=", 0),
+    ("change of logits by merging, over the largest", "<=", 1e-5),
+    ("LoRA rank 1: share of weights", "<=", 0.01), ("p-tuning, 16 tokens: share of weights", "<=", 0.02),
+)  # fmt: skip
+def base_untouched(lab: Lab) -> Numbers:
+    ids = instructions.prompt(lab.tokenizer, lab.sets["questions, known"][0]["prompt"])[None]
+    before, untuned, found = adapters.fingerprint(lab.base), lab.base.forward(ids)[0].copy(), {}
+    changed, off = 0, 0.0
+    for name in ("LoRA rank 1", "p-tuning, 16 tokens"):
+        config, rates = ARMS[name]
+        model = lab.tune(tasks.tuning(lab.world), config, max_iters=200, learning_rate=rates[1])
+        trained, added = _sizes(model)
+        found |= {f"{name}: share of weights": added, f"{name}: share of weights, with its encoder": trained}
+        changed += adapters.fingerprint(model) != before
+        if config.kind == "lora":
+            tuned = model.forward(ids)[0].copy()
+            with adapters.merged(model):
+                merged = model.forward(ids)[0]
+            found["change of logits by merging, over the largest"] = float(
+                abs(merged - tuned).max() / abs(tuned).max()
+            )
+        model.adapter = None
+        off = max(off, float(abs(model.forward(ids)[0] - untuned).max()))
+    return found | {
+        "weights of the base that changed": changed, "change of logits with the adapter off": off
+    }  # fmt: skip
+
+
+ARMS = {  # and the peaks of the learning rate among which the people of "val" choose
+    "all weights": (None, (1e-4, 3e-4, 1e-3)),
+    "LoRA rank 1": (AdapterConfig("lora", rank=1, alpha=1.0), (1e-3, 3e-3, 1e-2)),
+    "LoRA rank 4": (AdapterConfig("lora", rank=4, alpha=4.0), (1e-3, 3e-3, 1e-2)),
+    "LoRA rank 16": (AdapterConfig("lora", rank=16, alpha=16.0), (1e-3, 3e-3, 1e-2)),
+    "p-tuning, 16 tokens": (AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128), (1e-3, 3e-3, 1e-2)),
+    "prompt, 16 tokens": (AdapterConfig("prompt", num_virtual_tokens=16), (1e-2, 3e-2, 1e-1)),
+    "prefix, 16 tokens": (AdapterConfig("prefix", num_virtual_tokens=16), (3e-3, 1e-2, 3e-2)),
+}
+
+
+def _sizes(model: GPT) -> tuple[float, float]:
+    """Of the base's number of weights: how many are trained; how many are added when it answers."""
+    if model.adapter is None:
+        return 1.0, 0.0
+    layers, params = tuple(model.adapter.config.encoder(model.config)), model.adapter.params
+    encoder = sum(p.size for name, p in params.items() if name.startswith(layers))
+    return model.adapter.flat.size / model.flat.size, (model.adapter.flat.size - encoder) / model.flat.size
+
+
+@claim(
+    12, "Adapters are less dramatic than full tuning",
+    ("form: all weights less LoRA rank 1", ">=", 0.02),
+    ("right about known people: all weights less LoRA rank 1", ">=", 0.02),
+    ("new facts: all weights less LoRA rank 1", ">=", 0.05),
+    ("new facts: all weights less p-tuning, 16 tokens", ">=", 0.05),
+    ("forgotten: all weights less LoRA rank 1", ">=", 0.02),
+)  # fmt: skip
+def less_dramatic(lab: Lab) -> Numbers:
+    """Tuned to the tasks and to 200 new facts at once. A fact is tested in a wording it was not taught in."""
+    people, world = lab.world.people("never", "sft")[:50], lab.world
+    asked = {n: [] for n in range(5)}
+    for n, item in enumerate(tasks.questions(world, people)):
+        asked[n % 5].append(item)  # five wordings of each
+    items = tasks.tuning(world) + asked[0] + asked[1] + asked[2]
+    known = world.people("known", "eval")
+
+    def measure(name: str, rate: float) -> Numbers:
+        model = lab.tune(items, ARMS[name][0], learning_rate=rate)
+        scores = {title: lab.score(model, title) for title in lab.sets}
+        trained, added = _sizes(model)
+        values = tasks.questions(world, world.people("known", "val"))
+        return {
+            "chosen by": lab.score(model, values).right.rate + lab.score(model, asked[3]).right.rate,
+            "weights trained": trained,
+            "weights added": added,
+            "form": float(np.mean([score.formed.rate for score in scores.values()])),
+            "right about known people": scores["questions, known"].right.rate,
+            "new facts": lab.score(model, asked[4]).right.rate,
+            "forgotten": 1 - lab.recall(model, known) / lab.recall(lab.base, known),
+            "learning rate": rate,
+        }
+
+    found: Numbers = {}
+    for name, (_, rates) in ARMS.items():
+        swept = [lab.kept(f"12 {name} {rate:g}", partial(measure, name, rate)) for rate in rates]
+        best = max(swept, key=lambda numbers: numbers["chosen by"])
+        found |= {f"{key}: {name}": value for key, value in best.items() if key != "chosen by"}
+    for key, name in (need[0].split(": all weights less ") for need in CLAIMS[12].needs):
+        found[f"{key}: all weights less {name}"] = found[f"{key}: all weights"] - found[f"{key}: {name}"]
+    return found
+
+
+# --- over seeds ---------------------------------------------------------------------------------------------
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees of freedom
+
+
+class Estimate(NamedTuple):
+    """The mean of a number over seeds, with its 95% interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """One seed has no interval; of two, a pilot, it is what they span."""
+    mean, n = float(np.mean(values)), len(values)
+    if n <= 2:
+        return Estimate(mean, min(values), max(values), n)
+    half = (T95[n - 2] if n <= 10 else 2.0) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def verdict(found: Estimate, sign: str, limit: float) -> str:
+    """held, refuted or undecided."""
+    low, high = (found.low, found.high) if sign == ">=" else (-found.high, -found.low)
+    limit = limit if sign == ">=" else -limit
+    return "held" if low >= limit else "refuted" if high < limit else "undecided"
+
+
+def run(
+    folder: Path, numbers: Iterable[int], seeds: Iterable[int], say: Callable[[str], None]
+) -> dict[int, dict[str, Estimate]]:
+    """Measures the claims, seed by seed, and writes claims.json: number -> name of what was measured ->
+    its Estimate. What `folder` has is not measured again."""
+    measured: dict[int, list[Numbers]] = {number: [] for number in numbers}
+    for seed in seeds:
+        lab = Lab(folder, seed, say)
+        for number, rows in measured.items():
+            rows.append(lab.kept(f"claim {number}", partial(CLAIMS[number].measure, lab)))
+    found = {
+        number: {name: estimate([numbers[name] for numbers in rows]) for name in rows[0]}
+        for number, rows in measured.items()
+    }
+    with replacing(folder / "claims.json") as beside:
+        rows = {n: {name: e._asdict() for name, e in numbers.items()} for n, numbers in found.items()}
+        beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found

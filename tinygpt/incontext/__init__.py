@@ -1,0 +1,1 @@
+"""In-context learning: what a model does by its prompt alone. No weight changes."""

@@ -1,0 +1,223 @@
+"""Few-shot prompting: examples of a task in the context, then a question; no weight changes.
+
+    apple -> dax; dog -> wug; pear ->
+
+What comes next can be scored among choices, by log p(choice | prompt), or written freely. Tasks are those
+of a world, those of a JSON Lines file, and `mappings`: words of four kinds, with labels drawn anew for each
+prompt, which no weight can know. Of these the best possible predictor is known too.
+
+Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2; Min et al. 2022,
+"Rethinking the Role of Demonstrations", for the shuffled labels.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import instructions
+from ..data import Tokenizer
+from ..errors import UserError
+from ..evaluate import Rate, answers, likelihoods, wilson
+from ..generate import encode_prompt
+from ..model import GPT
+from ..world import TASKS, World, raw_integers, shuffled, tasks
+
+Pair = tuple[str, str]  # a question and its answer
+
+STYLES = {  # between question and answer, and after it
+    "arrow": (" ->", "; "), "colon": (":", ", "), "equals": (" =", " / "), "lines": ("", "\n"),
+}  # fmt: skip
+CONTROLS = ("shuffled", "unseen", "reordered")
+
+
+class Prompt(NamedTuple):
+    """A question with the examples before it."""
+
+    examples: tuple[Pair, ...]
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()  # what the answer is among; none: anything
+    optimal: float = math.nan  # how often the best predictor is right
+
+
+def text(prompt: Prompt, style: str) -> str:
+    """A prompt as one text, up to where the answer begins.
+
+    >>> text(Prompt((("apple", "dax"), ("dog", "wug")), "pear", "dax"), "arrow")
+    'apple -> dax; dog -> wug; pear ->'
+    """
+    between, after = STYLES[style]
+    return "".join(f"{x}{between} {y}{after}" for x, y in prompt.examples) + prompt.question + between
+
+
+def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
+    """Its ids; in the style "chat", that of instruction tuning, the examples are earlier turns."""
+    if style != "chat":
+        return encode_prompt(tokenizer, text(prompt, style))
+    turns = [message for pair in prompt.examples for message in instructions.pair(*pair)]
+    return instructions.prompt(tokenizer, [*turns, {"role": "user", "content": prompt.question}])
+
+
+def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+    """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model."""
+    ids = _fitting(model, tokenizer, prompts, style)
+    known = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
+    found = likelihoods(model, ids, [[known[choice] for choice in prompt.choices] for prompt in prompts])
+    return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, found, strict=True)]
+
+
+def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+    """What the model writes by itself, greedily, up to the end of the text or of the style's answer."""
+    ids = _fitting(model, tokenizer, prompts, style)
+    longest = max(len(tokenizer.encode(f" {prompt.answer}")) for prompt in prompts)
+    room = model.context - max(map(len, ids))
+    after = STYLES[style][1].strip(" ") if style != "chat" else ""
+    found = [answer.text for answer in answers(model, tokenizer, ids, min(longest + 2, room))]
+    return [(said.split(after)[0] if after else said).strip() for said in found]
+
+
+def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[np.ndarray]:
+    ids = [encoded(tokenizer, prompt, style) for prompt in prompts]
+    room = max(len(tokenizer.encode(f" {choice}")) for p in prompts for choice in (p.answer, *p.choices))
+    longest = max(map(len, ids))
+    if longest + room > model.context:
+        raise UserError(
+            f"a prompt with its answer has {longest + room} tokens, and the model {model.context} positions: "
+            "give fewer --shots"
+        )
+    return ids
+
+
+def accuracy(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "arrow", free: bool = False
+) -> Rate:
+    """How often the answer is the right one, among the choices or, where there are none or `free`, at all."""
+    free = free or not all(prompt.choices for prompt in prompts)
+    found = (written if free else chosen)(model, tokenizer, prompts, style)
+    right = (said == prompt.answer for said, prompt in zip(found, prompts, strict=True))
+    return wilson(sum(right), len(prompts))
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+def mappings(world: World, shots: int, count: int, control: str = "") -> list[Prompt]:
+    """Words of four kinds of thing, each kind with a nonsense label that is drawn for this prompt.
+
+    The best predictor knows the label of a kind that an example shows, and else guesses among the labels that
+    none has. With more shots the questions are the same and the examples more. control: "shuffled" gives each
+    example the label of any of the four kinds, "unseen" asks for a word that is in no example, "reordered"
+    has the same examples in another order.
+    """
+    kinds, labels = world.lexicon.categories, world.lexicon.labels
+    found = []
+    for n in range(count):
+        integers = raw_integers(world.seed, TASKS, 20, n)
+        mine = shuffled(range(len(kinds)), integers)[:4]
+        label_of = dict(zip(mine, shuffled(labels, integers), strict=False))
+
+        def draw(integers=integers, mine=mine) -> tuple[int, str]:
+            kind = mine[next(integers) % len(mine)]
+            words = list(kinds[kind])
+            return kind, words[next(integers) % len(words)]
+
+        kind, question = draw()
+        drawn = []
+        while len(drawn) < shots:
+            example = draw()
+            other = label_of[mine[next(integers) % len(mine)]]
+            if control != "unseen" or example[1] != question:
+                drawn.append((*example, other if control == "shuffled" else label_of[example[0]]))
+        if control == "reordered":
+            drawn = shuffled(drawn, integers)
+        seen = {example for example, _, _ in drawn}
+        best = 1.0 if kind in seen else 1 / (len(labels) - len(seen))
+        best = math.nan if control == "shuffled" else best
+        examples = tuple((word, label) for _, word, label in drawn)
+        found.append(Prompt(examples, question, label_of[kind], tuple(labels), best))
+    return found
+
+
+def from_world(world: World, task: str, shots: int, count: int) -> list[Prompt]:
+    """A task of `WORLD_TASKS`: examples from what is for tuning, questions about who and what is not.
+
+    Examples are of the question's own kind: attribute and wording, or pair of labels.
+    """
+    like: dict[object, list[Pair]] = {}
+    for kind, question, answer, _ in WORLD_TASKS[task](world, "sft"):
+        like.setdefault(kind, []).append((question, answer))
+    asked = tasks.some(world, list(WORLD_TASKS[task](world, "eval")), count)
+    found = []
+    for n, (kind, *question) in enumerate(asked):
+        integers = raw_integers(world.seed, TASKS, 21, n)
+        examples = [like[kind][next(integers) % len(like[kind])] for _ in range(shots)]
+        found.append(Prompt(tuple(examples), *question))
+    return found
+
+
+def _people(world: World, split: str) -> Iterator[tuple]:
+    for person in world.people("known", split):
+        for attribute, value in zip(world.lexicon.attributes, person.values, strict=True):
+            yield attribute.name, person.name, attribute.values[value], attribute.values
+
+
+def _questions(world: World, split: str) -> Iterator[tuple]:
+    values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
+    for item in tasks.questions(world, world.people("known", split)):
+        name, meta = item["meta"]["about"][0], item["meta"]
+        yield item["prompt"].replace(name, ""), item["prompt"], meta["answer"], values[meta["attribute"]]
+
+
+def _phrases(world: World, split: str) -> Iterator[tuple]:
+    for english, korean in world.phrases("seen" if split == "sft" else split):
+        yield "", english, korean, ()
+
+
+def _reviews(world: World, split: str) -> Iterator[tuple]:
+    for item in tasks.sentiments(world, split, 1000):
+        meta = item["meta"]
+        labels = tuple(pair[meta["labels"]] for pair in world.lexicon.polarities)
+        yield meta["labels"], meta["about"][0], meta["answer"], labels
+
+
+WORLD_TASKS = {"people": _people, "questions": _questions, "phrases": _phrases, "reviews": _reviews}
+
+
+def from_file(path: Path, shots: int, count: int, seed: int = 0) -> list[Prompt]:
+    """Questions of a JSON Lines file, each with other lines of it as examples, drawn anew.
+
+    A line has "prompt" and "completion", and may have "choices", a list that holds the completion. Raises
+    UserError, with file and line.
+    """
+    rows = list(_rows(path))
+    if len(rows) <= shots:
+        raise UserError(f"{path}: {len(rows)} lines are too few for {shots} examples and a question")
+    rng, found = np.random.default_rng(seed), []
+    for n in rng.permutation(len(rows))[:count]:
+        others = rng.permutation(len(rows) - 1)[:shots]
+        examples = tuple(rows[m + (m >= n)][:2] for m in others)
+        found.append(Prompt(examples, *rows[n]))
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, answer, choices = row["prompt"], row["completion"], row.get("choices", [])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f'{path}:{number}: is no {{"prompt": "...", "completion": "..."}}') from None
+        strings = isinstance(choices, list) and all(isinstance(s, str) for s in (question, answer, *choices))
+        if not strings or not answer.strip() or (choices and answer not in choices):
+            raise UserError(f"{path}:{number}: needs texts, an answer, and choices that have it, or none")
+        yield question.strip(), answer.strip(), tuple(choice.strip() for choice in choices)
