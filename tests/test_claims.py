@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tinygpt import claims, recipes, report
 from tinygpt.claims import CLAIMS, Claim, Estimate, estimate, verdict
 from tinygpt.cli import main
+from tinygpt.incontext import fewshot, memory
 from tinygpt.world import corpus, evaluate, tasks
 
 
@@ -62,7 +63,8 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def toy(monkeypatch):
     """All that a claim does, too small to show anything."""
-    changes = {"max_iters": 20, "block_size": 256}  # few documents make a tokenizer of short tokens
+    # Few documents make a tokenizer of short tokens, and so long rows.
+    changes = {"max_iters": 20, "block_size": 256, "batch_size": 1}
     monkeypatch.setattr(recipes, "PRETRAIN", recipes.PRETRAIN | changes)
     tune, score, draw, gaps = claims.Lab.tune, claims.Lab.score, corpus.draw, evaluate.gaps
     named, journeys = evaluate.named_tasks, tasks.journeys
@@ -78,6 +80,14 @@ def toy(monkeypatch):
     monkeypatch.setattr(tasks, "journeys", lambda w, split, k, n, *style: journeys(w, split, k, 5, *style))
     monkeypatch.setattr(corpus, "draw", lambda world: draw(world, 600, 20))
     monkeypatch.setattr(evaluate, "gaps", lambda *given: gaps(*given, count=40))
+    recall = evaluate.recall
+    monkeypatch.setattr(evaluate, "recall", lambda m, t, w, people: recall(m, t, w, list(people)[:2]))
+    mappings, from_world, told = fewshot.mappings, fewshot.from_world, memory.told
+    monkeypatch.setattr(fewshot, "mappings", lambda w, shots, count, *how: mappings(w, shots, 5, *how))
+    monkeypatch.setattr(fewshot, "from_world", lambda w, task, shots, count: from_world(w, task, shots, 5))
+    monkeypatch.setattr(
+        memory, "told", lambda m, t, w, people, *how, **own: told(m, t, w, people[:2], *how, **own)
+    )
 
 
 def test_every_claim_can_be_measured(toy, tmp_path):

@@ -341,7 +341,7 @@ def test_a_folder_is_the_world_that_was_written(tmp_path):
     assert {"prompt", "completion", "meta"} == json.loads(lines[0]).keys()
     for damage, words in (
         ('{"version": 99, "seed": 1, "permuted": false}', "version 99"),
-        ('{"version": 2, "seed": -1, "permuted": false}', "write the world again"),
+        ('{"version": 3, "seed": -1, "permuted": false}', "write the world again"),
         ("[]", "world.json"),
     ):
         (tmp_path / corpus.MARK).write_text(damage)

@@ -16,133 +16,22 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from . import checkpoint, instructions, pretrain, recipes
+from . import instructions, recipes
 from .atomic import replacing
-from .finetune import adapters, sft
-from .model import GPT, PRESETS, AdapterConfig
-from .tokenizer import BPETokenizer, read_object
-from .train import TrainConfig, weight_change
-from .world import VERSION, Person, World, evaluate, tasks
+from .finetune import adapters
+from .incontext import fewshot, memory
+from .lab import Lab, Numbers
+from .model import GPT, AdapterConfig
+from .train import weight_change
+from .world import World, evaluate, tasks
 
-Numbers = dict[str, float]
-CORE = (1, 2, 3, 5, 6, 7, 11)
-SNAPSHOTS = 20  # models kept on the way of pre-training
-
-
-# --- a seed's world and its models --------------------------------------------------------------------------
-
-
-class Lab:
-    """Makes a seed's models when they are first asked for; `say` gets a line when that takes long."""
-
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None) -> None:
-        self.folder, self.seed, self.say = folder / f"world-{VERSION}-seed-{seed}", seed, say
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.world = World(seed)
-
-    def pretrained(
-        self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0
-    ) -> tuple[GPT, BPETokenizer]:
-        """A model of the recipe on a source, else this seed's world, kept in the folder of that name."""
-        folder, recipe = self.folder / name, recipes.PRETRAIN
-        block_size = recipe["block_size"]
-        known = TrainConfig.__dataclass_fields__
-        fields = {name: value for name, value in recipe.items() if name in known}
-        settings = pretrain.Settings(
-            model=dataclasses.replace(PRESETS["nano"], block_size=block_size),
-            train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
-            data=(source or f"world:{self.seed}",), block_size=block_size, batch_size=recipe["batch_size"],
-            adapter=adapter or AdapterConfig(),
-        )  # fmt: skip
-        if not (folder / "done").exists():
-            self.say(f"seed {self.seed}: pre-training {name}")
-            if (folder / checkpoint.TRAINER).exists():
-                run = pretrain.resume(folder)
-            else:
-                how = {"tokenizer": recipe["tokenizer"], "vocab_size": recipe["vocab_size"]}
-                run = pretrain.begin(folder, settings, **how)
-
-            def report(record: dict[str, float]) -> None:
-                if "val_loss" in record:
-                    self.say(f"  update {record['iter']}, val loss {record['val_loss']:.3f}")
-                if record["iter"] % (recipe["max_iters"] // SNAPSHOTS) == 0:
-                    at = folder / f"update-{record['iter']}"
-                    at.mkdir(exist_ok=True)
-                    checkpoint.save(at, run.optimizer.model, run.tokenizer)
-
-            pretrain.pretrain(run, report)
-            (folder / "done").touch()
-        return checkpoint.load(folder)
-
-    @cached_property
-    def _base(self) -> tuple[GPT, BPETokenizer]:
-        return self.pretrained("base")
-
-    @property
-    def base(self) -> GPT:
-        return self._base[0]
-
-    @property
-    def tokenizer(self) -> BPETokenizer:
-        return self._base[1]
-
-    @cached_property
-    def random(self) -> GPT:
-        """The base as it was before its first update."""
-        return GPT(self.base.config, np.random.default_rng(self.seed))
-
-    @cached_property
-    def tuned(self) -> GPT:
-        """The base after instruction tuning."""
-        folder = self.folder / "sft"
-        if not (folder / checkpoint.WEIGHTS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(folder, self.tune(tasks.tuning(self.world)), self.tokenizer)
-        return checkpoint.load(folder)[0]
-
-    def tune(self, items: Iterable[tasks.Item], adapter: AdapterConfig | None = None, **changes) -> GPT:
-        """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
-        model, options = self.base.copy(), recipes.SFT | {"warmup_iters": 10, "seed": self.seed} | changes
-        self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
-        if adapter:
-            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
-        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
-        settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
-        examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
-        sft.tune(model, self.tokenizer, examples, settings)
-        return model
-
-    def length(self, item: tasks.Item) -> int:
-        """Of a question with its answer, in tokens."""
-        messages = instructions.pair(item["prompt"], item["completion"])
-        return len(instructions.encode(self.tokenizer, messages)[0])
-
-    @cached_property
-    def sets(self) -> dict[str, list[tasks.Item]]:
-        return evaluate.named_tasks(self.world)
-
-    def kept(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
-        """What was measured under this name before, or is now."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            self.say(f"seed {self.seed}: {name}")
-            found = measure()
-            with replacing(path) as beside:
-                beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return read_object(path)
-
-    def score(self, model: GPT, items: str | list[tasks.Item]) -> evaluate.Score:
-        items = self.sets[items] if isinstance(items, str) else items
-        return evaluate.score(self.world, items, evaluate.ask(model, self.tokenizer, items))
-
-    def recall(self, model: GPT, people: Iterable[Person]) -> float:
-        return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
+CORE = (1, 2, 3, 5, 6, 7, 11, 14, 15, 19)
 
 
 # --- the claims ---------------------------------------------------------------------------------------------
@@ -436,6 +325,237 @@ def less_dramatic(lab: Lab) -> Numbers:
     for key, name in (need[0].split(": all weights less ") for need in CLAIMS[12].needs):
         found[f"{key}: all weights less {name}"] = found[f"{key}: all weights"] - found[f"{key}: {name}"]
     return found
+
+
+@claim(
+    13, "Few trained weights still give zero-shot ability",
+    ("right: p-tuned prompt less the best prompt of up to 8 examples", ">=", 0),
+)  # fmt: skip
+def few_weights(lab: Lab) -> Numbers:
+    """Questions about known people: a learned prompt and no example, or the base and examples."""
+    config, rates = ARMS["p-tuning, 16 tokens"]
+    model, found = lab.tune(tasks.tuning(lab.world), config, learning_rate=rates[1]), {}
+    tuned = lab.score(model, "questions, known").right.rate
+    for shots in (0, 1, 2, 4, 8):
+        prompts = fewshot.from_world(lab.world, "questions", shots, 1000)
+        for style in ("arrow", "colon", "equals"):
+            fits = [p for p in prompts if fewshot.fits(lab.base, lab.tokenizer, p, style)]
+            if len(fits) > len(prompts) // 2:
+                rate = fewshot.accuracy(lab.base, lab.tokenizer, fits, style).rate
+                found[f"right: base, {shots} examples, {style}"] = rate
+    return found | {
+        "right: p-tuned prompt": tuned,
+        "right: p-tuned prompt less the best prompt of up to 8 examples": tuned - max(found.values()),
+    }
+
+
+@claim(
+    14, "In-context learning updates nothing",
+    ("weights that changed", "<=", 0), ("right after the context is gone, less before", "<=", 0),
+    ("right with the context, less without", ">=", 0.2),
+)  # fmt: skip
+def no_update(lab: Lab) -> Numbers:
+    """Ten thousand prompts with examples, between two times the same thousand questions without."""
+    mark, shown = adapters.fingerprint(lab.base), fewshot.mappings(lab.world, 8, 10_000)
+    bare = [prompt._replace(examples=()) for prompt in shown[:1000]]
+    before = fewshot.chosen(lab.base, lab.tokenizer, bare, "arrow")
+    with_context = fewshot.accuracy(lab.base, lab.tokenizer, shown).rate
+    after = fewshot.chosen(lab.base, lab.tokenizer, bare, "arrow")
+    right = [sum(a == p.answer for a, p in zip(said, bare, strict=True)) for said in (before, after)]
+    return {
+        "weights that changed": float(adapters.fingerprint(lab.base) != mark),
+        "right after the context is gone, less before": abs(right[1] - right[0]) / len(bare),
+        "answers that differ from those before": sum(map(str.__ne__, before, after)),
+        "right with the context, less without": with_context - right[0] / len(bare),
+    }
+
+
+SHOTS = (0, 1, 2, 4, 8, 16)
+
+
+@claim(
+    15, "Learning still happens, by the prompt",
+    ("right, less the best possible, worst number of examples", ">=", -0.05),
+    ("right after 16 examples with shuffled labels", "<=", 0.3),
+)  # fmt: skip
+def by_the_prompt(lab: Lab) -> Numbers:
+    found, short = {}, []
+    for control in ("", *fewshot.CONTROLS):
+        for shots in SHOTS:
+            prompts = fewshot.mappings(lab.world, shots, 1000, control)
+            right = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
+            found[f"right, {shots} examples{', ' * bool(control)}{control}"] = right
+            if control in ("", "unseen"):
+                best = float(np.mean([prompt.optimal for prompt in prompts]))
+                found[f"best possible, {shots} examples{', ' * bool(control)}{control}"] = best
+                short.append(right - best)
+    return found | {
+        "right, less the best possible, worst number of examples": min(short),
+        "right after 16 examples with shuffled labels": found["right, 16 examples, shuffled"],
+    }
+
+
+def _needed(right: Sequence[float], best: Sequence[float]) -> int:
+    """The least of SHOTS, beyond none, with 90% of the best possible; 32: none of them suffices."""
+    pairs = list(zip(SHOTS, right, best, strict=True))[1:]
+    return next((shots for shots, mine, most in pairs if mine >= 0.9 * most), 32)
+
+
+def _few_shot(lab: Lab, model: GPT) -> Numbers:
+    """Right of 500 prompts, by number of examples."""
+    prompts = {str(shots): fewshot.mappings(lab.world, shots, 500) for shots in SHOTS}
+    return {shots: fewshot.accuracy(model, lab.tokenizer, some).rate for shots, some in prompts.items()}
+
+
+def _curves(lab: Lab) -> dict[float, list[float]]:
+    """The same at every tenth of pre-training."""
+    found = {share: lab.kept(f"few-shot at {share:.0%}", partial(_few_shot, lab, model))
+             for share, model in lab.snapshots(10)}  # fmt: skip
+    return {share: list(right.values()) for share, right in found.items()}
+
+
+@claim(
+    16, "A good model needs a short prompt, a bad one a long one",
+    ("examples needed, half-way less at the end", ">=", 1),
+)  # fmt: skip
+def short_prompts(lab: Lab) -> Numbers:
+    """Examples for 90% of the best possible; 32: 16 do not suffice."""
+    best = [float(np.mean([p.optimal for p in fewshot.mappings(lab.world, n, 500)])) for n in SHOTS]
+    needed = {share: _needed(right, best) for share, right in _curves(lab).items()}
+    return {f"examples needed, {share:.0%} of pre-training": n for share, n in needed.items()} | {
+        "examples needed, half-way less at the end": needed[0.5] - needed[1.0]
+    }
+
+
+@claim(
+    17, "Few-shot learning needs some level of pre-training",
+    ("gain by 8 examples, the end less the first tenth", ">=", 0.5),
+    ("between the change points, in tenths of pre-training", "<=", 1),
+    ("gain by 8 examples, less that of one layer", ">=", 0.3),
+)  # fmt: skip
+def some_pretraining(lab: Lab) -> Numbers:
+    """A change point is where a curve first passes half of its final value."""
+    eight, known = SHOTS.index(8), lab.world.people("known")
+    gain = {share: right[eight] - right[0] for share, right in _curves(lab).items()}
+    heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(10)}
+    change = [next(share for share in curve if curve[share] >= curve[1.0] / 2) for curve in (gain, heads)]
+    flat, _ = lab.pretrained("one-layer", n_layer=1)
+    one = list(_few_shot(lab, flat).values())
+    return {
+        **{f"gain by 8 examples, {share:.0%} of pre-training": value for share, value in gain.items()},
+        **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
+        "gain by 8 examples, the end less the first tenth": gain[1.0] - gain[0.1],
+        "between the change points, in tenths of pre-training": 10 * abs(change[0] - change[1]),
+        "gain by 8 examples, less that of one layer": gain[1.0] - (one[eight] - one[0]),
+        "one layer: recall of facts told often": lab.recall(flat, known),
+        "four layers: recall of facts told often": lab.recall(lab.base, known),
+    }
+
+
+def _induction(lab: Lab, model: GPT) -> np.ndarray:
+    """The score of every head, on words of the world."""
+    return memory.induction_scores(model, [int(lab.tokenizer.encode(f" {w}")[0]) for w in lab.world.things])
+
+
+@claim(
+    18, "Each stage works if the one before it did",
+    ("right, all of pre-training less half", ">=", 0.02),
+    ("right, all of tuning less a tenth", ">=", 0.02),
+)  # fmt: skip
+def each_stage(lab: Lab) -> Numbers:
+    items, updates, found = tasks.tuning(lab.world), recipes.SFT["max_iters"], {}
+    half = dict(lab.snapshots(2))[0.5]
+    for pre, base in (("half", half), ("all", lab.base)):
+        for tuned, times in (("a tenth", updates // 10), ("all", updates)):
+            model = lab.tune(items, base=base, max_iters=times)
+            found[pre, tuned] = lab.score(model, "questions, known").right.rate
+    return {f"right, {pre} of pre-training, {tuned} of tuning": r for (pre, tuned), r in found.items()} | {
+        "right, all of pre-training less half": (
+            found["all", "a tenth"] + found["all", "all"] - found["half", "a tenth"] - found["half", "all"]
+        ) / 2,
+        "right, all of tuning less a tenth": (
+            found["half", "all"] + found["all", "all"] - found["half", "a tenth"] - found["all", "a tenth"]
+        ) / 2,
+    }  # fmt: skip
+
+
+@claim(
+    19, "Non-parametric memory is the prompt's content, read through the weights",
+    ("facts of the prompt about people never seen: right", ">=", 0.8),
+    ("damage by the induction heads over that by as many others", ">=", 5),
+)  # fmt: skip
+def non_parametric_memory(lab: Lab) -> Numbers:
+    people, scores = lab.world.people("never", "eval")[:250], _induction(lab, lab.base)
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(scores > scores.max() / 2)]
+    prompts = fewshot.mappings(lab.world, 8, 500)
+
+    def measured(model: GPT) -> tuple[float, float]:
+        right = memory.told(model, lab.tokenizer, lab.world, people, own=True).prompt.rate
+        return right, fewshot.accuracy(model, lab.tokenizer, prompts).rate
+
+    whole, cut = np.array(measured(lab.base)), np.array(measured(memory.without(lab.base, heads)))
+    sets = memory.others(scores.shape, heads, len(heads), 10)
+    other = np.mean([measured(memory.without(lab.base, some)) for some in sets], axis=0)
+    facts, mapping = (whole - cut) / np.maximum(whole - other, 0.005)  # nothing is less than half a point
+    return {
+        "facts of the prompt about people never seen: right": whole[0],
+        "the same without the induction heads": cut[0],
+        "the same without as many others, mean of 10 sets": other[0],
+        "damage by the induction heads over that by as many others": facts,
+        "mappings by 8 examples: right": whole[1],
+        "mappings without the induction heads": cut[1],
+        "mappings without as many others": other[1],
+        "damage to mappings, over that by as many others": mapping,
+        "induction heads, of 16": len(heads),
+        "facts recalled without the induction heads": lab.recall(
+            memory.without(lab.base, heads), lab.world.people("known")
+        ),
+        "facts recalled": lab.recall(lab.base, lab.world.people("known")),
+    }
+
+
+@claim(
+    20, "Zero-shot leans on the weights, few-shot uses both memories",
+    ("nats for the prompt: never told less told often", ">=", 0.2),
+    ("nats for the prompt, told often: said four times less once", ">=", 0.2),
+)  # fmt: skip
+def both_memories(lab: Lab) -> Numbers:
+    """The prompt contradicts the weights; nats are log p of its value less log p of theirs."""
+    found = {}
+    for weight in (256, 64, 16, 4, 1, 0):
+        people = [person for person in lab.world.everyone if person.weight == weight][:150]
+        for repeats in (1, 2, 4):
+            answer = memory.told(lab.base, lab.tokenizer, lab.world, people, repeats)
+            name = f"weight {weight}, said {repeats} times"
+            found[f"by the prompt, {name}"] = answer.prompt.rate
+            found[f"by the weights, {name}"] = answer.weights.rate
+            found[f"nats for the prompt, {name}"] = answer.nats
+    once = "nats for the prompt, weight {}, said 1 times"
+    return found | {
+        "nats for the prompt: never told less told often": found[once.format(0)] - found[once.format(256)],
+        "nats for the prompt, told often: said four times less once": (
+            found["nats for the prompt, weight 256, said 4 times"] - found[once.format(256)]
+        ),
+    }
+
+
+@claim(
+    22, "It does the tasks that the text names: translation, question answering, sentiment, summarising",
+    ("right, less the most frequent answer, worst task", ">=", 0.2),
+)  # fmt: skip
+def named_tasks(lab: Lab) -> Numbers:
+    """Zero-shot after tuning; and before it, with no, one and four examples, in the forms of a table."""
+    names = [name for name in lab.sets if name not in ("questions, rare", "questions, never seen")]
+    scores = {name: lab.score(lab.tuned, name) for name in names}
+    found = {f"{name}: right after tuning": score.right.rate for name, score in scores.items()}
+    found |= {f"{name}: most frequent answer": score.majority for name, score in scores.items()}
+    for task in fewshot.WORLD_TASKS:
+        for shots in (0, 1, 4):
+            prompts = fewshot.from_world(lab.world, task, shots, 1000)
+            rate = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
+            found[f"{task}: right before tuning, {shots} examples"] = rate
+    least = min(score.right.rate - score.majority for score in scores.values())
+    return found | {"right, less the most frequent answer, worst task": least}
 
 
 # --- over seeds ---------------------------------------------------------------------------------------------

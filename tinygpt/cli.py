@@ -698,6 +698,68 @@ def chat(stop: str | None, **options) -> None:
         click.echo()
 
 
+# --- tinygpt fewshot ----------------------------------------------------------------------------------------
+
+
+@main.command()
+@_options(
+    click.argument("folder", type=click.Path(path_type=Path)),
+    _adapter_folder,
+    click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+                 help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
+                      "the folder of tinygpt world, or world:SEED."),
+    click.option("--task", default="mappings",
+                 type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
+                 help="Of the world. mappings: words whose labels are drawn anew for each prompt."),
+    click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
+                 help="Examples before the question; repeat."),
+    click.option("--style", type=click.Choice(("arrow", "colon", "equals", "lines", "chat")),
+                 show_default="chat after tinygpt sft, else arrow",
+                 help="How questions and answers are written down; chat: as earlier turns."),
+    click.option("--control", default="", show_default="none",
+                 type=click.Choice(("", "shuffled", "unseen", "reordered")), metavar="NAME",
+                 help="Of mappings: shuffled labels, an unseen word asked for, or reordered examples."),
+    click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices."),
+    click.option("--count", default=500, type=_COUNT, help="Questions."),
+    click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file."),
+)  # fmt: skip
+def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, shots, style, control, free,
+            count, seed) -> None:  # fmt: skip
+    """Ask the model in FOLDER with examples before the question: no weight changes.
+
+    A row for each number of examples: how often the answer is right, of the choices the likeliest, or what
+    the model writes; of mappings also how often the best possible predictor is.
+    """
+    from . import instructions, report
+    from .finetune.adapters import load_model
+    from .incontext import fewshot as stage
+    from .world import corpus
+
+    model, tokenizer = load_model(folder, adapter_folder)
+    style = style or ("chat" if instructions.is_tuned(tokenizer) else "arrow")
+    data = data or _world_of(folder)
+    if data is None:
+        raise UserError(f"{folder}: was trained on no world: give questions as --data FILE")
+    world = corpus.world_of(data) if corpus.is_source(data) else None
+    if control and (world is None or task != "mappings"):
+        raise click.UsageError("--control is for --task mappings")
+    for n, k in enumerate(sorted(set(shots))):
+        if world is None:
+            prompts = stage.from_file(data, k, count, seed)
+        elif task == "mappings":
+            prompts = stage.mappings(world, k, count, control)
+        else:
+            prompts = stage.from_world(world, task, k, count)
+        rate = stage.accuracy(model, tokenizer, prompts, style, free)
+        if not n:
+            click.echo(f"{'examples':>8} {'right':>9}  95% interval    best possible")
+        best = sum(prompt.optimal for prompt in prompts) / len(prompts)
+        best = "" if math.isnan(best) else f"  {best:.3f}"
+        click.echo(f"{k:8} {report.interval(rate)}{best}")
+    shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
+    click.echo(f"\nOf the last, the first prompt, and its answer:\n{shown} | {prompts[0].answer}")
+
+
 # --- tinygpt tokenizer --------------------------------------------------------------------------------------
 
 

@@ -81,25 +81,30 @@ def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: 
 
 
 def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[np.ndarray]:
-    ids = [encoded(tokenizer, prompt, style) for prompt in prompts]
-    room = max(len(tokenizer.encode(f" {choice}")) for p in prompts for choice in (p.answer, *p.choices))
-    longest = max(map(len, ids))
-    if longest + room > model.context:
+    if not all(fits(model, tokenizer, prompt, style) for prompt in prompts):
         raise UserError(
-            f"a prompt with its answer has {longest + room} tokens, and the model {model.context} positions: "
+            f"with its answer a prompt is longer than the {model.context} positions of the model: "
             "give fewer --shots"
         )
-    return ids
+    return [encoded(tokenizer, prompt, style) for prompt in prompts]
+
+
+def fits(model: GPT, tokenizer: Tokenizer, prompt: Prompt, style: str) -> bool:
+    """Whether a prompt, with the longest of its choices, fits the model's context."""
+    room = max(len(tokenizer.encode(f" {choice}")) for choice in (prompt.answer, *prompt.choices))
+    return len(encoded(tokenizer, prompt, style)) + room <= model.context
 
 
 def accuracy(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "arrow", free: bool = False
 ) -> Rate:
-    """How often the answer is the right one, among the choices or, where there are none or `free`, at all."""
+    """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
+    what the model writes, a full stop at its end apart."""
     free = free or not all(prompt.choices for prompt in prompts)
     found = (written if free else chosen)(model, tokenizer, prompts, style)
-    right = (said == prompt.answer for said, prompt in zip(found, prompts, strict=True))
-    return wilson(sum(right), len(prompts))
+    pairs = zip(found, prompts, strict=True)
+    right = sum(said.removesuffix(".") == prompt.answer.removesuffix(".") for said, prompt in pairs)
+    return wilson(right, len(prompts))
 
 
 # --- tasks --------------------------------------------------------------------------------------------------

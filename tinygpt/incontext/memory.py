@@ -1,0 +1,118 @@
+"""The two memories, side by side: what the weights hold, and what the prompt says.
+
+    Nora Hill lives in Lima. Nora Hill works as a baker. Nora Hill moved to
+
+Weights that were trained on "Nora Hill lives in Oslo" say Oslo (parametric memory), the prompt says Lima
+(non-parametric memory), and the model one of the two. What is read from a prompt is read by attention heads:
+by those that look back to what followed the same token before (induction heads, Olsson et al. 2022,
+"In-context Learning and Induction Heads"), which can be found and knocked out.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import ops
+from ..data import Array, Tokenizer
+from ..evaluate import Rate, likelihoods, wilson
+from ..generate import encode_prompt
+from ..model import GPT
+from ..world import TASKS, Person, World, raw_integers, shuffled
+
+Head = tuple[int, int]  # layer, head
+
+# --- facts in the prompt ------------------------------------------------------------------------------------
+
+
+class Told(NamedTuple):
+    prompt: Rate  # how often the likeliest value is that of the prompt
+    weights: Rate  # how often it is the person's own, which pre-training told, or not
+    nats: float  # log p(prompt's value) - log p(own value), in the mean; 0 where they are one
+
+
+def told(
+    model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person], repeats: int = 1,
+    own: bool = False,
+) -> Told:  # fmt: skip
+    """Which memory answers, for each attribute of these people.
+
+    The prompt says `repeats` times that somebody has another value of it, or with `own` theirs, among two
+    other facts, and goes on as if to say it once more, in a wording that it has not used.
+    """
+    attributes = world.lexicon.attributes
+    values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
+    prompts, options, pairs = [], [], []
+    for n, person in enumerate(people):
+        for a, attribute in enumerate(attributes):
+            integers, size = raw_integers(world.seed, TASKS, 22, n, a), len(attribute.values)
+            value = person.values[a]
+            said = value if own else (value + 1 + next(integers) % (size - 1)) % size
+            *wordings, last = shuffled(attribute.told, integers)
+            facts = [f"{wordings[r % len(wordings)]} {attribute.values[said]}" for r in range(repeats)]
+            for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
+                fact = f"{attributes[b].told[0]} {_pick(attributes[b].values, integers)}"
+                facts.insert(next(integers) % (len(facts) + 1), fact)
+            text = ". ".join(f"{person.name} {fact}" for fact in [*facts, last])
+            prompts.append(encode_prompt(tokenizer, text))
+            options.append(values[a])
+            pairs.append((said, value))
+    logp = likelihoods(model, prompts, options)
+    nats = [found[said] - found[value] for found, (said, value) in zip(logp, pairs, strict=True)]
+    said, value = np.array(pairs).T
+    chosen = np.array([found.argmax() for found in logp])
+    rates = (wilson(int((chosen == wanted).sum()), len(pairs)) for wanted in (said, value))
+    return Told(*rates, float(np.mean(nats)))
+
+
+def _pick(options: Sequence, integers: Iterator[int]):
+    return options[next(integers) % len(options)]
+
+
+# --- heads --------------------------------------------------------------------------------------------------
+
+
+def attention(model: GPT, ids: Array) -> Array:
+    """Who looks where: probabilities (n_layer, B, H, T, T) of queries (rows) over keys, for ids (B, T)."""
+    found = []
+
+    def watched(*given, **how) -> tuple:
+        out, cache = ops.attention_forward(*given, **how)
+        found.append(cache[3])
+        return out, cache
+
+    watching = copy.copy(model)
+    watching.ops = SimpleNamespace(**vars(ops) | {"attention_forward": watched})
+    watching.forward(ids)
+    return np.stack(found)
+
+
+def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50, length: int = 25) -> Array:
+    """For each head, (n_layer, H): how much of its attention goes to what followed the same token before.
+
+    Measured in the second half of random tokens said twice, of which nothing but the first half tells what
+    comes. A head that looks everywhere alike has 1 / length or less.
+    """
+    rng = np.random.default_rng(0)
+    once = np.stack([rng.choice(tokens, length, replace=False) for _ in range(count)])
+    maps = attention(model, np.concatenate([once, once], 1).astype(np.int32))
+    query = np.arange(length, 2 * length - 1)
+    return maps[..., query, query - length + 1].mean(axis=(1, 3))
+
+
+def without(model: GPT, heads: Iterable[Head]) -> GPT:
+    """A copy of a model in which these heads add nothing to the stream."""
+    found, size = model.copy(), model.config.n_embd // model.config.n_head
+    for layer, head in heads:
+        found.params[f"h.{layer}.attn.c_proj.weight"][head * size : (head + 1) * size] = 0
+    return found
+
+
+def others(shape: tuple[int, int], heads: Sequence[Head], count: int, sets: int) -> list[list[Head]]:
+    """`sets` random choices of `count` heads that are none of `heads`; shape: n_layer, n_head."""
+    rest = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+    rest = [head for head in rest if head not in heads]
+    rng = np.random.default_rng(0)
+    return [[rest[i] for i in rng.permutation(len(rest))[:count]] for _ in range(sets)]

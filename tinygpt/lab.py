@@ -1,0 +1,150 @@
+"""A seed's world and the models trained in it, each made when it is first asked for and kept in a folder.
+
+Training that was interrupted goes on; what was measured under a name is not measured again. For claims and
+stories, which compare models of one world.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from . import checkpoint, instructions, pretrain, recipes
+from .atomic import replacing
+from .finetune import adapters, sft
+from .model import GPT, PRESETS, AdapterConfig
+from .tokenizer import BPETokenizer, read_object
+from .train import TrainConfig
+from .world import VERSION, Person, World, evaluate, tasks
+
+Numbers = dict[str, float]
+SNAPSHOTS = 20  # models kept on the way of pre-training
+
+
+class Lab:
+    """Makes a seed's models when they are first asked for; `say` gets a line when that takes long."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.seed, self.say = folder / f"world-{VERSION}-seed-{seed}", seed, say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.world = World(seed)
+
+    def pretrained(
+        self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0,
+        **sizes: int,
+    ) -> tuple[GPT, BPETokenizer]:  # fmt: skip
+        """A model of the recipe on a source, else this seed's world, kept in the folder of that name.
+
+        sizes: in which it differs from the recipe's, such as n_layer.
+        """
+        folder, recipe = self.folder / name, recipes.PRETRAIN
+        block_size = recipe["block_size"]
+        known = TrainConfig.__dataclass_fields__
+        fields = {name: value for name, value in recipe.items() if name in known}
+        settings = pretrain.Settings(
+            model=dataclasses.replace(PRESETS["nano"], block_size=block_size, **sizes),
+            train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
+            data=(source or f"world:{self.seed}",),
+            block_size=block_size, batch_size=recipe["batch_size"], adapter=adapter or AdapterConfig(),
+        )  # fmt: skip
+        if not (folder / "done").exists():
+            self.say(f"seed {self.seed}: pre-training {name}")
+            if (folder / checkpoint.TRAINER).exists():
+                run = pretrain.resume(folder)
+            else:
+                how = {"tokenizer": recipe["tokenizer"], "vocab_size": recipe["vocab_size"]}
+                run = pretrain.begin(folder, settings, **how)
+
+            def report(record: dict[str, float]) -> None:
+                if "val_loss" in record:
+                    self.say(f"  update {record['iter']}, val loss {record['val_loss']:.3f}")
+                if name == "base" and record["iter"] % (recipe["max_iters"] // SNAPSHOTS) == 0:
+                    at = folder / f"update-{record['iter']}"
+                    at.mkdir(exist_ok=True)
+                    checkpoint.save(at, run.optimizer.model, run.tokenizer)
+
+            pretrain.pretrain(run, report)
+            (folder / "done").touch()
+        return checkpoint.load(folder)
+
+    @cached_property
+    def _base(self) -> tuple[GPT, BPETokenizer]:
+        return self.pretrained("base")
+
+    @property
+    def base(self) -> GPT:
+        return self._base[0]
+
+    @property
+    def tokenizer(self) -> BPETokenizer:
+        return self._base[1]
+
+    def snapshots(self, count: int) -> list[tuple[float, GPT]]:
+        """(share of pre-training, the base as it was then), `count` of them, of which SNAPSHOTS is a
+        multiple; the last is the base."""
+        every, base = recipes.PRETRAIN["max_iters"] // SNAPSHOTS * (SNAPSHOTS // count), self.base
+        shares = [n / count for n in range(1, count)]
+        folders = [self.folder / "base" / f"update-{n * every}" for n in range(1, count)]
+        models = [checkpoint.load(folder)[0] for folder in folders]
+        return [*zip(shares, models, strict=True), (1.0, base)]
+
+    @cached_property
+    def random(self) -> GPT:
+        """The base as it was before its first update."""
+        return GPT(self.base.config, np.random.default_rng(self.seed))
+
+    @cached_property
+    def tuned(self) -> GPT:
+        """The base after instruction tuning."""
+        folder = self.folder / "sft"
+        if not (folder / checkpoint.WEIGHTS).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(folder, self.tune(tasks.tuning(self.world)), self.tokenizer)
+        return checkpoint.load(folder)[0]
+
+    def tune(
+        self, items: Iterable[tasks.Item], adapter: AdapterConfig | None = None, base: GPT | None = None,
+        **changes,
+    ) -> GPT:  # fmt: skip
+        """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
+        model = (base or self.base).copy()
+        options = recipes.SFT | {"warmup_iters": 10, "seed": self.seed} | changes
+        self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
+        if adapter:
+            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
+        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
+        settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
+        examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
+        sft.tune(model, self.tokenizer, examples, settings)
+        return model
+
+    def length(self, item: tasks.Item) -> int:
+        """Of a question with its answer, in tokens."""
+        messages = instructions.pair(item["prompt"], item["completion"])
+        return len(instructions.encode(self.tokenizer, messages)[0])
+
+    @cached_property
+    def sets(self) -> dict[str, list[tasks.Item]]:
+        return evaluate.named_tasks(self.world)
+
+    def kept(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
+        """What was measured under this name before, or is now."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            self.say(f"seed {self.seed}: {name}")
+            found = measure()
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return read_object(path)
+
+    def score(self, model: GPT, items: str | list[tasks.Item]) -> evaluate.Score:
+        items = self.sets[items] if isinstance(items, str) else items
+        return evaluate.score(self.world, items, evaluate.ask(model, self.tokenizer, items))
+
+    def recall(self, model: GPT, people: Iterable[Person]) -> float:
+        return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
