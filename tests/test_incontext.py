@@ -97,6 +97,8 @@ def test_controls():
     assert any(p.question in dict(p.examples) for p in plain)
     for one, other in zip(plain, fewshot.mappings(WORLD, 8, 300, "reordered"), strict=True):
         assert Counter(one.examples) == Counter(other.examples) and one[1:] == other[1:]
+    again = fewshot.mappings(WORLD, 8, 300, "reordered")
+    assert sum(a.examples == b.examples for a, b in zip(plain, again, strict=True)) < 5
     changed = fewshot.mappings(WORLD, 8, 300, "shuffled")
     assert sum(a.examples == b.examples for a, b in zip(plain, changed, strict=True)) < 5
     right = total = 0

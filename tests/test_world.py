@@ -39,7 +39,7 @@ TINY = Lexicon(
 
 
 HASHES = {
-    "corpus": "545438edded02fcdbda34cb3c9970650d9c8ba873682c52eee7e34946cf8b4ed",
+    "corpus": "d7f56ee0a198f38d96ee5831ece8802fcf1eb5b79e6d376a00fb42794ce03f6d",
     "tasks": "ae527efdbfe2cd37296712de65f8819ecc0dfece924e3c5052f9955a377ddcc4",
 }
 
@@ -341,7 +341,7 @@ def test_a_folder_is_the_world_that_was_written(tmp_path):
     assert {"prompt", "completion", "meta"} == json.loads(lines[0]).keys()
     for damage, words in (
         ('{"version": 99, "seed": 1, "permuted": false}', "version 99"),
-        ('{"version": 3, "seed": -1, "permuted": false}', "write the world again"),
+        ('{"version": 4, "seed": -1, "permuted": false}', "write the world again"),
         ("[]", "world.json"),
     ):
         (tmp_path / corpus.MARK).write_text(damage)
@@ -500,19 +500,20 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
 
 
 def test_rows_are_trained_on_in_their_order_and_then_in_another():
-    """Guards: an order that leaves documents out, and one in which the refrains do not come first."""
+    """Guards: an order that leaves documents out, and one in which the primers do not come first."""
     rows = data.Packed(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in data.Packed._fields))
     seen = [data.rows_in_order(rows, 4, step, seed=1).targets[:, 0].tolist() for step in range(5)]
     order = list(itertools.chain(*seen))
     assert order[:10] == list(range(10)) == sorted(order[10:]) != order[10:]
 
 
-def test_a_corpus_begins_with_refrains_alone():
+def test_a_corpus_begins_with_refrains_and_then_retrieval_alone():
     text = corpus.draw(WORLD, 100, 5)
-    programs = {name: partial(program, WORLD) for name, _, program in KINDS}
-    assert len(text.train) == 110 and corpus.count(text) == 100
-    assert all(logprob(programs["refrain"], document) > -math.inf for document in text.train[:10])
-    assert text.train[10:] == [document for _, document in take(WORLD, 100)]
+    assert len(text.train) == 112 and corpus.count(text) == 100
+    for n, document in enumerate(text.train[:12]):
+        wanted = [program for name, _, program in KINDS if name == ("refrain" if n < 9 else "retrieval")]
+        assert any(logprob(partial(program, WORLD), document) > -math.inf for program in wanted)
+    assert text.train[12:] == [document for _, document in take(WORLD, 100)]
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -4,6 +4,7 @@
     x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))     each block of GPT-2, pre-norm (Radford et al. 2019, 2.3)
     x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))     each block of GPT-1, post-norm (Radford et al. 2018, 4.1)
     logits = ln_f(x) wte^T                           the token table again; GPT-1 has no ln_f
+    scores = ln_f(x) score^T                         instead, where the config has num_labels: a reward model
 
 Parameters carry GPT-2's names and layout as Hugging Face has them, weights (in, out). Backward is the forward
 read from the bottom up. It computes gradients for the names it is given an array for and no others: freezing
@@ -49,6 +50,7 @@ class GPTConfig:
     dropout: float = 0.0  # on the embeddings and on each branch before it joins the stream
     post_norm: bool = False  # GPT-1's block instead of GPT-2's
     layer_norm_epsilon: float = 1e-5
+    num_labels: int = 0  # scores of a text instead of logits of the next token
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -70,7 +72,7 @@ class GPTConfig:
     @property
     def size(self) -> int:
         """The number of weights, without a list of them: C (12 C + 13) in a layer, 2 C in ln_f."""
-        C, tables = self.n_embd, self.vocab_size + self.block_size
+        C, tables = self.n_embd, self.vocab_size + self.block_size + self.num_labels
         return C * (tables + self.n_layer * (12 * C + 13) + 2 * (not self.post_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,6 +89,8 @@ class GPTConfig:
             shapes |= {h + "mlp.c_proj.weight": (4 * C, C), h + "mlp.c_proj.bias": (C,)}
         if not self.post_norm:
             shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        if self.num_labels:
+            shapes |= {"score.weight": (self.num_labels, C)}
         return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # stable: matrices first
 
 
@@ -264,6 +268,11 @@ class GPT(Parameters):
                 p[:] = ".ln_" in f".{name}" and name.endswith("weight")
 
     @property
+    def head(self) -> str:
+        """The parameter (outputs, C) that makes the result of what leaves the last block."""
+        return "score.weight" if self.config.num_labels else "wte.weight"
+
+    @property
     def trained(self) -> Parameters:
         """What training changes: the adapter's parameters where there is one, else the model's own."""
         return self.adapter or self
@@ -302,7 +311,7 @@ class GPT(Parameters):
         keep: bool = True,
         last: bool = False,
     ) -> tuple[Array, tuple]:
-        """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
+        """ids (B, T) -> logits (B, T, V), or scores (B, T, num_labels), and the cache that `backward` takes.
 
         positions (T,) or (B, T): rows of wpe, 0 to T - 1 by default, after those of an adapter's prompt.
         start (B, T): where each query's view begins, see `ops.visible_keys`. rng: turns dropout on. kv: a
@@ -347,8 +356,9 @@ class GPT(Parameters):
             x, c_norm = self._layernorm(x, "ln_f", run)
         if last:
             x = np.ascontiguousarray(x[:, -1:])
-        logits = ws("logits", (*x.shape[:2], self.config.vocab_size), x.dtype)
-        logits, c_head = self.ops.linear_forward(x, self._param("wte.weight").T, out=logits)
+        head = self._param(self.head)
+        logits = ws("logits", (*x.shape[:2], len(head)), x.dtype)
+        logits, c_head = self.ops.linear_forward(x, head.T, out=logits)
         return logits, (buffer, c_tok, c_pos, c_drop, sublayers, c_norm, c_head, c_prompt, prompt, rows)
 
     def _after(self, rows: Array, x: Array, out: Array) -> Array:
@@ -455,10 +465,10 @@ class GPT(Parameters):
             T, P = dlogits.shape[1], len(prompt)
             dprompt = np.empty_like(prompt) if self.adapter.layers else grads.get("embedding.weight")
             dprompt = np.empty_like(prompt) if dprompt is None else dprompt
-        dwte = grads.get("wte.weight", False)
-        dwte_t = dwte if dwte is False else dwte.T
+        dwte, dhead = grads.get("wte.weight", False), grads.get(self.head, False)
+        dhead = dhead if dhead is False else dhead.T
         text = {"T": dlogits.shape[1]}
-        dx, _, _ = self.ops.linear_backward(dlogits, c_head, dx=buffer("dx", C, **text), dw=dwte_t, db=False)
+        dx, _, _ = self.ops.linear_backward(dlogits, c_head, dx=buffer("dx", C, **text), dw=dhead, db=False)
         if c_norm is not None:
             dx = self._layernorm_backward(dx, c_norm, buffer("dx.ln_f", C, **text), grads)
         if rows:  # no logits were read from the prompt
@@ -474,7 +484,8 @@ class GPT(Parameters):
                 if dwte is not False:
                     dx, stream = buffer("dx.text", C, T=T), dx
                     self.ops.append_rows(dx, stream[:, P:], 0)
-            self.ops.embedding_backward(dx, c_tok, dwte, add=True)  # to the head's part: it is used twice
+            tied = self.head == "wte.weight"  # the table is used twice: this adds to the head's part
+            self.ops.embedding_backward(dx, c_tok, dwte, add=tied)
             if prompt is None:
                 self.ops.embedding_backward(dx, c_pos, grads.get("wpe.weight", False))
         if prompt is not None:
@@ -486,7 +497,7 @@ class GPT(Parameters):
         first, *rest = name.split(".")
         if first == "h":
             return 2 * int(rest[0]) + (rest[1] in ("mlp", "ln_2"))
-        if first == "ln_f":
+        if first in ("ln_f", "score"):
             return 2 * self.config.n_layer
         return 0 if first not in ("wte", "wpe") and self.adapter.config.kind == "prefix" else -1
 

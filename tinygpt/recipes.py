@@ -9,4 +9,4 @@ PRETRAIN = {
     "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4600,
     "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 920,
 }  # fmt: skip
-SFT = {"max_iters": 1000, "learning_rate": 3e-4, "eval_interval": 250}
+SFT = {"max_iters": 1000, "learning_rate": 2.5e-4, "eval_interval": 250}

@@ -4,9 +4,10 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
-The corpus begins with refrains alone, a tenth as many as there are documents after them: in a few hundred
-updates on these a model learns to copy from its context, which it hardly does from everything at once. This
-is pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
+The corpus begins with two kinds of document alone, refrains and then retrieval tables (`PRIMERS`). In a few
+hundred updates on these a model learns to copy from its context, and to look up what stands beside a word; from
+everything at once it hardly learns the first, and the second in some seeds only. This is pre-pre-training
+(Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
@@ -28,7 +29,8 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 140_000, 2_000  # for training: with refrains about 5.1 million tokens; for validation
+DOCUMENTS, HELD_OUT = 140_000, 2_000  # for training: with primers about 5.3 million tokens; for validation
+PRIMERS = {"refrain": 9, "retrieval": 3}  # before them, for every hundred
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -47,13 +49,13 @@ def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> 
     def drawn(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = drawn(documents // 10, PRIMER, "refrain") + drawn(documents, CORPUS)
-    return Corpus(world, train, drawn(held_out, VALIDATION))
+    train = [text for kind, n in PRIMERS.items() for text in drawn(documents * n // 100, PRIMER, kind)]
+    return Corpus(world, train + drawn(documents, CORPUS), drawn(held_out, VALIDATION))
 
 
 def count(corpus: Corpus) -> int:
-    """Its documents for training, without the refrains that they begin with."""
-    return len(corpus.train) * 10 // 11
+    """Its documents for training, without the primers that they begin with."""
+    return len(corpus.train) * 100 // (100 + sum(PRIMERS.values()))
 
 
 def is_source(source: str) -> bool:

@@ -272,7 +272,7 @@ def journey(w: World, c: Reader) -> None:
 
 
 KINDS = (
-    ("biography", 290, biography),
+    ("biography", 300, biography),
     ("passage", 100, passage),
     ("table", 50, people_table),
     ("table", 12, nouns_to_korean),
