@@ -507,11 +507,11 @@ def test_rows_are_trained_on_in_their_order_and_then_in_another():
     assert order[:10] == list(range(10)) == sorted(order[10:]) != order[10:]
 
 
-def test_a_corpus_begins_with_refrains_and_then_retrieval_alone():
+def test_a_corpus_begins_with_refrains_and_lists_alone():
     text = corpus.draw(WORLD, 100, 5)
     assert len(text.train) == 112 and corpus.count(text) == 100
     for n, document in enumerate(text.train[:12]):
-        wanted = [program for name, _, program in KINDS if name == ("refrain" if n < 9 else "retrieval")]
+        wanted = [program for name, _, program in KINDS if name == ("refrain" if n < 9 else "list")]
         assert any(logprob(partial(program, WORLD), document) > -math.inf for program in wanted)
     assert text.train[12:] == [document for _, document in take(WORLD, 100)]
 

@@ -66,16 +66,22 @@ _SUPPORTED = {
 }
 _GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+_JUDGE = "GPT2ForSequenceClassification"  # a model with a score head
 
 
 def _config_json(config: GPTConfig, eos_id: int | None) -> dict:
     kind = "openai-gpt" if config.post_norm else "gpt2"
     values = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
+    judge = {}
+    if config.num_labels:  # which transformers reads at the last token that is no padding
+        judge = {"architectures": [_JUDGE], "pad_token_id": eos_id}
+        judge |= {"id2label": {str(n): f"score {n}" for n in range(config.num_labels)}}
     return {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind]],
         **values,
+        **judge,
         "embd_pdrop": config.dropout,
         "attn_pdrop": 0.0,
         **first,
@@ -102,6 +108,11 @@ def read_config(folder: Path) -> GPTConfig:
         if name in raw and raw[name] not in allowed:
             raise UserError(f"{path}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
+    if raw.get("architectures") == [_JUDGE]:
+        labels = raw.get("id2label", {0: 0, 1: 1})  # transformers has two where nothing is said
+        values["num_labels"] = len(labels) if isinstance(labels, dict) else 0
+        if kind != "gpt2" or values["num_labels"] != 1:
+            raise UserError(f"{path}: {values['num_labels']} labels; only one, of a GPT-2, is supported")
     config = from_json(GPTConfig, values | {"post_norm": kind == "openai-gpt"}, str(path))
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{path}: n_inner is {short(raw['n_inner'])}; only 4 n_embd is supported")
@@ -175,17 +186,22 @@ def save_weights(folder: Path, model: GPT) -> None:
 
 
 def _write_weights(path: Path, model: GPT) -> None:
-    tensors = {f"transformer.{_their_name(name, model.config)}": p for name, p in model.params.items()}
+    tensors = {_their_name(name, model.config): p for name, p in model.params.items()}
+    tensors = {name if name == "score.weight" else f"transformer.{name}": p for name, p in tensors.items()}
     tensorfile.write(path, tensors, {"format": "pt"})
 
 
-def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
+def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     """The model, float32, and the tokenizer of a folder: tinygpt's, or a GPT-2 as downloaded from the hub.
 
-    Raises UserError for anything that is not exactly such a model.
+    judge: a reward model is wanted, and not one that writes. Raises UserError for anything that is not
+    exactly such a model.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if bool(config.num_labels) != judge:
+        kinds = "a model that writes", "a reward model, which judges answers"
+        raise UserError(f"{folder}: has {kinds[not judge]}; here {kinds[judge]} is needed")
     found = _tensors_of(folder)
     head = found.pop("lm_head.weight", None)
     _check_shapes(found, config, folder)

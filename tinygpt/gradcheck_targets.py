@@ -164,6 +164,7 @@ def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[s
     yield pair("cross_entropy", logits=normal((2, 4, 7)), targets=ids)
     yield "whole model", model_pair(ops, rng)
     yield "whole model, post-norm", model_pair(ops, rng, post_norm=True)
+    yield "reward model", model_pair(ops, rng, num_labels=1)
     for name, config in ADAPTERS.items():
         yield f"model, {name}", model_pair(ops, rng, "post-norm" in name, config)
 
@@ -184,14 +185,16 @@ ADAPTERS = {
 
 
 def model_pair(
-    ops: ModuleType, rng: np.random.Generator, post_norm: bool = False, adapter: AdapterConfig | None = None
-) -> Pair:
+    ops: ModuleType, rng: np.random.Generator, post_norm: bool = False, adapter: AdapterConfig | None = None,
+    num_labels: int = 0,
+) -> Pair:  # fmt: skip
     """A small GPT as one function of all its parameters, or of its adapter's: packed documents, dropout,
-    head, cross-entropy.
+    head, cross-entropy. With num_labels its result are the scores.
 
     The weights are of order 0.3: at an initialisation's 0.02 many gradients would drown in the rounding.
     """
-    config = GPTConfig(11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.2, post_norm=post_norm)
+    config = GPTConfig(11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.2, post_norm=post_norm,
+                       num_labels=num_labels)  # fmt: skip
     model, ws = GPT(config, dtype=np.float64, ops=ops), Workspace()
     start = np.array([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]])
     ids, targets = rng.integers(config.vocab_size, size=(2, 2, 6))
@@ -208,13 +211,15 @@ def model_pair(
             model.trained.params[name][:] = w
         dropout, positions = np.random.default_rng(1), np.arange(6) - start
         logits, cache = model.forward(ids, ws, positions=positions, start=start, rng=dropout)
+        if num_labels:
+            return logits.copy(), (cache, None)
         nll, c_nll = ops.cross_entropy_forward(logits, targets)
         return nll, (cache, c_nll)
 
     def backward(dnll, caches):
         cache, c_nll = caches
         _, grads = model.trained.gradients()
-        model.backward(ops.cross_entropy_backward(dnll, c_nll), cache, grads)
+        model.backward(dnll if num_labels else ops.cross_entropy_backward(dnll, c_nll), cache, grads)
         return grads
 
     return forward, backward, weights

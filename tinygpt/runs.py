@@ -158,9 +158,11 @@ def run(
     batches: Callable[[int, np.random.Generator], Sequence[train.Batch]],
     evaluate: Callable[[], train.Record],
     report: Callable[[train.Record], None],
+    **how,
 ) -> None:
     """`train.train` to the end; saves at every evaluation, at the end and on Ctrl-C, then KeyboardInterrupt.
 
+    Other arguments go to `train.train`.
     Each of its records becomes a line of metrics.jsonl and goes to `report`.
     """
     metrics = folder / METRICS
@@ -187,5 +189,6 @@ def run(
     records = train.resume_metrics(metrics, optimizer.steps)
     elapsed_s = records[-1]["elapsed_s"] if records else 0.0
     train.train(
-        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s
-    )
+        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s,
+        **how,
+    )  # fmt: skip

@@ -102,6 +102,7 @@ def train(
     report: Callable[[Record], None] = lambda record: None,
     save: Callable[[], None] = lambda: None,
     elapsed_s: float = 0.0,
+    compute: Callable | None = None,
 ) -> None:
     """Updates the optimizer's model, from update `optimizer.steps` on, until config.max_iters are made.
 
@@ -111,12 +112,16 @@ def train(
     returns. `save` is called after each such report, and on Ctrl-C when the update is done, after which
     KeyboardInterrupt is raised.
 
+    compute(optimizer, batches, ws, rng) puts gradients into `optimizer.flat` and returns the loss, or a
+    record with it as train_loss; by default it is `accumulate`.
+
     Raises NonFiniteError, before the update or the save in question.
     """
+    compute = compute or accumulate
     began, ws, saved = time.perf_counter() - elapsed_s, Workspace(), optimizer.steps
     with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
         while optimizer.steps < config.max_iters:
-            record = _update(optimizer, batches, config, ws, saved)
+            record = _update(optimizer, batches, config, compute, ws, saved)
             n = optimizer.steps
             due = n % config.eval_interval == 0 or n == config.max_iters
             found = evaluate() if due else {}
@@ -130,17 +135,20 @@ def train(
                 raise KeyboardInterrupt
 
 
-def _update(optimizer: AdamW, batches: Callable, config: TrainConfig, ws: Workspace, saved: int) -> Record:
+def _update(
+    optimizer: AdamW, batches: Callable, config: TrainConfig, compute: Callable, ws: Workspace, saved: int
+) -> Record:
     n, began = optimizer.steps, time.perf_counter()
     rng = np.random.default_rng([config.seed, n])
     todo = batches(n, rng)
-    loss = accumulate(optimizer, todo, ws, rng)
-    _check_finite(loss, "loss", n + 1, saved)
+    found = compute(optimizer, todo, ws, rng)
+    found = found if isinstance(found, dict) else {"train_loss": found}
+    _check_finite(found["train_loss"], "loss", n + 1, saved)
     lr = config.learning_rate_at(n)
     norm = optimizer.step(lr)
     _check_finite(norm, "gradient's norm", n + 1, saved)
     rate = sum(batch.ids.size for batch in todo) / (time.perf_counter() - began)
-    return {"iter": n + 1, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1)}
+    return {"iter": n + 1, **found, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1)}
 
 
 def accumulate(

@@ -5,9 +5,9 @@
     world.json                    which world it is
 
 The corpus begins with two kinds of document alone, refrains and then retrieval tables (`PRIMERS`). In a few
-hundred updates on these a model learns to copy from its context, and to look up what stands beside a word; from
-everything at once it hardly learns the first, and the second in some seeds only. This is pre-pre-training
-(Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
+hundred updates on these a model learns to copy from its context and to look up what stands beside a word.
+From everything at once it hardly learns the first, and the second in some seeds only. This is
+pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
@@ -30,7 +30,7 @@ from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
 DOCUMENTS, HELD_OUT = 140_000, 2_000  # for training: with primers about 5.3 million tokens; for validation
-PRIMERS = {"refrain": 9, "retrieval": 3}  # before them, for every hundred
+PRIMERS = {"refrain": 9, "list": 3}  # before them, for every hundred
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 

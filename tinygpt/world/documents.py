@@ -192,25 +192,25 @@ def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
     _table(w, c, key, value, 8, 20, formats)
 
 
-def refrain(w: World, c: Reader) -> None:
+def refrain(w: World, c: Reader, between: str = " ", most: int = 16) -> None:
     """Six to sixteen words, and then the same again, once to four times.
 
     From the second round on, what follows a word is what followed it before: this is where a model finds out
-    that it can copy.
+    that it can copy. With a comma `between` it has to look two tokens back, as in a table.
     """
-    pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
+    pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(most, w.longest)
     said, done = [pool[c.pick(pool)]], 2
     while True:
         new = [word for word in pool if word not in said]
         left, again = most - len(said), len(said) >= least
         weights = [left if again else 1] * len(new) + [max(len(new), 1) * again]
-        n = c.pick([f" {word}" for word in [*new, said[0]]], tuple(weights))
+        n = c.pick([f"{between}{word}" for word in [*new, said[0]]], tuple(weights))
         if n == len(new):
             break
         said.append(new[n])
-    rest = " ".join(said[1:])
-    c.text(f" {rest}")
-    while c.goes_on(done, 2, min(5, w.longest), f" {said[0]} {rest}"):
+    verse = between + between.join(said)
+    c.text(verse.removeprefix(between + said[0]))
+    while c.goes_on(done, 2, min(5, w.longest), verse):
         done += 1
 
 
@@ -283,8 +283,9 @@ KINDS = (
     ("categories", 20, partial(categories, formats=(PLAIN,))),
     ("retrieval", 45, retrieval),
     ("retrieval", 20, partial(retrieval, formats=(PLAIN,))),
-    ("refrain", 40, refrain),
+    ("refrain", 30, refrain),
+    ("list", 10, partial(refrain, between=", ", most=10)),
     ("review", 20, review),
     ("phrase book", 40, phrase_book),
-    ("journey", 45, journey),
+    ("journey", 55, journey),
 )

@@ -1,0 +1,186 @@
+"""The reward model: its loss, where a score is read, what it learns, how it is judged, its file."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tinygpt import checkpoint, instructions
+from tinygpt.errors import UserError
+from tinygpt.finetune import reward
+from tinygpt.finetune.reward import Comparison, Settings
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.tokenizer import BPETokenizer
+from tinygpt.train import TrainConfig
+
+WORDS = "red green blue black white"
+CONFIG = GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def tokenizer() -> BPETokenizer:
+    return BPETokenizer.train(f"User: Assistant: What is it? {WORDS} " * 9, 300)
+
+
+def make(dtype=np.float32) -> GPT:
+    return reward.with_head(GPT(CONFIG, np.random.default_rng(0), dtype), 1)
+
+
+def settings(**changes) -> Settings:
+    train = TrainConfig(max_iters=60, learning_rate=3e-3, min_lr=3e-4, warmup_iters=5)
+    return Settings(model=make().config, train=train, block_size=64, batch_size=16, **changes)
+
+
+def test_bradley_terry(rng):
+    chosen, rejected = rng.standard_normal((2, 5))
+    loss, dc, dr = reward.bradley_terry(chosen, rejected)
+    by_hand = [-math.log(1 / (1 + math.exp(r - c))) for c, r in zip(chosen, rejected, strict=True)]
+    assert loss == pytest.approx(np.mean(by_hand))
+    for n in range(5):
+        for d, sides in ((dc, (chosen, rejected)), (dr, (rejected, chosen))):
+            eps = np.eye(5)[n] * 1e-6
+            more, less = (reward.bradley_terry(*(p if d is dc else p[::-1]))[0]
+                          for p in ((sides[0] + eps, sides[1]), (sides[0] - eps, sides[1])))  # fmt: skip
+            assert d[n] == pytest.approx((more - less) / 2e-6, abs=1e-8)
+    huge = reward.bradley_terry(np.array([-1e4]), np.array([1e4]))
+    assert huge[0] == 2e4 and huge[1] == -1
+
+
+def test_the_gradient_of_the_loss(tokenizer):
+    """Of packed comparisons, by all weights: against differences."""
+    model = make(np.float64)
+    model.params["score.weight"] *= 20
+    texts = [reward.encode(tokenizer, "What is it?", word) for word in WORDS.split()[:4]]
+    rows = reward.marked(texts, 64)
+    optimizer = TrainConfig().optimizer(model)
+    value = lambda: reward.loss(optimizer, [rows], reward.Workspace())  # noqa: E731
+    value()
+    grad, start = optimizer.flat.copy(), model.flat.copy()
+    for direction in np.random.default_rng(0).standard_normal((3, model.flat.size)):
+        direction /= math.sqrt(model.flat.size)
+        sides = []
+        for sign in (1, -1):
+            model.flat[:] = start + sign * 1e-5 * direction
+            sides.append(value())
+        assert grad @ direction == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+def test_a_score_is_read_at_the_last_token_whatever_stands_beside_it(tokenizer):
+    """Guards: reading at padding, at another text's end, and an order of packing taken for that of texts."""
+    model = make(np.float64)
+    texts = [reward.encode(tokenizer, "What is it?" * (n % 2 + 1), WORDS[: 3 * n + 1]) for n in range(8)]
+    found = reward.scores(model, texts)
+    assert len(set(np.round(found, 12))) == 8
+    for ids, score in zip(texts, found, strict=True):
+        assert score == pytest.approx(model.forward(ids[None])[0][0, -1, 0], abs=1e-12)
+        padded = np.concatenate([ids, np.full(5, tokenizer.eos_id)])[None]
+        assert model.forward(padded)[0][0, len(ids) - 1, 0] == pytest.approx(score, abs=1e-12)
+    np.testing.assert_allclose(reward.scores(model, texts[::-1]), found[::-1], atol=1e-12)
+
+
+def test_the_judge_stands_where_it_would_answer_itself(tokenizer):
+    ids = reward.encode(tokenizer, "What is it?", "red")
+    text = "<|endoftext|>User: What is it?\nAssistant: red<|endoftext|>User: What is it?\nAssistant:"
+    assert tokenizer.decode(ids) == text
+    assert ids[-1] == instructions.prompt(tokenizer, "What is it?")[-1]
+
+
+def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
+    """Whoever is earlier in WORDS is better; some are labelled the wrong way."""
+    rng, words, found = np.random.default_rng(seed), WORDS.split(), []
+    for _ in range(count):
+        a, b = sorted(rng.choice(5, 2, replace=False))
+        pair, is_right = [words[a], words[b]], rng.random() >= slips
+        pair = pair if is_right else pair[::-1]
+        found.append(Comparison("What is it?", *pair, kind=f"{b - a} apart", is_right=is_right))
+    return found
+
+
+def test_it_learns_what_is_better_also_from_an_annotator_who_slips(tokenizer):
+    """Guards: a sign, a judgement against the labels instead of the truth."""
+    model = make()
+    before = reward.judge(model, tokenizer, comparisons(200, 1))
+    reward.fit(model, tokenizer, comparisons(400, 0, slips=0.15), settings())
+    after = reward.judge(model, tokenizer, comparisons(200, 1))
+    assert before.right.rate < 0.9 < after.right.rate and after.labels_right == 1 and after.margin > 0.5
+    assert sum(rate.n for rate in after.by_kind.values()) == 200 and set(after.by_kind) == {
+        f"{n} apart" for n in range(1, 5)
+    }
+    slipped = reward.judge(model, tokenizer, comparisons(400, 0, slips=0.15))
+    assert slipped.right.rate > 0.9 and slipped.labels_right == pytest.approx(0.85, abs=0.05)
+    # A score of 0.15 against 0.85 is what the labels are worth.
+    assert slipped.calibration < 0.1
+
+
+def test_shuffled_labels_teach_nothing(tokenizer):
+    model = make()
+    reward.fit(model, tokenizer, comparisons(400, 0, slips=0.5), settings())
+    found = reward.judge(model, tokenizer, comparisons(200, 1))
+    assert found.margin < 0.5
+
+
+def test_calibration_is_the_distance_from_what_was_labelled(tokenizer, monkeypatch):
+    """An overconfident judge: sure to 0.88, and right in half of the cases."""
+    pairs = [Comparison("a", "b", "c", is_right=n % 2 == 0) for n in range(10)]
+    scores = np.array([[1.0, -1.0] if n % 2 else [-1.0, 1.0] for n in range(10)]).ravel()
+    monkeypatch.setattr(reward, "scores", lambda *given: scores)
+    found = reward.judge(None, tokenizer, pairs)
+    assert found.right.rate == 0 and found.calibration == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)
+
+
+def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
+    texts = [(np.array([n, 1]), np.array([n, 2])) for n in range(10)]
+    s = dataclasses.replace(settings(), batch_size=4)
+    seen = [reward.batch(texts, s, n) for n in range(5)]
+    firsts = []
+    for rows in seen:
+        _, (b, t) = reward.read(np.zeros((*rows.ids.shape, 1)), rows.weights)
+        assert rows.ids[b, t].tolist() == [1, 2] * 4
+        firsts += rows.ids[b[::2], t[::2] - 1].tolist()
+    assert sorted(firsts[:10]) == sorted(firsts[10:]) == list(range(10)) and firsts[:10] != firsts[10:]
+
+
+def test_a_run_and_its_folder(tokenizer, tmp_path):
+    base, data = GPT(CONFIG, np.random.default_rng(0)), tmp_path / "pairs.jsonl"
+    checkpoint.save(tmp_path / "base", base, tokenizer)
+    rows = [{"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected, "meta": {"kind": c.kind}}
+            for c in comparisons(60, 0)]  # fmt: skip
+    data.write_text("\n".join(map(json.dumps, rows)))
+    s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG)
+    records = []
+    run = reward.begin(tmp_path / "judge", s, init_from=tmp_path / "base")
+    assert len(run.val) == 6 and len(run.train) == 54
+    reward.reward(run, records.append)
+    assert records[-1]["val_right"] > 0.6 and records[-1]["train_loss"] < records[0]["train_loss"]
+    model, again = checkpoint.load(tmp_path / "judge", judge=True)
+    assert model.config.num_labels == 1 and again.chat_template == instructions.TEMPLATE
+    np.testing.assert_array_equal(model.flat, run.optimizer.model.flat)
+    config = json.loads((tmp_path / "judge" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
+    assert config["pad_token_id"] == tokenizer.eos_id
+    with pytest.raises(UserError, match="has a reward model, which judges answers; here a model that writes"):
+        checkpoint.load(tmp_path / "judge")
+    with pytest.raises(UserError, match="has a model that writes; here a reward model"):
+        checkpoint.load(tmp_path / "base", judge=True)
+    resumed = reward.resume(tmp_path / "judge")
+    np.testing.assert_array_equal(resumed.optimizer.model.flat, model.flat)
+    data.write_text(data.read_text().replace("red", "pink"))
+    with pytest.raises(UserError, match="not the comparisons that the run in"):
+        reward.resume(tmp_path / "judge")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "x.jsonl:1: is no"), ("3", "x.jsonl:1: is no"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[]', "x.jsonl:2: is no"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "x.jsonl:1: is no"),
+        ('{"prompt": "a", "chosen": "b", "rejected": " b "}', "x.jsonl:1: chosen and rejected are the same"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match=words):
+        reward.read_file(tmp_path / "x.jsonl")

@@ -1,0 +1,354 @@
+"""RLHF: samples of the model's own answers, judged by a reward model, steer it by policy gradients.
+
+    maximise  E[ r(x, y) ] - beta KL(policy || reference),    y sampled from the policy
+
+One engine samples and scores answers. An algorithm is an objective: from log-probabilities of the sampled
+tokens, a loss and its gradient by them, d. What d does to the weights is what a weighted cross-entropy with
+weights -d does: a policy gradient is supervised learning of one's own answers, the better the more.
+
+    reinforce   -A logp                        A = r - mean of the others of the update
+    rloo        -min(q A, clip(q) A)           A = r - mean of the other answers to the same question
+    ppo         -min(q A, clip(q) A)           A from values by GAE
+    grpo        -min(q A, clip(q) A) + beta k3 A = (r - mean) / deviation, of answers to the same question
+    dpo         -log sigmoid(beta margin)      no samples: from comparisons
+
+q is the policy as it is over the policy that sampled, of a whole answer in RLOO, of a token in PPO and GRPO.
+The first three have the KL in the reward, r = score - beta log(policy / reference), GRPO in the loss, DPO in
+its derivation. k1, k2, k3 estimate it from samples (`KL`); what is reported is exact, over the vocabulary.
+
+References: Williams 1992 (REINFORCE); Ahmadian et al. 2024 (RLOO); Schulman et al. 2015, 2017 (GAE, PPO);
+Shao et al. 2024 (GRPO); Rafailov et al. 2023 (DPO); Ziegler et al. 2019, Ouyang et al. 2022 for the whole.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import train
+from ..data import Array, Tokenizer
+from ..generate import generate
+from ..model import GPT
+from ..optim import AdamW
+from ..storage import Workspace
+from . import reward
+
+ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How to sample and to learn from samples, under the names of TRL."""
+
+    algo: str = "rloo"
+    beta: float = 0.05  # how much a nat of KL costs
+    num_prompts: int = 16  # of an update
+    num_generations: int = 8  # answers to each
+    max_new_tokens: int = 16
+    num_iterations: int = 1  # updates from the same samples: more need clipping, that is ppo or grpo
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+class Samples(NamedTuple):
+    """N answers, those to one question side by side. Padding is on the right: nothing sees it."""
+
+    ids: Array  # (N, T) prompt, answer, padding
+    targets: Array  # (N, T)
+    mask: Array  # (N, T): 1 where the target is a token of the answer, its end included
+    answers: list[str]
+    stopped: Array  # (N,)
+
+
+def sample(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
+    rng: np.random.Generator, ws: Workspace | None = None,
+) -> Samples:  # fmt: skip
+    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing cut off."""
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    stop = tokenizer.eos_id
+    new = generate(model, asked, max_new_tokens, temperature=1.0, stop={stop}, rng=rng, ws=ws)
+    whole = [np.concatenate(pair) for pair in zip(asked, new, strict=True)]
+    shape = len(whole), max(map(len, whole)) - 1
+    ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for row, (text, prompt) in enumerate(zip(whole, asked, strict=True)):
+        n = len(text) - 1
+        ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
+    stopped = np.array([len(a) > 0 and a[-1] == stop for a in new])
+    answers = [tokenizer.decode(a[: len(a) - end]).strip() for a, end in zip(new, stopped, strict=True)]
+    return Samples(ids, targets, mask, answers, stopped)
+
+
+def logprobs(model: GPT, samples: Samples, ws: Workspace | None = None) -> Array:
+    """log p of each target (N, T), float64, 0 where the mask is 0. By the same forward that is trained."""
+    nll = model.losses(samples.ids, samples.targets, samples.mask, ws=ws)
+    return -(nll * samples.mask).astype(np.float64)
+
+
+def exact_kl(model: GPT, reference: GPT, samples: Samples) -> tuple[Array, Array]:
+    """KL(policy || reference) and the policy's entropy at each place of the answers, both (N, T), in nats,
+    over the whole vocabulary."""
+    logp, other = (_log_softmax(m.forward(samples.ids, keep=False)[0]) for m in (model, reference))
+    p = np.exp(logp)
+    return (p * (logp - other)).sum(-1) * samples.mask, -(p * logp).sum(-1) * samples.mask
+
+
+def _log_softmax(logits: Array) -> Array:
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+# --- advantages ---------------------------------------------------------------------------------------------
+
+
+def leave_one_out(r: Array) -> Array:
+    """r - mean of the others, along the last axis: a baseline that does not depend on the sample."""
+    n = r.shape[-1]
+    return (r - r.mean(-1, keepdims=True)) * (n / max(n - 1, 1))
+
+
+def standardised(r: Array) -> Array:
+    """(r - mean) / deviation, along the last axis, as GRPO and TRL have it, with n - 1 in the variance."""
+    spread = r.std(-1, ddof=1, keepdims=True) if r.shape[-1] > 1 else 0.0
+    return (r - r.mean(-1, keepdims=True)) / (spread + 1e-4)
+
+
+def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) -> Array:
+    """Advantages (N, T) of the masked places: A[t] = d[t] + gamma lam A[t + 1], with d[t] = r[t] + gamma
+    V[t + 1] - V[t], and V and A 0 after the last place. Schulman et al. 2015, equation 16."""
+    found, after, value = np.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * value - values[:, t]
+        after = np.where(here, delta + gamma * lam * after, 0.0)
+        value = np.where(here, values[:, t], 0.0)
+        found[:, t] = after
+    return found
+
+
+# --- objectives: from logp (N, T) of the sampled tokens, the loss and d loss / d logp -----------------------
+
+
+def policy_gradient(logp: Array, mask: Array, advantage: Array) -> tuple[float, Array]:
+    """-A log p(answer), mean over the answers: in expectation its gradient is that of -E[r], though it is no
+    measure of anything itself. advantage (N, T) or (N, 1)."""
+    weights = advantage * mask / len(logp)
+    return float(-(weights * logp).sum()), -weights
+
+
+def clipped(
+    logp: Array, old: Array, mask: Array, advantage: Array, cliprange: float, per_token: Array | None = None
+) -> tuple[float, Array]:
+    """-min(q A, clip(q, 1 - c, 1 + c) A) with q = exp(logp - old). Where the clip decides there is no
+    gradient: the policy has gone far enough that way. Schulman et al. 2017, equation 7.
+
+    per_token (N, T): how much each place counts; by default all places alike, 1 in sum.
+    """
+    weights = mask / max(mask.sum(), 1) if per_token is None else per_token
+    ratio = np.exp(logp - old)
+    plain, held = ratio * advantage, np.clip(ratio, 1 - cliprange, 1 + cliprange) * advantage
+    return float(-(weights * np.minimum(plain, held)).sum()), np.where(plain <= held, -weights * plain, 0.0)
+
+
+def k1(logp: Array, ref: Array) -> tuple[Array, Array]:
+    """log(policy / reference): unbiased as a number; in the loss its gradient is zero in the mean."""
+    return logp - ref, np.ones_like(logp)
+
+
+def k2(logp: Array, ref: Array) -> tuple[Array, Array]:
+    """Half its square: biased as a number; its gradient is that of the reverse KL, KL(policy || ref)."""
+    return (logp - ref) ** 2 / 2, logp - ref
+
+
+def k3(logp: Array, ref: Array) -> tuple[Array, Array]:
+    """reference / policy - 1 - log of it: unbiased and never negative; its gradient is, in the mean, that of
+    the forward KL, KL(reference || policy). Schulman 2020, "Approximating KL divergence"."""
+    ratio = np.exp(ref - logp)
+    return ratio - 1 - (ref - logp), 1 - ratio
+
+
+KL = {"k1": k1, "k2": k2, "k3": k3}  # estimates by a sampled token, and their derivatives by its logp
+
+
+def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
+    """-log sigmoid(beta (log-ratio of the chosen - that of the rejected)), the mean over N pairs, from the
+    log-probabilities of whole answers (N,); its gradient by the first two. Rafailov et al. 2023, eq. 7."""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    d = -beta / (1 + np.exp(margin)) / len(margin)
+    return float(np.logaddexp(0, -margin).mean()), d, -d
+
+
+# --- one update ---------------------------------------------------------------------------------------------
+
+
+class Experience(NamedTuple):
+    """Samples, and all that is known of them before they are learned from."""
+
+    samples: Samples
+    old: Array  # (N, T) log p under the policy that sampled
+    ref: Array  # (N, T) under the reference
+    scores: Array  # (N,) of the reward model
+    advantage: Array  # (N, T) or (N, 1)
+    returns: Array | None = None  # (N, T), what the values of PPO are to become
+    values: Array | None = None  # (N, T), what they were
+
+    @property
+    def ids(self) -> Array:
+        return self.samples.ids
+
+
+def experience(
+    samples: Samples, old: Array, ref: Array, scores: Array, config: Config, values: Array | None = None
+) -> Experience:
+    """Advantages from scores (N,), by the algorithm."""
+    mask, groups = samples.mask, (-1, config.num_generations)
+    with_kl = scores - config.beta * (old - ref).sum(1)
+    if config.algo == "ppo":
+        rewards = -config.beta * (old - ref)
+        last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+        rewards[np.arange(len(last)), last] += scores
+        advantage = gae(rewards, values, mask, config.gamma, config.lam)
+        returns = advantage + values
+        mean = (advantage * mask).sum() / mask.sum()
+        spread = math.sqrt((mask * (advantage - mean) ** 2).sum() / mask.sum())
+        return Experience(samples, old, ref, scores, (advantage - mean) / (spread + 1e-8), returns, values)
+    advantage = {
+        "reinforce": lambda: leave_one_out(with_kl),
+        "rloo": lambda: leave_one_out(with_kl.reshape(groups)).ravel(),
+        "grpo": lambda: standardised(scores.reshape(groups)).ravel(),
+    }[config.algo]()
+    return Experience(samples, old, ref, scores, advantage[:, None])
+
+
+def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]:
+    """The loss of an algorithm and d loss / d logp, both (N, T)."""
+    mask = e.samples.mask
+    if config.algo == "ppo":
+        return clipped(logp, e.old, mask, e.advantage, config.cliprange)
+    if config.algo == "grpo":
+        weights = mask / np.maximum(mask.sum(1, keepdims=True), 1) / len(mask)
+        loss, d = clipped(logp, e.old, mask, e.advantage, config.cliprange, weights)
+        kl, dkl = k3(logp, e.ref)
+        return loss + float(config.beta * (weights * kl).sum()), d + config.beta * weights * dkl
+    if config.algo == "rloo":
+        whole, old = logp.sum(1, keepdims=True), e.old.sum(1, keepdims=True)
+        loss, d = clipped(whole, old, np.ones_like(whole), e.advantage, config.cliprange)
+        return loss, d * mask
+    return policy_gradient(logp, mask, e.advantage)
+
+
+def learn(optimizer: AdamW, e: Experience, config: Config, ws: Workspace) -> tuple[float, Array]:
+    """Puts the gradients of the algorithm's loss into `optimizer.flat`; the loss, and logp as it is now."""
+    model, samples = optimizer.model, e.samples
+    logits, cache = model.forward(samples.ids, ws)
+    nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
+    logp = -(nll * samples.mask).astype(np.float64)
+    loss, d = objective(logp, e, config)
+    weights = (-d * samples.mask).astype(logits.dtype)
+    model.backward(model.ops.cross_entropy_backward(weights, c_nll, logits), cache, optimizer.grads)
+    return loss, logp
+
+
+def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Array]:
+    """Half the squared distance of PPO's values (N, T) to the returns, clipped as the ratio is, and its
+    gradient by them."""
+    mask = e.samples.mask / e.samples.mask.sum()
+    near = np.clip(values, e.values - config.cliprange_value, e.values + config.cliprange_value)
+    plain, held = values - e.returns, near - e.returns
+    worse = plain**2 >= held**2
+    inside = abs(values - e.values) <= config.cliprange_value
+    loss = 0.5 * (mask * np.maximum(plain**2, held**2)).sum()
+    return float(loss), mask * np.where(worse, plain, held * inside)
+
+
+class Trainer:
+    """What an update needs: the policy's optimizer, its reference, a judge, and for PPO a model of values.
+
+    `prompts` has a question's text and its ids. judge(questions, answers) -> scores (N,).
+    """
+
+    def __init__(
+        self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, config: Config,
+        prompts: Sequence[tuple[str, Array]], judge: Callable[[list[str], list[str]], Array],
+        values: AdamW | None = None, gold: Callable[[list[str], list[str]], Array] | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
+        self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
+        self.ws, self.last, self.warned = Workspace(), None, False
+
+    def batches(self, n: int, rng: np.random.Generator) -> list[Experience]:
+        """The experience of update n: of samples of the policy as it is, each `num_iterations` times."""
+        c = self.config
+        if n % c.num_iterations and self.last is not None:
+            return [self.last]
+        B = min(c.num_prompts, len(self.prompts))
+        first = n // c.num_iterations * B
+        picked = []
+        for place in range(first, first + B):
+            order = np.random.default_rng([self.seed, place // len(self.prompts), 2])
+            picked.append(self.prompts[order.permutation(len(self.prompts))[place % len(self.prompts)]])
+        model = self.optimizer.model
+        samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
+                         c.max_new_tokens, rng, self.ws)  # fmt: skip
+        questions = [text for text, _ in picked for _ in range(c.num_generations)]
+        old, ref = logprobs(model, samples), logprobs(self.reference, samples)
+        scores = self.judge(questions, samples.answers)
+        values = None
+        if self.values is not None:
+            values = self.values.model.forward(samples.ids, keep=False)[0][..., 0].astype(np.float64)
+        self.last = experience(samples, old, ref, scores, c, values)
+        self.questions = questions
+        return [self.last]
+
+    def compute(self, optimizer: AdamW, batches, ws: Workspace, rng: np.random.Generator) -> train.Record:
+        """For `train.train`: the gradients of one update, and what there is to watch."""
+        (e,) = batches
+        loss, logp = learn(optimizer, e, self.config, ws)
+        mask, N = e.samples.mask, len(e.scores)
+        kl, entropy = exact_kl(optimizer.model, self.reference, e.samples)
+        record = {
+            "train_loss": loss, "reward": float(e.scores.mean()),
+            "kl": float(kl.sum() / N), "kl_k1": float((e.old - e.ref).sum() / N),
+            "entropy": float(entropy.sum() / mask.sum()), "length": float(mask.sum() / N),
+            "distinct": len(set(e.samples.answers)) / N,
+            "ratio": float(abs(np.exp(logp - e.old) - 1).max()),
+        }  # fmt: skip
+        if self.gold is not None:
+            record["gold"] = float(self.gold(self.questions, e.samples.answers).mean())
+        if self.values is not None:
+            record["value_loss"] = self._learn_values(e)
+        if len(set(e.samples.answers)) == 1 < N and not self.warned:
+            self.warned = True
+            same = f"update {optimizer.steps + 1}: all {N} answers are {e.samples.answers[0]!r}"
+            warnings.warn(f"{same}: a larger beta or a lower rate keeps them apart", stacklevel=2)
+        return record
+
+    def _learn_values(self, e: Experience) -> float:
+        model = self.values.model
+        outputs, cache = model.forward(e.samples.ids)
+        loss, d = value_loss(outputs[..., 0].astype(np.float64), e, self.config)
+        model.backward((self.config.vf_coef * d)[..., None].astype(outputs.dtype), cache, self.values.grads)
+        self.values.step(self.value_rate)
+        return loss
+
+    value_rate = 1e-4
+
+
+def judge_by(model: GPT, tokenizer: Tokenizer) -> Callable[[list[str], list[str]], Array]:
+    """A reward model as `Trainer.judge`."""
+
+    def score(questions: list[str], answers: list[str]) -> Array:
+        pairs = zip(questions, answers, strict=True)
+        return reward.scores(model, [reward.encode(tokenizer, q, a) for q, a in pairs])
+
+    return score
