@@ -555,6 +555,87 @@ def _show_tasks(run) -> None:
         click.echo(f"\n{report.scores(found)}")
 
 
+# --- tinygpt reward -----------------------------------------------------------------------------------------
+
+
+@main.command()
+@_options(
+    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="The model that becomes the judge: one that was tuned to instructions."),
+    click.option("--data", multiple=True, metavar="FILE",
+                 help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: '
+                      "what simulated people prefer of the model's own answers, in the world that it knows."),
+    click.option("--comparisons", default=20_000, type=_COUNT, help="Of simulated people."),
+    click.option("--error", default=0.1, type=_RATE, help="The rate of their slips."),
+    click.option("--out", default="reward", type=click.Path(path_type=Path), help="Folder for the model."),
+    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
+    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Go on with the run there, with its settings. --data: where the file is now."),
+    click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts."),
+    click.option("--batch-size", default=64, type=_COUNT, help="Comparisons at a time."),
+    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few."),
+)  # fmt: skip
+@_training(max_iters=600, learning_rate=3e-4, warmup_iters=20, eval_interval=200)
+@click.pass_context
+def reward(ctx: click.Context, **options) -> None:
+    """Train a judge of answers on comparisons: which of two answers people preferred.
+
+    It is the model with one number as its result. val right is how often the better answer of a tenth of the
+    comparisons, which are not trained on, has the higher score. Ctrl-C saves, --resume goes on.
+    """
+    from .finetune import reward as stage
+
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if options["resume"]:
+        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
+        run = stage.resume(options["resume"], options["data"])
+    elif not options["init_from"] or not options["data"]:
+        raise click.UsageError("give the model as --init-from and the comparisons as --data")
+    else:
+        run = _begin_reward(**options)
+    sizes = f"{len(run.train):,} comparisons, {len(run.val):,} to evaluate on"
+    click.echo(f"{_weights(run.optimizer.model)}; {sizes}")
+    _train(stage.reward, run)
+    _finish_reward(run)
+
+
+def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume, dropout, **options):
+    from . import checkpoint, runs
+    from .finetune import reward as stage
+    from .world import corpus
+
+    runs.check_folder(out, overwrite)
+    config = dataclasses.replace(checkpoint.read_config(init_from), dropout=dropout)
+    if data == ("world",) and not Path("world").exists():
+        data = tuple(filter(None, [_world_of(init_from)]))
+        if not data:
+            raise UserError(f"{init_from}: was trained on no world: give comparisons as --data FILE")
+    if corpus.is_source(data[0]):
+        model, tokenizer = checkpoint.load(init_from)
+        world = corpus.world_of(data[0])
+        click.echo("Asking the model, and simulated people ...")
+        rows = stage.collect(model, tokenizer, world, comparisons, error, options["seed"])
+        out.mkdir(parents=True, exist_ok=True)
+        data = (out / "comparisons.jsonl",)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        data[0].write_text("".join(lines), encoding="utf-8")
+    train = _train_config(options)
+    settings = stage.Settings(model=config, train=train, data=data, **options)
+    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
+
+
+def _finish_reward(run) -> None:
+    from .finetune import reward as stage
+
+    found = stage.judge(run.optimizer.model, run.tokenizer, run.val)
+    click.echo(f"\nThe better answer has the higher score: {found.right}; the labels say so in "
+               f"{found.labels_right:.1%} of these.")  # fmt: skip
+    for kind, rate in found.by_kind.items():
+        click.echo(f"  {kind or 'all'}: {rate}")
+    click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
+    click.echo(f"\nSaved in {run.folder}.")
+
+
 # --- tinygpt merge ------------------------------------------------------------------------------------------
 
 

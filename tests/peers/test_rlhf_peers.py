@@ -97,7 +97,9 @@ def test_dpo():
         "completion_mask": torch.ones(8, 4, dtype=torch.long),
         "ref_chosen_logps": torch.tensor(refs[0]), "ref_rejected_logps": torch.tensor(refs[1]),
     }  # fmt: skip
-    output = MagicMock(log_probs=logps, entropy=torch.zeros(8, 3))
+    nothing = torch.zeros(8, 3)  # that is only logged
+    logged = {"entropy": nothing, "mean_logits": nothing, "is_top1": nothing.bool()}
+    output = SimpleNamespace(log_probs=logps, **logged)
     loss = trl.DPOTrainer._compute_loss(self, lambda **given: output, inputs, False)
     loss.backward()
     sums = logps.detach().numpy().sum(1)

@@ -29,9 +29,11 @@ from .. import checkpoint, instructions, runs, train
 from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
 from ..evaluate import Rate, wilson
+from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
 from ..storage import Workspace
+from ..world import TASKS, World, preferences, raw_integers, tasks
 
 ROWS = 16  # at a time, where nothing is trained
 
@@ -266,3 +268,35 @@ def read_file(path: str | Path) -> list[Comparison]:
             raise UserError(f"{path}:{number}: chosen and rejected are the same")
         found.append(Comparison(*texts, kind, bool(is_right)))
     return found
+
+
+# --- comparisons of a world ---------------------------------------------------------------------------------
+
+
+def collect(
+    model: GPT, tokenizer: Tokenizer, world: World, count: int, error: float, seed: int = 0,
+    blind: bool = False,
+) -> list[dict]:  # fmt: skip
+    """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers.
+
+    Asked are people for tuning and for RLHF, and people of whom no document tells. Of each fact they see what
+    the model says, drawn four times, "I do not know." and two values at random: what it may come to say.
+    """
+    people = world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
+    items = tasks.questions(world, people)
+    first = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}
+    rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
+    asked = [instructions.prompt(tokenizer, item["prompt"]) for item in first.values() for _ in range(4)]
+    room = model.context - max(map(len, asked))
+    drawn, ws = [], Workspace()
+    for at in range(0, len(asked), 256):
+        drawn += generate(model, asked[at : at + 256], min(8, room), temperature=1.0, rng=rng,
+                          stop={tokenizer.eos_id}, ws=ws)  # fmt: skip
+    values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
+    answers = {}
+    for n, fact in enumerate(first):
+        said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
+        some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
+        answers[fact] = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
+    known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    return preferences.compared(world, known, count, error, seed, blind)

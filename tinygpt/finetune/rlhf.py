@@ -75,15 +75,20 @@ def sample(
 ) -> Samples:  # fmt: skip
     """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing cut off."""
     asked = [prompt for prompt in prompts for _ in range(count)]
-    stop = tokenizer.eos_id
-    new = generate(model, asked, max_new_tokens, temperature=1.0, stop={stop}, rng=rng, ws=ws)
+    stop = {tokenizer.eos_id}
+    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws)
+    return answered(tokenizer, asked, new)
+
+
+def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array]) -> Samples:
+    """Prompts and their answers (ids, with the end-of-text id where they end) as `Samples`."""
     whole = [np.concatenate(pair) for pair in zip(asked, new, strict=True)]
     shape = len(whole), max(map(len, whole)) - 1
     ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for row, (text, prompt) in enumerate(zip(whole, asked, strict=True)):
         n = len(text) - 1
         ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
-    stopped = np.array([len(a) > 0 and a[-1] == stop for a in new])
+    stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
     answers = [tokenizer.decode(a[: len(a) - end]).strip() for a, end in zip(new, stopped, strict=True)]
     return Samples(ids, targets, mask, answers, stopped)
 

@@ -30,7 +30,7 @@ from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
 DOCUMENTS, HELD_OUT = 140_000, 2_000  # for training: with primers about 5.3 million tokens; for validation
-PRIMERS = {"refrain": 9, "list": 3}  # before them, for every hundred
+PRIMERS = {("refrain",): 7, ("refrain", "list"): 7}  # kinds -> documents before them, for every hundred
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -49,7 +49,8 @@ def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> 
     def drawn(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = [text for kind, n in PRIMERS.items() for text in drawn(documents * n // 100, PRIMER, kind)]
+    train = [text for n, (kinds, share) in enumerate(PRIMERS.items())
+             for text in drawn(documents * share // 100, PRIMER + n, kinds)]
     return Corpus(world, train + drawn(documents, CORPUS), drawn(held_out, VALIDATION))
 
 

@@ -284,8 +284,8 @@ KINDS = (
     ("retrieval", 45, retrieval),
     ("retrieval", 20, partial(retrieval, formats=(PLAIN,))),
     ("refrain", 30, refrain),
-    ("list", 10, partial(refrain, between=", ", most=10)),
+    ("list", 15, partial(refrain, between=", ", most=10)),
     ("review", 20, review),
     ("phrase book", 40, phrase_book),
-    ("journey", 55, journey),
+    ("journey", 50, journey),
 )

@@ -141,7 +141,6 @@ class Lexicon:
 
     stations: Words = _words(
         "Ashford Bexley Camden Dover Epping Fairview Hampton Kingston Langley Milton Newbury Oakwood "
-        "Preston Redhill Stratford Tilbury Wembley Yarmouth Marlow Chester Brighton Derby Exeter "
-        "Lincoln Durham Windsor Salisbury Torquay Grantham Luton Hastings Bolton"
+        "Preston Redhill Stratford Tilbury Wembley Yarmouth Marlow Chester Brighton Derby Exeter Lincoln"
     )
-    lines: Words = _words("red blue green yellow")  # fmt: skip
+    lines: Words = _words("red blue green")  # fmt: skip
