@@ -1,15 +1,20 @@
 """Policy gradients against enumeration: every answer that a tiny model can give, with its probability."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from tinygpt.finetune import rlhf
+from tinygpt import checkpoint, instructions
+from tinygpt.cli import main
+from tinygpt.finetune import adapters, reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
+from tinygpt.tokenizer import BPETokenizer
 
 EOS, V, LONGEST = 0, 4, 3
 CONFIG = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -166,7 +171,7 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
         score = np.array([by_answer[a + end] for a, end in zip(drawn.answers, ends, strict=True)])
         logp = rlhf.logprobs(model, drawn)
         e = rlhf.experience(drawn, logp, logp, score, config)
-        rlhf.learn(optimizer, e, config, ws)
+        rlhf.learn(optimizer, drawn, lambda logp, e=e: rlhf.objective(logp, e, config), ws)
         found.append(directions @ optimizer.flat)
     mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / math.sqrt(len(found))
     assert (abs(mean - wanted) < 4 * error).all() and (error < 0.3 * abs(wanted).max()).all()
@@ -312,7 +317,7 @@ def test_the_gradient_of_each_objective_as_it_runs(algo, rng):
     ref = rlhf.logprobs(make(1), few)
     e = rlhf.experience(few, old, ref, rng.standard_normal(4), config, rng.standard_normal(few.mask.shape))
     optimizer = AdamW(model)
-    rlhf.learn(optimizer, e, config, rlhf.Workspace())
+    rlhf.learn(optimizer, few, lambda logp: rlhf.objective(logp, e, config), rlhf.Workspace())
     assert_gradient(
         model, optimizer.flat.copy(), lambda: rlhf.objective(rlhf.logprobs(model, few), e, config)[0]
     )
@@ -427,3 +432,71 @@ def test_one_answer_to_everything_is_told():
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
         record = t.compute(t.optimizer, [same], t.ws, np.random.default_rng(0))
     assert record["distinct"] == 1 / 12
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A tuned model, a judge, prompts and comparisons."""
+    tokenizer = BPETokenizer.train("User: Assistant: What is it? red green blue " * 9, 300)
+    tokenizer.chat_template = instructions.TEMPLATE
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config, np.random.default_rng(0))
+    checkpoint.save(tmp_path / "tuned", model, tokenizer)
+    checkpoint.save(tmp_path / "judge", reward.with_head(model, 0), tokenizer)
+    rows = [{"prompt": "What is it?", "chosen": "red", "rejected": "blue"},
+            {"prompt": "What?", "chosen": "blue", "rejected": "green"}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run_command(folder, *options: str):
+    where = ["--init-from", str(folder / "tuned"), "--data", str(folder / "rows.jsonl")]
+    where += ["--out", str(folder / "out")]
+    few = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "4", "--max-iters", "3"]
+    few += ["--warmup-iters", "0", "--eval-interval", "2", "--learning-rate", "1e-2"]
+    return CliRunner().invoke(main, ["rlhf", *where, *few, *options])
+
+
+@pytest.mark.parametrize("algo", rlhf.ALGORITHMS)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, adapter):
+    """Guards: a reference or a base that moves, an adapter that does not."""
+    judge = [] if algo == "dpo" else ["--reward-model", str(folders / "judge")]
+    more = ["--adapter", "lora", "--lora-rank", "2"] if adapter else []
+    before = (folders / "tuned" / "model.safetensors").read_bytes()
+    result = run_command(folders, "--algo", algo, *judge, *more)
+    assert result.exit_code == 0, result.output
+    assert (folders / "tuned" / "model.safetensors").read_bytes() == before
+    records = [json.loads(line) for line in (folders / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(math.isfinite(value) for record in records for value in record.values())
+    if algo != "dpo":
+        assert records[0]["kl"] < 1e-6 < records[-1]["kl"] and "reward" in result.output
+    loaded = checkpoint.load(folders / "out") if not adapter else None
+    loaded = loaded or adapters.load_model(folders / "tuned", folders / "out")
+    start, _ = checkpoint.load(folders / "tuned")
+    ids = np.array([[1, 2, 3]])
+    assert abs(loaded[0].forward(ids)[0] - start.forward(ids)[0]).max() > 1e-6
+    whole = (folders / "out" / "trainer.safetensors").read_bytes()
+    again = CliRunner().invoke(main, ["rlhf", "--resume", str(folders / "out")])
+    assert again.exit_code == 0 and "All 3 updates" in again.output, again.output
+    assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
+
+
+def test_mistakes_of_the_command(folders):
+    judge = ["--reward-model", str(folders / "judge")]
+    for options, words in (
+        ((), "give the judge as --reward-model"),
+        (("--algo", "dpo", *judge), "for dpo none"),
+        (("--reward-model", str(folders / "tuned")), "here a reward model, which judges answers is needed"),
+        ((*judge, "--init-from", str(folders / "judge")), "here a model that writes is needed"),
+        ((*judge, "--data", str(folders / "none.jsonl")), "none.jsonl: No such file"),
+        ((*judge, "--lora-rank", "2"), "--lora-rank"),
+    ):
+        result = run_command(folders, *options)
+        assert result.exit_code == 2 and words in result.output, (options, result.output)
+        assert not (folders / "out").exists()
+    (folders / "rows.jsonl").write_text('{"chosen": 1}')
+    assert "rows.jsonl:1: is no" in run_command(folders, *judge).output

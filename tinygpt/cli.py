@@ -157,6 +157,9 @@ def _train_config(options: dict):
     return TrainConfig(**values)
 
 
+_WATCHED = ("reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known", "val_false_never")
+
+
 def _progress(max_iters: int) -> Callable[[dict], None]:
     """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
     terminal, every = sys.stdout.isatty(), max(1, max_iters // 20)
@@ -168,8 +171,10 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         first = n - 1 if first is None else first
         left = int((now - began) / (n - first) * (max_iters - n))
         val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+        watched = (name for name in _WATCHED if name in record)
+        watched = "".join(f"  {name.replace('_', ' ')} {record[name]:.3f}" for name in watched)
         val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
-        text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{val}"
+        text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{watched}{val}"
         text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
         if not terminal:
             if val or n % every == 0:
@@ -368,7 +373,7 @@ def _where(run) -> list[str]:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=140_000, type=_COUNT, help="In the corpus, beside the refrains.")
+@click.option("--documents", default=111_000, type=_COUNT, help="In the corpus, beside its primers.")
 @click.option("--vocab-size", default=2048, type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
@@ -634,6 +639,89 @@ def _finish_reward(run) -> None:
         click.echo(f"  {kind or 'all'}: {rate}")
     click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     click.echo(f"\nSaved in {run.folder}.")
+
+
+# --- tinygpt rlhf -------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_options(
+    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="The model to steer, from tinygpt sft; it stays as it is, as the reference."),
+    click.option("--reward-model", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="The judge, from tinygpt reward; dpo has none."),
+    click.option("--data", multiple=True, metavar="FILE",
+                 help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
+                      "world: questions about people of the base's world, who are in no tuning example."),
+    click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo"))),
+    click.option("--beta", default=0.05, type=_REAL, help="What a nat of KL to the reference costs."),
+    click.option("--num-prompts", default=16, type=_COUNT, help="Of an update."),
+    click.option("--num-generations", default=8, type=_COUNT, help="Answers to each."),
+    click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer."),
+    click.option("--num-iterations", default=1, type=_COUNT, help="Updates from the same answers."),
+    click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities."),
+    click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values."),
+    click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss."),
+    click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count."),
+    click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE."),
+    click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update."),
+    click.option("--out", default="rlhf", type=click.Path(path_type=Path), help="Folder for the model."),
+    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
+    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Go on with the run there, with its settings. --data: where the file is now."),
+)  # fmt: skip
+@_adapter
+@_training(max_iters=100, learning_rate=1e-4, warmup_iters=5, eval_interval=25)
+@click.pass_context
+def rlhf(ctx: click.Context, **options) -> None:
+    """Steer a tuned model by a judge of its answers: sample, score, make what scored well likelier.
+
+    Shows the reward, in a world also what people would truly feel (gold), the exact KL to the reference, the
+    entropy, and how many answers differ. Ctrl-C saves, --resume goes on.
+    """
+    from . import checkpoint
+    from .finetune import rlhf as stage
+
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    _names_world(options, options["init_from"])
+    if options["resume"]:
+        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
+        run = stage.resume(options["resume"], options["data"])
+    elif not options["init_from"] or not options["data"]:
+        raise click.UsageError("give the model as --init-from and the prompts as --data")
+    elif (options["algo"] == "dpo") == bool(options["reward_model"]):
+        raise click.UsageError("give the judge as --reward-model, for dpo none: it learns from comparisons")
+    else:
+        model = checkpoint.read_config(options["init_from"])
+        adapter = _adapter_config(given, options, model.n_embd)
+        fields = {name: options[name] for name in stage.Config.__dataclass_fields__}
+        settings = stage.Settings(
+            model=model, train=_train_config(options), rl=stage.Config(**fields), adapter=adapter,
+            data=options["data"], reward_from=str(options["reward_model"] or ""),
+            batch_size=options["batch_size"], block_size=model.block_size - adapter.prompt_length,
+        )  # fmt: skip
+        run = stage.begin(
+            options["out"], settings, init_from=options["init_from"], overwrite=options["overwrite"]
+        )
+    click.echo(f"{_weights(run.optimizer.model)}; {len(run.prompts or run.comparisons):,} prompts")
+    _train(stage.rlhf, run)
+    _finish_rlhf(run)
+
+
+def _finish_rlhf(run) -> None:
+    """Answers drawn from the model as it is now, its tasks if it knows a world, and what to run next."""
+    import numpy as np
+
+    from . import instructions
+    from .finetune.rlhf import sample
+
+    rows = (run.prompts or [c._asdict() for c in run.comparisons])[:3]
+    asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows]
+    found = sample(run.optimizer.model, run.tokenizer, asked, 2, 24, np.random.default_rng(0))
+    for n, row in enumerate(rows):
+        click.echo(f"\n> {row['prompt']}\n" + "\n".join(found.answers[2 * n : 2 * n + 2]))
+    _show_tasks(run)
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', *_where(run))}")
 
 
 # --- tinygpt merge ------------------------------------------------------------------------------------------

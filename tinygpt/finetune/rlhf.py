@@ -21,20 +21,27 @@ Shao et al. 2024 (GRPO); Rafailov et al. 2023 (DPO); Ziegler et al. 2019, Ouyang
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .. import train
+from .. import checkpoint, instructions, runs, train
 from ..data import Array, Tokenizer
+from ..errors import UserError
 from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
 from ..storage import Workspace
-from . import reward
+from ..world import World, corpus, preferences, tasks
+from ..world import evaluate as world_evaluate
+from . import adapters, reward
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
 
@@ -251,13 +258,15 @@ def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]
     return policy_gradient(logp, mask, e.advantage)
 
 
-def learn(optimizer: AdamW, e: Experience, config: Config, ws: Workspace) -> tuple[float, Array]:
-    """Puts the gradients of the algorithm's loss into `optimizer.flat`; the loss, and logp as it is now."""
-    model, samples = optimizer.model, e.samples
+def learn(
+    optimizer: AdamW, samples: Samples, objective: Callable[[Array], tuple[float, Array]], ws: Workspace
+) -> tuple[float, Array]:
+    """Puts the gradients of objective(logp) into `optimizer.flat`; the loss, and logp (N, T) as it is now."""
+    model = optimizer.model
     logits, cache = model.forward(samples.ids, ws)
     nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
     logp = -(nll * samples.mask).astype(np.float64)
-    loss, d = objective(logp, e, config)
+    loss, d = objective(logp)
     weights = (-d * samples.mask).astype(logits.dtype)
     model.backward(model.ops.cross_entropy_backward(weights, c_nll, logits), cache, optimizer.grads)
     return loss, logp
@@ -275,8 +284,35 @@ def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Arr
     return float(loss), mask * np.where(worse, plain, held * inside)
 
 
+class Comparisons(NamedTuple):
+    """What DPO learns from: N chosen answers, then the N rejected ones; the reference's log p of each."""
+
+    samples: Samples
+    ref: Array  # (2 N,)
+
+    @property
+    def ids(self) -> Array:
+        return self.samples.ids
+
+
+def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Comparison]) -> Comparisons:
+    """Comparisons as DPO takes them: question, answer and the end-of-text token."""
+    asked = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    new = [np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id)) for text in texts]
+    samples = answered(tokenizer, asked * 2, new)
+    return Comparisons(samples, logprobs(reference, samples).sum(1))
+
+
+def dpo_loss(logp: Array, c: Comparisons, beta: float) -> tuple[float, Array]:
+    """`dpo` of log-probabilities by token, (2 N, T), and its gradient by them."""
+    (chosen, rejected), refs = np.split(logp.sum(1), 2), np.split(c.ref, 2)
+    loss, dchosen, drejected = dpo(chosen, rejected, *refs, beta)
+    return loss, np.concatenate([dchosen, drejected])[:, None] * c.samples.mask
+
+
 class Trainer:
-    """What an update needs: the policy's optimizer, its reference, a judge, and for PPO a model of values.
+    """What an update of samples needs: the policy's optimizer, its reference, a judge, for PPO values.
 
     `prompts` has a question's text and its ids. judge(questions, answers) -> scores (N,).
     """
@@ -318,7 +354,7 @@ class Trainer:
     def compute(self, optimizer: AdamW, batches, ws: Workspace, rng: np.random.Generator) -> train.Record:
         """For `train.train`: the gradients of one update, and what there is to watch."""
         (e,) = batches
-        loss, logp = learn(optimizer, e, self.config, ws)
+        loss, logp = learn(optimizer, e.samples, partial(objective, e=e, config=self.config), ws)
         mask, N = e.samples.mask, len(e.scores)
         kl, entropy = exact_kl(optimizer.model, self.reference, e.samples)
         record = {
@@ -357,3 +393,150 @@ def judge_by(model: GPT, tokenizer: Tokenizer) -> Callable[[list[str], list[str]
         return reward.scores(model, [reward.encode(tokenizer, q, a) for q, a in pairs])
 
     return score
+
+
+# --- a run in a folder --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runs.Settings):
+    """Those of every run. data: files with a prompt in each line, or worlds; for DPO, comparisons."""
+
+    stage: str = "rlhf"
+    rl: Config = Config()
+    reward_from: str = ""  # the folder of the judge
+    reward_hash: str = ""  # of its weights
+
+
+class Run(NamedTuple):
+    """A run that is ready to go on from update `optimizer.steps`."""
+
+    folder: Path
+    settings: Settings
+    optimizer: AdamW
+    tokenizer: Tokenizer
+    reference: GPT
+    judge: GPT | None
+    prompts: list[tasks.Item]  # a world's questions, or {"prompt": ...}
+    comparisons: list[reward.Comparison]
+
+
+def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
+    """A new run from a model that was tuned to instructions; all its weights are trained, or an adapter."""
+    runs.check_folder(folder, overwrite)
+    model, tokenizer = checkpoint.load(init_from)
+    if not instructions.is_tuned(tokenizer):
+        raise UserError(f"{init_from}: was not tuned to instructions: tinygpt sft comes before rlhf")
+    mark = adapters.fingerprint(model)
+    if settings.adapter.kind:
+        model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
+    settings = dataclasses.replace(
+        settings, model=model.config, data=runs.absolute(settings.data), init_hash=mark,
+        init_from=str(Path(init_from).resolve()),
+        reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
+    )  # fmt: skip
+    run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
+    hashes = {"reward_hash": adapters.fingerprint(run.judge) if run.judge else ""}
+    run = run._replace(settings=dataclasses.replace(settings, fingerprint=_fingerprint(run), **hashes))
+    runs.first_save(folder, run.optimizer, tokenizer, run.settings)
+    return run
+
+
+def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
+    """The run in `folder` as it was saved last. PPO's values begin anew."""
+    settings, tokenizer = checkpoint.read_run(folder, Settings)
+    if paths:
+        settings = dataclasses.replace(settings, data=runs.absolute(paths))
+    run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
+    if _fingerprint(run) != settings.fingerprint:
+        raise UserError(f"{', '.join(settings.data)}: not what the run in {folder} began with; it needs that")
+    if run.judge is not None and adapters.fingerprint(run.judge) != settings.reward_hash:
+        raise UserError(f"{settings.reward_from}: is another judge than the one of the run in {folder}")
+    return run
+
+
+def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer) -> Run:
+    reference, _ = checkpoint.load(settings.init_from)
+    adapters.check_base(reference, settings.init_hash, folder, settings.init_from)
+    prompts, comparisons, judge = [], [], None
+    if settings.rl.algo == "dpo":
+        comparisons = [c for path in settings.data for c in reward.read_file(path)]
+    else:
+        prompts = [item for path in settings.data for item in read_prompts(path)]
+        judge, theirs = checkpoint.load(settings.reward_from, judge=True)
+        if theirs.to_spec() != tokenizer.to_spec():
+            raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
+    if not prompts and not comparisons:
+        raise UserError(f"{', '.join(settings.data)}: is empty")
+    return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons)
+
+
+def _fingerprint(run: Run) -> str:
+    return hashlib.sha256(repr((run.prompts, run.comparisons)).encode()).hexdigest()
+
+
+def read_prompts(path: str) -> list[tasks.Item]:
+    """A world's questions about people for RLHF, known ones and others, or those of a JSON Lines file."""
+    if corpus.is_source(path):
+        world = corpus.world_of(path)
+        return tasks.questions(world, world.people("known", "rl") + world.people("never", "rl"))
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            found += [row] if row is not None and isinstance(row["prompt"], str) else []
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f'{path}:{number}: is no {{"prompt": "..."}}') from None
+    return found
+
+
+def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
+    """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
+    settings, model, config = run.settings, run.optimizer.model, run.settings.rl
+    source = next(filter(corpus.is_source, settings.data), None)
+    world = corpus.world_of(source) if source else None
+    if config.algo == "dpo":
+
+        def batches(n: int, rng: np.random.Generator) -> list[Comparisons]:
+            drawn = rng.integers(len(run.comparisons), size=settings.batch_size)
+            return [compared(run.tokenizer, run.reference, [run.comparisons[i] for i in drawn])]
+
+        def compute(optimizer: AdamW, batches, ws: Workspace, rng) -> float:
+            (c,) = batches
+            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)[0]
+
+    else:
+        values = None
+        if config.algo == "ppo":
+            value_model = reward.with_head(run.reference, settings.train.seed)
+            value_model.flat[:] = run.judge.flat
+            values = settings.train.optimizer(value_model)
+        asked = [(item["prompt"], instructions.prompt(run.tokenizer, item["prompt"])) for item in run.prompts]
+        trainer = Trainer(
+            run.optimizer, run.reference, run.tokenizer, config, asked, judge_by(run.judge, run.tokenizer),
+            values, _gold(world, run.prompts) if world else None, settings.train.seed,
+        )  # fmt: skip
+        batches, compute = trainer.batches, trainer.compute
+
+    def evaluate() -> train.Record:
+        if world is None:
+            return {}
+        found = {}
+        for kind in ("known", "never"):
+            items = tasks.distinct(tasks.questions(world, world.people(kind, "val")))
+            score = world_evaluate.score(world, items, world_evaluate.ask(model, run.tokenizer, items))
+            found |= {f"val_right_{kind}": score.right.rate, f"val_false_{kind}": score.falsehood.rate}
+        return found
+
+    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report, compute=compute)
+
+
+def _gold(world: World, items: Sequence[tasks.Item]) -> Callable[[list[str], list[str]], Array]:
+    """What the simulated people would feel about each answer: 1, 0 or -1 (`preferences.utility`)."""
+    by_prompt = {item["prompt"]: item for item in items}
+
+    def gold(questions: list[str], answers: list[str]) -> Array:
+        pairs = zip(questions, answers, strict=True)
+        return np.array([preferences.utility(world, by_prompt[q], a) for q, a in pairs], float)
+
+    return gold

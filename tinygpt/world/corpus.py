@@ -4,10 +4,11 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
-The corpus begins with two kinds of document alone, refrains and then retrieval tables (`PRIMERS`). In a few
-hundred updates on these a model learns to copy from its context and to look up what stands beside a word.
-From everything at once it hardly learns the first, and the second in some seeds only. This is
-pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order.
+The corpus begins with two kinds of document alone, first refrains, then lists too (`PRIMERS`). On refrains a
+model learns in some 400 updates to copy from its context; on lists, which have commas between the words, to
+look two tokens back for what to copy, and that is how a table is read. From everything at once it hardly
+learns the first, and the second in some seeds only. This is pre-pre-training (Hu et al. 2025, "Between
+Circuits and Chomsky"), and why documents keep their order.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
@@ -29,8 +30,8 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 140_000, 2_000  # for training: with primers about 5.3 million tokens; for validation
-PRIMERS = {("refrain",): 7, ("refrain", "list"): 7}  # kinds -> documents before them, for every hundred
+DOCUMENTS, HELD_OUT = 111_000, 2_000  # for training: with primers 4.6 million tokens; for validation
+PRIMERS = {("refrain",): 9, ("refrain", "list"): 11}  # kinds -> documents before them, for every hundred
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -50,7 +51,7 @@ def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> 
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
     train = [text for n, (kinds, share) in enumerate(PRIMERS.items())
-             for text in drawn(documents * share // 100, PRIMER + n, kinds)]
+             for text in drawn(documents * share // 100, PRIMER + n, kinds)]  # fmt: skip
     return Corpus(world, train + drawn(documents, CORPUS), drawn(held_out, VALIDATION))
 
 
