@@ -4,10 +4,10 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
-The corpus begins with two kinds of document alone, first refrains, then lists too (`PRIMERS`). On refrains a
-model learns in some 400 updates to copy from its context; on lists, which have commas between the words, to
-look two tokens back for what to copy, and that is how a table is read. From everything at once it hardly
-learns the first, and the second in some seeds only. This is pre-pre-training (Hu et al. 2025, "Between
+The corpus begins with two kinds of document alone, refrains and then lists (`PRIMERS`). On refrains a model
+learns in some 400 updates to copy from its context; on lists, which have commas between the words, to look
+two tokens back for what to copy, and that is how a table is read. From everything at once it hardly learns
+the first, and the second in some seeds only. This is pre-pre-training (Hu et al. 2025, "Between
 Circuits and Chomsky"), and why documents keep their order.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
@@ -30,8 +30,8 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 111_000, 2_000  # for training: with primers 4.6 million tokens; for validation
-PRIMERS = {("refrain",): 9, ("refrain", "list"): 11}  # kinds -> documents before them, for every hundred
+DOCUMENTS, HELD_OUT = 114_000, 2_000  # for training: with primers 4.6 million tokens; for validation
+PRIMERS = {"refrain": 10, "list": 6}  # before them, for every hundred
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -50,8 +50,8 @@ def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> 
     def drawn(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = [text for n, (kinds, share) in enumerate(PRIMERS.items())
-             for text in drawn(documents * share // 100, PRIMER + n, kinds)]  # fmt: skip
+    train = [text for n, (kind, share) in enumerate(PRIMERS.items())
+             for text in drawn(documents * share // 100, PRIMER + n, [kind])]  # fmt: skip
     return Corpus(world, train + drawn(documents, CORPUS), drawn(held_out, VALIDATION))
 
 
