@@ -338,7 +338,7 @@ def few_weights(lab: Lab) -> Numbers:
     tuned = lab.score(model, "questions, known").right.rate
     for shots in (0, 1, 2, 4, 8):
         prompts = fewshot.from_world(lab.world, "questions", shots, 1000)
-        for style in ("arrow", "colon", "equals"):
+        for style in ("table", "arrow", "colon"):
             fits = [p for p in prompts if fewshot.fits(lab.base, lab.tokenizer, p, style)]
             if len(fits) > len(prompts) // 2:
                 rate = fewshot.accuracy(lab.base, lab.tokenizer, fits, style).rate
@@ -358,9 +358,9 @@ def no_update(lab: Lab) -> Numbers:
     """Ten thousand prompts with examples, between two times the same thousand questions without."""
     mark, shown = adapters.fingerprint(lab.base), fewshot.mappings(lab.world, 8, 10_000)
     bare = [prompt._replace(examples=()) for prompt in shown[:1000]]
-    before = fewshot.chosen(lab.base, lab.tokenizer, bare, "arrow")
+    before = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
     with_context = fewshot.accuracy(lab.base, lab.tokenizer, shown).rate
-    after = fewshot.chosen(lab.base, lab.tokenizer, bare, "arrow")
+    after = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
     right = [sum(a == p.answer for a, p in zip(said, bare, strict=True)) for said in (before, after)]
     return {
         "weights that changed": float(adapters.fingerprint(lab.base) != mark),

@@ -373,7 +373,7 @@ def _where(run) -> list[str]:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=114_000, type=_COUNT, help="In the corpus, beside its primers.")
+@click.option("--documents", default=136_000, type=_COUNT, help="In the corpus, beside the refrains.")
 @click.option("--vocab-size", default=2048, type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
@@ -882,8 +882,8 @@ def chat(stop: str | None, **options) -> None:
                  help="Of the world. mappings: words whose labels are drawn anew for each prompt."),
     click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
                  help="Examples before the question; repeat."),
-    click.option("--style", type=click.Choice(("arrow", "colon", "equals", "lines", "chat")),
-                 show_default="chat after tinygpt sft, else arrow",
+    click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
+                 show_default="chat after tinygpt sft, else table",
                  help="How questions and answers are written down; chat: as earlier turns."),
     click.option("--control", default="", show_default="none",
                  type=click.Choice(("", "shuffled", "unseen", "reordered")), metavar="NAME",
@@ -905,7 +905,7 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
     from .world import corpus
 
     model, tokenizer = load_model(folder, adapter_folder)
-    style = style or ("chat" if instructions.is_tuned(tokenizer) else "arrow")
+    style = style or ("chat" if instructions.is_tuned(tokenizer) else "table")
     data = data or _world_of(folder)
     if data is None:
         raise UserError(f"{folder}: was trained on no world: give questions as --data FILE")

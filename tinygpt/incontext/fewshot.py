@@ -1,6 +1,6 @@
 """Few-shot prompting: examples of a task in the context, then a question; no weight changes.
 
-    apple -> dax; dog -> wug; pear ->
+    apple dax, dog wug, pear
 
 What comes next can be scored among choices, by log p(choice | prompt), or written freely. Tasks are those
 of a world, those of a JSON Lines file, and `mappings`: words of four kinds, with labels drawn anew for each
@@ -29,7 +29,7 @@ from ..world import TASKS, World, raw_integers, shuffled, tasks
 Pair = tuple[str, str]  # a question and its answer
 
 STYLES = {  # between question and answer, and after it
-    "arrow": (" ->", "; "), "colon": (":", ", "), "equals": (" =", " / "), "lines": ("", "\n"),
+    "table": ("", ", "), "arrow": (" ->", "; "), "colon": (":", ", "), "lines": ("", "\n"),
 }  # fmt: skip
 CONTROLS = ("shuffled", "unseen", "reordered")
 
@@ -96,7 +96,7 @@ def fits(model: GPT, tokenizer: Tokenizer, prompt: Prompt, style: str) -> bool:
 
 
 def accuracy(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "arrow", free: bool = False
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "table", free: bool = False
 ) -> Rate:
     """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
     what the model writes, a full stop at its end apart."""

@@ -4,11 +4,11 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
-The corpus begins with two kinds of document alone, refrains and then lists (`PRIMERS`). On refrains a model
-learns in some 400 updates to copy from its context; on lists, which have commas between the words, to look
-two tokens back for what to copy, and that is how a table is read. From everything at once it hardly learns
-the first, and the second in some seeds only. This is pre-pre-training (Hu et al. 2025, "Between
-Circuits and Chomsky"), and why documents keep their order.
+The corpus begins with refrains alone, a tenth as many as there are documents after them: in some 400 updates
+on these a model learns to copy from its context, which it hardly does from everything at once. This is
+pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order. Tables
+have nothing between a word and what belongs to it, as then the same copying reads them: with "hat -> dax" a
+model has to look two tokens back, which in these few minutes it learned in some seeds only.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
@@ -30,8 +30,7 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 114_000, 2_000  # for training: with primers 4.6 million tokens; for validation
-PRIMERS = {"refrain": 10, "list": 6}  # before them, for every hundred
+DOCUMENTS, HELD_OUT = 136_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -50,14 +49,13 @@ def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> 
     def drawn(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = [text for n, (kind, share) in enumerate(PRIMERS.items())
-             for text in drawn(documents * share // 100, PRIMER + n, [kind])]  # fmt: skip
-    return Corpus(world, train + drawn(documents, CORPUS), drawn(held_out, VALIDATION))
+    train = drawn(documents // 10, PRIMER, "refrain") + drawn(documents, CORPUS)
+    return Corpus(world, train, drawn(held_out, VALIDATION))
 
 
 def count(corpus: Corpus) -> int:
-    """Its documents for training, without the primers that they begin with."""
-    return len(corpus.train) * 100 // (100 + sum(PRIMERS.values()))
+    """Its documents for training, without the refrains that they begin with."""
+    return len(corpus.train) * 10 // 11
 
 
 def is_source(source: str) -> bool:

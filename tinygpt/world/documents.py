@@ -7,7 +7,6 @@ answering questions is what instruction tuning adds.
 from __future__ import annotations
 
 from collections.abc import Container
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .chance import Reader
@@ -15,8 +14,6 @@ from .chance import Reader
 if TYPE_CHECKING:
     from . import Person, World
 
-FORMATS = ((" -> ", "; "), (": ", ", "), (" = ", " / "))  # between key and value, and between entries
-PLAIN = (" ", ", ")
 BOOK = (  # before and after a word; its language: 0 English, 1 Korean
     ("The Korean for ", " is ", 0),
     ("In Korean, ", " is ", 0),
@@ -77,15 +74,15 @@ def passage(w: World, c: Reader) -> None:
 # --- tables: one task in each, which the reader has to find out ---------------------------------------------
 
 
-def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
-    """key(c) appends a key and returns what value(c, that) needs to append the value."""
+def _table(w: World, c: Reader, key, value, least: int, most: int) -> None:
+    """key(c) appends a key and returns what value(c, that) needs to append the value: "hat dax, dog wug"."""
     done = 0
     while True:
         found = key(c)
-        formats = (formats[c.pick([between for between, _ in formats])],)
+        c.text(" ")
         value(c, found)
         done += 1
-        if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
+        if not c.goes_on(done, least, min(most, w.longest), ", "):
             return
 
 
@@ -153,7 +150,7 @@ def review_table(w: World, c: Reader) -> None:
     _table(w, c, lambda c: opinion(w, c, None), label, 4, 8)
 
 
-def categories(w: World, c: Reader, formats=FORMATS) -> None:
+def categories(w: World, c: Reader) -> None:
     """Words of four kinds of thing out of eight, each with a label drawn for this document.
 
     After n entries the best predictor is right on the next with probability 1 - (3/4)^n, plus what guessing
@@ -173,10 +170,10 @@ def categories(w: World, c: Reader, formats=FORMATS) -> None:
             free = [label for label in w.lexicon.labels if label not in label_of.values()]
             label_of[kind] = free[c.pick(free)]
 
-    _table(w, c, key, value, 8, 20, formats)
+    _table(w, c, key, value, 8, 20)
 
 
-def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
+def retrieval(w: World, c: Reader) -> None:
     """Eight nonsense words out of sixteen, each with a thing drawn for this document."""
     labels, thing_of = w.lexicon.labels, {}
 
@@ -189,27 +186,27 @@ def retrieval(w: World, c: Reader, formats=FORMATS) -> None:
         else:
             thing_of[n] = c.pick(w.things)
 
-    _table(w, c, key, value, 8, 20, formats)
+    _table(w, c, key, value, 8, 20)
 
 
-def refrain(w: World, c: Reader, between: str = " ", most: int = 16) -> None:
+def refrain(w: World, c: Reader) -> None:
     """Six to sixteen words, and then the same again, once to four times.
 
     From the second round on, what follows a word is what followed it before: this is where a model finds out
-    that it can copy. With a comma `between` it has to look two tokens back, as in a table.
+    that it can copy.
     """
-    pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(most, w.longest)
+    pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
     said, done = [pool[c.pick(pool)]], 2
     while True:
         new = [word for word in pool if word not in said]
         left, again = most - len(said), len(said) >= least
         weights = [left if again else 1] * len(new) + [max(len(new), 1) * again]
-        n = c.pick([f"{between}{word}" for word in [*new, said[0]]], tuple(weights))
+        n = c.pick([f" {word}" for word in [*new, said[0]]], tuple(weights))
         if n == len(new):
             break
         said.append(new[n])
-    verse = between + between.join(said)
-    c.text(verse.removeprefix(between + said[0]))
+    verse = " " + " ".join(said)
+    c.text(verse.removeprefix(f" {said[0]}"))
     while c.goes_on(done, 2, min(5, w.longest), verse):
         done += 1
 
@@ -279,12 +276,9 @@ KINDS = (
     ("table", 12, nouns_to_english),
     ("table", 12, phrases_to_korean),
     ("table", 14, review_table),
-    ("categories", 45, categories),
-    ("categories", 20, partial(categories, formats=(PLAIN,))),
-    ("retrieval", 45, retrieval),
-    ("retrieval", 20, partial(retrieval, formats=(PLAIN,))),
-    ("refrain", 30, refrain),
-    ("list", 15, partial(refrain, between=", ", most=10)),
+    ("categories", 60, categories),
+    ("retrieval", 50, retrieval),
+    ("refrain", 40, refrain),
     ("review", 20, review),
     ("phrase book", 40, phrase_book),
     ("journey", 50, journey),
