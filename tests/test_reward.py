@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tinygpt import checkpoint, instructions
+from tinygpt.cli import main
 from tinygpt.errors import UserError
-from tinygpt.finetune import reward
+from tinygpt.finetune import reward, rlhf
 from tinygpt.finetune.reward import Comparison, Settings
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.tokenizer import BPETokenizer
@@ -184,3 +188,26 @@ def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(UserError, match=words):
         reward.read_file(tmp_path / "x.jsonl")
+
+
+def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkeypatch):
+    """Guards: a comparison that is lost by stopping, a key that means the other answer."""
+
+    def sample(model, tokenizer, prompts, count, length, rng) -> SimpleNamespace:
+        return SimpleNamespace(answers=[f"{word}{rng.integers(1000)}" for word in ("red", "red", "blue")])
+
+    monkeypatch.setattr(rlhf, "sample", sample)
+    model = GPT(CONFIG, np.random.default_rng(0))
+    tokenizer.chat_template = instructions.TEMPLATE
+    checkpoint.save(tmp_path / "tuned", model, tokenizer)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is it?"}\n{"prompt": "What?"}\n')
+    out = tmp_path / "comparisons.jsonl"
+    command = ["label", str(tmp_path / "tuned"), "--data", str(tmp_path / "prompts.jsonl"), "--out", str(out)]
+    result = CliRunner().invoke(main, command, input="1x2sq")
+    assert result.exit_code == 0 and "2 comparisons in" in result.output, result.output
+    shown = re.findall(r"\n\d\. (.*)\n  1  (.*)\n  2  (.*)\n", result.output)
+    assert len(shown) == 4
+    found = reward.read_file(out)
+    assert [tuple(c[:3]) for c in found] == [shown[0], (shown[1][0], shown[1][2], shown[1][1])]
+    CliRunner().invoke(main, command, input="1\x03")
+    assert reward.read_file(out)[:2] == found and len(reward.read_file(out)) == 3

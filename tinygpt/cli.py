@@ -560,6 +560,59 @@ def _show_tasks(run) -> None:
         click.echo(f"\n{report.scores(found)}")
 
 
+# --- tinygpt label ------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help='JSON Lines: {"prompt": "..."}; or a folder of tinygpt world, or world:SEED.')  # fmt: skip
+@click.option("--out", default="comparisons.jsonl", type=click.Path(path_type=Path), help="The file.")
+@click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer.")
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of prompts and answers.")
+def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) -> None:
+    """Compare two answers of the tuned model in FOLDER, again and again: what tinygpt reward learns from.
+
+    One key each: 1 or 2 for the better one, s to skip, q to stop. Each comparison is in the file at once; the
+    same command goes on after the last one.
+    """
+    import numpy as np
+
+    from . import checkpoint, instructions
+    from .finetune import reward as judging
+    from .finetune import rlhf as stage
+
+    model, tokenizer = checkpoint.load(folder)
+    data = data or _world_of(folder)
+    if data is None:
+        raise UserError(f"{folder}: was trained on no world: give prompts as --data FILE")
+    done = len(judging.read_file(out)) if out.exists() else 0
+    prompts = [item["prompt"] for item in stage.read_prompts(data)]
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    for n in itertools.count(done):
+        prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
+        ids = instructions.prompt(tokenizer, prompt)
+        drawn = stage.sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
+        pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
+        if len(pair) < 2:
+            continue
+        click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
+        key = ""
+        while key not in ("1", "2", "s", "q", "\x03", "\x04"):
+            key = click.getchar()
+        if key in ("q", "\x03", "\x04"):
+            break
+        if key == "s":
+            continue
+        chosen, rejected = pair if key == "1" else pair[::-1]
+        with open(out, "a", encoding="utf-8") as file:
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        done += 1
+    command = _command("reward", "--init-from", str(folder), "--data", str(out))
+    click.echo(f"{done} comparisons in {out}. Next: {command}")
+
+
 # --- tinygpt reward -----------------------------------------------------------------------------------------
 
 

@@ -291,7 +291,7 @@ def collect(
     drawn, ws = [], Workspace()
     for at in range(0, len(asked), 256):
         drawn += generate(model, asked[at : at + 256], min(8, room), temperature=1.0, rng=rng,
-                          stop={tokenizer.eos_id}, ws=ws)  # fmt: skip
+                          stop={tokenizer.eos_id}, ws=ws, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     answers = {}
     for n, fact in enumerate(first):

@@ -83,7 +83,8 @@ def sample(
     """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing cut off."""
     asked = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
-    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws)
+    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws,
+                   vocab_size=tokenizer.vocab_size)  # fmt: skip
     return answered(tokenizer, asked, new)
 
 
@@ -427,6 +428,9 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     model, tokenizer = checkpoint.load(init_from)
     if not instructions.is_tuned(tokenizer):
         raise UserError(f"{init_from}: was not tuned to instructions: tinygpt sft comes before rlhf")
+    if model.config.vocab_size != tokenizer.vocab_size:
+        sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
+        raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
     mark = adapters.fingerprint(model)
     if settings.adapter.kind:
         model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
