@@ -20,10 +20,11 @@ def demos(tmp_path, monkeypatch):
     """The modules, with few documents, updates and questions; their folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DEMOS)
-    names = ["1_pretrain", "2_instructions", "3_chain_of_thought", "4_adapters"]
+    names = ["1_pretrain", "2_instructions", "3_chain_of_thought", "4_adapters", "5_in_context"]
     found = [import_module(name) for name in names]
     monkeypatch.setattr(found[0], "UPDATES", 2)
     monkeypatch.setattr(found[3], "UPDATES", 3)
+    monkeypatch.setattr(found[4], "COUNT", 5)
     for module in found[1:3]:
         monkeypatch.setattr(module, "TRAIN", TrainConfig(max_iters=3))
     for module, name, few in (
@@ -42,7 +43,7 @@ def demos(tmp_path, monkeypatch):
 
 
 def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
-    pretrain, instructions, chain, adapters = demos
+    pretrain, instructions, chain, adapters, in_context = demos
     instructions.main()  # makes the model that it needs
     output = capsys.readouterr().out
     assert "loss above it" in output and "recalled" in output and "Saved in" in output
@@ -57,3 +58,7 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     output = capsys.readouterr().out
     before, after = re.search(r"before (\w{16})\.\.\., after (\w{16})\.\.\.", output).groups()
     assert before == after and "the same, bit for bit" in output and "p-tuning" in output
+    in_context.main()
+    output = capsys.readouterr().out
+    assert output.count("\n  layer ") == 4 and "the same, bit for bit" in output
+    assert len(re.findall(r"(?: +\d\.\d{3}){6}", output)) == 4
