@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tinygpt import checkpoint, report
 from tinygpt.finetune import sft
-from tinygpt.instructions import pair
 from tinygpt.train import TrainConfig, weight_change
 from tinygpt.world import World, evaluate, tasks
 
@@ -47,7 +46,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
         print(report.scores(scores))
 
     measure("before")
-    examples = [pair(item["prompt"], item["completion"]) for item in tasks.tuning(world)]
+    examples = tasks.conversations(world, tasks.tuning(world))
     print(f"\nTuning on {len(examples):,} examples of other people, phrases and problems ...")
     settings = sft.Settings(model=model.config, train=TRAIN, block_size=128, batch_size=8)
     sft.tune(model, tokenizer, examples, settings)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt.finetune import adapters, sft
-from tinygpt.instructions import pair, prompt
+from tinygpt.instructions import prompt
 from tinygpt.model import AdapterConfig
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
@@ -34,7 +34,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     base, tokenizer = instructions.load(folder)
     world = World(pretrained.SEED)
     sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
-    examples = [pair(item["prompt"], item["completion"]) for item in tasks.tuning(world)]
+    examples = tasks.conversations(world, tasks.tuning(world))
     question = prompt(tokenizer, sets["questions, known"][0]["prompt"])[None]
     untuned, mark = base.forward(question)[0].copy(), adapters.fingerprint(base)
 

@@ -41,12 +41,12 @@ def main(folder: Path = pretrained.FOLDER) -> None:
         print(f"{note:24}" + "".join(f"{rate:8.3f}" for rate in rates))
 
     # 2. The two memories: the prompt says one thing, the weights another.
-    print(f"\n{'the prompt says so':24}{'by the prompt':>15}{'by the weights':>16}{'nats for the prompt':>21}")
+    print(f"\n{'the prompt says so':18}{'by the prompt':>15}{'by the weights':>16}{'nats for it':>13}")
     for kind, repeats in (("known", 1), ("known", 4), ("never", 1)):
         people = world.people(kind, "eval")[:50]
         told = memory.told(model, tokenizer, world, people, repeats)
         note = f"{repeats} x, {kind}"
-        print(f"{note:24}{told.prompt.rate:15.3f}{told.weights.rate:16.3f}{told.nats:21.2f}")
+        print(f"{note:18}{told.prompt.rate:15.3f}{told.weights.rate:16.3f}{told.nats:13.2f}")
 
     # 3. Who reads the prompt: heads that look at what followed the same word before.
     words = [int(tokenizer.encode(f" {word}")[0]) for word in world.things]

@@ -555,6 +555,23 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
     assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
-    asked = {example.messages[0]["content"] for example in sft.resume(Path("b")).examples.questions}
+    conversations = [example.messages for example in sft.resume(Path("b")).examples.questions]
+    asked = {message["content"] for messages in conversations for message in messages[::2]}
     assert asked == {item["prompt"] for item in tasks.tuning(World(5), "val")}
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)
+
+
+def test_conversations_have_every_item_once_and_some_have_several():
+    """Guards: a model that is lost after its first answer; long texts together in one row."""
+    items = tasks.some(WORLD, tasks.tuning(WORLD), 600)
+    found = tasks.conversations(WORLD, items)
+    turns = []
+    for messages in found:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        texts = [m["content"] for m in messages]
+        mine = list(zip(texts[::2], texts[1::2], strict=True))
+        assert len(mine) == 1 or all(len(a + b) <= tasks.SHORT for a, b in mine)
+        turns += mine
+    assert Counter(turns) == Counter((item["prompt"], item["completion"]) for item in items)
+    lengths = Counter(len(messages) // 2 for messages in found)
+    assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class Lab:
         return checkpoint.load(folder)[0]
 
     def tune(
-        self, items: Iterable[tasks.Item], adapter: AdapterConfig | None = None, base: GPT | None = None,
+        self, items: Sequence[tasks.Item], adapter: AdapterConfig | None = None, base: GPT | None = None,
         **changes,
     ) -> GPT:  # fmt: skip
         """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
@@ -119,8 +119,7 @@ class Lab:
             model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
         train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
-        examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
-        sft.tune(model, self.tokenizer, examples, settings)
+        sft.tune(model, self.tokenizer, tasks.conversations(self.world, items), settings)
         return model
 
     def length(self, item: tasks.Item) -> int:

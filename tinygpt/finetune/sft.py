@@ -237,8 +237,9 @@ def read_examples(paths: tuple[str, ...], split: str = "sft") -> list[Example]:
         if not corpus.is_source(path):
             found += instructions.read([path])
             continue
-        for n, item in enumerate(tasks.tuning(corpus.world_of(path), split), 1):
-            found.append(Example(f"{path}:{n}", instructions.pair(item["prompt"], item["completion"])))
+        world = corpus.world_of(path)
+        for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split)), 1):
+            found.append(Example(f"{path}:{n}", messages))
     return found
 
 

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..instructions import Message, pair
 from . import TASKS, Person, World, raw_integers, shuffled
 from .chance import Sampler
 from .documents import opinion, statement
@@ -23,6 +24,7 @@ from .documents import opinion, statement
 Item = dict  # prompt, completion, meta
 SPLITS = ("sft", "rl", "val", "eval")
 REFUSAL = "I do not know."
+SHORT = 80  # characters of a question with its answer that has room beside others
 
 _TRANSLATE = (
     ("What is {} in Korean?", "How do you say {} in Korean?", "Translate into Korean: {}"),
@@ -219,6 +221,25 @@ def tuning(world: World, split: str = "sft", unseen: int = 0, answered: float = 
     if len(added) < unseen:
         raise ValueError(f"{unseen} questions about people who were never seen: there are {len(added)}")
     return items + added
+
+
+def conversations(world: World, items: Sequence[Item]) -> list[list[Message]]:
+    """Items in a random order as conversations: half of them of one question, the others of two or three
+    short ones.
+
+    Whoever was never asked a second question in training cannot answer it.
+    """
+    integers, found, group, size = raw_integers(world.seed, TASKS, 8), [], [], 1
+    for item in some(world, items, len(items)):
+        messages = pair(item["prompt"], item["completion"])
+        if len(item["prompt"]) + len(item["completion"]) > SHORT:
+            found.append(messages)
+            continue
+        group += messages
+        if len(group) == 2 * size:
+            found.append(group)
+            group, size = [], (1, 1, 2, 3)[next(integers) % 4]
+    return found + [group] * bool(group)
 
 
 def some(world: World, items: Sequence[Item], count: int) -> list[Item]:
