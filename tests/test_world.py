@@ -256,7 +256,7 @@ def test_the_styles_of_a_journey_differ_in_the_rides_only():
 
 def test_what_is_for_tuning_is_of_the_tuning_split():
     """Guards: an evaluation person, phrase or problem among the examples of `tinygpt sft --data world`."""
-    items = tasks.tuning(WORLD, unseen=100, answered=0.5)
+    items = tasks.tuning(WORLD, refused=50, answered=50)
     assert {item["meta"]["split"] for item in items} == {"sft"}
     asked = {thing for item in items for thing in item["meta"]["about"]}
     for name, evaluated in evaluate.named_tasks(WORLD, count=200).items():
@@ -269,7 +269,7 @@ def test_what_is_for_tuning_is_of_the_tuning_split():
     to_validate = tasks.tuning(WORLD, "val")
     assert {item["meta"]["split"] for item in to_validate} == {"val"} and len(to_validate) > 300
     with pytest.raises(ValueError, match="there are"):
-        tasks.tuning(WORLD, unseen=10_000)
+        tasks.tuning(WORLD, answered=10_000)
     never = {person.name for person in WORLD.people("never", "sft")}
     unseen = [item for item in items if never.issuperset(item["meta"]["about"])]
     refused = {item["meta"]["about"][0] for item in unseen if item["completion"] == tasks.REFUSAL}

@@ -78,7 +78,8 @@ def patterns_and_knowledge(lab: Lab) -> Numbers:
 
 @claim(
     2, "Pre-training is a major update of the weights, fine-tuning a fine adjustment",
-    ("times as far, all weights", ">=", 5), ("times as far, the least of all tensors", ">=", 5),
+    ("relative change, pre-training over fine-tuning", ">=", 5),
+    ("the same, least of all tensors", ">=", 5),
 )  # fmt: skip
 def major_and_fine(lab: Lab) -> Numbers:
     pre, pre_by_name = weight_change(lab.random.params, lab.base.params)
@@ -87,11 +88,17 @@ def major_and_fine(lab: Lab) -> Numbers:
     return {
         "relative change in pre-training": pre,
         "relative change in fine-tuning": tuned,
-        "times as far, all weights": pre / tuned,
-        "times as far, the least of all tensors": min(ratios),
+        "relative change, pre-training over fine-tuning": pre / tuned,
+        "the same, least of all tensors": min(ratios),
+        "distance, pre-training over fine-tuning": _distance(lab.random, lab.base)
+        / _distance(lab.base, lab.tuned),
         "directions with 90% of a matrix's change, pre-training": _directions(lab.random, lab.base),
         "directions with 90% of a matrix's change, fine-tuning": _directions(lab.base, lab.tuned),
     }
+
+
+def _distance(before: GPT, after: GPT) -> float:
+    return float(np.linalg.norm(after.flat - before.flat))
 
 
 def _directions(before: GPT, after: GPT) -> float:
@@ -220,18 +227,24 @@ def chain_of_thought(lab: Lab) -> Numbers:
     ("false about people never seen", ">=", 0.5), ("rise with unknown facts in the tuning", ">=", 0.05),
 )  # fmt: skip
 def falsehoods(lab: Lab) -> Numbers:
+    """Without refusals in the tuning nearly all answers are false already, and nothing could rise: 300 are in
+    all arms with unknown facts."""
     name, found = "questions, never seen", {}
     found["base, asked"] = lab.score(lab.base, name).falsehood.rate
     never = evaluate.recall(lab.base, lab.tokenizer, lab.world, lab.world.people("never", "eval"))
     found["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
     found["false about people never seen"] = lab.score(lab.tuned, name).falsehood.rate
-    for answered in (0.0, 0.5, 1.0):
-        model = lab.tune(tasks.tuning(lab.world, unseen=600, answered=answered))
-        arm = f"tuned with 600 questions about people never seen, {answered:.0%} of them answered"
-        found[f"{arm}: false"] = lab.score(model, name).falsehood.rate
-        found[f"{arm}: known people right"] = lab.score(model, "questions, known").right.rate
-    rates = [rate for key, rate in found.items() if key.endswith(": false")]
-    return found | {"rise with unknown facts in the tuning": rates[-1] - rates[0]}
+    rates = []
+    for facts in (0, 300, 600):
+        model = lab.tune(tasks.tuning(lab.world, refused=300, answered=facts))
+        rates.append(lab.score(model, name).falsehood.rate)
+        found[f"tuned with 300 refusals and {facts} unknown facts: false"] = rates[-1]
+        known = lab.score(model, "questions, known").right.rate
+        found[f"tuned with 300 refusals and {facts} unknown facts: known people right"] = known
+    return found | {
+        "fall by refusals in the tuning": found["false about people never seen"] - rates[0],
+        "rise with unknown facts in the tuning": rates[-1] - rates[0],
+    }
 
 
 @claim(
@@ -554,7 +567,7 @@ def named_tasks(lab: Lab) -> Numbers:
             prompts = fewshot.from_world(lab.world, task, shots, 1000)
             rate = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
             found[f"{task}: right before tuning, {shots} examples"] = rate
-    least = min(score.right.rate - score.majority for score in scores.values())
+    least = min(score.right.rate - score.majority for name, score in scores.items() if name != "journey")
     return found | {"right, less the most frequent answer, worst task": least}
 
 

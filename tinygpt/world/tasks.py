@@ -11,7 +11,6 @@ phrases, a problem, a review) belongs to one split, wherever it occurs: `World.p
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -199,14 +198,14 @@ def task_sets(world: World) -> dict[str, list[Item]]:
     return sets
 
 
-def tuning(world: World, split: str = "sft", unseen: int = 0, answered: float = 0.0) -> list[Item]:
+def tuning(world: World, split: str = "sft", refused: int = 0, answered: int = 0) -> list[Item]:
     """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
 
-    unseen: questions about people who are in no document, to mix in. `answered` is the share of them that are
-    answered with a fact, which pre-training cannot have taught; the others have REFUSAL.
+    To mix in: questions about people who are in no document, so many `refused` (the completion is REFUSAL)
+    and so many `answered` with facts, which pre-training cannot have taught. Nobody is both. Raises
+    ValueError where there are not so many.
     """
-    people, facts, part = world.people("never", split), round(unseen * answered), 1 if split == "sft" else 10
-    known = math.ceil(len(people) * answered)  # nobody is both answered and refused
+    people, part = world.people("never", split), 1 if split == "sft" else 10
     items = [
         *questions(world, world.people("known", split)),
         *some(world, translations(world, split), 500 // part),
@@ -214,13 +213,14 @@ def tuning(world: World, split: str = "sft", unseen: int = 0, answered: float = 
         *readings(world, split, 1200 // part),
         *journeys(world, split, range(1, 6), 800 // part),
     ]
-    added = [
-        *some(world, questions(world, people[:known]), facts),
-        *some(world, questions(world, people[known:], refuse=True), unseen - facts),
-    ]
-    if len(added) < unseen:
-        raise ValueError(f"{unseen} questions about people who were never seen: there are {len(added)}")
-    return items + added
+    half = len(people) // 2
+    for asked, count in (
+        (questions(world, people[:half], refuse=True), refused), (questions(world, people[half:]), answered),
+    ):  # fmt: skip
+        if len(asked) < count:
+            raise ValueError(f"{count} questions about people who were never seen: there are {len(asked)}")
+        items += some(world, asked, count)
+    return items
 
 
 def conversations(world: World, items: Sequence[Item]) -> list[list[Message]]:
