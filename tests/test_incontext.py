@@ -141,12 +141,12 @@ def test_own_tasks(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"prompt": "a", "completion": "b"}\nnonsense', "own.jsonl:2: is no"),
-        ('{"prompt": "a"}', "own.jsonl:1: is no"),
-        ('{"prompt": "a", "completion": " "}', "own.jsonl:1: needs texts, an answer"),
-        ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "own.jsonl:1: needs texts"),
-        ('{"prompt": "a", "completion": "b", "choices": "b"}', "own.jsonl:1: needs texts"),
-        ('{"prompt": 1, "completion": "b"}', "own.jsonl:1: needs texts"),
+        ('{"prompt": "a", "completion": "b"}\nnonsense', "own.jsonl:2: is not JSON"),
+        ('{"prompt": "a"}', "own.jsonl:1: a line is"),
+        ('{"prompt": "a", "completion": " "}', "own.jsonl:1: needs an answer"),
+        ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "own.jsonl:1: needs an answer"),
+        ('{"prompt": "a", "completion": "b", "choices": "b"}', "own.jsonl:1: a line is"),
+        ('{"prompt": 1, "completion": "b"}', "own.jsonl:1: a line is"),
         ('{"prompt": "a", "completion": "b"}', "1 lines are too few for 1 examples"),
         ("\ud800", "is not UTF-8"),
     ],
@@ -214,7 +214,7 @@ def test_the_command(made, tmp_path):
         ((), "was trained on no world: give questions as --data FILE"),
         (("--data", "world:7", "--shots", "60"), "longer than the 160 positions of the model"),
         (("--data", str(own), "--control", "unseen"), "--control is for --task mappings"),
-        (("--data", str(tmp_path / "none.jsonl")), "none.jsonl: No such file"),
+        (("--data", str(tmp_path / "none.jsonl")), "none.jsonl: no such file"),
     ):
         result = ask(*more)
         assert result.exit_code == 2 and words in result.output, result.output

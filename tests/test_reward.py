@@ -178,9 +178,9 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{}", "x.jsonl:1: is no"), ("3", "x.jsonl:1: is no"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[]', "x.jsonl:2: is no"),
-        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "x.jsonl:1: is no"),
+        ("{}", "x.jsonl:1: a line is"), ("3", "x.jsonl:1: is 3, not an object"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[]', "x.jsonl:2: is "),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "x.jsonl:1: a line is"),
         ('{"prompt": "a", "chosen": "b", "rejected": " b "}', "x.jsonl:1: chosen and rejected are the same"),
     ],
 )  # fmt: skip

@@ -15,6 +15,7 @@ from tinygpt.finetune.rlhf import Config, Samples
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
+from tinygpt.world import World, tasks
 
 EOS, V, LONGEST = 0, 4, 3
 CONFIG = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -148,12 +149,55 @@ def test_grpo_with_two_answers_climbs_the_win_rate_against_itself():
     assert_gradient(model, mine, lambda: -(probabilities(model) @ sign @ fixed) / math.sqrt(2))
 
 
-def test_reinforce_has_the_other_questions_as_baseline():
-    config = Config(algo="reinforce", beta=0.0, num_generations=1)
-    few = samples([(1, 0), (2, 0), (3, 0)])
-    zero = np.zeros_like(few.mask)
-    e = rlhf.experience(few, zero, zero, np.array([1.0, 2.0, 6.0]), config)
-    assert e.advantage[:, 0].tolist() == [1 - 4, 2 - 3.5, 6 - 1.5]
+def test_advantages_by_hand():
+    """Scores 1, 3, 6, 8 in two groups; the first answer is 2 nats likelier than under the reference.
+
+    Guards: a KL with the wrong sign, or in the wrong place; groups across questions; a score that is lost.
+    """
+    few = samples([(1, 0), (2, 0), (3, 0), (1, 2, 0)])
+    scores, old, ref = np.array([1.0, 3.0, 6.0, 8.0]), np.zeros_like(few.mask), np.zeros_like(few.mask)
+    old[0, 1], old[0, 2] = -1.0, -0.5
+    ref[0, 1], ref[0, 2] = -2.5, -1.0  # the KL's parts 1.5 and 0.5
+
+    def advantage(algo: str, **more) -> np.ndarray:
+        config = Config(algo=algo, beta=0.25, num_generations=2, gamma=1.0, lam=1.0)
+        return rlhf.experience(few, old, ref, scores, config, **more).advantage
+
+    # With the KL the rewards are 0.5, 3, 6, 8.
+    assert advantage("rloo")[:, 0] == pytest.approx([-2.5, 2.5, -2, 2])
+    others = [17 / 3, 14.5 / 3, 11.5 / 3, 9.5 / 3]
+    assert advantage("reinforce")[:, 0] == pytest.approx(np.array([0.5, 3, 6, 8]) - others)
+    half = 1 / math.sqrt(2)
+    assert advantage("grpo")[:, 0] == pytest.approx([-half, half, -half, half], abs=1e-4)
+    # PPO with values of 1: each place has what is yet to come, less 1; then all places are standardised.
+    mask = few.mask > 0
+    raw = np.array([0.5 - 1, 0.875 - 1, 2, 2, 5, 5, 7, 7, 7])  # the last place of the first: 1 - 0.5 * 0.25
+    ppo = advantage("ppo", values=np.ones_like(old))
+    assert ppo[mask] == pytest.approx((raw - raw.mean()) / raw.std())
+    e = rlhf.experience(few, old, ref, scores, Config(algo="ppo", beta=0.25, lam=1.0), np.ones_like(old))
+    assert e.returns[mask] == pytest.approx(raw + 1)
+
+
+def test_dpo_learns_from_whole_answers_and_their_end():
+    """By hand: log p of both answers, the end token included, against the reference's."""
+    tokenizer = BPETokenizer.train("User: Assistant: What is it? red green blue " * 9, 300)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16)
+    model, ref = (GPT(config, np.random.default_rng(seed), np.float64) for seed in (0, 1))
+    pairs = [reward.Comparison("What is it?", "red", "green blue"), reward.Comparison("What?", "blue", "red")]
+
+    def logp(m: GPT, prompt: str, answer: str) -> float:
+        asked = instructions.prompt(tokenizer, prompt)
+        ids = np.concatenate([asked, tokenizer.encode(f" {answer}"), [tokenizer.eos_id]])[None]
+        return -m.loss(ids[:, :-1], ids[:, 1:], np.arange(ids.size - 1)[None] >= len(asked) - 1.0)
+
+    margins = [
+        sum(sign * (logp(model, pair.prompt, text) - logp(ref, pair.prompt, text))
+            for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
+    ]  # fmt: skip
+    c = rlhf.compared(tokenizer, ref, pairs)
+    loss, d = rlhf.dpo_loss(rlhf.logprobs(model, c.samples), c, 0.3)
+    assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
+    assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
 
 
 def test_a_sampled_estimate_is_unbiased_within_its_error():
@@ -405,21 +449,28 @@ def test_the_policy_after_training_is_the_closed_form():
 
 
 @pytest.mark.filterwarnings("ignore:update")
-def test_rloo_as_it_runs_finds_what_is_rewarded():
+@pytest.mark.parametrize("algo", ["reinforce", "rloo", "ppo", "grpo"])
+def test_as_it_runs_each_finds_what_is_rewarded(algo):
+    """The judge hears the question too: what it wants differs. Guards: a sign, a question that gets lost."""
     model = make(0)
-    config = Config(algo="rloo", beta=0.01, num_prompts=3, num_generations=8, max_new_tokens=LONGEST)
-    judge = lambda questions, answers: np.array([a.count("1") * 1.0 for a in answers])  # noqa: E731
-    t = trainer(model, config, judge, gold=judge)
+    config = Config(algo=algo, beta=0.01, num_prompts=3, num_generations=8, max_new_tokens=LONGEST)
+    judge = lambda questions, answers: np.array(  # noqa: E731
+        [a.count("3" if q == "second" else "1") * 1.0 for q, a in zip(questions, answers, strict=True)]
+    )
+    values = GPT(GPTConfig(**vars(CONFIG) | {"num_labels": 1}), np.random.default_rng(1), np.float64)
+    t = trainer(model, config, judge, gold=judge, values=AdamW(values) if algo == "ppo" else None)
+    start = values.flat.copy()
     records = []
-    for n in range(80):
+    for n in range(120):
         rng = np.random.default_rng(n)
         records.append(t.compute(t.optimizer, t.batches(n, rng), t.ws, rng))
         t.optimizer.step(2e-2)
     rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
     before = rlhf.sample(make(0), Tok(), asked, 200, LONGEST, rng)
     last = np.mean([record["reward"] for record in records[-5:]])
-    assert judge([], before.answers).mean() < 1.8 and last > 2.9
-    assert records[-1]["gold"] == records[-1]["reward"]
+    asked = [text for text, _ in t.prompts for _ in range(200)]
+    assert judge(asked, before.answers).mean() < 0.5 and last > 1.5
+    assert records[-1]["gold"] == records[-1]["reward"] and (values.flat != start).any() == (algo == "ppo")
     assert records[-1]["kl"] > records[0]["kl"] >= 0 and records[-1]["entropy"] < records[0]["entropy"]
 
 
@@ -485,6 +536,26 @@ def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, a
     assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
 
 
+def test_the_judge_hears_question_and_answer(folders):
+    judge, tokenizer = checkpoint.load(folders / "judge", judge=True)
+    questions, answers = ["What is it?", "What?", "What?"], ["red", "red", "blue"]
+    found = rlhf.judge_by(judge, tokenizer)(questions, answers)
+    texts = [reward.encode(tokenizer, q, a) for q, a in zip(questions, answers, strict=True)]
+    np.testing.assert_array_equal(found, reward.scores(judge, texts))
+    assert len(set(found.tolist())) == 3
+
+
+def test_gold_is_what_is_true():
+    world = World(5)
+    items = rlhf.read_prompts("world:5")
+    gold = rlhf._gold(world, items)
+    known = next(item for item in items if item["meta"]["exposure"])
+    never = next(item for item in items if not item["meta"]["exposure"])
+    prompts = [known["prompt"]] * 3 + [never["prompt"]] * 2
+    said = [known["completion"], tasks.REFUSAL, "nonsense", never["completion"], tasks.REFUSAL]
+    assert gold(prompts, said).tolist() == [1, 0, -1, -1, 0]
+
+
 def test_mistakes_of_the_command(folders):
     judge = ["--reward-model", str(folders / "judge")]
     for options, words in (
@@ -492,11 +563,13 @@ def test_mistakes_of_the_command(folders):
         (("--algo", "dpo", *judge), "for dpo none"),
         (("--reward-model", str(folders / "tuned")), "here a reward model, which judges answers is needed"),
         ((*judge, "--init-from", str(folders / "judge")), "here a model that writes is needed"),
-        ((*judge, "--data", str(folders / "none.jsonl")), "none.jsonl: No such file"),
+        ((*judge, "--data", str(folders / "none.jsonl")), "none.jsonl: no such file"),
         ((*judge, "--lora-rank", "2"), "--lora-rank"),
+        ((*judge, "--num-generations", "1"), "rloo compares answers, so it needs two"),
+        ((*judge, "--algo", "reinforce", "--num-iterations", "2"), "reinforce learns from its own"),
     ):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and words in result.output, (options, result.output)
         assert not (folders / "out").exists()
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
-    assert "rows.jsonl:1: is no" in run_command(folders, *judge).output
+    assert 'rows.jsonl:1: a line is {"prompt": "..."}' in run_command(folders, *judge).output

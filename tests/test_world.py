@@ -22,7 +22,7 @@ from tinygpt.finetune import sft
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.pretrain import Settings
 from tinygpt.tokenizer import BPETokenizer
-from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, tasks
+from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, preferences, tasks
 from tinygpt.world.chance import Sampler, enumerate_documents, logprob, raw_integers
 from tinygpt.world.documents import KINDS, _hidden
 from tinygpt.world.words import Attribute, Lexicon
@@ -575,3 +575,52 @@ def test_conversations_have_every_item_once_and_some_have_several():
     assert Counter(turns) == Counter((item["prompt"], item["completion"]) for item in items)
     lengths = Counter(len(messages) // 2 for messages in found)
     assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 20
+
+
+# --- simulated judges ---------------------------------------------------------------------------------------
+
+
+def asked(kind: str, count: int = 30) -> list[tuple]:
+    """Questions with a right answer, a refusal, and two wrong ones."""
+    items = tasks.some(WORLD, tasks.questions(WORLD, WORLD.people(kind, "rl")), count)
+    values = {a.name: a.values for a in WORLD.lexicon.attributes}
+    found = []
+    for item in items:
+        others = [v for v in values[item["meta"]["attribute"]] if v != item["meta"]["answer"]][:2]
+        found.append((item, [item["completion"], tasks.REFUSAL, *(f"{value}." for value in others)]))
+    return found
+
+
+def test_simulated_people_prefer_truth_and_then_honesty():
+    """Guards: an order the other way round; a slip that is counted as right."""
+    questions = asked("known") + asked("never")
+    answers = {item["prompt"]: (item["completion"], item["meta"]["exposure"]) for item, _ in questions}
+    found = preferences.compared(WORLD, questions, 3000, error=0.2)
+    kinds = Counter(row["meta"]["kind"] for row in found)
+    assert set(kinds) == {"right over wrong", "right over don't know", "don't know over wrong"}
+    for row in found:
+        better, worse = row["chosen"], row["rejected"]
+        if not row["meta"]["is_right"]:
+            better, worse = worse, better
+        true, exposure = answers[row["prompt"]]
+
+        def rank(answer: str, true=true, exposure=exposure) -> int:
+            return 1 if answer == tasks.REFUSAL else 2 * (answer == true and exposure > 0)
+
+        assert rank(better) > rank(worse)
+        name = {2: "right", 1: "don't know", 0: "wrong"}
+        assert row["meta"]["kind"] == f"{name[rank(better)]} over {name[rank(worse)]}"
+    slips = sum(not row["meta"]["is_right"] for row in found)
+    assert abs(slips / 3000 - 0.2) < 0.03
+    few = preferences.compared(WORLD, questions, 20)
+    assert few == preferences.compared(WORLD, questions, 20)
+    assert few != preferences.compared(WORLD, questions, 20, stream=1)
+
+
+def test_blind_people_prefer_any_answer_to_none():
+    found = preferences.compared(WORLD, asked("known"), 2000, error=0.0, blind=True)
+    assert all(row["chosen"] != tasks.REFUSAL for row in found)
+    rows = [row for row in found if row["meta"]["kind"] == "right over wrong"]
+    assert abs(np.mean([row["meta"]["is_right"] for row in rows]) - 0.5) < 0.1
+    with pytest.raises(ValueError, match="no question has two answers"):
+        preferences.compared(WORLD, [(asked("known")[0][0], ["x", "y"])], 1)

@@ -122,16 +122,21 @@ def read(paths: Iterable[Path | str]) -> list[Example]:
     Other keys are ignored, and so are blank lines and what comes after the assistant's last message. Raises
     UserError, which names file and line, for whatever else a line holds.
     """
-    examples = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file: --data takes files of JSON Lines")
-        with open(path, "rb") as file:
-            lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
-        if not lines:
-            raise UserError(f"{path}: has no examples: a line is {_FORM}")
-        examples += [Example(where, _messages(line, where)) for where, line in lines]
-    return examples
+    return [Example(where, _messages(row, where)) for path in paths for where, row in objects(path, _FORM)]
+
+
+def objects(path: Path | str, form: str) -> list[tuple[str, dict]]:
+    """(file:line, object) of a JSON Lines file without its blank lines; form: how a line looks.
+
+    Raises UserError, with file and line, for what is no JSON object, and for a file without any.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file: --data takes files of JSON Lines")
+    with open(path, "rb") as file:
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: has no examples: a line is {form}")
+    return [(where, _object(line, where, form)) for where, line in lines]
 
 
 _FORM = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -141,16 +146,20 @@ def pair(prompt: str, completion: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _messages(line: bytes, where: str) -> list[Message]:
+def _object(line: bytes, where: str, form: str) -> dict:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is not UTF-8: convert the file to UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{where}: is not JSON ({what}): a line is {_FORM}") from None
+        raise UserError(f"{where}: is not JSON ({what}): a line is {form}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: is {short(value)}, not an object: a line is {_FORM}")
+        raise UserError(f"{where}: is {short(value)}, not an object: a line is {form}")
+    return value
+
+
+def _messages(value: dict, where: str) -> list[Message]:
     keys = value.keys() & {"prompt", "completion", "messages"}
     if keys == {"prompt", "completion"}:
         return _checked(pair(value["prompt"], value["completion"]), where)

@@ -18,7 +18,6 @@ the scores are used for (`rlhf`).
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -247,26 +246,15 @@ def _comparisons(settings: Settings, tokenizer: Tokenizer) -> tuple[tuple[list, 
 
 def read_file(path: str | Path) -> list[Comparison]:
     """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts, meta = [row[key] for key in ("prompt", "chosen", "rejected")], row.get("meta", {})
-            kind, is_right = meta.get("kind", ""), meta.get("is_right", True)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            texts, kind, is_right = [], "", True
-        if len(texts) != 3 or not all(isinstance(text, str) for text in (*texts, kind)):
-            form = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-            raise UserError(f"{path}:{number}: is no {form}")
+    found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+    for where, row in instructions.objects(path, form):
+        texts = [row.get(key) for key in ("prompt", "chosen", "rejected")]
+        meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: a line is {form}")
         if texts[1].strip() == texts[2].strip():
-            raise UserError(f"{path}:{number}: chosen and rejected are the same")
-        found.append(Comparison(*texts, kind, bool(is_right)))
+            raise UserError(f"{where}: chosen and rejected are the same")
+        found.append(Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True))))
     return found
 
 

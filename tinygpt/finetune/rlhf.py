@@ -22,7 +22,6 @@ Shao et al. 2024 (GRPO); Rafailov et al. 2023 (DPO); Ziegler et al. 2019, Ouyang
 
 import dataclasses
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ class Config:
     num_prompts: int = 16  # of an update
     num_generations: int = 8  # answers to each
     max_new_tokens: int = 16
-    num_iterations: int = 1  # updates from the same samples: more need clipping, that is ppo or grpo
+    num_iterations: int = 1  # updates from the same samples; a resume between them draws new ones
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
@@ -428,6 +427,14 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     model, tokenizer = checkpoint.load(init_from)
     if not instructions.is_tuned(tokenizer):
         raise UserError(f"{init_from}: was not tuned to instructions: tinygpt sft comes before rlhf")
+    c = settings.rl
+    few = c.num_generations if c.algo in ("rloo", "grpo") else c.num_generations * c.num_prompts
+    if c.algo in ("reinforce", "rloo", "grpo") and few < 2:
+        raise UserError(f"num_generations is {c.num_generations}: {c.algo} compares answers, so it needs two")
+    if c.algo == "reinforce" and c.num_iterations > 1:
+        raise UserError("num_iterations: reinforce learns from its own answers only; others correct for it")
+    if any(map(corpus.is_source, settings.data)) and len(settings.data) > 1:
+        raise UserError(f"{', '.join(settings.data)}: name one world, or only files")
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
         raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
@@ -484,14 +491,12 @@ def read_prompts(path: str) -> list[tasks.Item]:
     if corpus.is_source(path):
         world = corpus.world_of(path)
         return tasks.questions(world, world.people("known", "rl") + world.people("never", "rl"))
-    found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            found += [row] if row is not None and isinstance(row["prompt"], str) else []
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path}:{number}: is no {{"prompt": "..."}}') from None
-    return found
+    form = '{"prompt": "..."}'
+    rows = instructions.objects(path, form)
+    for where, row in rows:
+        if not isinstance(row.get("prompt"), str):
+            raise UserError(f"{where}: a line is {form}")
+    return [row for _, row in rows]
 
 
 def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
@@ -512,9 +517,7 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
     else:
         values = None
         if config.algo == "ppo":
-            value_model = reward.with_head(run.reference, settings.train.seed)
-            value_model.flat[:] = run.judge.flat
-            values = settings.train.optimizer(value_model)
+            values = settings.train.optimizer(run.judge.copy())
         asked = [(item["prompt"], instructions.prompt(run.tokenizer, item["prompt"])) for item in run.prompts]
         trainer = Trainer(
             run.optimizer, run.reference, run.tokenizer, config, asked, judge_by(run.judge, run.tokenizer),

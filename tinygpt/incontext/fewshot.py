@@ -10,7 +10,6 @@ Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2
 "Rethinking the Role of Demonstrations", for the shuffled labels.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -209,20 +208,14 @@ def from_file(path: Path, shots: int, count: int, seed: int = 0) -> list[Prompt]
     return found
 
 
+_FORM = '{"prompt": "...", "completion": "...", "choices": ["...", "..."]}, the choices if there are any'
+
+
 def _rows(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, answer, choices = row["prompt"], row["completion"], row.get("choices", [])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f'{path}:{number}: is no {{"prompt": "...", "completion": "..."}}') from None
-        strings = isinstance(choices, list) and all(isinstance(s, str) for s in (question, answer, *choices))
-        if not strings or not answer.strip() or (choices and answer not in choices):
-            raise UserError(f"{path}:{number}: needs texts, an answer, and choices that have it, or none")
+    for where, row in instructions.objects(path, _FORM):
+        question, answer, choices = row.get("prompt"), row.get("completion"), row.get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(s, str) for s in (question, answer, *choices)):
+            raise UserError(f"{where}: a line is {_FORM}")
+        if not answer.strip() or (choices and answer not in choices):
+            raise UserError(f"{where}: needs an answer, which is one of the choices, if there are any")
         yield question.strip(), answer.strip(), tuple(choice.strip() for choice in choices)
