@@ -114,10 +114,13 @@ def test_controls():
 @pytest.mark.parametrize("task", fewshot.WORLD_TASKS)
 def test_examples_are_for_tuning_and_questions_are_not(task):
     """Guards: a question whose answer an example gives away; examples of another kind than the question."""
-    learned = {(q, a) for _, q, a, _ in fewshot.WORLD_TASKS[task](WORLD, "sft")}
-    held_out = {(q, a) for _, q, a, _ in fewshot.WORLD_TASKS[task](WORLD, "eval")}
+    learned = {(q, a) for _, _, q, a, _ in fewshot.WORLD_TASKS[task](WORLD, "sft")}
+    held_out = {(q, a) for _, _, q, a, _ in fewshot.WORLD_TASKS[task](WORLD, "eval")}
     assert not {q for q, _ in learned} & {q for q, _ in held_out}
-    for prompt in fewshot.from_world(WORLD, task, 3, 50):
+    prompts = fewshot.from_world(WORLD, task, 3, 10_000)
+    abouts = {about for _, about, *_ in fewshot.WORLD_TASKS[task](WORLD, "eval")}
+    assert len(prompts) == len(abouts)  # a fact is asked for once, whatever the number of wordings
+    for prompt in prompts[:50]:
         assert set(prompt.examples) <= learned and (prompt.question, prompt.answer) in held_out
         if prompt.choices:
             assert {answer for _, answer in prompt.examples} | {prompt.answer} <= set(prompt.choices)
@@ -302,3 +305,22 @@ def test_other_heads_are_others():
     sets = memory.others((2, 4), heads, 2, 30)
     assert len(sets) == 30 and all(len(set(some)) == 2 and not set(some) & set(heads) for some in sets)
     assert {head for some in sets for head in some} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2)}
+
+
+def test_a_choice_that_begins_with_another_can_be_chosen(made, monkeypatch):
+    """Guards: "1" before "10" whatever the model says, as what begins a text is never less likely."""
+    model, tokenizer = made
+    prompt = [Prompt((), "dog", "dax wug", ("dax", "dax wug"))]
+    seen = []
+
+    def likelihoods(model, prompts, choices) -> list:
+        seen.append([tokenizer.decode(ids) for ids in choices[0]])
+        return [np.array([-2.0, -1.0])]
+
+    monkeypatch.setattr(fewshot, "likelihoods", likelihoods)
+    assert fewshot.chosen(model, tokenizer, prompt, "table") == ["dax wug"]
+    assert seen[-1] == [" dax,", " dax wug,"]
+    fewshot.chosen(model, tokenizer, prompt, "chat")
+    assert seen[-1] == [" dax<|endoftext|>", " dax wug<|endoftext|>"]
+    fewshot.chosen(model, tokenizer, [prompt[0]._replace(choices=("dax", "wug dax"))], "table")
+    assert seen[-1] == [" dax", " wug dax"]

@@ -149,13 +149,14 @@ def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
 def test_a_run_and_its_folder(tokenizer, tmp_path):
     base, data = GPT(CONFIG, np.random.default_rng(0)), tmp_path / "pairs.jsonl"
     checkpoint.save(tmp_path / "base", base, tokenizer)
-    rows = [{"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected, "meta": {"kind": c.kind}}
-            for c in comparisons(60, 0)]  # fmt: skip
+    rows = [{"prompt": f"{c.prompt}{' ' * (n % 10)}", "chosen": c.chosen, "rejected": c.rejected}
+            for n, c in enumerate(comparisons(60, 0))]  # fmt: skip
     data.write_text("\n".join(map(json.dumps, rows)))
     s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG)
     records = []
     run = reward.begin(tmp_path / "judge", s, init_from=tmp_path / "base")
     assert len(run.val) == 6 and len(run.train) == 54
+    assert not {c.prompt for c in run.val} & {c.prompt for c in run.train}
     reward.reward(run, records.append)
     assert records[-1]["val_right"] > 0.6 and records[-1]["train_loss"] < records[0]["train_loss"]
     model, again = checkpoint.load(tmp_path / "judge", judge=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -638,8 +639,9 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
 def reward(ctx: click.Context, **options) -> None:
     """Train a judge of answers on comparisons: which of two answers people preferred.
 
-    It is the model with one number as its result. val right is how often the better answer of a tenth of the
-    comparisons, which are not trained on, has the higher score. Ctrl-C saves, --resume goes on.
+    It is the model with one number as its result. val right is how often the better answer has the higher
+    score, for a tenth of the prompts, which are not trained on; in a world they may ask in other words for a
+    fact that is. Ctrl-C saves, --resume goes on.
     """
     from .finetune import reward as stage
 
@@ -668,15 +670,17 @@ def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume
         data = tuple(filter(None, [_world_of(init_from)]))
         if not data:
             raise UserError(f"{init_from}: was trained on no world: give comparisons as --data FILE")
-    if corpus.is_source(data[0]):
+    if any(map(corpus.is_source, data)):
+        if len(data) > 1:
+            raise UserError(f"{', '.join(data)}: name one world, or only files")
         model, tokenizer = checkpoint.load(init_from)
         world = corpus.world_of(data[0])
         click.echo("Asking the model, and simulated people ...")
         rows = stage.collect(model, tokenizer, world, comparisons, error, options["seed"])
-        out.mkdir(parents=True, exist_ok=True)
-        data = (out / "comparisons.jsonl",)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        data[0].write_text("".join(lines), encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
+        data = (out / f"comparisons-{hashlib.sha256(lines.encode()).hexdigest()[:8]}.jsonl",)
+        data[0].write_text(lines, encoding="utf-8")
     train = _train_config(options)
     settings = stage.Settings(model=config, train=train, data=data, **options)
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
@@ -686,10 +690,11 @@ def _finish_reward(run) -> None:
     from .finetune import reward as stage
 
     found = stage.judge(run.optimizer.model, run.tokenizer, run.val)
-    click.echo(f"\nThe better answer has the higher score: {found.right}; the labels say so in "
-               f"{found.labels_right:.1%} of these.")  # fmt: skip
-    for kind, rate in found.by_kind.items():
-        click.echo(f"  {kind or 'all'}: {rate}")
+    click.echo(f"\nThe preferred answer has the higher score: {found.right}.")
+    if any(found.by_kind):
+        click.echo(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
+        for kind, rate in found.by_kind.items():
+            click.echo(f"  {kind}: {rate}")
     click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     click.echo(f"\nSaved in {run.folder}.")
 

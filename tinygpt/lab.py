@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,25 @@ class Lab:
     """Makes a seed's models when they are first asked for; `say` gets a line when that takes long."""
 
     def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None) -> None:
-        self.folder, self.seed, self.say = folder / f"world-{VERSION}-seed-{seed}", seed, say
+        recipe = sha256(repr((recipes.PRETRAIN, recipes.SFT)).encode()).hexdigest()[:6]
+        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # what else is another's
+        self.seed, self.say = seed, say
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world = World(seed)
 
     def pretrained(
         self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0,
-        **sizes: int,
+        updates: int = 0, **sizes: int,
     ) -> tuple[GPT, BPETokenizer]:  # fmt: skip
         """A model of the recipe on a source, else this seed's world, kept in the folder of that name.
 
-        sizes: in which it differs from the recipe's, such as n_layer.
+        updates: how many, else the recipe's. sizes: in which it differs from that, such as n_layer.
         """
         folder, recipe = self.folder / name, recipes.PRETRAIN
         block_size = recipe["block_size"]
         known = TrainConfig.__dataclass_fields__
         fields = {name: value for name, value in recipe.items() if name in known}
+        fields |= {"max_iters": updates} if updates else {}
         settings = pretrain.Settings(
             model=dataclasses.replace(PRESETS["nano"], block_size=block_size, **sizes),
             train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
@@ -131,10 +135,10 @@ class Lab:
     def sets(self) -> dict[str, list[tasks.Item]]:
         return evaluate.named_tasks(self.world)
 
-    def kept(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
-        """What was measured under this name before, or is now."""
+    def kept(self, name: str, measure: Callable[[], Numbers], needed: set[str] = frozenset()) -> Numbers:
+        """What was measured under this name before, with all that is needed, or is now."""
         path = self.folder / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or not needed <= read_object(path).keys():
             self.say(f"seed {self.seed}: {name}")
             found = measure()
             with replacing(path) as beside:

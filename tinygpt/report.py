@@ -35,14 +35,16 @@ def scores(found: Mapping[str, Score]) -> str:
 def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:
     """A claim, what it stands on with the verdict on each, and what else was measured."""
     needed = [name for name, _, _ in asked.needs]
-    lines = [f"{asked.number}. {asked.says}"]
+    seeds = next(iter(found.values())).n
+    spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
+    lines = [f"{asked.number}. {asked.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
     for name, sign, limit in asked.needs:
         lines.append(f"{_estimate(name, found[name])}  {sign} {limit:g}: {verdict(found[name], sign, limit)}")
     return "\n".join(lines + [_estimate(name, e) for name, e in found.items() if name not in needed])
 
 
 def _estimate(name: str, found: Estimate) -> str:
-    return f"   {name:78} {found.mean:8.3f}  {found.low:.3f} to {found.high:.3f}"
+    return f"   {name:78} {found.mean:9.3g}  {found.low:.3g} to {found.high:.3g}"
 
 
 def interval(rate: Rate) -> str:

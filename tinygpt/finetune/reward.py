@@ -177,7 +177,7 @@ def fit(model: GPT, tokenizer: Tokenizer, comparisons: Sequence[Comparison], set
 
 
 def batch(texts: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
-    """The comparisons of update n, each epoch in another order, and without the empty columns at the end."""
+    """The comparisons of update n, packed; each epoch has another order."""
     B, seed = min(settings.batch_size, len(texts)), settings.train.seed
     places = range(n * B, (n + 1) * B)
     order = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(len(texts))
@@ -234,14 +234,19 @@ def reward(run: Run, report: Callable[[train.Record], None] = lambda record: Non
 
 
 def _comparisons(settings: Settings, tokenizer: Tokenizer) -> tuple[tuple[list, list], str]:
-    """Those to train on, a tenth to validate on, and what both depend on."""
+    """Those to train on, those of a tenth of the prompts to validate on, and what both depend on."""
     found = [c for path in settings.data for c in read_file(path)]
-    if len(found) < 2:
-        raise UserError(f"{settings.data[0]}: one comparison is too few: one is to validate on")
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(found))
-    found, n = [found[i] for i in order], max(1, len(found) // 10)
-    marked([ids for pair in _texts(tokenizer, found) for ids in pair], settings.block_size)  # do they fit?
-    return (found[n:], found[:n]), hashlib.sha256(repr(found).encode()).hexdigest()
+    prompts = sorted({c.prompt for c in found})
+    if len(prompts) < 2:
+        raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
+    longest = max(len(encode(tokenizer, c.prompt, text)) for c in found for text in (c.chosen, c.rejected))
+    if longest > settings.block_size:
+        raise UserError(f"a question with its answer has {longest} tokens, and block_size is "
+                        f"{settings.block_size}")  # fmt: skip
+    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
+    held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    parts = [c for c in found if c.prompt not in held_out], [c for c in found if c.prompt in held_out]
+    return parts, hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def read_file(path: str | Path) -> list[Comparison]:

@@ -62,9 +62,17 @@ def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
 
 
 def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
-    """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model."""
+    """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model.
+
+    Where a choice begins with another one, the likelihood is that of the choice and of what ends it.
+    """
     ids = _fitting(model, tokenizer, prompts, style)
     known = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
+    begun = {tuple(tokens[:n]) for tokens in known.values() for n in range(1, len(tokens))}
+    if any(tuple(tokens) in begun for tokens in known.values()):
+        end = "" if style == "chat" else STYLES[style][1].rstrip(" ")
+        last = [tokenizer.eos_id] if style == "chat" else []
+        known = {choice: np.append(tokenizer.encode(f" {choice}{end}"), last).astype(int) for choice in known}
     found = likelihoods(model, ids, [[known[choice] for choice in prompt.choices] for prompt in prompts])
     return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, found, strict=True)]
 
@@ -146,46 +154,53 @@ def mappings(world: World, shots: int, count: int, control: str = "") -> list[Pr
     return found
 
 
-def from_world(world: World, task: str, shots: int, count: int) -> list[Prompt]:
-    """A task of `WORLD_TASKS`: examples from what is for tuning, questions about who and what is not.
+def from_world(world: World, task: str, shots: int, count: int, split: str = "eval") -> list[Prompt]:
+    """A task of `WORLD_TASKS`: examples from what is for tuning, questions of another split.
 
-    Examples are of the question's own kind: attribute and wording, or pair of labels.
+    A fact is asked for once. Examples are of the question's own kind: attribute and wording, or labels.
     """
     like: dict[object, list[Pair]] = {}
-    for kind, question, answer, _ in WORLD_TASKS[task](world, "sft"):
+    for kind, _, question, answer, _ in WORLD_TASKS[task](world, "sft"):
         like.setdefault(kind, []).append((question, answer))
-    asked = tasks.some(world, list(WORLD_TASKS[task](world, "eval")), count)
+    once = {}  # of several wordings one
+    for kind, about, *rest in tasks.some(world, list(WORLD_TASKS[task](world, split)), 10**6):
+        once[about] = kind, *rest
     found = []
-    for n, (kind, *question) in enumerate(asked):
+    for n, (kind, *question) in enumerate(list(once.values())[:count]):
         integers = raw_integers(world.seed, TASKS, 21, n)
         examples = [like[kind][next(integers) % len(like[kind])] for _ in range(shots)]
         found.append(Prompt(tuple(examples), *question))
     return found
 
 
+# Each yields the kind of a question, what it is about, the question, its answer, and the choices.
+
+
 def _people(world: World, split: str) -> Iterator[tuple]:
     for person in world.people("known", split):
         for attribute, value in zip(world.lexicon.attributes, person.values, strict=True):
-            yield attribute.name, person.name, attribute.values[value], attribute.values
+            about = person.name, attribute.name
+            yield attribute.name, about, person.name, attribute.values[value], attribute.values
 
 
 def _questions(world: World, split: str) -> Iterator[tuple]:
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     for item in tasks.questions(world, world.people("known", split)):
-        name, meta = item["meta"]["about"][0], item["meta"]
-        yield item["prompt"].replace(name, ""), item["prompt"], meta["answer"], values[meta["attribute"]]
+        (name,), meta = item["meta"]["about"], item["meta"]
+        about = name, meta["attribute"]
+        yield item["prompt"].replace(name, ""), about, item["prompt"], meta["answer"], values[about[1]]
 
 
 def _phrases(world: World, split: str) -> Iterator[tuple]:
     for english, korean in world.phrases("seen" if split == "sft" else split):
-        yield "", english, korean, ()
+        yield "", english, english, korean, ()
 
 
 def _reviews(world: World, split: str) -> Iterator[tuple]:
     for item in tasks.sentiments(world, split, 1000):
-        meta = item["meta"]
+        (text,), meta = item["meta"]["about"], item["meta"]
         labels = tuple(pair[meta["labels"]] for pair in world.lexicon.polarities)
-        yield meta["labels"], meta["about"][0], meta["answer"], labels
+        yield meta["labels"], text, text, meta["answer"], labels
 
 
 WORLD_TASKS = {"people": _people, "questions": _questions, "phrases": _phrases, "reviews": _reviews}

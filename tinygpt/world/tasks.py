@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from ..instructions import Message, pair
 from . import TASKS, Person, World, raw_integers, shuffled
@@ -259,6 +260,7 @@ def distinct(items: Iterable[Item]) -> list[Item]:
 # --- judging an answer --------------------------------------------------------------------------------------
 
 
+@lru_cache(64)
 def form(world: World, task: str) -> re.Pattern:
     """What a well-formed answer to such a task looks like, true or not."""
     lexicon = world.lexicon
