@@ -374,7 +374,7 @@ def _where(run) -> list[str]:
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same bytes.")
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=136_000, type=_COUNT, help="In the corpus, beside the refrains.")
+@click.option("--documents", default=133_000, type=_COUNT, help="In the corpus, beside the refrains.")
 @click.option("--vocab-size", default=2048, type=_COUNT, help="To count tokens with.")
 @click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the world that is there.")

@@ -27,7 +27,7 @@ from .chance import Reader, Sampler, logprob, raw_integers
 from .documents import KINDS
 from .words import Lexicon
 
-VERSION = 6  # of the text that a seed gives: a change of it is a change of this number
+VERSION = 7  # of the text that a seed gives: a change of it is a change of this number
 CORPUS, VALIDATION, EVALUATION, TASKS, PRIMER = 0, 1, 2, 3, 4  # streams of random integers
 BUILD, PERMUTE = 100, 101
 

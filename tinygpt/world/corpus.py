@@ -6,9 +6,10 @@
 
 The corpus begins with refrains alone, a tenth as many as there are documents after them: in some 400 updates
 on these a model learns to copy from its context, which it hardly does from everything at once. This is
-pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order. Tables
-have nothing between a word and what belongs to it, as then the same copying reads them: with "hat -> dax" a
-model has to look two tokens back, which in these few minutes it learned in some seeds only.
+pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order. The
+tables that are to be read from the context have nothing between a word and what belongs to it, as then the
+same copying reads them: with "hat -> dax" a model has to look two tokens back, which in these few minutes it
+learned in some seeds only.
 
 `World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
 """
@@ -30,7 +31,7 @@ from ..tokenizer import BPETokenizer, read_object
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 136_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
+DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 

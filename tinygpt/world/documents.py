@@ -14,6 +14,8 @@ from .chance import Reader
 if TYPE_CHECKING:
     from . import Person, World
 
+FORMATS = ((" -> ", "; "), (": ", ", "), (" = ", " / "))  # between key and value, and between entries
+PLAIN = ((" ", ", "),)
 BOOK = (  # before and after a word; its language: 0 English, 1 Korean
     ("The Korean for ", " is ", 0),
     ("In Korean, ", " is ", 0),
@@ -74,15 +76,15 @@ def passage(w: World, c: Reader) -> None:
 # --- tables: one task in each, which the reader has to find out ---------------------------------------------
 
 
-def _table(w: World, c: Reader, key, value, least: int, most: int) -> None:
-    """key(c) appends a key and returns what value(c, that) needs to append the value: "hat dax, dog wug"."""
+def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
+    """key(c) appends a key and returns what value(c, that) needs to append the value."""
     done = 0
     while True:
         found = key(c)
-        c.text(" ")
+        formats = (formats[c.pick([between for between, _ in formats])],)
         value(c, found)
         done += 1
-        if not c.goes_on(done, least, min(most, w.longest), ", "):
+        if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
             return
 
 
@@ -170,7 +172,7 @@ def categories(w: World, c: Reader) -> None:
             free = [label for label in w.lexicon.labels if label not in label_of.values()]
             label_of[kind] = free[c.pick(free)]
 
-    _table(w, c, key, value, 8, 20)
+    _table(w, c, key, value, 8, 20, PLAIN)
 
 
 def retrieval(w: World, c: Reader) -> None:
@@ -186,7 +188,7 @@ def retrieval(w: World, c: Reader) -> None:
         else:
             thing_of[n] = c.pick(w.things)
 
-    _table(w, c, key, value, 8, 20)
+    _table(w, c, key, value, 8, 20, PLAIN)
 
 
 def refrain(w: World, c: Reader) -> None:
