@@ -4,6 +4,7 @@ Those of pretrain, generate, chat and gradcheck have their tests beside their mo
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,11 @@ def test_a_closed_pipe_is_no_error(run):
     words = " ".join(["word"] * 3000)
     result = subprocess.run(f"{command} tok '{words}' | head -1", shell=True, capture_output=True, text=True)
     assert result.stdout == "'word'\n" and not result.stderr
+
+
+def test_every_package_is_installed():
+    """Guards: a folder that only an editable install finds."""
+    root = Path(__file__).parent.parent
+    listed = re.search(r"^packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M | re.S)[1]
+    found = [path.parent.relative_to(root) for path in (root / "tinygpt").rglob("__init__.py")]
+    assert set(re.findall(r'"([^"]+)"', listed)) == {".".join(path.parts) for path in found}

@@ -572,7 +572,7 @@ def named_tasks(lab: Lab) -> Numbers:
     for task in fewshot.WORLD_TASKS:
         for shots in (0, 1, 4):
             prompts = fewshot.from_world(lab.world, task, shots, 1000)
-            rate = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
+            rate = fewshot.accuracy(lab.base, lab.tokenizer, prompts, "arrow").rate
             found[f"{task}: right before tuning, {shots} examples"] = rate
     least = min(score.right.rate - score.majority for name, score in scores.items() if name != "journey")
     return found | {"right, less the most frequent answer, worst task": least}

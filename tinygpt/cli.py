@@ -941,7 +941,7 @@ def chat(stop: str | None, **options) -> None:
     click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
                  help="Examples before the question; repeat."),
     click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
-                 show_default="chat after tinygpt sft, else table",
+                 show_default="chat after tinygpt sft, else as the world has it",
                  help="How questions and answers are written down; chat: as earlier turns."),
     click.option("--control", default="", show_default="none",
                  type=click.Choice(("", "shuffled", "unseen", "reordered")), metavar="NAME",
@@ -963,7 +963,8 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
     from .world import corpus
 
     model, tokenizer = load_model(folder, adapter_folder)
-    style = style or ("chat" if instructions.is_tuned(tokenizer) else "table")
+    usual = "table" if task == "mappings" else "arrow"  # as the corpus has them
+    style = style or ("chat" if instructions.is_tuned(tokenizer) else usual)
     data = data or _world_of(folder)
     if data is None:
         raise UserError(f"{folder}: was trained on no world: give questions as --data FILE")
