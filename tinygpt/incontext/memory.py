@@ -9,7 +9,7 @@ by those that look back to what followed the same token before (induction heads,
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from ..evaluate import Rate, likelihoods, wilson
 from ..generate import encode_prompt
 from ..model import GPT
 from ..world import TASKS, Person, World, raw_integers, shuffled
+from ..world.chance import pick
 
 Head = tuple[int, int]  # layer, head
 
@@ -53,7 +54,7 @@ def told(
             *wordings, last = shuffled(attribute.told, integers)
             facts = [f"{wordings[r % len(wordings)]} {attribute.values[said]}" for r in range(repeats)]
             for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
-                fact = f"{attributes[b].told[0]} {_pick(attributes[b].values, integers)}"
+                fact = f"{attributes[b].told[0]} {pick(attributes[b].values, integers)}"
                 facts.insert(next(integers) % (len(facts) + 1), fact)
             text = ". ".join(f"{person.name} {fact}" for fact in [*facts, last])
             prompts.append(encode_prompt(tokenizer, text))
@@ -65,10 +66,6 @@ def told(
     chosen = np.array([found.argmax() for found in logp])
     rates = (wilson(int((chosen == wanted).sum()), len(pairs)) for wanted in (said, value))
     return Told(*rates, float(np.mean(nats)))
-
-
-def _pick(options: Sequence, integers: Iterator[int]):
-    return options[next(integers) % len(options)]
 
 
 # --- heads --------------------------------------------------------------------------------------------------

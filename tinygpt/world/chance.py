@@ -27,6 +27,11 @@ def raw_integers(*seed: int) -> Iterator[int]:
         yield from bits.random_raw(1024).tolist()
 
 
+def pick(options: Sequence, integers: Iterator[int]):
+    """One of them, each as likely."""
+    return options[next(integers) % len(options)]
+
+
 @functools.lru_cache(1 << 14)
 def _cumulated(weights: tuple[int, ...]) -> list[int]:
     return list(itertools.accumulate(weights))

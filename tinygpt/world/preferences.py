@@ -6,9 +6,10 @@ Their utility is known: a right answer is better than REFUSAL, and that is bette
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from . import TASKS, World, raw_integers
+from .chance import pick
 from .tasks import REFUSAL, Item, form, right
 
 NAMES = {1: "right", 0: "don't know", -1: "wrong"}
@@ -38,8 +39,8 @@ def compared(
     if not asked:
         raise ValueError("no question has two answers of different utility")
     while len(found) < count:
-        item, answers = _pick(asked, integers)
-        pair = [_pick(answers, integers), _pick(answers, integers)]
+        item, answers = pick(asked, integers)
+        pair = [pick(answers, integers), pick(answers, integers)]
         pair.sort(key=lambda answer: utility(world, item, answer), reverse=True)
         better, worse = (utility(world, item, answer) for answer in pair)
         if better == worse:
@@ -54,7 +55,3 @@ def compared(
             "meta": {"kind": f"{NAMES[better]} over {NAMES[worse]}", "is_right": slip == swapped},
         })  # fmt: skip
     return found
-
-
-def _pick(options: Sequence, integers: Iterator[int]):
-    return options[next(integers) % len(options)]

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from ..instructions import Message, pair
 from . import TASKS, Person, World, raw_integers, shuffled
-from .chance import Sampler
+from .chance import Sampler, pick
 from .documents import opinion, statement
 
 Item = dict  # prompt, completion, meta
@@ -81,7 +81,7 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
         text = c.document()
         if world.split_of(text) == split:
             n = next(integers) % len(labels[0])
-            asked = _pick(_SENTIMENT, integers).format(text, labels[0][n], labels[1][n])
+            asked = pick(_SENTIMENT, integers).format(text, labels[0][n], labels[1][n])
             answer = labels[polarity][n]
             items.append(_item(asked, f"{answer}.", "sentiment", split, answer, [text], labels=n))
     return items
@@ -96,19 +96,19 @@ def readings(world: World, split: str, count: int) -> list[Item]:
     c, people = Sampler(integers), world.people("fresh") if split == "sft" else world.people("never", split)
     attributes = world.lexicon.attributes
     while len(items) < 2 * count:
-        person, facts, sentences = _pick(people, integers), {}, []
+        person, facts, sentences = pick(people, integers), {}, []
         for _ in range(3 + next(integers) % 2):
             left = tuple(a for a in world.all_attributes if a not in facts)
             attribute, text = statement(world, c, facts, left)
             sentences.append((attribute, f"{person.name}{text}."))
         c.document()
         passage = " ".join(sentence for _, sentence in sentences)
-        a, sentence = _pick(sentences, integers)
+        a, sentence = pick(sentences, integers)
         answer, about = attributes[a].values[facts[a]], [person.name]
-        asked = _pick(attributes[a].asked, integers).format(person.name)
+        asked = pick(attributes[a].asked, integers).format(person.name)
         meta = {"attribute": attributes[a].name}
         items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about, **meta))
-        asked = _pick(_STATED, integers).format(attributes[a].name, person.name)
+        asked = pick(_STATED, integers).format(attributes[a].name, person.name)
         items.append(_item(f"{passage} {asked}", sentence, "summary", split, answer, about, **meta))
     return items
 
@@ -127,7 +127,7 @@ def journeys(
         here = start = next(integers) % len(lexicon.stations)
         lines = [next(integers) % len(lexicon.lines) for _ in range(numbers[len(items) % len(numbers)])]
         problem = " ".join([lexicon.stations[start], *(lexicon.lines[line] for line in lines)])
-        asked = _pick(_TRAVEL, integers)
+        asked = pick(_TRAVEL, integers)
         order = shuffled(range(len(lines)), integers)
         if world.split_of(problem) != split:
             continue
@@ -293,7 +293,3 @@ def _any(words: Iterable[str]) -> str:
 def _integers(world: World, task: str, split: str) -> Iterator[int]:
     place = ("sentiment", "reading", "journey").index(task), SPLITS.index(split)
     return raw_integers(world.seed, TASKS, *place)
-
-
-def _pick(options: Sequence, integers: Iterator[int]):
-    return options[next(integers) % len(options)]
