@@ -17,7 +17,7 @@ from tinygpt.train import TrainConfig, weight_change
 from tinygpt.world import World, evaluate, tasks
 
 pretrained = import_module("1_pretrain")
-TRAIN = TrainConfig(max_iters=1000, learning_rate=2.5e-4, min_lr=2.5e-5, warmup_iters=10)
+TRAIN = TrainConfig(max_iters=1000, learning_rate=4e-4, min_lr=4e-5, warmup_iters=10)
 
 
 def load(folder: Path):

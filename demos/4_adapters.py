@@ -22,7 +22,7 @@ from tinygpt.world import World, evaluate, tasks
 pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
 UPDATES = 1000  # each
 ARMS = (
-    ("all weights", None, 2.5e-4),
+    ("all weights", None, 4e-4),
     ("LoRA, rank 8", AdapterConfig("lora", rank=8), 3e-3),
     ("LoRA, rank 1", AdapterConfig("lora", rank=1, alpha=1.0), 3e-3),
     ("p-tuning, 16 tokens", AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128), 1e-3),

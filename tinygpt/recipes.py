@@ -1,12 +1,12 @@
 """How each stage is trained on the synthetic world, under the names of its options.
 
 Found by measuring, on seeds other than those of the tables. Beta2 and the long warm-up are what copying from
-the context needs to form in every seed; tuning at a higher rate forgets people, at a lower one it does not
-learn to read a passage.
+the context needs to form in every seed. Tuning at 2.5e-4 did not learn to read a passage in one seed of four;
+at 1e-3 it forgets people.
 """
 
 PRETRAIN = {
     "tokenizer": "bpe", "vocab_size": 2048, "block_size": 128, "batch_size": 8, "max_iters": 4600,
     "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 920,
 }  # fmt: skip
-SFT = {"max_iters": 1000, "learning_rate": 2.5e-4, "eval_interval": 250}
+SFT = {"max_iters": 1000, "learning_rate": 4e-4, "eval_interval": 250}
