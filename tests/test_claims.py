@@ -57,7 +57,8 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "claims.json").read_text())
     assert saved["99"]["effect"]["low"] == 0.1
     text = report.claim(CLAIMS[99], found[99])
-    assert text.startswith("99. seeds grow\n") and "0.150  0.100 to 0.200  >= 0.15: undecided" in text
+    assert text.startswith("99. seeds grow (two seeds, a pilot: what they span)\n")
+    assert "0.15  0.1 to 0.2  >= 0.15: undecided" in text
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_every_claim_can_be_measured(toy, tmp_path):
     result = CliRunner().invoke(main, ["claims", "--all", "--seeds", "1", "--out", str(out)])
     assert result.exit_code == 0, result.output
     for claim in CLAIMS.values():
-        assert f"\n{claim.number}. {claim.says}" in result.output
+        assert f"\n{claim.number}. {claim.says} (one seed, no interval)" in result.output
     saved = json.loads((out / "claims.json").read_text())
     assert saved.keys() == {str(number) for number in CLAIMS}
     for number, numbers in saved.items():

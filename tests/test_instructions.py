@@ -177,5 +177,7 @@ def test_files_that_hold_no_examples(tmp_path):
         with pytest.raises(UserError) as error:
             instructions.read([path])
         assert says in str(error.value)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a folder"):
         instructions.read([tmp_path])
+    with pytest.raises(UserError, match="no such file"):
+        instructions.read([tmp_path / "none.jsonl"])

@@ -255,12 +255,13 @@ def pretrain(ctx: click.Context, **options) -> None:
 
 
 def _names_world(options: dict, base: Path | None = None) -> bool:
-    """Whether --data names a world. `world` becomes the folder of that name, or the world that a base was
-    trained on, or that of --seed."""
+    """Whether --data names a world. `world` becomes the world that a base was trained on, or the folder of
+    that name, or the world of --seed."""
     from .world.corpus import is_source
 
-    if "world" in options["data"] + options.get("val_data", ()) and not Path("world").exists():
-        known = (_world_of(base) if base else None) or f"world:{options['seed']}"
+    if "world" in options["data"] + options.get("val_data", ()):
+        usual = "world" if Path("world").exists() else f"world:{options['seed']}"
+        known = (_world_of(base) if base else None) or usual
         for name in options.keys() & {"data", "val_data"}:
             options[name] = tuple(known if path == "world" else path for path in options[name])
     return any(map(is_source, options["data"]))
@@ -600,7 +601,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
         click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
         key = ""
         while key not in ("1", "2", "s", "q", "\x03", "\x04"):
-            key = click.getchar()
+            key = click.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key in ("q", "\x03", "\x04"):
             break
         if key == "s":
@@ -610,8 +611,9 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         done += 1
-    command = _command("reward", "--init-from", str(folder), "--data", str(out))
-    click.echo(f"{done} comparisons in {out}. Next: {command}")
+    click.echo(f"{done} comparisons in {out}. Next, a judge or without one:")
+    for words in (["reward"], ["rlhf", "--algo", "dpo"]):
+        click.echo("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
 
 
 # --- tinygpt reward -----------------------------------------------------------------------------------------
@@ -666,10 +668,11 @@ def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume
 
     runs.check_folder(out, overwrite)
     config = dataclasses.replace(checkpoint.read_config(init_from), dropout=dropout)
-    if data == ("world",) and not Path("world").exists():
-        data = tuple(filter(None, [_world_of(init_from)]))
-        if not data:
+    if data == ("world",):
+        known = _world_of(init_from) or ("world" if Path("world").exists() else None)
+        if known is None:
             raise UserError(f"{init_from}: was trained on no world: give comparisons as --data FILE")
+        data = (known,)
     if any(map(corpus.is_source, data)):
         if len(data) > 1:
             raise UserError(f"{', '.join(data)}: name one world, or only files")
@@ -985,7 +988,7 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
         best = "" if math.isnan(best) else f"  {best:.3f}"
         click.echo(f"{k:8} {report.interval(rate)}{best}")
     shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
-    click.echo(f"\nOf the last, the first prompt, and its answer:\n{shown} | {prompts[0].answer}")
+    click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
 
 
 # --- tinygpt tokenizer --------------------------------------------------------------------------------------
@@ -1057,9 +1060,12 @@ def _shown(token: bytes) -> str:
 @click.option("--seeds", default=2, type=_COUNT, help="Worlds, and bases trained in them.")
 @click.option("--first-seed", default=1337, type=_COUNT_OR_0, help="The others follow.")
 @click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
+@click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
 @click.option("--out", default="claims", type=click.Path(path_type=Path), help="Folder for all that is made.")
-def claims(numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, out: Path) -> None:
-    """Measure what the glossary says of each kind of learning: does it hold here?
+def claims(
+    numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, listed: bool, out: Path
+) -> None:
+    """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
 
     A NUMBER is a claim's; without one, the core of them. Worlds, models and numbers are kept in --out: Ctrl-C
     loses the measurement under way, and the same command goes on. To measure anew, remove the folder.
@@ -1067,11 +1073,17 @@ def claims(numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, o
     from . import claims as stage
     from . import report
 
+    if listed:
+        for number, claim in stage.CLAIMS.items():
+            click.echo(f"{number:3}{'  core' if number in stage.CORE else '':6}  {claim.says}")
+        sys.exit()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
     chosen = numbers or (tuple(stage.CLAIMS) if every else stage.CORE)
     for number in chosen:
         if number not in stage.CLAIMS:
             known = ", ".join(map(str, stage.CLAIMS))
-            raise UserError(f"there is no claim {number}: known are {known}")
+            raise UserError(f"there is no claim {number}: known are {known}; --list says them")
     try:
         found = stage.run(out, chosen, range(first_seed, first_seed + seeds), click.echo)
     except KeyboardInterrupt:

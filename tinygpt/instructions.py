@@ -130,6 +130,8 @@ def objects(path: Path | str, form: str) -> list[tuple[str, dict]]:
 
     Raises UserError, with file and line, for what is no JSON object, and for a file without any.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder: --data takes files of JSON Lines")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: --data takes files of JSON Lines")
     with open(path, "rb") as file:
