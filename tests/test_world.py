@@ -528,7 +528,7 @@ def test_worlds_that_cannot_be_trained_on(small, options, words):
 
 def test_the_validation_text_must_be_the_worlds(small):
     """Guards: an infinite floor."""
-    tinygpt("world", "--seed", 5, "--documents", 400)
+    tinygpt("world", "--seed", 6, "--documents", 400)  # a folder of another world is not the base's
     with open("world/validation.txt", "a", encoding="utf-8") as file:
         file.write("Nora Nobody lives in Atlantis.\n")
     assert "write the world again" in tinygpt("pretrain", "--data", "world", *small, status=2)
@@ -551,7 +551,7 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     row = rf"^[A-Za-z ,]+ {number}  {number} to {number} +{number} +{number} +{number} +{number}$"
     lines = re.findall(row, output, re.M)
     assert len(lines) == len(named(WORLD, count=5)) and seeds == [5]
-    tinygpt("world", "--seed", 5, "--documents", 400)
+    tinygpt("world", "--seed", 6, "--documents", 400)  # a folder of another world is not the base's
     tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
     assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
