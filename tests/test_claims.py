@@ -85,7 +85,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(evaluate, "recall", lambda m, t, w, people: recall(m, t, w, list(people)[:2]))
     mappings, from_world, told = fewshot.mappings, fewshot.from_world, memory.told
     monkeypatch.setattr(fewshot, "mappings", lambda w, shots, count, *how: mappings(w, shots, 5, *how))
-    monkeypatch.setattr(fewshot, "from_world", lambda w, task, shots, count: from_world(w, task, shots, 5))
+    few = lambda w, task, shots, count, *split: from_world(w, task, shots, 5, *split)  # noqa: E731
+    monkeypatch.setattr(fewshot, "from_world", few)
     monkeypatch.setattr(
         memory, "told", lambda m, t, w, people, *how, **own: told(m, t, w, people[:2], *how, **own)
     )

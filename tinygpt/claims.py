@@ -326,7 +326,7 @@ def less_dramatic(lab: Lab) -> Numbers:
             "form": float(np.mean([score.formed.rate for score in scores.values()])),
             "right about known people": scores["questions, known"].right.rate,
             "new facts": lab.score(model, asked[4]).right.rate,
-            "forgotten": 1 - lab.recall(model, known) / lab.recall(lab.base, known),
+            "forgotten": lab.recall(lab.base, known) - lab.recall(model, known),
             "learning rate": rate,
         }
 
