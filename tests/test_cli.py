@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import tinygpt
 from tinygpt import bench, kernels
 from tinygpt.cli import main
 
@@ -102,5 +103,6 @@ def test_every_package_is_installed():
     """Guards: a folder that only an editable install finds."""
     root = Path(__file__).parent.parent
     listed = re.search(r"^packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M | re.S)[1]
-    found = [path.parent.relative_to(root) for path in (root / "tinygpt").rglob("__init__.py")]
+    package = Path(tinygpt.__file__).parent  # in the sources, or where it was installed without them
+    found = [path.parent.relative_to(package.parent) for path in package.rglob("__init__.py")]
     assert set(re.findall(r'"([^"]+)"', listed)) == {".".join(path.parts) for path in found}
