@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,3 +115,39 @@ def test_unknown_claims_are_refused(tmp_path):
     result = CliRunner().invoke(main, ["claims", "1", "77", "--out", str(tmp_path / "claims")])
     assert result.exit_code == 2 and result.output.startswith("tinygpt: there is no claim 77: known are 1, 2")
     assert not (tmp_path / "claims").exists()
+
+
+def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
+    """Guards: a sign, an arm taken for another; a toy model's numbers cannot show it."""
+    rate = lambda x: SimpleNamespace(rate=x)  # noqa: E731
+    falsehood = {"base": 0.0, "tuned": 0.9, (300, 0): 0.1, (300, 300): 0.3, (300, 600): 0.6}
+    lab = SimpleNamespace(
+        base="base", tuned="tuned", tokenizer=None, tune=lambda items: items,
+        world=SimpleNamespace(people=lambda *kind: []),
+        score=lambda model, name: SimpleNamespace(falsehood=rate(falsehood[model]), right=rate(0.5)),
+    )  # fmt: skip
+    monkeypatch.setattr(tasks, "tuning", lambda world, refused, answered: (refused, answered))
+    recalled = SimpleNamespace(rate=lambda: rate(0.0625))
+    monkeypatch.setattr(evaluate, "recall", lambda *given: recalled)
+    found = CLAIMS[8].measure(lab)
+    assert found["rise with unknown facts in the tuning"] == pytest.approx(0.5)
+    assert found["fall by refusals in the tuning"] == pytest.approx(0.8)
+    assert found["base, completing a sentence: likeliest value false"] == 0.9375
+    best = [0.06, 0.3, 0.5, 0.7, 0.9, 1.0]
+    assert claims._needed(best, best) == 1
+    assert claims._needed([0.06, 0.2, 0.4, 0.69, 0.9, 1.0], best) == 4
+    assert claims._needed([0.0] * 6, best) == 32
+
+    # The heads with high scores are cut; others are cut for comparison.
+    lab.recall = lambda model, people: 1.0
+    monkeypatch.setattr(claims, "_induction", lambda lab, model: np.array([[0.0, 0.1], [0.8, 0.9]]))
+    monkeypatch.setattr(memory, "without", lambda model, heads: "cut" if (1, 1) in heads else "other")
+    right = {"base": 1.0, "cut": 0.1, "other": 0.9}
+    told = lambda model, *given, own: SimpleNamespace(prompt=rate(right[model]))  # noqa: E731
+    monkeypatch.setattr(memory, "told", told)
+    monkeypatch.setattr(fewshot, "mappings", lambda *given: [])
+    monkeypatch.setattr(fewshot, "accuracy", lambda model, *given: rate(right[model]))
+    found = CLAIMS[19].measure(lab)
+    assert found["induction heads, of 16"] == 2
+    assert found["damage by the induction heads over that by as many others"] == pytest.approx(9)
+    assert found["the same without the induction heads"] == pytest.approx(0.1)

@@ -202,7 +202,10 @@ def test_chat_has_the_examples_as_earlier_turns(made):
 def test_the_command(made, tmp_path):
     model, tokenizer = made
     checkpoint.save(tmp_path, model, tokenizer)
-    ask = lambda *more: CliRunner().invoke(main, ["fewshot", str(tmp_path), "--count", "20", *more])  # noqa: E731
+
+    def ask(*more):
+        return CliRunner().invoke(main, ["fewshot", str(tmp_path), "--count", "20", *more])
+
     result = ask("--data", "world:7", "--shots", "0", "--shots", "2")
     assert result.exit_code == 0, result.output
     first, *rows = result.output.splitlines()[:3]

@@ -317,9 +317,8 @@ class GPT(Parameters):
         start (B, T): where each query's view begins, see `ops.visible_keys`. rng: turns dropout on. kv: a
         `generate.KVCache`, whose keys and values come before these and which is extended; an empty one gets
         the prompt first. keep=False: buffers are shared by all layers and the cache is of no use to
-        `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False; the head is a
-        third of GPT-2's work. Raises UserError for a sequence longer than `context`. Results live until `ws`
-        is used again.
+        `backward`. last=True: logits of the last position only, (B, 1, V), with keep=False. Raises UserError
+        for a sequence longer than `context`. Results live until `ws` is used again.
         """
         (B, T), C, P = ids.shape, self.config.n_embd, self.prompt_length
         ws, begins, wpe = ws or storage.Workspace(), kv is None or not kv.length, self._param("wpe.weight")
@@ -357,8 +356,8 @@ class GPT(Parameters):
         if last:
             x = np.ascontiguousarray(x[:, -1:])
         head = self._param(self.head)
-        logits = ws("logits", (*x.shape[:2], len(head)), x.dtype)
-        logits, c_head = self.ops.linear_forward(x, head.T, out=logits)
+        out = ws("logits", (*x.shape[:2], len(head)), x.dtype)
+        logits, c_head = self.ops.linear_forward(x, head.T, out=out)
         return logits, (buffer, c_tok, c_pos, c_drop, sublayers, c_norm, c_head, c_prompt, prompt, rows)
 
     def _after(self, rows: Array, x: Array, out: Array) -> Array:

@@ -321,8 +321,9 @@ class Trainer:
         self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, config: Config,
         prompts: Sequence[tuple[str, Array]], judge: Callable[[list[str], list[str]], Array],
         values: AdamW | None = None, gold: Callable[[list[str], list[str]], Array] | None = None,
-        seed: int = 0,
+        seed: int = 0, value_rate: Callable[[int], float] = lambda n: 1e-4,
     ) -> None:  # fmt: skip
+        self.value_rate = value_rate  # of update n, counted from 0
         self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
         self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
         self.ws, self.last, self.warned = Workspace(), None, False
@@ -379,10 +380,8 @@ class Trainer:
         outputs, cache = model.forward(e.samples.ids)
         loss, d = value_loss(outputs[..., 0].astype(np.float64), e, self.config)
         model.backward((self.config.vf_coef * d)[..., None].astype(outputs.dtype), cache, self.values.grads)
-        self.values.step(self.value_rate)
+        self.values.step(self.value_rate(self.optimizer.steps))
         return loss
-
-    value_rate = 1e-4
 
 
 def judge_by(model: GPT, tokenizer: Tokenizer) -> Callable[[list[str], list[str]], Array]:
@@ -522,6 +521,7 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
         trainer = Trainer(
             run.optimizer, run.reference, run.tokenizer, config, asked, judge_by(run.judge, run.tokenizer),
             values, _gold(world, run.prompts) if world else None, settings.train.seed,
+            settings.train.learning_rate_at,
         )  # fmt: skip
         batches, compute = trainer.batches, trainer.compute
 
