@@ -1094,6 +1094,40 @@ def claims(
     click.echo(f"\nSaved in {out / 'claims.json'}.")
 
 
+# --- tinygpt exercise ---------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", show_default="my_NAME.py",
+              help="Where to write it.")  # fmt: skip
+def exercise(name: str | None, out: Path | None) -> None:
+    """Write a file with a forward pass, a blank backward for you to fill in, and a hint.
+
+    `tinygpt gradcheck` then says whether your gradients are right. Without a NAME: list the exercises.
+    """
+    from . import exercises
+
+    if name is None:
+        for known, about in exercises.EXERCISES.items():
+            click.echo(f"{known:16} {about}")
+        click.echo(f"\nNext: {_command('exercise', 'linear')}")
+        sys.exit()
+    if name not in exercises.EXERCISES:
+        raise UserError(f"there is no exercise {name}: known are {', '.join(exercises.EXERCISES)}")
+    out = out or Path(f"my_{name}.py")
+    if out.suffix != ".py":
+        raise UserError(f"{out}: does not end in .py, by which gradcheck finds it; name another file")
+    command = _command("gradcheck", f"{out.as_posix()}:{name}")
+    text = exercises.text(name, command)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
+    click.echo(f"Saved {out}. Fill in {name}_backward. Next: {command}")
+
+
 # --- tinygpt gradcheck --------------------------------------------------------------------------------------
 
 
