@@ -3,8 +3,10 @@
 import doctest
 import importlib
 import json
+import re
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +169,8 @@ def test_outputs_may_be_a_number_or_several(rng):
 
 
 def test_what_is_not_a_float_array_is_passed_on(rng):
-    """Ids and switches are not differentiated; None and False say that a gradient is not to be checked."""
+    """Ids and switches are not differentiated; None and False say that a gradient is not to be checked, which
+    is reported, and is no mistake."""
 
     def forward(ids, w, half, unused):
         assert ids.dtype == np.int64 and half is True and unused.dtype == np.float64
@@ -180,7 +183,10 @@ def test_what_is_not_a_float_array_is_passed_on(rng):
         return dw, None
 
     inputs = np.array([0, 2, 2]), rng.standard_normal((3, 4)).astype(np.float32), True, np.ones(2)
-    assert [(r.name, r.ok) for r in gradcheck(forward, backward, inputs)] == [("dw", True)]
+    dw, left_out = gradcheck(forward, backward, inputs)
+    assert (dw.name, dw.ok, left_out.ok) == ("dw", True, True)
+    assert str(left_out) == "dunused: backward returns None for it" and np.isnan(left_out.rel_err)
+    tinygpt.assert_gradients(forward, lambda dout, cache: (backward(dout, cache)[0], False), inputs)
 
 
 def test_the_users_arrays_are_not_touched(rng):
@@ -194,9 +200,10 @@ def test_the_users_arrays_are_not_touched(rng):
     (lambda x: x, lambda d, c: d, r"must return \(out, cache\)"),
     (lambda x: (x.astype(np.float32), None), lambda d, c: d, "float32"),
     (lambda x: (x > 0, None), lambda d, c: d, "bool"),
-    (lambda x: (x + 0, None), lambda d, c: (d, d), "2 gradients for 1 float"),
+    (lambda x: (x + 0, None), lambda d, c: (d, d), "2 gradients; float arrays: x "),
     (lambda x: (x + 0, None), lambda d, c: {"y": d}, "no gradient for 'x'"),
-    (lambda x: (x + 0, None), lambda d, c: None, "nothing to check"),
+    (lambda x: (x + 0, None), lambda d, c: (None,), "nothing to check"),
+    (lambda x: (x + 0, None), lambda d, c: None, "backward returns None, .*: end it with `return dx`"),
 ])  # fmt: skip
 def test_what_cannot_be_checked_is_refused(forward, backward, message):
     """Passing silently would be worst: nothing was checked."""
@@ -242,6 +249,43 @@ def test_broken_rules_are_named():
     assert unseeded == {"out": "forward called twice gives two answers: fix its random seed"}
 
 
+def test_what_is_right_is_not_called_wrong(rng):
+    """Differences taken with a dout or an x that backward wrote to would call right gradients wrong too. The
+    first call may keep an array that the second writes to."""
+    kept = []
+
+    def scales(dout, cache):
+        dout *= 2
+        return dout
+
+    def spoils(dout, cache):
+        dx = 2 * dout * cache[0]
+        cache[0][:] = 0
+        return dx
+
+    def adds_up(dout, cache):
+        kept.append(dout)
+        return np.add(kept[0], dout, out=kept[0]) if kept[1:] else dout
+
+    for forward, backward, written in (
+        (lambda x: (2 * x, None), scales, ["dout"]),
+        (lambda x: (x**2, (x,)), spoils, ["cache[0]", "x"]),
+        (lambda x: (x + 0, None), adds_up, ["dout"]),
+    ):
+        assert list(wrong_ones(forward, backward, {"x": rng.standard_normal((3, 4))})) == written
+
+
+def test_one_gradient_for_several_is_counted(rng):
+    x, w, b = rng.standard_normal((3, 2)), rng.standard_normal((2, 4)), rng.standard_normal(4)
+    for backward, says in (
+        (lambda dout, cache: dout, r"^backward returns 1 gradient; float arrays: x, w, b \(None"),
+        (lambda dout, cache: None, r"^backward returns None, .*: end it with `return dx, dw, db`$"),
+        (lambda dout, cache: (None, None, False), "nothing to check"),
+    ):
+        with pytest.raises(UserError, match=says):
+            gradcheck(ops.linear_forward, backward, [x, w, b])
+
+
 # --- the command line --------------------------------------------------------------------------------------
 
 
@@ -274,6 +318,21 @@ def mine(tmp_path, monkeypatch):
             return x.reshape(7), x
 
         crash_backward = scale_backward
+
+        def half_backward(dout, cache):
+            return scale_backward(dout, cache)[0], None
+
+        half_forward = scale_forward
+
+        def axis_forward(x):
+            return np.sum(x, axis=5), x
+
+        axis_backward = scale_backward
+
+        def elsewhere_backward(dout, x):
+            return dout
+
+        from statistics import mean as elsewhere_forward
 
         class Linear:
             def __init__(self):
@@ -319,6 +378,29 @@ def test_a_users_bug_is_named_with_its_element(mine):
     assert result.output.startswith("WRONG  dx: relative error")
     assert "at [1, 2]" in result.output
     assert mine("mine:wrong", "--tol", "0.5").exit_code == 0
+
+
+def test_what_is_left_out_is_said(mine):
+    """Half an exercise must not look like a whole one."""
+    shapes = "--shape", "x=3,4", "--shape", "g=4"
+    result = mine("mine:half", *shapes)
+    assert result.exit_code == 0, result.output
+    dx, dg = result.output.splitlines()
+    assert dx.startswith("ok     dx: ") and dg == "skip   dg: backward returns None for it"
+    dx, dg = json.loads(mine("mine:half", *shapes, "--json").output)
+    assert dx["ok"] is True
+    assert dg == {"name": "dg", "backend": "user", "rel_err": None, "ok": None}
+
+
+@pytest.mark.parametrize("target", ["mine:axis", "mine.py:axis"])
+def test_the_users_own_line_is_named(mine, target):
+    """Of an exception in NumPy or elsewhere, the last line that is the user's."""
+    lines = Path("mine.py").read_text(encoding="utf-8").splitlines()
+    line = 1 + lines.index("    return np.sum(x, axis=5), x")
+    result = mine(target, "--shape", "x=2,3")
+    assert f"mine.py, line {line}, in axis_forward)" in result.output and result.exit_code == 2
+    result = mine("mine:elsewhere", "--shape", "data=2,3")
+    assert re.search(r"raised .* \(.*statistics\.py, line", result.output)
 
 
 @pytest.mark.parametrize("target", ["mine:Linear", "mine:layer"])

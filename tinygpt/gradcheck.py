@@ -46,7 +46,7 @@ class Result:
     index: tuple[int, ...] | None = None  # the worst element; in a large tensor looked for only on failure
     analytic: float = math.nan  # what backward says there
     numeric: float = math.nan  # what the differences say there
-    problem: str = ""
+    problem: str = ""  # if it is ok all the same: why it was left out; rel_err is then nan
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.problem or f'relative error {self.rel_err:.1e}'}"
@@ -68,11 +68,11 @@ def gradcheck(
 
     forward(*inputs), or forward(**inputs) where `inputs` is a dict -> (out, cache); out is an array, a number
     or a tuple of these. backward(dout, cache) -> the gradients of those inputs that are float arrays, in
-    their order, or a dict by name; None or False: not checked. Other inputs are passed on as they are. A
+    their order, or a dict by name; None or False leaves one out. Other inputs are passed on as they are. A
     tensor of at most `small` elements is checked element by element, in four forwards each.
 
-    The contract: forward is deterministic, backward twice gives the same answer, neither writes to what it is
-    given, and a gradient has the shape of its input.
+    The contract: forward is deterministic, backward twice gives the same answer, a gradient has the shape of
+    its input, and neither writes to what it is given: where one does, only that is reported.
 
     Returns a `Result` for each gradient and for each broken rule. Raises UserError (a ValueError) where
     nothing can be checked: no float array among the inputs, no pair or no float64 from forward, a gradient
@@ -92,7 +92,9 @@ def gradcheck(
         return [_broken("out", "forward called twice gives two answers: fix its random seed")]
     douts = tuple(rng.standard_normal(o.shape) for o in first)
     grads, results = _gradients(backward, douts if isinstance(out, tuple | list) else douts[0], cache, values)
-    if not grads:
+    if not grads and results:
+        return results
+    if not any(map(is_float, grads.values())):
         raise UserError("backward returns no gradient: there is nothing to check")
 
     def difference(name: str, d: Array, h: float) -> float:
@@ -102,7 +104,10 @@ def gradcheck(
 
     size = math.hypot(*(float(np.linalg.norm(o * dout)) for o, dout in zip(first, douts, strict=True)))
     for name, grad in grads.items():
-        results.append(_compare(name, values[name], grad, difference, size, tol, small, rng))
+        if is_float(grad):
+            results.append(_compare(name, values[name], grad, difference, size, tol, small, rng))
+        else:
+            results.append(Result(_d(name), math.nan, True, problem=f"backward returns {grad} for it"))
     return results
 
 
@@ -245,33 +250,39 @@ def _caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
     return call
 
 
-def _gradients(backward: Callable, dout, cache, values: dict) -> tuple[dict[str, Array], list[Result]]:
-    """The gradients by name, and the rules of the contract that backward breaks."""
-    before = _snapshot({"dout": dout, "cache": cache, **values})
-    grads = _by_name(backward(dout, cache), values)
-    again = _by_name(backward(dout, cache), values)
-    broken = [_broken(name, "backward writes to it") for name in _changed(before)]
+def _gradients(backward: Callable, dout, cache, values: dict) -> tuple[dict, list[Result]]:
+    """The gradients by name, and the rules of the contract that backward breaks. Where it writes to what it
+    is given there are no gradients: differences would be taken with what was written."""
+    before, calls, broken = _snapshot({"dout": dout, "cache": cache, **values}), [], []
+    for _ in range(2):
+        calls.append(_by_name(backward(dout, cache), values))
+        if written := _changed(before):
+            return {}, [_broken(name, "backward writes to it") for name in written]
+    grads, again = calls
     for name, grad in grads.items():
-        if name not in again or not _same(grad, again[name], rel=1e-12):
+        if is_float(grad) and not (is_float(again[name]) and _same(grad, again[name], rel=1e-12)):
             broken.append(_broken(_d(name), "backward called twice gives two answers"))
     return grads, broken
 
 
-def _by_name(result, values: dict) -> dict[str, Array]:
-    """What backward returned, as copies by input name, without None and False."""
+def _by_name(result, values: dict) -> dict[str, Array | bool | None]:
+    """What backward returned, by input name: copies, and None or False where it left one out."""
     names = [name for name, value in values.items() if is_float(value)]
+    if result is None:
+        grads = ", ".join(map(_d, names))
+        raise UserError(f"backward returns None, there is nothing to check: end it with `return {grads}`")
     if not isinstance(result, dict):
         result = _as_tuple(result)
         if len(result) != len(names):
             raise UserError(
-                f"backward returns {len(result)} gradients for {len(names)} float arrays, {', '.join(names)} "
-                "(None means: not to be checked)"
+                f"backward returns {len(result)} gradient{'s' * (len(result) != 1)}; float arrays: "
+                f"{', '.join(names)} (None means: not to be checked)"
             )
         result = dict(zip(names, result, strict=True))
     for name in sorted(set(names) ^ set(result)):
         found = "a" if name in result else "no"
         raise UserError(f"backward returns {found} gradient for {name!r}; float arrays: {', '.join(names)}")
-    return {n: np.array(g, np.float64) for n, g in result.items() if g is not None and g is not False}
+    return {n: g if g is None or g is False else np.array(g, np.float64) for n, g in result.items()}
 
 
 def _snapshot(values: dict) -> list[tuple[str, Array, Array]]:
