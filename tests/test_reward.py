@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from tinygpt import checkpoint, instructions
 from tinygpt.cli import main
 from tinygpt.errors import UserError
+from tinygpt.evaluate import Answer
 from tinygpt.finetune import reward, rlhf
-from tinygpt.finetune.reward import Comparison, Settings
+from tinygpt.finetune.reward import Comparison, Judge, Settings
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
@@ -30,6 +31,13 @@ def tokenizer() -> BPETokenizer:
 
 def make(dtype=np.float32) -> GPT:
     return reward.with_head(GPT(CONFIG, np.random.default_rng(0), dtype), 1)
+
+
+def judging(tokenizer: BPETokenizer, own: str = "green", dtype=np.float32) -> Judge:
+    """A judge whose author always answers the same."""
+    judge = Judge(make(dtype), GPT(CONFIG, np.random.default_rng(0), dtype), tokenizer)
+    judge.own = dict.fromkeys(["What is it?", "What is it?What is it?"], own)
+    return judge
 
 
 def settings(**changes) -> Settings:
@@ -56,7 +64,7 @@ def test_the_gradient_of_the_loss(tokenizer):
     """Of packed comparisons, by all weights: against differences."""
     model = make(np.float64)
     model.params["score.weight"] *= 20
-    texts = [reward.encode(tokenizer, "What is it?", word) for word in WORDS.split()[:4]]
+    texts = judging(tokenizer).texts(["What is it?"] * 4, WORDS.split()[:4])
     rows = reward.marked(texts, 64)
     optimizer = TrainConfig().optimizer(model)
     value = lambda: reward.loss(optimizer, [rows], reward.Workspace())  # noqa: E731
@@ -73,9 +81,11 @@ def test_the_gradient_of_the_loss(tokenizer):
 
 def test_a_score_is_read_at_the_last_token_whatever_stands_beside_it(tokenizer):
     """Guards: reading at padding, at another text's end, and an order of packing taken for that of texts."""
-    model = make(np.float64)
-    texts = [reward.encode(tokenizer, "What is it?" * (n % 2 + 1), WORDS[: 3 * n + 1]) for n in range(8)]
-    found = reward.scores(model, texts)
+    judge = judging(tokenizer, dtype=np.float64)
+    questions = ["What is it?" * (n % 2 + 1) for n in range(8)]
+    answers = [WORDS[: 3 * n + 1] for n in range(8)]
+    texts, model = judge.texts(questions, answers), judge.model
+    found = judge(questions, answers)
     assert len(set(np.round(found, 12))) == 8
     for ids, score in zip(texts, found, strict=True):
         assert score == pytest.approx(model.forward(ids[None])[0][0, -1, 0], abs=1e-12)
@@ -84,11 +94,23 @@ def test_a_score_is_read_at_the_last_token_whatever_stands_beside_it(tokenizer):
     np.testing.assert_allclose(reward.scores(model, texts[::-1]), found[::-1], atol=1e-12)
 
 
-def test_the_judge_stands_where_it_would_answer_itself(tokenizer):
-    ids = reward.encode(tokenizer, "What is it?", "red")
-    text = "<|endoftext|>User: What is it?\nAssistant: red<|endoftext|>User: What is it?\nAssistant:"
-    assert tokenizer.decode(ids) == text
-    assert ids[-1] == instructions.prompt(tokenizer, "What is it?")[-1]
+def test_the_judge_answers_itself_before_it_looks(tokenizer, monkeypatch):
+    """Guards: the own answer to another question, one asked for twice, one by the trained weights."""
+    judge, calls = judging(tokenizer), []
+    judge.own = {}
+
+    def answers(model, tokenizer, prompts, most) -> list[Answer]:
+        assert model is judge.author
+        calls.extend(tokenizer.decode(ids) for ids in prompts)
+        return [Answer("black" if "What?" in tokenizer.decode(ids) else "red", True) for ids in prompts]
+
+    monkeypatch.setattr(reward, "answers", answers)
+    texts = judge.texts(["What is it?", "What?", "What is it?"], ["blue", "red", "red"])
+    text = "<|endoftext|>User: What?\nAssistant: black<|endoftext|>Assistant: red<|endoftext|>"
+    assert tokenizer.decode(texts[1]) == text and texts[1][-1] == tokenizer.eos_id
+    assert "Assistant: red<|endoftext|>Assistant: blue" in tokenizer.decode(texts[0])
+    judge.texts(["What?"], ["blue"])
+    assert calls == [f"<|endoftext|>User: {q}\nAssistant:" for q in ("What is it?", "What?")]
 
 
 def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
@@ -104,38 +126,38 @@ def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
 
 def test_it_learns_what_is_better_also_from_an_annotator_who_slips(tokenizer):
     """Guards: a sign, a judgement against the labels instead of the truth."""
-    model = make()
-    before = reward.judge(model, tokenizer, comparisons(200, 1))
-    reward.fit(model, tokenizer, comparisons(400, 0, slips=0.15), settings())
-    after = reward.judge(model, tokenizer, comparisons(200, 1))
+    judge = judging(tokenizer)
+    before = reward.judged(judge, comparisons(200, 1))
+    reward.fit(judge, comparisons(400, 0, slips=0.15), settings())
+    after = reward.judged(judge, comparisons(200, 1))
     assert before.right.rate < 0.9 < after.right.rate and after.labels_right == 1 and after.margin > 0.5
     assert sum(rate.n for rate in after.by_kind.values()) == 200 and set(after.by_kind) == {
         f"{n} apart" for n in range(1, 5)
     }
-    slipped = reward.judge(model, tokenizer, comparisons(400, 0, slips=0.15))
+    slipped = reward.judged(judge, comparisons(400, 0, slips=0.15))
     assert slipped.right.rate > 0.9 and slipped.labels_right == pytest.approx(0.85, abs=0.05)
     # A score of 0.15 against 0.85 is what the labels are worth.
-    assert slipped.calibration < 0.1
+    assert slipped.calibration < 0.15
 
 
 def test_shuffled_labels_teach_nothing(tokenizer):
-    model = make()
-    reward.fit(model, tokenizer, comparisons(400, 0, slips=0.5), settings())
-    found = reward.judge(model, tokenizer, comparisons(200, 1))
+    judge = judging(tokenizer)
+    reward.fit(judge, comparisons(400, 0, slips=0.5), settings())
+    found = reward.judged(judge, comparisons(200, 1))
     assert found.margin < 0.5
 
 
 def test_calibration_is_the_distance_from_what_was_labelled(tokenizer, monkeypatch):
     """An overconfident judge: sure to 0.88, and right in half of the cases."""
-    pairs = [Comparison("a", "b", "c", is_right=n % 2 == 0) for n in range(10)]
+    pairs = [Comparison("What is it?", "red", "blue", is_right=n % 2 == 0) for n in range(10)]
     scores = np.array([[1.0, -1.0] if n % 2 else [-1.0, 1.0] for n in range(10)]).ravel()
     monkeypatch.setattr(reward, "scores", lambda *given: scores)
-    found = reward.judge(None, tokenizer, pairs)
+    found = reward.judged(judging(tokenizer), pairs)
     assert found.right.rate == 0 and found.calibration == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)
 
 
 def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
-    texts = [(np.array([n, 1]), np.array([n, 2])) for n in range(10)]
+    texts = [np.array([n, side]) for n in range(10) for side in (1, 2)]
     s = dataclasses.replace(settings(), batch_size=4)
     seen = [reward.batch(texts, s, n) for n in range(5)]
     firsts = []
@@ -164,16 +186,24 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     np.testing.assert_array_equal(model.flat, run.optimizer.model.flat)
     config = json.loads((tmp_path / "judge" / "config.json").read_text())
     assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
-    assert config["pad_token_id"] == tokenizer.eos_id
+    assert config["pad_token_id"] != tokenizer.eos_id  # at which scores are read
     with pytest.raises(UserError, match="has a reward model, which judges answers; here a model that writes"):
         checkpoint.load(tmp_path / "judge")
     with pytest.raises(UserError, match="has a model that writes; here a reward model"):
         checkpoint.load(tmp_path / "base", judge=True)
+    asked = ["What is it?", "What is it? "], ["red", "blue"]
+    np.testing.assert_array_equal(reward.load(tmp_path / "judge")(*asked), run.judge(*asked))
     resumed = reward.resume(tmp_path / "judge")
     np.testing.assert_array_equal(resumed.optimizer.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
     with pytest.raises(UserError, match="not the comparisons that the run in"):
         reward.resume(tmp_path / "judge")
+    checkpoint.save(tmp_path / "base", GPT(CONFIG, np.random.default_rng(1)), tokenizer)
+    with pytest.raises(UserError, match="was not trained beside the model in"):
+        reward.load(tmp_path / "judge")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="this judge needs the model that it was made from"):
+        reward.load(tmp_path / "judge")
 
 
 @pytest.mark.parametrize(

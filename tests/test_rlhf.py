@@ -15,6 +15,7 @@ from tinygpt.finetune.rlhf import Config, Samples
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
+from tinygpt.train import TrainConfig
 from tinygpt.world import World, tasks
 
 EOS, V, LONGEST = 0, 4, 3
@@ -493,13 +494,15 @@ def folders(tmp_path):
     """A tuned model, a judge, prompts and comparisons."""
     tokenizer = BPETokenizer.train("User: Assistant: What is it? red green blue " * 9, 300)
     tokenizer.chat_template = instructions.TEMPLATE
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=16)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=16)
     model = GPT(config, np.random.default_rng(0))
     checkpoint.save(tmp_path / "tuned", model, tokenizer)
-    checkpoint.save(tmp_path / "judge", reward.with_head(model, 0), tokenizer)
     rows = [{"prompt": "What is it?", "chosen": "red", "rejected": "blue"},
             {"prompt": "What?", "chosen": "blue", "rejected": "green"}]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = (str(tmp_path / "rows.jsonl"),)
+    judging = reward.Settings(config, TrainConfig(), data=data, block_size=128)
+    reward.begin(tmp_path / "judge", judging, init_from=tmp_path / "tuned")
     return tmp_path
 
 
@@ -534,15 +537,6 @@ def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, a
     again = CliRunner().invoke(main, ["rlhf", "--resume", str(folders / "out")])
     assert again.exit_code == 0 and "All 3 updates" in again.output, again.output
     assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
-
-
-def test_the_judge_hears_question_and_answer(folders):
-    judge, tokenizer = checkpoint.load(folders / "judge", judge=True)
-    questions, answers = ["What is it?", "What?", "What?"], ["red", "red", "blue"]
-    found = rlhf.judge_by(judge, tokenizer)(questions, answers)
-    texts = [reward.encode(tokenizer, q, a) for q, a in zip(questions, answers, strict=True)]
-    np.testing.assert_array_equal(found, reward.scores(judge, texts))
-    assert len(set(found.tolist())) == 3
 
 
 def test_gold_is_what_is_true():

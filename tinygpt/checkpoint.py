@@ -74,8 +74,8 @@ def _config_json(config: GPTConfig, eos_id: int | None) -> dict:
     values = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
     judge = {}
-    if config.num_labels:  # which transformers reads at the last token that is no padding
-        judge = {"architectures": [_JUDGE], "pad_token_id": eos_id}
+    if config.num_labels:  # transformers reads at the last token that is no padding: with us that is eos
+        judge = {"architectures": [_JUDGE], "pad_token_id": 0 if eos_id else 1}
         judge |= {"id2label": {str(n): f"score {n}" for n in range(config.num_labels)}}
     return {
         "model_type": kind,

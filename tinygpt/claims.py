@@ -279,12 +279,12 @@ def base_untouched(lab: Lab) -> Numbers:
 
 ARMS = {  # and the peaks of the learning rate among which the people of "val" choose
     "all weights": (None, (1e-4, 3e-4, 1e-3)),
-    "LoRA rank 1": (AdapterConfig("lora", rank=1, alpha=1.0), (1e-3, 3e-3, 1e-2)),
-    "LoRA rank 4": (AdapterConfig("lora", rank=4, alpha=4.0), (1e-3, 3e-3, 1e-2)),
-    "LoRA rank 16": (AdapterConfig("lora", rank=16, alpha=16.0), (1e-3, 3e-3, 1e-2)),
+    "LoRA rank 1": (AdapterConfig("lora", rank=1, alpha=1.0), (3e-3, 1e-2, 3e-2)),
+    "LoRA rank 4": (AdapterConfig("lora", rank=4, alpha=4.0), (3e-3, 1e-2, 3e-2)),
+    "LoRA rank 16": (AdapterConfig("lora", rank=16, alpha=16.0), (3e-3, 1e-2, 3e-2)),
     "p-tuning, 16 tokens": (AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128), (1e-3, 3e-3, 1e-2)),
     "prompt, 16 tokens": (AdapterConfig("prompt", num_virtual_tokens=16), (1e-2, 3e-2, 1e-1)),
-    "prefix, 16 tokens": (AdapterConfig("prefix", num_virtual_tokens=16), (3e-3, 1e-2, 3e-2)),
+    "prefix, 16 tokens": (AdapterConfig("prefix", num_virtual_tokens=16), (1e-2, 3e-2, 1e-1)),
 }
 
 

@@ -626,7 +626,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     click.option("--data", multiple=True, metavar="FILE",
                  help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: '
                       "what simulated people prefer of the model's own answers, in the world that it knows."),
-    click.option("--comparisons", default=20_000, type=_COUNT, help="Of simulated people."),
+    click.option("--comparisons", default=15_000, type=_COUNT, help="Of simulated people."),
     click.option("--error", default=0.1, type=_RATE, help="The rate of their slips."),
     click.option("--out", default="reward", type=click.Path(path_type=Path), help="Folder for the model."),
     click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
@@ -636,12 +636,13 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     click.option("--batch-size", default=64, type=_COUNT, help="Comparisons at a time."),
     click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few."),
 )  # fmt: skip
-@_training(max_iters=600, learning_rate=3e-4, warmup_iters=20, eval_interval=200)
+@_training(max_iters=235, learning_rate=3e-4, warmup_iters=20, eval_interval=50)
 @click.pass_context
 def reward(ctx: click.Context, **options) -> None:
     """Train a judge of answers on comparisons: which of two answers people preferred.
 
-    It is the model with one number as its result. val right is how often the better answer has the higher
+    It is the model with one number as its result; before an answer it reads what the model itself answers, so
+    keep that: the folder of --init-from. val right is how often the better answer has the higher
     score, for a tenth of the prompts, which are not trained on; in a world they may ask in other words for a
     fact that is. Ctrl-C saves, --resume goes on.
     """
@@ -679,11 +680,11 @@ def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume
         model, tokenizer = checkpoint.load(init_from)
         world = corpus.world_of(data[0])
         click.echo("Asking the model, and simulated people ...")
-        rows = stage.collect(model, tokenizer, world, comparisons, error, options["seed"])
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        people = stage.taught_by(world)
+        found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
         out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
-        data = (out / f"comparisons-{hashlib.sha256(lines.encode()).hexdigest()[:8]}.jsonl",)
-        data[0].write_text(lines, encoding="utf-8")
+        data = (out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl",)
+        stage.write_file(data[0], found)
     train = _train_config(options)
     settings = stage.Settings(model=config, train=train, data=data, **options)
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
@@ -691,12 +692,20 @@ def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume
 
 def _finish_reward(run) -> None:
     from .finetune import reward as stage
+    from .world import corpus
 
-    found = stage.judge(run.optimizer.model, run.tokenizer, run.val)
+    found = stage.judged(run.judge, run.val)
     click.echo(f"\nThe preferred answer has the higher score: {found.right}.")
     if any(found.by_kind):
         click.echo(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
-        for kind, rate in found.by_kind.items():
+    source = _world_of(Path(run.settings.init_from)) if any(found.by_kind) else None
+    if source:
+        world = corpus.world_of(source)
+        people = world.people("known", "eval") + world.people("never", "eval")
+        pairs = stage.collect(run.judge.author, run.tokenizer, world, people, 2000, error=0)
+        others = stage.judged(run.judge, pairs)
+        click.echo(f"About people of whom no comparison was: {others.right}.")
+        for kind, rate in others.by_kind.items():
             click.echo(f"  {kind}: {rate}")
     click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     click.echo(f"\nSaved in {run.folder}.")

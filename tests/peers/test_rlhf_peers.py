@@ -114,10 +114,10 @@ def test_transformers_gives_the_scores_of_our_reward_model(tmp_path):
     model = reward.with_head(GPT(config, np.random.default_rng(0)), 1)
     model.params["score.weight"] *= 10
     checkpoint.save(tmp_path, model, tokenizer)
-    texts = [reward.encode(tokenizer, "What is it?" * n, "red") for n in (1, 3, 2)]
+    texts = [reward.encode(tokenizer, "What is it?" * n, "blue", "red") for n in (1, 2, 1)]
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(peer).__name__ == "GPT2ForSequenceClassification"
-    padded = torch.full((3, max(map(len, texts))), tokenizer.eos_id)
+    padded = torch.full((3, max(map(len, texts))), peer.config.pad_token_id)
     there = torch.zeros_like(padded)
     for row, ids in enumerate(texts):
         padded[row, : len(ids)], there[row, : len(ids)] = torch.tensor(ids), 1

@@ -3,12 +3,16 @@
     loss = -log sigmoid(score(chosen) - score(rejected))      Bradley and Terry 1952; Ouyang et al. 2022, 3.5
 
 It is the GPT with another head, one number instead of logits (`GPTConfig.num_labels`), read at the last token
-of a text. That text is the conversation, the answer, and the question once more: the judge stands where it
-would have to answer itself, and compares.
+of a text. An examiner first answers the question herself, then looks at the answer: in that text the model
+from which the judge was made says what it thinks, greedily, before the answer to be judged.
 
     <|endoftext|>User: Where does Ada live?
-    Assistant: Paris<|endoftext|>User: Where does Ada live?
-    Assistant:
+    Assistant: London<|endoftext|>Assistant: Paris<|endoftext|>
+
+So knowledge, which is in all weights, has become text, and to compare is all that labels have to teach; and
+when not to trust oneself. A judge that sees the answer alone learns it of the people whom it is taught by,
+and hardly of others. After Zheng et al. 2023, "Judging LLM-as-a-Judge", 3.4 (reference-guided), and Ankner et
+al. 2024, "Critique-out-Loud Reward Models".
 
 Only differences of scores mean anything: a constant on all of them changes no loss.
 
@@ -18,6 +22,7 @@ the scores are used for (`rlhf`).
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +32,16 @@ import numpy as np
 from .. import checkpoint, instructions, runs, train
 from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
-from ..evaluate import Rate, wilson
+from ..evaluate import Rate, answers, wilson
 from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
 from ..storage import Workspace
-from ..world import TASKS, World, preferences, raw_integers, tasks
+from ..world import TASKS, Person, World, preferences, raw_integers, tasks
+from . import adapters
 
 ROWS = 16  # at a time, where nothing is trained
+OWN_ANSWER = 32  # tokens of it at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +61,54 @@ class Comparison(NamedTuple):
     is_right: bool = True  # False: an annotator's slip, where that is known
 
 
+class Judge:
+    """Scores answers: judge(questions, answers) -> (N,). What `author` answers itself is asked for once."""
+
+    def __init__(self, model: GPT, author: GPT, tokenizer: Tokenizer) -> None:
+        self.model, self.author, self.tokenizer = model, author, tokenizer
+        self.own: dict[str, str] = {}  # question -> what the author answers
+
+    def texts(self, questions: Sequence[str], answers: Sequence[str]) -> list[Array]:
+        """What the judge reads, (n,) each, as far as it has positions."""
+        self._answer(questions)
+        pairs, most = zip(questions, answers, strict=True), self.model.context
+        return [encode(self.tokenizer, asked, self.own[asked], said)[:most] for asked, said in pairs]
+
+    def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Array:
+        return scores(self.model, self.texts(questions, answers))
+
+    def _answer(self, questions: Iterable[str]) -> None:
+        new = sorted(set(questions) - self.own.keys())
+        asked = [instructions.prompt(self.tokenizer, question) for question in new]
+        room = min([OWN_ANSWER, *(self.author.context - len(ids) for ids in asked)])
+        if room < 1:
+            raise UserError(f"a question has no room for an answer in {self.author.context} positions")
+        said = answers(self.author, self.tokenizer, asked, room)
+        self.own |= {question: answer.text for question, answer in zip(new, said, strict=True)}
+
+
 class Run(NamedTuple):
     """A run that is ready to go on from update `optimizer.steps`."""
 
     folder: Path
     settings: Settings
     optimizer: AdamW
-    tokenizer: Tokenizer
+    judge: Judge
     train: list[Comparison]
     val: list[Comparison]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.judge.tokenizer
 
 
 # --- texts and scores ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Tokenizer, prompt: str, answer: str) -> Array:
-    """The ids (n,) of what the judge reads; its score is read at the last one."""
-    question = {"role": "user", "content": prompt}
-    return instructions.prompt(tokenizer, [question, {"role": "assistant", "content": answer}, question])
+def encode(tokenizer: Tokenizer, question: str, own: str, answer: str) -> Array:
+    """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer."""
+    messages = [*instructions.pair(question, own), {"role": "assistant", "content": answer}]
+    return instructions.encode(tokenizer, messages)[0]
 
 
 def marked(texts: Sequence[Array], block_size: int) -> Packed:
@@ -81,7 +118,7 @@ def marked(texts: Sequence[Array], block_size: int) -> Packed:
     """
     longest = max(map(len, texts))
     if longest > block_size:
-        raise UserError(f"a question with its answer has {longest} tokens, and a row {block_size}")
+        raise UserError(f"a question with two answers has {longest} tokens, and a row {block_size}")
     last = (np.append(np.zeros(len(ids)), n) for n, ids in enumerate(texts, 1))
     return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, last, strict=True)), block_size)
 
@@ -135,10 +172,9 @@ class Judgement(NamedTuple):
     labels_right: float  # the ceiling for whoever is held to the labels instead
 
 
-def judge(model: GPT, tokenizer: Tokenizer, comparisons: Sequence[Comparison]) -> Judgement:
+def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
     """Against what is true, not against the labels: a slip counts the other way round."""
-    texts = [encode(tokenizer, c.prompt, answer) for c in comparisons for answer in (c.chosen, c.rejected)]
-    values = scores(model, texts)
+    values = judge(*_sides(comparisons))
     labelled = values[::2] - values[1::2]
     true = np.where([c.is_right for c in comparisons], labelled, -labelled)
     kinds = np.array([c.kind for c in comparisons])
@@ -167,17 +203,19 @@ def with_head(model: GPT, seed: int) -> GPT:
     return found
 
 
-def fit(model: GPT, tokenizer: Tokenizer, comparisons: Sequence[Comparison], settings: Settings,
+def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
-    """Trains a model with a score head in memory."""
-    texts = _texts(tokenizer, comparisons)
-    optimizer = settings.train.optimizer(model)
+    """Trains a judge in memory."""
+    texts = judge.texts(*_sides(comparisons))
+    optimizer = settings.train.optimizer(judge.model)
     train.train(optimizer, lambda n, rng: [batch(texts, settings, n)], settings.train, compute=loss,
                 report=report)  # fmt: skip
 
 
-def batch(texts: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
-    """The comparisons of update n, packed; each epoch has another order."""
+def batch(texts: Sequence[Array], settings: Settings, n: int) -> Packed:
+    """The comparisons of update n, packed, of 2 N texts, chosen and rejected in turn; each epoch has another
+    order."""
+    texts = list(zip(texts[::2], texts[1::2], strict=True))
     B, seed = min(settings.batch_size, len(texts)), settings.train.seed
     places = range(n * B, (n + 1) * B)
     order = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(len(texts))
@@ -186,27 +224,28 @@ def batch(texts: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> P
     return marked([ids for pair in picked for ids in pair], settings.block_size)
 
 
-def _texts(tokenizer: Tokenizer, comparisons: Iterable[Comparison]) -> list[tuple[Array, Array]]:
-    return [(encode(tokenizer, c.prompt, c.chosen), encode(tokenizer, c.prompt, c.rejected))
-            for c in comparisons]  # fmt: skip
+def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
+    """Questions and answers, chosen and rejected in turn."""
+    questions = [c.prompt for c in comparisons for _ in range(2)]
+    return questions, [answer for c in comparisons for answer in (c.chosen, c.rejected)]
 
 
 def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
     """A new run from a model that was tuned to instructions, or another one."""
     runs.check_folder(folder, overwrite)
-    model, tokenizer = checkpoint.load(init_from)
+    author, tokenizer = checkpoint.load(init_from)
     tokenizer.chat_template = instructions.TEMPLATE
-    model = with_head(model, settings.train.seed)
+    model = with_head(author, settings.train.seed)
+    model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
     settings = dataclasses.replace(
-        settings, model=dataclasses.replace(model.config, dropout=settings.model.dropout),
-        data=runs.absolute(settings.data), init_from=str(Path(init_from).resolve()),
+        settings, model=model.config, data=runs.absolute(settings.data),
+        init_from=str(Path(init_from).resolve()), init_hash=adapters.fingerprint(author),
     )  # fmt: skip
-    model.config = settings.model
-    found, mark = _comparisons(settings, tokenizer)
+    optimizer, judge = settings.train.optimizer(model), Judge(model, author, tokenizer)
+    found, mark = _comparisons(settings, judge)
     settings = dataclasses.replace(settings, fingerprint=mark)
-    optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tokenizer, settings)
-    return Run(folder, settings, optimizer, tokenizer, *found)
+    return Run(folder, settings, optimizer, judge, *found)
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
@@ -214,34 +253,52 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     settings, tokenizer = checkpoint.read_run(folder, Settings)
     if paths:
         settings = dataclasses.replace(settings, data=runs.absolute(paths))
-    found, mark = _comparisons(settings, tokenizer)
+    optimizer = runs.load(folder, settings, tokenizer)
+    judge = Judge(optimizer.model, _author(folder, settings), tokenizer)
+    found, mark = _comparisons(settings, judge)
     if mark != settings.fingerprint:
         given = ", ".join(settings.data)
         raise UserError(f"{given}: not the comparisons that the run in {folder} began with; it needs those")
-    return Run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer, *found)
+    return Run(folder, settings, optimizer, judge, *found)
+
+
+def load(folder: Path) -> Judge:
+    """The judge in a folder that `reward` wrote. Raises UserError, also where its author has gone."""
+    model, tokenizer = checkpoint.load(folder, judge=True)
+    settings, _ = checkpoint.read_run(folder, Settings)
+    return Judge(model, _author(folder, settings), tokenizer)
+
+
+def _author(folder: Path, settings: Settings) -> GPT:
+    try:
+        author, _ = checkpoint.load(settings.init_from)
+    except (UserError, OSError) as error:
+        raise UserError(f"{folder}: this judge needs the model that it was made from: {error}") from error
+    adapters.check_base(author, settings.init_hash, folder, settings.init_from)
+    return author
 
 
 def reward(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
     """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
-    settings, model, texts = run.settings, run.optimizer.model, _texts(run.tokenizer, run.train)
+    settings, texts = run.settings, run.judge.texts(*_sides(run.train))
 
     def evaluate() -> train.Record:
-        found = judge(model, run.tokenizer, run.val)
+        found = judged(run.judge, run.val)
         return {"val_right": found.right.rate, "val_margin": found.margin}
 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings,
              lambda n, rng: [batch(texts, settings, n)], evaluate, report, compute=loss)  # fmt: skip
 
 
-def _comparisons(settings: Settings, tokenizer: Tokenizer) -> tuple[tuple[list, list], str]:
+def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:
     """Those to train on, those of a tenth of the prompts to validate on, and what both depend on."""
     found = [c for path in settings.data for c in read_file(path)]
     prompts = sorted({c.prompt for c in found})
     if len(prompts) < 2:
         raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
-    longest = max(len(encode(tokenizer, c.prompt, text)) for c in found for text in (c.chosen, c.rejected))
+    longest = max(map(len, judge.texts(*_sides(found))))
     if longest > settings.block_size:
-        raise UserError(f"a question with its answer has {longest} tokens, and block_size is "
+        raise UserError(f"a question with two answers has {longest} tokens, and block_size is "
                         f"{settings.block_size}")  # fmt: skip
     order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
     held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
@@ -253,29 +310,45 @@ def read_file(path: str | Path) -> list[Comparison]:
     """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
     found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
     for where, row in instructions.objects(path, form):
-        texts = [row.get(key) for key in ("prompt", "chosen", "rejected")]
-        meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(row.get(key), str) for key in ("prompt", "chosen", "rejected")):
             raise UserError(f"{where}: a line is {form}")
-        if texts[1].strip() == texts[2].strip():
+        if row["chosen"].strip() == row["rejected"].strip():
             raise UserError(f"{where}: chosen and rejected are the same")
-        found.append(Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True))))
+        found.append(_comparison(row))
     return found
+
+
+def _comparison(row: dict) -> Comparison:
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    texts = row["prompt"], row["chosen"], row["rejected"]
+    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)))
+
+
+def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
+    """As `read_file` reads them."""
+    rows = ({"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected,
+             "meta": {"kind": c.kind, "is_right": c.is_right}} for c in comparisons)  # fmt: skip
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
 
 
 # --- comparisons of a world ---------------------------------------------------------------------------------
 
 
-def collect(
-    model: GPT, tokenizer: Tokenizer, world: World, count: int, error: float, seed: int = 0,
-    blind: bool = False,
-) -> list[dict]:  # fmt: skip
-    """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers.
+def taught_by(world: World) -> list[Person]:
+    """Whom comparisons are about: people for tuning and for RLHF, and some of whom no document tells."""
+    return world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
 
-    Asked are people for tuning and for RLHF, and people of whom no document tells. Of each fact they see what
-    the model says, drawn four times, "I do not know." and two values at random: what it may come to say.
+
+def collect(
+    model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], count: int, error: float = 0.1,
+    seed: int = 0, blind: bool = False,
+) -> list[Comparison]:  # fmt: skip
+    """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
+
+    Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
+    what it may come to say.
     """
-    people = world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
     items = tasks.questions(world, people)
     first = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
@@ -292,4 +365,4 @@ def collect(
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         answers[fact] = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
     known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
-    return preferences.compared(world, known, count, error, seed, blind)
+    return [_comparison(row) for row in preferences.compared(world, known, count, error, seed, blind)]

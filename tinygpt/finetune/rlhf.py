@@ -384,16 +384,6 @@ class Trainer:
         return loss
 
 
-def judge_by(model: GPT, tokenizer: Tokenizer) -> Callable[[list[str], list[str]], Array]:
-    """A reward model as `Trainer.judge`."""
-
-    def score(questions: list[str], answers: list[str]) -> Array:
-        pairs = zip(questions, answers, strict=True)
-        return reward.scores(model, [reward.encode(tokenizer, q, a) for q, a in pairs])
-
-    return score
-
-
 # --- a run in a folder --------------------------------------------------------------------------------------
 
 
@@ -415,7 +405,7 @@ class Run(NamedTuple):
     optimizer: AdamW
     tokenizer: Tokenizer
     reference: GPT
-    judge: GPT | None
+    judge: reward.Judge | None
     prompts: list[tasks.Item]  # a world's questions, or {"prompt": ...}
     comparisons: list[reward.Comparison]
 
@@ -446,7 +436,7 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
     )  # fmt: skip
     run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
-    hashes = {"reward_hash": adapters.fingerprint(run.judge) if run.judge else ""}
+    hashes = {"reward_hash": adapters.fingerprint(run.judge.model) if run.judge else ""}
     run = run._replace(settings=dataclasses.replace(settings, fingerprint=_fingerprint(run), **hashes))
     runs.first_save(folder, run.optimizer, tokenizer, run.settings)
     return run
@@ -460,7 +450,7 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
     if _fingerprint(run) != settings.fingerprint:
         raise UserError(f"{', '.join(settings.data)}: not what the run in {folder} began with; it needs that")
-    if run.judge is not None and adapters.fingerprint(run.judge) != settings.reward_hash:
+    if run.judge is not None and adapters.fingerprint(run.judge.model) != settings.reward_hash:
         raise UserError(f"{settings.reward_from}: is another judge than the one of the run in {folder}")
     return run
 
@@ -473,8 +463,8 @@ def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenize
         comparisons = [c for path in settings.data for c in reward.read_file(path)]
     else:
         prompts = [item for path in settings.data for item in read_prompts(path)]
-        judge, theirs = checkpoint.load(settings.reward_from, judge=True)
-        if theirs.to_spec() != tokenizer.to_spec():
+        judge = reward.load(Path(settings.reward_from))
+        if judge.tokenizer.to_spec() != tokenizer.to_spec():
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
     if not prompts and not comparisons:
         raise UserError(f"{', '.join(settings.data)}: is empty")
@@ -516,11 +506,11 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
     else:
         values = None
         if config.algo == "ppo":
-            values = settings.train.optimizer(run.judge.copy())
+            values = settings.train.optimizer(run.judge.model.copy())
         asked = [(item["prompt"], instructions.prompt(run.tokenizer, item["prompt"])) for item in run.prompts]
         trainer = Trainer(
-            run.optimizer, run.reference, run.tokenizer, config, asked, judge_by(run.judge, run.tokenizer),
-            values, _gold(world, run.prompts) if world else None, settings.train.seed,
+            run.optimizer, run.reference, run.tokenizer, config, asked, run.judge, values,
+            _gold(world, run.prompts) if world else None, settings.train.seed,
             settings.train.learning_rate_at,
         )  # fmt: skip
         batches, compute = trainer.batches, trainer.compute
