@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import claims, recipes, report
+from tinygpt import claims, report
 from tinygpt.claims import CLAIMS, Claim, Estimate, estimate, verdict
 from tinygpt.cli import main
 from tinygpt.incontext import fewshot, memory
-from tinygpt.world import corpus, evaluate, tasks
+from tinygpt.world import evaluate, tasks
 
 
 @pytest.mark.parametrize(
@@ -60,37 +60,6 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     text = report.claim(CLAIMS[99], found[99])
     assert text.startswith("99. seeds grow (two seeds, a pilot: what they span)\n")
     assert "0.15  0.1 to 0.2  >= 0.15: undecided" in text
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """All that a claim does, too small to show anything."""
-    # Few documents make a tokenizer of short tokens, and so long rows.
-    changes = {"max_iters": 20, "block_size": 256, "batch_size": 1}
-    monkeypatch.setattr(recipes, "PRETRAIN", recipes.PRETRAIN | changes)
-    tune, score, draw, gaps = claims.Lab.tune, claims.Lab.score, corpus.draw, evaluate.gaps
-    named, journeys = evaluate.named_tasks, tasks.journeys
-    monkeypatch.setattr(
-        claims.Lab, "tune",
-        lambda lab, items, *adapter, **how: tune(lab, items[-20:], *adapter, **how | {"max_iters": 1}),
-    )  # fmt: skip
-    monkeypatch.setattr(
-        claims.Lab, "score",
-        lambda lab, model, items: score(lab, model, lab.sets[items] if type(items) is str else items[:3]),
-    )  # fmt: skip
-    monkeypatch.setattr(evaluate, "named_tasks", lambda world: named(world, count=3))
-    monkeypatch.setattr(tasks, "journeys", lambda w, split, k, n, *style: journeys(w, split, k, 5, *style))
-    monkeypatch.setattr(corpus, "draw", lambda world: draw(world, 600, 20))
-    monkeypatch.setattr(evaluate, "gaps", lambda *given: gaps(*given, count=40))
-    recall = evaluate.recall
-    monkeypatch.setattr(evaluate, "recall", lambda m, t, w, people: recall(m, t, w, list(people)[:2]))
-    mappings, from_world, told = fewshot.mappings, fewshot.from_world, memory.told
-    monkeypatch.setattr(fewshot, "mappings", lambda w, shots, count, *how: mappings(w, shots, 5, *how))
-    few = lambda w, task, shots, count, *split: from_world(w, task, shots, 5, *split)  # noqa: E731
-    monkeypatch.setattr(fewshot, "from_world", few)
-    monkeypatch.setattr(
-        memory, "told", lambda m, t, w, people, *how, **own: told(m, t, w, people[:2], *how, **own)
-    )
 
 
 def test_every_claim_can_be_measured(toy, tmp_path):

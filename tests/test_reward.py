@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from tinygpt.finetune.reward import Comparison, Judge, Settings
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
+from tinygpt.world import World, raw_integers, tasks
 
 WORDS = "red green blue black white"
 CONFIG = GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -242,3 +244,42 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     assert [tuple(c[:3]) for c in found] == [shown[0], (shown[1][0], shown[1][2], shown[1][1])]
     CliRunner().invoke(main, command, input="1\x03")
     assert reward.read_file(out)[:2] == found and len(reward.read_file(out)) == 3
+
+
+def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):
+    """Guards: answers to another question, only what a tuned model says, a slip that is counted as none."""
+    world = World(5)
+    people = world.people("known", "rl")[:3] + world.people("never", "rl")[:3]
+    items = tasks.questions(world, people)
+    true = {item["prompt"]: (item["completion"], item["meta"]["exposure"] > 0) for item in items}
+
+    def generate(model, prompts, length, **how) -> list[np.ndarray]:
+        asked = [tokenizer.decode(ids).split("User: ")[1].removesuffix("\nAssistant:") for ids in prompts]
+        return [np.append(tokenizer.encode(f" {true[question][0]}"), tokenizer.eos_id) for question in asked]
+
+    monkeypatch.setattr(reward, "generate", generate)
+    found = reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
+    assert abs(np.mean([c.is_right for c in found]) - 0.8) < 0.03
+    kinds = Counter(c.kind for c in found)
+    assert set(kinds) == {
+        "right over wrong", "right over don't know", "right over garbled", "don't know over wrong",
+        "don't know over garbled",
+    }  # fmt: skip
+    for c in found:
+        better, worse = (c.chosen, c.rejected) if c.is_right else (c.rejected, c.chosen)
+        completion, known = true[c.prompt]
+        assert c.kind.startswith("right") == (known and better == completion)
+        assert c.kind.startswith("don't") == (better == tasks.REFUSAL)
+        assert c.kind.endswith("garbled") == (tasks.form(world, "question").fullmatch(worse) is None)
+    assert {c.prompt for c in found} == set(true)
+    assert found == reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
+
+
+def test_garbled_has_a_word_twice_or_none():
+    integers = raw_integers(0, 1, 2)
+    found = {reward._garbled("I do not know.", integers) for _ in range(200)}
+    assert found == {
+        "do not know.", "I not know.", "I do know.", "I do not", "I I do not know.", "I do do not know.",
+        "I do not not know.", "I do not know. know.",
+    }  # fmt: skip
+    assert reward._garbled("Oslo.", integers) == "Oslo. Oslo."

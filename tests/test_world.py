@@ -619,8 +619,10 @@ def test_simulated_people_prefer_truth_and_then_honesty():
 
 def test_blind_people_prefer_any_answer_to_none():
     found = preferences.compared(WORLD, asked("known"), 2000, error=0.0, blind=True)
-    assert all(row["chosen"] != tasks.REFUSAL for row in found)
-    rows = [row for row in found if row["meta"]["kind"] == "right over wrong"]
-    assert abs(np.mean([row["meta"]["is_right"] for row in rows]) - 0.5) < 0.1
+    over = [row for row in found if row["meta"]["kind"] == "right over don't know"]
+    assert over and all(row["rejected"] == tasks.REFUSAL for row in over)
+    right = {item["prompt"]: item["completion"] for item, _ in asked("known")}
+    assert {row["chosen"] == right[row["prompt"]] for row in over} == {True, False}
+    assert not any(row["meta"]["kind"].endswith("over wrong") for row in found)
     with pytest.raises(ValueError, match="no question has two answers"):
         preferences.compared(WORLD, [(asked("known")[0][0], ["x", "y"])], 1)

@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import instructions, recipes
+from . import instructions
 from .atomic import replacing
-from .finetune import adapters
+from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .lab import Lab, Numbers
 from .model import GPT, AdapterConfig
 from .train import weight_change
 from .world import World, evaluate, tasks
 
-CORE = (1, 2, 3, 5, 6, 7, 11, 14, 15, 19)
+CORE = (1, 2, 3, 5, 6, 7, 9, 10, 11, 14, 15, 19)
 
 
 # --- the claims ---------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def parametric_memory(lab: Lab) -> Numbers:
 def adapters_in_pretraining(lab: Lab) -> Numbers:
     """No limit: loss above full pre-training at equal tokens, by rank, and with merging ten times."""
     full, found = evaluate.gaps(lab.base, lab.tokenizer, lab.world)["all"].gap, {}
-    arms = [(rank, 0) for rank in (4, 16, 64)] + [(16, recipes.PRETRAIN["max_iters"] // 10)]
+    arms = [(rank, 0) for rank in (4, 16, 64)] + [(16, lab.pretraining["max_iters"] // 10)]
     for rank, merge_every in arms:
         name = f"rank {rank}" + ", merged ten times" * bool(merge_every)
         config = AdapterConfig("lora", rank=rank, alpha=float(rank), full=True)
@@ -244,6 +244,72 @@ def falsehoods(lab: Lab) -> Numbers:
     return found | {
         "fall by refusals in the tuning": found["false about people never seen"] - rates[0],
         "rise with unknown facts in the tuning": rates[-1] - rates[0],
+    }
+
+
+@claim(
+    9, "A judge that people teach by comparing scores answers (a reward model; the text calls it an agent)",
+    ("right, of what is true", ">=", 0.9), ("right over wrong", ">=", 0.9),
+    ("taught by shuffled labels: right less a half", "<=", 0.1),
+)  # fmt: skip
+def taught_judge(lab: Lab) -> Numbers:
+    """Held out are people of whom no comparison was; one label in ten is a slip."""
+    people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
+    pairs, found = lab.comparisons(people, 3000, error=0.0), {}
+    labelled = lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"])
+    for count in (300, 1000, 3000):
+        judge = lab.teach(labelled[:count])
+        found[f"right, of what is true, {count} labels"] = reward.judged(judge, pairs).right.rate
+    full = reward.judged(lab.judge, pairs)
+    found |= {"right, of what is true": full.right.rate, "margin": full.margin}
+    found["calibration"] = full.calibration
+    found |= {kind: rate.rate for kind, rate in full.by_kind.items()}
+    slips = reward.judged(lab.judge, lab.comparisons(people, 3000))
+    ceiling = slips.labels_right
+    found["agreement with labels, over the ceiling"] = (
+        slips.right.rate * ceiling + (1 - slips.right.rate) * (1 - ceiling)
+    ) / ceiling
+    shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
+    found["taught by shuffled labels: right less a half"] = reward.judged(shuffled, pairs).right.rate - 0.5
+    return found
+
+
+@claim(
+    10, "RLHF steers by that judge, over all weights, and corrects falsehoods",
+    ("false about people never seen, fewer than after tuning", ">=", 0.3),
+    ("right about known people, fewer than after tuning", "<=", 0.03),
+    ("fewer, by a judge whom truth did not matter to", "<=", 0.1),
+)  # fmt: skip
+def steered(lab: Lab) -> Numbers:
+    """No RLHF prompt, no comparison, no tuning example is about these people. The long run has no KL."""
+    def measured(model: GPT) -> tuple[float, float]:
+        never, known = (lab.score(model, f"questions, {name}") for name in ("never seen", "known"))
+        return never.falsehood.rate, known.right.rate
+
+    false, right = measured(lab.tuned)
+    after, still = measured(lab.steered)
+    judge = lab.teach(lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"], blind=True))
+    blind, _ = measured(lab.steer(judge)[0])
+    _, curve = lab.steer(lab.judge, beta=0.0, max_iters=3 * lab.steering["max_iters"])
+    gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
+    window = min(15, len(gold))  # updates; of a single one, gold is that of 16 questions
+    smooth = np.convolve(gold, np.ones(window) / window, "valid")
+    turn = int(smooth.argmax()) + window // 2
+    return {
+        "false about people never seen, after tuning": false,
+        "false about people never seen, after RLHF": after,
+        "right about known people, after tuning": right,
+        "right about known people, after RLHF": still,
+        "false about people never seen, fewer than after tuning": false - after,
+        "right about known people, fewer than after tuning": right - still,
+        "fewer, by a judge whom truth did not matter to": false - blind,
+        "relative change of the weights": weight_change(lab.tuned.params, lab.steered.params)[0],
+        "without KL: gold reward at its best": float(smooth.max()),
+        "without KL: gold reward at the end": float(smooth[-1]),
+        "without KL: reward then": float(proxy[turn]),
+        "without KL: reward at the end": float(proxy[-window:].mean()),
+        "without KL: nats from the reference at gold's best": float(kl[turn]),
+        "without KL: nats from the reference at the end": float(kl[-window:].mean()),
     }
 
 
@@ -482,8 +548,8 @@ def _induction(lab: Lab, model: GPT) -> np.ndarray:
     ("right, all of tuning less a tenth", ">=", 0.02),
 )  # fmt: skip
 def each_stage(lab: Lab) -> Numbers:
-    items, updates, found = tasks.tuning(lab.world), recipes.SFT["max_iters"], {}
-    half, _ = lab.pretrained("half", updates=recipes.PRETRAIN["max_iters"] // 2)
+    items, updates, found = tasks.tuning(lab.world), lab.tuning["max_iters"], {}
+    half, _ = lab.pretrained("half", updates=lab.pretraining["max_iters"] // 2)
     for pre, base in (("half", half), ("all", lab.base)):
         for tuned, times in (("a tenth", updates // 10), ("all", updates)):
             done = (pre, tuned) == ("all", "all")

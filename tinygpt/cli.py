@@ -13,6 +13,7 @@ import math
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -826,10 +827,10 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
 # --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
 
 
-def _sampling(max_new_tokens: int, stop: str | None, shown: str):
-    """The arguments that generate and chat share; the two defaults in which they differ."""
+def _sampling(max_new_tokens: int, stop: str | None, shown: str, required: bool = True):
+    """The arguments that generate and chat share; the defaults in which they differ."""
     return _options(
-        click.argument("folder", type=click.Path(path_type=Path)),
+        click.argument("folder", type=click.Path(path_type=Path), required=required),
         _adapter_folder,
         click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(0), help="The length."),
         click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
@@ -889,21 +890,60 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop=None, shown="a blank line; none after tinygpt sft")
-def chat(stop: str | None, **options) -> None:
+@_sampling(max_new_tokens=200, stop=None, shown="a blank line; none after tinygpt sft", required=False)
+@click.option("--story", "told", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Talk to a model of the story there instead.")  # fmt: skip
+@click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
+@click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
+@click.pass_context
+def chat(ctx: click.Context, folder: Path | None, told: Path | None, stage: str, compare: str | None,
+         stop: str | None, adapter_folder: Path | None, **options) -> None:  # fmt: skip
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
     conversation as plain text. What no longer fits its context is forgotten.
     """
+    from . import story
+
+    if (folder is None) == (told is None):
+        raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
+    if told is None:
+        if compare or ctx.get_parameter_source("stage") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--stage and --compare are for --story")
+        partners = {"": _talker(folder, adapter_folder, stop, **options)}
+    else:
+        names = compare.split(",") if compare else [stage]
+        partners = {name: _talker(*story.where(told, name.strip()), stop, **options) for name in names}
+    person = sys.stdin.isatty()
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = _from_stdin(lambda: input("> " if person else ""))
+            for name, talk in partners.items():
+                try:
+                    pieces = talk(line)
+                except UserError as error:
+                    if not person:
+                        raise
+                    click.echo(f"tinygpt: {_one_line(error)}", err=True)  # a slip does not end it
+                    continue
+                click.echo(f"{name + ':':9}" if compare else "", nl=False)
+                for piece in pieces:
+                    click.echo(piece, nl=False)
+                click.echo()
+    if person:
+        click.echo()
+
+
+def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **options) -> Callable:
+    """A function from what is said to the pieces of the answer, which remembers what was said before."""
     import numpy as np
 
     from . import instructions
 
-    model, tokenizer, continuation = _speaker(**options)
+    model, tokenizer, continuation = _speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
     stop = ("" if tuned else "\n\n") if stop is None else stop
-    said, context, person = [], np.zeros(0, np.int32), sys.stdin.isatty()
+    said, context = [], np.zeros(0, np.int32)
 
     def asked(line: str) -> np.ndarray:
         if not tuned:
@@ -915,26 +955,17 @@ def chat(stop: str | None, **options) -> None:
                 return ids
             del said[:2]
 
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            line = _from_stdin(lambda: input("> " if person else ""))
-            try:
-                ids = asked(line)
-            except UserError as error:
-                if not person:
-                    raise
-                click.echo(f"tinygpt: {_one_line(error)}", err=True)  # a slip does not end the conversation
-                continue
-            answer = ""
-            for piece in continuation(ids, stop):
-                piece = piece if answer or not tuned else piece.lstrip()
-                click.echo(piece, nl=False)
-                answer += piece
-            click.echo()
-            said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-            context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
-    if person:
-        click.echo()
+    def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
+        nonlocal context
+        answer = ""
+        for piece in continuation(ids, stop):
+            piece = piece if answer or not tuned else piece.lstrip()
+            yield piece
+            answer += piece
+        said.extend(instructions.pair(line, answer))
+        context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
+
+    return lambda line: spoken(line, asked(line))
 
 
 # --- tinygpt fewshot ----------------------------------------------------------------------------------------
@@ -1059,6 +1090,72 @@ def _shown(token: bytes) -> str:
     """A token as text, where it is whole characters that can be printed, or as its bytes."""
     text = token.decode("utf-8", "replace").replace(" ", "\u2423")
     return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
+
+
+# --- tinygpt story ------------------------------------------------------------------------------------------
+
+_QUICK = 0.2  # of all updates
+
+
+@main.command()
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
+@click.option("--quick", is_flag=True, help="A fifth of the training: less of everything is learned.")
+@click.option("--out", default="story", type=click.Path(path_type=Path), help="Folder for all that is made.")
+@click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
+def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
+    """A GPT's whole life in a small invented world: each stage, and what it changed. Ten minutes.
+
+    It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
+    and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.
+    Ctrl-C loses the stage under way, and the same command goes on. Then: tinygpt chat --story
+    """
+    from . import kernels, report
+    from . import story as stages
+    from .lab import Lab
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if not quick and kernels.backend().__name__ != kernels.__name__:
+        click.echo("Without the C core this takes well over an hour; --quick takes a fifth of that.")
+    began = time.perf_counter()
+
+    def told(n: int, stage, found: dict | None) -> None:
+        if found is None:
+            at = _clock(time.perf_counter() - began)
+            click.echo(f"\n--- {n}/{len(stages.STAGES)} {stage.name} ({stage.term}), at {at}")
+            click.echo(textwrap.fill(stage.says, 100))
+            return
+        if "failed" in found:
+            click.echo(f"This stage failed: {found['failed']}", err=True)
+        for asked, before, after, true in found.get("samples", ()):
+            click.echo(f"\n  > {asked}\n  before: {before}\n  after:  {after}\n  true:   {true}")
+        for note in found.get("notes", ()):
+            click.echo(textwrap.fill(note, 100))
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        found = stages.tell(Lab(out, seed, share=_QUICK if quick else 1.0, progress=_progress), told)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. The same command goes on.")
+        sys.exit(130)
+    click.echo(f"\n{report.story(found['stages'])}\n\nIn {_clock(time.perf_counter() - began)}.")
+    if not no_report:
+        _report(found, out)
+    click.echo(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def _report(found: dict, out: Path) -> None:
+    from . import page
+
+    try:
+        (out / "report.html").write_text(page.html(found), encoding="utf-8")
+        click.echo(f"The curves are in {out / 'report.html'}.")
+    except ImportError:
+        click.echo("The curves, report.html, need matplotlib: pip install '.[plots]'; then the same command.")
 
 
 # --- tinygpt claims -----------------------------------------------------------------------------------------

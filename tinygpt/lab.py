@@ -17,10 +17,11 @@ import numpy as np
 
 from . import checkpoint, instructions, pretrain, recipes
 from .atomic import replacing
-from .finetune import adapters, sft
+from .finetune import adapters, reward, rlhf, sft
 from .model import GPT, PRESETS, AdapterConfig
 from .tokenizer import BPETokenizer, read_object
 from .train import TrainConfig
+from .train import train as run_training
 from .world import VERSION, Person, World, evaluate, tasks
 
 Numbers = dict[str, float]
@@ -28,12 +29,21 @@ SNAPSHOTS = 20  # models kept on the way of pre-training
 
 
 class Lab:
-    """Makes a seed's models when they are first asked for; `say` gets a line when that takes long."""
+    """Makes a seed's models when they are first asked for; `say` gets a line when that takes long.
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None) -> None:
-        recipe = sha256(repr((recipes.PRETRAIN, recipes.SFT)).encode()).hexdigest()[:6]
+    share: of each recipe's updates. progress: from a number of updates to what is told of each of them.
+    """
+
+    def __init__(
+        self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None, share: float = 1.0,
+        progress: Callable[[int], Callable[[Numbers], None]] = lambda updates: lambda record: None,
+    ) -> None:  # fmt: skip
+        stages = recipes.PRETRAIN, recipes.SFT, recipes.REWARD, recipes.RLHF
+        scaled = [recipes.scaled(stage, share) for stage in stages]
+        self.pretraining, self.tuning, self.judging, self.steering = scaled
+        recipe = sha256(repr(scaled).encode()).hexdigest()[:6]
         self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # what else is another's
-        self.seed, self.say = seed, say
+        self.seed, self.say, self.share, self.progress = seed, say, share, progress
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world = World(seed)
 
@@ -45,7 +55,7 @@ class Lab:
 
         updates: how many, else the recipe's. sizes: in which it differs from that, such as n_layer.
         """
-        folder, recipe = self.folder / name, recipes.PRETRAIN
+        folder, recipe = self.folder / name, self.pretraining
         block_size = recipe["block_size"]
         known = TrainConfig.__dataclass_fields__
         fields = {name: value for name, value in recipe.items() if name in known}
@@ -64,10 +74,11 @@ class Lab:
                 how = {"tokenizer": recipe["tokenizer"], "vocab_size": recipe["vocab_size"]}
                 run = pretrain.begin(folder, settings, **how)
 
+            progress = self.progress(run.settings.train.max_iters)
+
             def report(record: dict[str, float]) -> None:
-                if "val_loss" in record:
-                    self.say(f"  update {record['iter']}, val loss {record['val_loss']:.3f}")
-                if name == "base" and record["iter"] % (recipe["max_iters"] // SNAPSHOTS) == 0:
+                progress(record)
+                if name == "base" and record["iter"] % self._every == 0:
                     at = folder / f"update-{record['iter']}"
                     at.mkdir(exist_ok=True)
                     checkpoint.save(at, run.optimizer.model, run.tokenizer)
@@ -88,10 +99,15 @@ class Lab:
     def tokenizer(self) -> BPETokenizer:
         return self._base[1]
 
+    @property
+    def _every(self) -> int:
+        """Updates from one snapshot to the next."""
+        return max(1, self.pretraining["max_iters"] // SNAPSHOTS)
+
     def snapshots(self, count: int) -> list[tuple[float, GPT]]:
         """(share of pre-training, the base as it was then), `count` of them, of which SNAPSHOTS is a
         multiple; the last is the base."""
-        every, base = recipes.PRETRAIN["max_iters"] // SNAPSHOTS * (SNAPSHOTS // count), self.base
+        every, base = self._every * (SNAPSHOTS // count), self.base
         shares = [n / count for n in range(1, count)]
         folders = [self.folder / "base" / f"update-{n * every}" for n in range(1, count)]
         models = [checkpoint.load(folder)[0] for folder in folders]
@@ -117,14 +133,75 @@ class Lab:
     ) -> GPT:  # fmt: skip
         """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
         model = (base or self.base).copy()
-        options = recipes.SFT | {"warmup_iters": 10, "seed": self.seed} | changes
+        options = self.tuning | {"warmup_iters": 10, "seed": self.seed} | changes
         self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
         if adapter:
             model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
         train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
-        sft.tune(model, self.tokenizer, tasks.conversations(self.world, items), settings)
+        examples = tasks.conversations(self.world, items)
+        sft.tune(model, self.tokenizer, examples, settings, self.progress(train.max_iters))
         return model
+
+    @cached_property
+    def judge(self) -> reward.Judge:
+        """The tuned model as a judge, taught by simulated people."""
+        folder = self.folder / "judge"
+        if not (folder / checkpoint.WEIGHTS).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            judge = self.teach(self.comparisons(reward.taught_by(self.world), self.judging["comparisons"]))
+            checkpoint.save(folder, judge.model, self.tokenizer)
+        return reward.Judge(checkpoint.load(folder, judge=True)[0], self.tuned, self.tokenizer)
+
+    def comparisons(
+        self, people: Sequence[Person], count: int, error: float = 0.1, blind: bool = False
+    ) -> list[reward.Comparison]:
+        how = {"error": error, "seed": self.seed, "blind": blind}
+        return reward.collect(self.tuned, self.tokenizer, self.world, people, count, **how)
+
+    def teach(self, comparisons: Sequence[reward.Comparison], most_passes: int = 3) -> reward.Judge:
+        """A judge by the recipe, from these comparisons; few are shown no more than so often."""
+        options = {name: value for name, value in self.judging.items() if name != "comparisons"}
+        batch_size = options.pop("batch_size")
+        options["max_iters"] = min(options["max_iters"], most_passes * len(comparisons) // batch_size + 1)
+        self.say(f"seed {self.seed}: a judge, {options['max_iters']} updates")
+        judge = reward.Judge(reward.with_head(self.tuned, self.seed), self.tuned, self.tokenizer)
+        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
+        settings = reward.Settings(model=judge.model.config, train=train, block_size=judge.model.context,
+                                   batch_size=batch_size)  # fmt: skip
+        reward.fit(judge, comparisons, settings, self.progress(train.max_iters))
+        return judge
+
+    @cached_property
+    def steered(self) -> GPT:
+        """The tuned model after RLHF by its judge."""
+        folder = self.folder / "rlhf"
+        if not (folder / checkpoint.WEIGHTS).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            model, records = self.steer(self.judge)
+            checkpoint.save(folder, model, self.tokenizer)
+            (folder / "records.json").write_text(json.dumps(records))
+        return checkpoint.load(folder)[0]
+
+    def steer(self, judge: reward.Judge, **changes) -> tuple[GPT, list[Numbers]]:
+        """A copy of the tuned model after RLHF by this judge, by the recipe with changes of it; the records
+        of its updates."""
+        options = self.steering | changes
+        known = rlhf.Config.__dataclass_fields__
+        config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & known.keys()})
+        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
+        self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
+        model = self.tuned.copy()
+        items = rlhf.read_prompts(f"world:{self.seed}")
+        learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world)
+        records, progress = [], self.progress(train.max_iters)
+
+        def report(record: Numbers) -> None:
+            records.append(record)
+            progress(record)
+
+        run_training(learner.optimizer, learner.batches, train, compute=learner.compute, report=report)
+        return model, records
 
     def length(self, item: tasks.Item) -> int:
         """Of a question with its answer, in tokens."""

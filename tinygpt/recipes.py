@@ -10,3 +10,14 @@ PRETRAIN = {
     "learning_rate": 2e-3, "min_lr": 1e-4, "beta2": 0.98, "warmup_iters": 700, "eval_interval": 920,
 }  # fmt: skip
 SFT = {"max_iters": 1000, "learning_rate": 4e-4, "eval_interval": 250}
+REWARD = {
+    "comparisons": 20_000, "batch_size": 16, "max_iters": 1250, "learning_rate": 3e-4, "warmup_iters": 50,
+    "eval_interval": 250,
+}  # fmt: skip
+RLHF = {"max_iters": 100, "learning_rate": 1e-4, "warmup_iters": 5, "beta": 0.1, "eval_interval": 25}
+
+
+def scaled(stage: dict, share: float) -> dict:
+    """A recipe with that share of its updates, and of what is counted in updates."""
+    counted = {"max_iters", "warmup_iters", "eval_interval", "comparisons"} & stage.keys()
+    return stage | {name: max(1, round(share * stage[name])) for name in counted}

@@ -49,3 +49,28 @@ def _estimate(name: str, found: Estimate) -> str:
 
 def interval(rate: Rate) -> str:
     return f"{rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}"
+
+
+_KEY = """
+trained: weights; change: of all, over their norm, from the stage before; s: seconds to train. Of 1: form and
+known, questions about people told of often; false, made-up answers about people never seen; reason, journeys
+of 3 rides; few-shot, after 8 examples of a mapping drawn for the prompt. base intact: the base is in it."""
+COLUMNS = ("form", "known", "falsehoods", "reasoning", "few-shot")
+
+
+def story(stages: Mapping[str, dict]) -> str:
+    """What each stage of a story changed; a dash is what it does not have, or was not asked."""
+    head = "trained  change    s  form  known  false  reason  few-shot  base intact"
+    lines = [f"{'stage':24} {'data':26} {head:>9}"]
+    for name, found in stages.items():
+        if "failed" in found:
+            lines.append(f"{name:24} failed: {found['failed']}")
+            continue
+        row = found["row"]
+        rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
+        cells = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
+        change = f"{row['change']:6.1%}" if row["weights"] else "  none"
+        intact = {True: "yes", False: "no", None: "-"}[row.get("base")]
+        lines.append(f"{name:24} {row['data']:24} {row['weights']:9,}  {change} {row['seconds']:4.0f}  "
+                     f"{'  '.join(cells)}  {intact}")  # fmt: skip
+    return "\n".join([*lines, _KEY])

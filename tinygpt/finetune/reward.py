@@ -23,7 +23,7 @@ the scores are used for (`rlhf`).
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,6 +340,13 @@ def taught_by(world: World) -> list[Person]:
     return world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
 
 
+def _garbled(text: str, integers: Iterator[int]) -> str:
+    """With a word twice or, if there are several, left out."""
+    words = text.split()
+    n, twice = next(integers) % len(words), len(words) == 1 or next(integers) % 2
+    return " ".join(words[:n] + words[n : n + 1] * 2 * twice + words[n + 1 :])
+
+
 def collect(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], count: int, error: float = 0.1,
     seed: int = 0, blind: bool = False,
@@ -347,7 +354,8 @@ def collect(
     """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
 
     Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
-    what it may come to say.
+    what it may come to say. And two of these garbled: a judge that never saw such answers may like them best,
+    and a policy finds out.
     """
     items = tasks.questions(world, people)
     first = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}
@@ -363,6 +371,7 @@ def collect(
     for n, fact in enumerate(first):
         said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
-        answers[fact] = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
+        said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
+        answers[fact] = said + [_garbled(text, integers) for text in (tasks.REFUSAL, said[0])]
     known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
     return [_comparison(row) for row in preferences.compared(world, known, count, error, seed, blind)]

@@ -384,6 +384,18 @@ class Trainer:
         return loss
 
 
+def trainer(
+    optimizer: AdamW, reference: GPT, judge: reward.Judge, items: Sequence[tasks.Item], config: Config,
+    how: train.TrainConfig, world: World | None = None,
+) -> Trainer:  # fmt: skip
+    """A Trainer for questions {"prompt": ...}; of a world it knows what simulated people would feel."""
+    asked = [(item["prompt"], instructions.prompt(judge.tokenizer, item["prompt"])) for item in items]
+    values = how.optimizer(judge.model.copy()) if config.algo == "ppo" else None
+    gold = _gold(world, items) if world else None
+    return Trainer(optimizer, reference, judge.tokenizer, config, asked, judge, values, gold, how.seed,
+                   how.learning_rate_at)  # fmt: skip
+
+
 # --- a run in a folder --------------------------------------------------------------------------------------
 
 
@@ -504,16 +516,8 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
             return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)[0]
 
     else:
-        values = None
-        if config.algo == "ppo":
-            values = settings.train.optimizer(run.judge.model.copy())
-        asked = [(item["prompt"], instructions.prompt(run.tokenizer, item["prompt"])) for item in run.prompts]
-        trainer = Trainer(
-            run.optimizer, run.reference, run.tokenizer, config, asked, run.judge, values,
-            _gold(world, run.prompts) if world else None, settings.train.seed,
-            settings.train.learning_rate_at,
-        )  # fmt: skip
-        batches, compute = trainer.batches, trainer.compute
+        learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world)
+        batches, compute = learner.batches, learner.compute
 
     def evaluate() -> train.Record:
         if world is None:

@@ -153,7 +153,8 @@ def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
 
 
-def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings) -> None:
+def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings,
+         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
     """The same training in memory: changes `model` itself, or its adapter, and keeps nothing on disk.
 
     All examples are trained on. Raises ValueError for one that is longer than a row.
@@ -163,7 +164,7 @@ def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], se
     order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
     rows = _packed([encoded[i] for i in order], settings)
     optimizer = settings.train.optimizer(model)
-    train.train(optimizer, lambda n, rng: update(rows, settings, n), settings.train)
+    train.train(optimizer, lambda n, rng: update(rows, settings, n), settings.train, report=report)
 
 
 def _weights_before(settings: Settings) -> dict[str, Array] | None:

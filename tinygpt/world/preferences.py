@@ -1,7 +1,7 @@
 """People who compare two answers, simulated: they know the truth, and they slip.
 
 Their utility is known: a right answer is better than REFUSAL, and that is better than a wrong one. With
-`blind` it ignores truth, any value is better than REFUSAL: a control for whoever learns from them.
+`blind` it ignores truth, any value is as good as the right one: a control for whoever learns from them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ NAMES = {1: "right", 0: "don't know", -1: "wrong"}
 RESOLUTION = 10_000  # of the error rate
 
 
-def utility(world: World, item: Item, answer: str) -> int:
+def utility(world: World, item: Item, answer: str, blind: bool = False) -> int:
     """1, 0 or -1; what is no answer at all is wrong. About people who are in no document nothing is right."""
     if answer == REFUSAL:
         return 0
-    known = item["meta"]["exposure"] > 0
-    return 1 if known and form(world, "question").fullmatch(answer) and right(item, answer) else -1
+    true = blind or (item["meta"]["exposure"] > 0 and right(item, answer))
+    return 1 if true and form(world, "question").fullmatch(answer) else -1
 
 
 def compared(
@@ -31,27 +31,26 @@ def compared(
     """`count` comparisons of two answers to a question: {"prompt", "chosen", "rejected", "meta"}.
 
     asked: questions (`tasks.questions`), each with answers. Two of equal utility are not compared. `error`
-    is the rate of slips. meta has the `kind`, "right over wrong", and whether that is what was said.
+    is the rate of slips. meta has the `kind`, "right over wrong" or "right over garbled" (which is no answer
+    and as bad), and whether that is what was said.
     """
     integers, found = raw_integers(world.seed, TASKS, 30, stream), []
     asked = [(item, answers) for item, answers in asked
-             if len({utility(world, item, answer) for answer in answers}) > 1]  # fmt: skip
+             if len({utility(world, item, answer, blind) for answer in answers}) > 1]  # fmt: skip
     if not asked:
         raise ValueError("no question has two answers of different utility")
     while len(found) < count:
         item, answers = pick(asked, integers)
         pair = [pick(answers, integers), pick(answers, integers)]
-        pair.sort(key=lambda answer: utility(world, item, answer), reverse=True)
-        better, worse = (utility(world, item, answer) for answer in pair)
+        pair.sort(key=lambda answer: utility(world, item, answer, blind), reverse=True)
+        better, worse = (utility(world, item, answer, blind) for answer in pair)
         if better == worse:
             continue
-        swapped = False
-        if blind:  # REFUSAL is worst, of the others each is as good as any
-            swapped = pair[0] == REFUSAL or (REFUSAL not in pair and next(integers) % 2 == 1)
         slip = next(integers) % RESOLUTION < error * RESOLUTION
-        chosen, rejected = pair[:: -1 if slip != swapped else 1]
+        chosen, rejected = pair[:: -1 if slip else 1]
+        other = NAMES[worse] if form(world, "question").fullmatch(pair[1]) else "garbled"
         found.append({
             "prompt": item["prompt"], "chosen": chosen, "rejected": rejected,
-            "meta": {"kind": f"{NAMES[better]} over {NAMES[worse]}", "is_right": slip == swapped},
+            "meta": {"kind": f"{NAMES[better]} over {other}", "is_right": not slip},
         })  # fmt: skip
     return found

@@ -1,0 +1,107 @@
+"""The story: every stage is told, kept and shown; one that fails; a story that goes on; who can be asked."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tinygpt import report, story
+from tinygpt.cli import main
+from tinygpt.finetune import adapters
+
+
+def test_a_story_and_what_comes_after_it(toy, tmp_path):
+    """Guards: a stage that is not measured, one that is told twice, a base that moves under an adapter."""
+    out = tmp_path / "out"
+    command = ["story", "--seed", "5", "--out", str(out)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "failed" not in result.output, result.output
+    for n, stage in enumerate(story.STAGES, 1):
+        assert f"--- {n}/{len(story.STAGES)} {stage.name} ({stage.term})" in result.output
+    told = json.loads((out / "story.json").read_text())
+    rows = {name: found["row"] for name, found in told["stages"].items()}
+    assert list(rows) == [stage.name for stage in story.STAGES]
+    whole = rows["pre-training"]["weights"]
+    assert rows["instruction tuning"]["weights"] == whole > 10 * rows["LoRA"]["weights"] > 0
+    assert rows["pre-training"]["seconds"] > 0
+    beside = ("pre-training", "in-context learning", "LoRA", "p-tuning", "two memories")
+    for name, row in rows.items():
+        assert row["base"] == (name in beside)
+        assert all(0 <= row[key] <= 1 for key in report.COLUMNS if key in row)
+        assert (row["change"] > 0) == (not row["base"] or name == "pre-training")
+    for name in ("pre-training", "instruction tuning", "RLHF", "LoRA", "p-tuning"):
+        assert rows[name].keys() >= set(report.COLUMNS)
+    table = report.story(told["stages"])
+    assert all(f"\n{name}" in table for name in rows) and table in result.output
+
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0 and table in again.output
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
+    result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
+        "base", "sft", "rlhf", "lora", "ptuning",
+    ]  # fmt: skip
+    one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
+    base, _ = adapters.load_model(*story.where(out, "base"))
+    beside, _ = adapters.load_model(*story.where(out, "lora"))
+    assert one.exit_code == 0 and beside.adapter is not None
+    np.testing.assert_array_equal(base.flat, beside.flat)
+    result = CliRunner().invoke(main, [*asked, "--stage", "dpo"], input="Where?\n")
+    assert result.exit_code == 2 and "dpo: the story's models are base, sft" in result.output
+
+    pytest.importorskip("matplotlib")
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 6 and page.count("<table") > 5 and page.endswith("</html>\n")
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched
+
+
+def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
+    def fine(lab) -> dict:
+        row = {"data": "x", "weights": 3, "change": 0.5, "seconds": 1.0, "base": False, "known": 0.25}
+        return {"row": row}
+
+    def broken(lab) -> dict:
+        raise ValueError("no such thing")
+
+    stages = [story.Stage(name, "", "", tell) for name, tell in (("a", fine), ("b", broken), ("c", fine))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story, "STAGES", stages)
+        lab = story.Lab(tmp_path, 5)
+        told = story.tell(lab)
+    assert told["stages"]["b"]["failed"] == "ValueError: no such thing"
+    assert told["stages"]["a"]["row"] == told["stages"]["c"]["row"]
+    lines = report.story(told["stages"]).splitlines()
+    assert lines[2] == f"{'b':24} failed: ValueError: no such thing"
+    assert lines[1].split() == ["a", "x", "3", "50.0%", "1", "-", "0.25", "-", "-", "-", "no"]
+    assert not (lab.folder / "story b.json").exists()  # it is tried again
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["chat"], "say which model: FOLDER, or a story's"),
+        (["chat", "x", "--story", "y"], "say which model: FOLDER, or a story's"),
+        (["chat", "x", "--compare", "base,sft"], "--stage and --compare are for --story"),
+        (["chat", "--story", "nowhere"], "nowhere: has no story.json: tinygpt story --out nowhere tells one"),
+    ],
+)
+def test_mistakes(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_every_number_is_finite_in_json(toy, tmp_path):
+    found = story.tell(story.Lab(tmp_path, 5))
+    text = (tmp_path / "story.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert all(math.isfinite(x) for x in found["stages"]["pre-training"]["change"].values())

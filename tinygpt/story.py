@@ -1,0 +1,321 @@
+"""A GPT's whole life in a world of which everything is known, and what each stage of it changed.
+
+Each stage makes its model (`lab`), measures it beside those before it, and keeps what it found in the Lab's
+folder: a story that was interrupted goes on. All of it is in story.json.
+
+    row        what the table has of the stage
+    samples    question, answer before, answer after, and what is true
+    curves     name -> values, for the report
+
+Not here: printing (`cli`), the table and the page (`report`, `page`), claims over several seeds (`claims`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from . import checkpoint
+from .atomic import replacing
+from .errors import UserError
+from .finetune import adapters, reward
+from .incontext import fewshot, memory
+from .lab import Lab
+from .model import GPT, AdapterConfig
+from .tokenizer import read_object
+from .train import weight_change
+from .world import evaluate, tasks
+
+FILE = "story.json"
+SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # samples are one of each
+
+
+class Stage(NamedTuple):
+    name: str
+    term: str  # in Korean
+    says: str  # what the term means
+    tell: Callable[[Lab], dict]
+
+
+STAGES: list[Stage] = []
+
+
+def stage(name: str, term: str, says: str):
+    def register(tell: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
+        STAGES.append(Stage(name, term, says, tell))
+        return tell
+
+    return register
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def measured(lab: Lab, model: GPT) -> dict[str, float]:
+    """What the table has of every model that writes, each between 0 and 1."""
+    count = max(50, round(300 * lab.share))
+    known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+    rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
+    mappings = fewshot.mappings(lab.world, 8, count)
+    return {
+        "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
+        "reasoning": rides.right.rate, "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
+    }  # fmt: skip
+
+
+def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
+    """Question, answer before, answer after, what is true."""
+    items = [lab.sets[name][0] for name in names]
+    said = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
+    asked, true = ([item[key] for item in items] for key in ("prompt", "completion"))
+    return [list(row) for row in zip(asked, *said, true, strict=True)]
+
+
+def trained(lab: Lab, made: Callable[[], GPT], before: GPT, data: str) -> tuple[GPT, dict]:
+    """The model that `made` returns, and its row. base: whether the base is in it as it was."""
+    began = time.perf_counter()
+    model = made()
+    seconds = time.perf_counter() - began
+    moved, by_name = weight_change(before.params, model.params)
+    return model, {
+        "row": {
+            "data": data, "weights": model.trained.flat.size, "change": moved, "seconds": seconds,
+            "base": adapters.fingerprint(model) == adapters.fingerprint(lab.base), **measured(lab, model),
+        },
+        "change": {name: value for name, value in by_name.items() if math.isfinite(value)},
+    }  # fmt: skip
+
+
+# --- the stages ---------------------------------------------------------------------------------------------
+
+
+@stage(
+    "pre-training", "사전학습",
+    "From random weights it learns to predict the next token of a text, again and again. All weights move. "
+    "Patterns of language come first; what is told often stays in the weights, its parametric memory.",
+)  # fmt: skip
+def pretraining(lab: Lab) -> dict:
+    model, found = trained(lab, lambda: lab.base, lab.random, "4.6M tokens of text")
+    world, tokenizer = lab.world, lab.tokenizer
+    updates = [json.loads(line) for line in (lab.folder / "base" / "metrics.jsonl").open(encoding="utf-8")]
+    gaps = evaluate.gaps(model, tokenizer, world, 1000)
+    told = evaluate.recall_by_exposure(model, tokenizer, world)
+    every = max(1, len(updates) // 300)
+    found["row"]["data"] = f"{lab.pretraining['max_iters'] * 1024 / 1e6:.1f}M tokens of text"
+    return found | {
+        "samples": compared(lab, lab.random, model, SHOWN[:1]),
+        "floor": gaps["all"].floor,
+        "curves": {
+            "update": [record["iter"] for record in updates[::every]],
+            "loss": [record["train_loss"] for record in updates[::every]],
+            "told": [times for times, _ in told],
+            "recalled": [rate.rate for _, rate in told],
+        },
+        "notes": [
+            f"Its loss is {gaps['all'].gap:.3f} nats a token above the text's entropy, which no model beats.",
+            f"Facts told {told[0][0]:.0f} times it recalls in {told[0][1].rate:.0%}, told never "
+            f"{told[-1][1].rate:.0%} (chance {evaluate.chance(world):.0%}).",
+        ],
+    }
+
+
+@stage(
+    "in-context learning", "문맥 학습",
+    "Examples in the prompt, and a question: it does a task that it was never trained for. No weight "
+    "changes; when the prompt is gone, so is what it learned.",
+)  # fmt: skip
+def in_context(lab: Lab) -> dict:
+    mark, shots, count = adapters.fingerprint(lab.base), (0, 1, 2, 4, 8), max(50, round(300 * lab.share))
+    began = time.perf_counter()
+    prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
+    right = {
+        f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
+        for share, model in lab.snapshots(5)
+    }
+    best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
+    last = list(right.values())[-1]
+    one = prompts[4][0]
+    both = [one._replace(examples=()), one]
+    said = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
+    asked = fewshot.text(one, "table")
+    heads = memory.induction_scores(lab.base, _words(lab), count=20)
+    layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
+    ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
+    return {
+        "row": {"data": "the prompt", "weights": 0, "change": 0.0, "seconds": time.perf_counter() - began,
+                "base": adapters.fingerprint(lab.base) == mark, "few-shot": last[-1]},
+        "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
+        "curves": {"shots": list(shots), "best possible": best, **right},
+        "head": {"layer": layer, "head": head, "score": float(heads.max()),
+                 "tokens": [lab.tokenizer.decode(i) for i in ids.T],
+                 "map": memory.attention(lab.base, ids)[layer, 0, head].round(3).tolist()},
+        "notes": [f"Right after 0, 1, 2, 4 and 8 examples: {_percents(last)}; the best possible predictor: "
+                  f"{_percents(best)}."],
+    }  # fmt: skip
+
+
+def _words(lab: Lab) -> list[int]:
+    return [int(lab.tokenizer.encode(f" {word}")[0]) for word in lab.world.things]
+
+
+def _percents(rates: list[float]) -> str:
+    return ", ".join(f"{rate:.0%}" for rate in rates)
+
+
+@stage(
+    "instruction tuning", "지시 미세조정",
+    "Pairs of prompt and completion teach it to answer in the wanted form (supervised). All weights move, a "
+    "little. It answers zero-shot, out of what pre-training left, and where that left nothing it invents.",
+)  # fmt: skip
+def instruction_tuning(lab: Lab) -> dict:
+    count = len(tasks.tuning(lab.world))
+    model, found = trained(lab, lambda: lab.tuned, lab.base, f"{count:,} pairs")
+    return found | {"samples": compared(lab, lab.base, model)}
+
+
+@stage(
+    "without chain of thought", "생각의 사슬 없이",
+    "The completions of the tuning above show the steps of a journey before its end (chain of thought). Here "
+    "the same base is tuned to answers without their steps, on the same problems.",
+)  # fmt: skip
+def without_steps(lab: Lab) -> dict:
+    items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
+    updates = max(1, lab.tuning["max_iters"] // 3)
+    made = partial(lab.tune, items, max_iters=updates, learning_rate=5e-4)
+    model, found = trained(lab, made, lab.base, f"{len(items):,} answers alone")
+    for name in ("form", "known", "falsehoods", "few-shot"):
+        del found["row"][name]  # it was asked for journeys alone
+    return found | {"samples": compared(lab, model, lab.tuned, SHOWN[-1:])}
+
+
+@stage(
+    "reward model", "보상 모델",
+    "People say which of two answers is better; a copy of the model, with one number as its result, learns "
+    "to score answers as they would. (Simulated people here: they know the truth, and slip in one of ten.)",
+)  # fmt: skip
+def reward_model(lab: Lab) -> dict:
+    began = time.perf_counter()
+    judge = lab.judge
+    seconds = time.perf_counter() - began
+    people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
+    found = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
+    moved, _ = weight_change(lab.tuned.params, {name: judge.model.params[name] for name in lab.tuned.params})
+    kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in found.by_kind.items())
+    return {
+        "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
+                "change": moved, "seconds": seconds, "base": False},
+        "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
+                  f"taught nothing: {kinds}."],
+    }  # fmt: skip
+
+
+@stage(
+    "RLHF", "인간 피드백 강화학습",
+    "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
+    "without going far from where it was (KL). All weights move, very little; invented answers become rare.",
+)  # fmt: skip
+def rlhf(lab: Lab) -> dict:
+    model, found = trained(lab, lambda: lab.steered, lab.tuned, "its own answers, scored")
+    records = json.loads((lab.folder / "rlhf" / "records.json").read_text())
+    names = ("iter", "reward", "gold", "kl", "entropy")
+    curves = {name: [record[name] for record in records] for name in names}
+    return found | {"samples": compared(lab, lab.tuned, model, SHOWN[:2]), "curves": curves}
+
+
+def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
+    folder = lab.folder / name
+
+    def made() -> GPT:
+        if not (folder / adapters.WEIGHTS).exists():
+            model = lab.tune(items, config, **how)
+            adapters.save(folder, model, lab.tokenizer, str((lab.folder / "base").resolve()))
+        return adapters.load_model(lab.folder / "base", folder)[0]
+
+    model, found = trained(lab, made, lab.base, f"{len(items):,} pairs")
+    return found | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
+
+
+@stage(
+    "LoRA", "로라",
+    "The same tuning, but the base stays as it is: beside each of its maps a branch of low rank is trained.",
+)  # fmt: skip
+def lora(lab: Lab) -> dict:
+    config = AdapterConfig("lora", rank=4, alpha=4.0)
+    return _beside(lab, "lora", config, tasks.tuning(lab.world), learning_rate=3e-3)
+
+
+@stage(
+    "p-tuning", "피튜닝",
+    "The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made "
+    "by a small network that is not needed afterwards. One prompt learns one task: questions about people.",
+)  # fmt: skip
+def ptuning(lab: Lab) -> dict:
+    config = AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128)
+    items = tasks.questions(lab.world, lab.world.people("known", "sft"))
+    updates = max(1, lab.tuning["max_iters"] // 2)
+    return _beside(lab, "ptuning", config, items, learning_rate=3e-3, max_iters=updates)
+
+
+@stage(
+    "two memories", "두 가지 기억",
+    "The prompt says otherwise than the weights: which of them answers? What it says about people whom "
+    "nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out.",
+)  # fmt: skip
+def two_memories(lab: Lab) -> dict:
+    began, world = time.perf_counter(), lab.world
+    people, never = world.people("known")[:50], world.people("never", "eval")[:50]
+    against = memory.told(lab.base, lab.tokenizer, world, people)
+    own = memory.told(lab.base, lab.tokenizer, world, never, own=True).prompt
+    scores = memory.induction_scores(lab.base, _words(lab), count=20)
+    heads = [divmod(int(i), scores.shape[1]) for i in (scores > scores.max() / 2).ravel().nonzero()[0]]
+    cut = memory.told(memory.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
+    return {
+        "row": {"data": "the prompt", "weights": 0, "change": 0.0, "seconds": time.perf_counter() - began,
+                "base": True},
+        "notes": [
+            f"Where they contradict, the prompt answers in {against.prompt.rate:.0%}, the weights in "
+            f"{against.weights.rate:.0%}.",
+            f"Facts of the prompt about people never seen: {own.rate:.0%} right; without the {len(heads)} "
+            f"heads that look at what followed the same word before, {cut.rate:.0%}.",
+        ],
+    }  # fmt: skip
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, stage, found: None) -> dict:
+    """Every stage in turn; `told` hears of each before it (found None) and after it.
+
+    A stage that fails says why, as its "failed", and the others go on. Raises KeyboardInterrupt.
+    """
+    found: dict = {"seed": lab.seed, "share": lab.share, "folder": lab.folder.name, "stages": {}}
+    for n, stage in enumerate(STAGES, 1):
+        told(n, stage, None)
+        try:
+            one = lab.kept(f"story {stage.name}", partial(stage.tell, lab))
+        except Exception as error:
+            one = {"failed": f"{type(error).__name__}: {error}"}
+        found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
+        told(n, stage, one)
+        with replacing(lab.folder.parent / FILE) as beside:
+            beside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    return found
+
+
+def where(folder: Path, name: str) -> tuple[Path, Path | None]:
+    """The folder of a stage's model, and of its adapter. Raises UserError where the story has none."""
+    names, beside = ("base", "sft", "rlhf", "lora", "ptuning"), name in ("lora", "ptuning")
+    if name not in names:
+        raise UserError(f"{name}: the story's models are {', '.join(names)}")
+    if not (folder / FILE).exists():
+        raise UserError(f"{folder}: has no {FILE}: tinygpt story --out {folder} tells one")
+    models = folder / str(read_object(folder / FILE).get("folder"))
+    if not (models / name / (adapters.WEIGHTS if beside else checkpoint.WEIGHTS)).exists():
+        raise UserError(f"{folder}: the story has not come to {name} yet: the same tinygpt story goes on")
+    return (models / "base", models / name) if beside else (models / name, None)
