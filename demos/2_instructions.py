@@ -27,6 +27,13 @@ def load(folder: Path):
     return checkpoint.load(folder)
 
 
+def tuned(folder: Path):
+    """The model that this demo makes, which is made if it is not there."""
+    if not (folder / "tuned" / "model.safetensors").exists():
+        main(folder)
+    return checkpoint.load(folder / "tuned")
+
+
 def main(folder: Path = pretrained.FOLDER) -> None:
     model, tokenizer = load(folder)
     world = World(pretrained.SEED)
@@ -52,6 +59,8 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     sft.tune(model, tokenizer, examples, settings)
     measure("after")
     moved, _ = weight_change(before, model.params)
+    (folder / "tuned").mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / "tuned", model, tokenizer)
     print(f"\nThe weights moved by {moved:.1%} of their norm. Next: demos/3_chain_of_thought.py")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import checkpoint
+from tinygpt import checkpoint, recipes
+from tinygpt.finetune import reward, rlhf
 from tinygpt.train import TrainConfig
 from tinygpt.world import corpus, evaluate, tasks
 
@@ -20,11 +21,16 @@ def demos(tmp_path, monkeypatch):
     """The modules, with few documents, updates and questions; their folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DEMOS)
-    names = ["1_pretrain", "2_instructions", "3_chain_of_thought", "4_adapters", "5_in_context"]
+    names = sorted(path.stem for path in DEMOS.glob("[1-9]_*.py"))
     found = [import_module(name) for name in names]
     monkeypatch.setattr(found[0], "UPDATES", 2)
-    monkeypatch.setattr(found[3], "UPDATES", 3)
-    monkeypatch.setattr(found[4], "COUNT", 5)
+    monkeypatch.setattr(found[3], "COUNTS", (20, 40))
+    monkeypatch.setattr(found[4], "RECIPE", recipes.RLHF | {"max_iters": 2})
+    monkeypatch.setattr(rlhf.Config, "num_prompts", 2)
+    taught_by = reward.taught_by
+    monkeypatch.setattr(reward, "taught_by", lambda world: taught_by(world)[:3])
+    monkeypatch.setattr(found[5], "UPDATES", 3)
+    monkeypatch.setattr(found[6], "COUNT", 5)
     for module in found[1:3]:
         monkeypatch.setattr(module, "TRAIN", TrainConfig(max_iters=3))
     for module, name, few in (
@@ -43,7 +49,7 @@ def demos(tmp_path, monkeypatch):
 
 
 def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
-    pretrain, instructions, chain, adapters, in_context = demos
+    pretrain, instructions, chain, judges, steering, adapters, in_context = demos
     instructions.main()  # makes the model that it needs
     output = capsys.readouterr().out
     assert "loss above it" in output and "recalled" in output and "Saved in" in output
@@ -54,6 +60,12 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     output = capsys.readouterr().out
     assert "blind guess" not in output and len(re.findall(r"(?: +\d\.\d{3}){5}", output)) == 5
     assert "the answer changes" in output
+    steering.main()  # makes the judge that it needs
+    output = capsys.readouterr().out
+    assert "(it would say: " in output and "shuffled" in output and "Saved in" in output
+    assert len(re.findall(r"\n +\d+( +-?\d+\.\d\d){4}", output)) == 1
+    assert output.count("majority") == 2 and re.search(r"moved by \d+\.\d% of", output)
+    assert judges.load(pretrain.FOLDER).own == {}  # from the folder: it has answered nothing yet
     adapters.main()
     output = capsys.readouterr().out
     before, after = re.search(r"before (\w{16})\.\.\., after (\w{16})\.\.\.", output).groups()

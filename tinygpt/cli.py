@@ -113,6 +113,11 @@ def _training(max_iters: int, learning_rate: float | str, warmup_iters: int, eva
     )  # fmt: skip
 
 
+def _schedule(recipe: dict) -> dict:
+    """What a recipe says of `_training`."""
+    return {name: recipe[name] for name in ("max_iters", "learning_rate", "warmup_iters", "eval_interval")}
+
+
 _adapter = _options(
     click.option("--adapter", type=click.Choice(("lora", "ptuning", "prompt", "prefix")),
                  help="Train a few weights beside the model, which stays as it is, instead of its own."),
@@ -627,17 +632,19 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     click.option("--data", multiple=True, metavar="FILE",
                  help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: '
                       "what simulated people prefer of the model's own answers, in the world that it knows."),
-    click.option("--comparisons", default=15_000, type=_COUNT, help="Of simulated people."),
+    click.option("--comparisons", default=recipes.REWARD["comparisons"], type=_COUNT,
+                 help="Of simulated people."),
     click.option("--error", default=0.1, type=_RATE, help="The rate of their slips."),
     click.option("--out", default="reward", type=click.Path(path_type=Path), help="Folder for the model."),
     click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
     click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
                  help="Go on with the run there, with its settings. --data: where the file is now."),
     click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts."),
-    click.option("--batch-size", default=64, type=_COUNT, help="Comparisons at a time."),
+    click.option("--batch-size", default=recipes.REWARD["batch_size"], type=_COUNT,
+                 help="Comparisons at a time."),
     click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few."),
 )  # fmt: skip
-@_training(max_iters=235, learning_rate=3e-4, warmup_iters=20, eval_interval=50)
+@_training(**_schedule(recipes.REWARD))
 @click.pass_context
 def reward(ctx: click.Context, **options) -> None:
     """Train a judge of answers on comparisons: which of two answers people preferred.
@@ -725,7 +732,8 @@ def _finish_reward(run) -> None:
                  help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
                       "world: questions about people of the base's world, who are in no tuning example."),
     click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo"))),
-    click.option("--beta", default=0.05, type=_REAL, help="What a nat of KL to the reference costs."),
+    click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
+                 help="What a nat of KL to the reference costs."),
     click.option("--num-prompts", default=16, type=_COUNT, help="Of an update."),
     click.option("--num-generations", default=8, type=_COUNT, help="Answers to each."),
     click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer."),
@@ -742,7 +750,7 @@ def _finish_reward(run) -> None:
                  help="Go on with the run there, with its settings. --data: where the file is now."),
 )  # fmt: skip
 @_adapter
-@_training(max_iters=100, learning_rate=1e-4, warmup_iters=5, eval_interval=25)
+@_training(**_schedule(recipes.RLHF))
 @click.pass_context
 def rlhf(ctx: click.Context, **options) -> None:
     """Steer a tuned model by a judge of its answers: sample, score, make what scored well likelier.

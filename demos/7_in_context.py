@@ -1,6 +1,6 @@
-"""Demo 5: in-context learning. The model of demo 1 is asked, with examples in the prompt; no weight changes.
+"""Demo 7: in-context learning. The model of demo 1 is asked, with examples in the prompt; no weight changes.
 
-    .venv/bin/python demos/5_in_context.py [FOLDER]
+    .venv/bin/python demos/7_in_context.py [FOLDER]
 
 "hat dax, dog wug, fox wug, skirt" - what follows? Which label stands for which kind of thing is drawn anew
 for each prompt, so nothing in the weights can know it; the best possible predictor is exactly known. Facts

@@ -1,6 +1,6 @@
-"""Demo 4: adapters. Demo 2 again, with a few extra weights beside the model of demo 1, which stays as it is.
+"""Demo 6: adapters. Demo 2 again, with a few extra weights beside the model of demo 1, which stays as it is.
 
-    .venv/bin/python demos/4_adapters.py [FOLDER]
+    .venv/bin/python demos/6_adapters.py [FOLDER]
 
 LoRA adds a product of two thin matrices to each weight matrix; p-tuning learns 16 rows that stand before
 the text like words that no vocabulary has. No gradient of the base is computed, let alone applied: its bytes

@@ -1,0 +1,61 @@
+"""Demo 5: RLHF. The judge of demo 4 scores what the model of demo 2 says, and a policy gradient follows.
+
+    .venv/bin/python demos/5_rlhf.py [FOLDER]
+
+In each update the model answers questions, each several times; what scores better than its other answers to
+the same question becomes likelier (RLOO). A penalty for every nat away from where it began keeps it in its
+language: what the judge likes is not all that people like. Nobody whom it is asked about at the end was in
+its tuning, in a comparison, or in RLHF.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tinygpt import recipes, report, train
+from tinygpt.finetune import rlhf
+from tinygpt.world import World, evaluate
+
+pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
+judges = import_module("4_reward_model")
+RECIPE = recipes.RLHF
+SETS = ("questions, known", "questions, never seen", "to Korean", "reading", "journey")
+
+
+def main(folder: Path = pretrained.FOLDER) -> None:
+    judge = judges.load(folder)
+    reference, tokenizer, world = judge.author, judge.tokenizer, World(pretrained.SEED)
+    model = reference.copy()
+    sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
+    shown = [*sets["questions, known"][:2], *sets["questions, never seen"][:4]]
+
+    def measure(note: str) -> None:
+        print(f"\n=== {note}")
+        for item, answer in zip(shown, evaluate.ask(model, tokenizer, shown), strict=True):
+            print(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
+        asked = {name: evaluate.ask(model, tokenizer, items) for name, items in sets.items()}
+        print("\n" + report.scores({name: evaluate.score(world, sets[name], asked[name]) for name in sets}))
+
+    measure("before")
+    rate, updates = RECIPE["learning_rate"], RECIPE["max_iters"]
+    how = train.TrainConfig(max_iters=updates, learning_rate=rate, min_lr=rate / 10, warmup_iters=5)
+    questions = rlhf.read_prompts(f"world:{pretrained.SEED}")
+    config = rlhf.Config(algo="rloo", beta=RECIPE["beta"])
+    learner = rlhf.trainer(how.optimizer(model), reference, judge, questions, config, how, world)
+
+    # reward is what the judge says, gold what the simulated people would: it learns from the first alone.
+    print(f"\n{'update':>6} {'reward':>7} {'gold':>6} {'KL':>6} {'entropy':>8}")
+
+    def row(record: train.Record) -> None:
+        if record["iter"] % 10 in (0, 1):
+            print(f"{record['iter']:6} {record['reward']:7.2f} {record['gold']:6.2f} {record['kl']:6.2f} "
+                  f"{record['entropy']:8.2f}")  # fmt: skip
+
+    train.train(learner.optimizer, learner.batches, how, compute=learner.compute, report=row)
+    measure("after")
+    moved, _ = train.weight_change(reference.params, model.params)
+    print(f"\nThe weights moved by {moved:.1%} of their norm. Next: demos/6_adapters.py")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
