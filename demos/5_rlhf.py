@@ -40,8 +40,9 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     rate, updates = RECIPE["learning_rate"], RECIPE["max_iters"]
     how = train.TrainConfig(max_iters=updates, learning_rate=rate, min_lr=rate / 10, warmup_iters=5)
     questions = rlhf.read_prompts(f"world:{pretrained.SEED}")
-    config = rlhf.Config(algo="rloo", beta=RECIPE["beta"])
-    learner = rlhf.trainer(how.optimizer(model), reference, judge, questions, config, how, world)
+    config = rlhf.Config(algo="rloo", beta=RECIPE["beta"], ptx_coef=RECIPE["ptx_coef"])
+    tuning = rlhf.world_examples(world)  # goes on beside, so that nothing of it is lost
+    learner = rlhf.trainer(how.optimizer(model), reference, judge, questions, config, how, world, tuning)
 
     # reward is what the judge says, gold what the simulated people would: it learns from the first alone.
     print(f"\n{'update':>6} {'reward':>7} {'gold':>6} {'KL':>6} {'entropy':>8}")

@@ -325,7 +325,7 @@ def base_untouched(lab: Lab) -> Numbers:
     changed, off = 0, 0.0
     for name in ("LoRA rank 1", "p-tuning, 16 tokens"):
         config, rates = ARMS[name]
-        model = lab.tune(tasks.tuning(lab.world), config, max_iters=200, learning_rate=rates[1])
+        model = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, max_iters=200, learning_rate=rates[1])
         trained, added = _sizes(model)
         found |= {f"{name}: share of weights": added, f"{name}: share of weights, with its encoder": trained}
         changed += adapters.fingerprint(model) != before
@@ -377,7 +377,7 @@ def less_dramatic(lab: Lab) -> Numbers:
     asked = {n: [] for n in range(5)}
     for n, item in enumerate(tasks.questions(world, people)):
         asked[n % 5].append(item)  # five wordings of each
-    items = tasks.tuning(world) + asked[0] + asked[1] + asked[2]
+    items = tasks.tuning(world, "sft", 0, 0) + asked[0] + asked[1] + asked[2]
     known = world.people("known", "eval")
 
     def measure(name: str, rate: float) -> Numbers:
@@ -414,7 +414,7 @@ def few_weights(lab: Lab) -> Numbers:
     """Questions about known people, the likeliest of the values: by a learned prompt without examples, and by
     the base with examples. Their number and form are chosen on the people of "val"."""
     config, rates = ARMS["p-tuning, 16 tokens"]
-    model, found = lab.tune(tasks.tuning(lab.world), config, learning_rate=rates[1]), {}
+    model, found = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=rates[1]), {}
 
     def right(model: GPT, shots: int, style: str, split: str) -> float:
         prompts = fewshot.from_world(lab.world, "questions", shots, 1000, split)

@@ -730,7 +730,7 @@ def _finish_reward(run) -> None:
                  help="The judge, from tinygpt reward; dpo has none."),
     click.option("--data", multiple=True, metavar="FILE",
                  help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
-                      "world: questions about people of the base's world, who are in no tuning example."),
+                      "world: questions about people of the base's world."),
     click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo"))),
     click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
                  help="What a nat of KL to the reference costs."),
@@ -743,6 +743,11 @@ def _finish_reward(run) -> None:
     click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss."),
     click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count."),
     click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE."),
+    click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
+                 f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
+                 help="Weight of the loss of the tuning's examples, learned beside."),
+    click.option("--ptx-data", multiple=True, metavar="FILE", show_default="the world of --data",
+                 help="These examples: as tinygpt sft takes them; repeat."),
     click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update."),
     click.option("--out", default="rlhf", type=click.Path(path_type=Path), help="Folder for the model."),
     click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
@@ -760,6 +765,7 @@ def rlhf(ctx: click.Context, **options) -> None:
     """
     from . import checkpoint
     from .finetune import rlhf as stage
+    from .world.corpus import is_source
 
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     _names_world(options, options["init_from"])
@@ -773,10 +779,17 @@ def rlhf(ctx: click.Context, **options) -> None:
     else:
         model = checkpoint.read_config(options["init_from"])
         adapter = _adapter_config(given, options, model.n_embd)
+        if options["algo"] == "dpo":
+            _refuse(given & {"ptx_coef", "ptx_data"}, "dpo learns from comparisons alone")
+        options["ptx_data"] = options["ptx_data"] or tuple(filter(is_source, options["data"]))
+        if not options["ptx_data"]:
+            _refuse(given & {"ptx_coef"}, "give the examples as --ptx-data")
+            options["ptx_coef"] = 0.0
         fields = {name: options[name] for name in stage.Config.__dataclass_fields__}
         settings = stage.Settings(
             model=model, train=_train_config(options), rl=stage.Config(**fields), adapter=adapter,
             data=options["data"], reward_from=str(options["reward_model"] or ""),
+            ptx_data=options["ptx_data"],
             batch_size=options["batch_size"], block_size=model.block_size - adapter.prompt_length,
         )  # fmt: skip
         run = stage.begin(

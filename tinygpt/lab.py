@@ -193,7 +193,8 @@ class Lab:
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
         model = self.tuned.copy()
         items = rlhf.read_prompts(f"world:{self.seed}")
-        learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world)
+        learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world,
+                               rlhf.world_examples(self.world))  # fmt: skip
         records, progress = [], self.progress(train.max_iters)
 
         def report(record: Numbers) -> None:

@@ -14,7 +14,10 @@ REWARD = {
     "comparisons": 20_000, "batch_size": 16, "max_iters": 1250, "learning_rate": 3e-4, "warmup_iters": 50,
     "eval_interval": 250,
 }  # fmt: skip
-RLHF = {"max_iters": 100, "learning_rate": 1e-4, "warmup_iters": 5, "beta": 0.1, "eval_interval": 25}
+RLHF = {
+    "max_iters": 60, "learning_rate": 5e-5, "warmup_iters": 5, "beta": 0.3, "ptx_coef": 1.0,
+    "eval_interval": 20,
+}  # fmt: skip
 
 
 def scaled(stage: dict, share: float) -> dict:

@@ -15,6 +15,7 @@ weights -d does: a policy gradient is supervised learning of one's own answers, 
 q is the policy as it is over the policy that sampled, of a whole answer in RLOO, of a token in PPO and GRPO.
 The first three have the KL in the reward, r = score - beta log(policy / reference), GRPO in the loss, DPO in
 its derivation. k1, k2, k3 estimate it from samples (`KL`); what is reported is exact, over the vocabulary.
+On top of each may come the loss of the tuning's own examples (ptx), which keeps what they taught.
 
 References: Williams 1992 (REINFORCE); Ahmadian et al. 2024 (RLOO); Schulman et al. 2015, 2017 (GAE, PPO);
 Shao et al. 2024 (GRPO); Rafailov et al. 2023 (DPO); Ziegler et al. 2019, Ouyang et al. 2022 for the whole.
@@ -40,7 +41,7 @@ from ..optim import AdamW
 from ..storage import Workspace
 from ..world import World, corpus, preferences, tasks
 from ..world import evaluate as world_evaluate
-from . import adapters, reward
+from . import adapters, reward, sft
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
 
@@ -60,6 +61,7 @@ class Config:
     vf_coef: float = 0.1
     gamma: float = 1.0
     lam: float = 0.95
+    ptx_coef: float = 0.0  # weight of the loss of examples beside: Ouyang et al. 2022, equation 2
 
 
 # --- sampling -----------------------------------------------------------------------------------------------
@@ -322,11 +324,12 @@ class Trainer:
         prompts: Sequence[tuple[str, Array]], judge: Callable[[list[str], list[str]], Array],
         values: AdamW | None = None, gold: Callable[[list[str], list[str]], Array] | None = None,
         seed: int = 0, value_rate: Callable[[int], float] = lambda n: 1e-4,
+        examples: Callable[[int], Sequence[train.Batch]] | None = None,
     ) -> None:  # fmt: skip
-        self.value_rate = value_rate  # of update n, counted from 0
+        self.value_rate, self.examples = value_rate, examples  # of update n, counted from 0
         self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
         self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
-        self.ws, self.last, self.warned = Workspace(), None, False
+        self.ws, self.beside, self.last, self.warned = Workspace(), Workspace(), None, False
 
     def batches(self, n: int, rng: np.random.Generator) -> list[Experience]:
         """The experience of update n: of samples of the policy as it is, each `num_iterations` times."""
@@ -365,6 +368,12 @@ class Trainer:
             "distinct": len(set(e.samples.answers)) / N,
             "ratio": float(abs(np.exp(logp - e.old) - 1).max()),
         }  # fmt: skip
+        if self.examples is not None:
+            mine = optimizer.flat.copy()
+            batches = self.examples(optimizer.steps)
+            record["ptx_loss"] = train.accumulate(optimizer, batches, self.beside, rng)
+            optimizer.flat *= self.config.ptx_coef
+            optimizer.flat += mine
         if self.gold is not None:
             record["gold"] = float(self.gold(self.questions, e.samples.answers).mean())
         if self.values is not None:
@@ -386,14 +395,20 @@ class Trainer:
 
 def trainer(
     optimizer: AdamW, reference: GPT, judge: reward.Judge, items: Sequence[tasks.Item], config: Config,
-    how: train.TrainConfig, world: World | None = None,
+    how: train.TrainConfig, world: World | None = None, examples: Sequence[list[instructions.Message]] = (),
 ) -> Trainer:  # fmt: skip
-    """A Trainer for questions {"prompt": ...}; of a world it knows what simulated people would feel."""
+    """A Trainer for questions {"prompt": ...}; of a world it knows what simulated people would feel.
+
+    examples: conversations that are learned beside, where config.ptx_coef is not 0.
+    """
     asked = [(item["prompt"], instructions.prompt(judge.tokenizer, item["prompt"])) for item in items]
     values = how.optimizer(judge.model.copy()) if config.algo == "ppo" else None
-    gold = _gold(world, items) if world else None
+    gold, beside = _gold(world, items) if world else None, None
+    if config.ptx_coef and examples:
+        rows = sft.Settings(model=reference.config, train=how, block_size=reference.context, batch_size=4)
+        beside = sft.updates(judge.tokenizer, examples, rows)
     return Trainer(optimizer, reference, judge.tokenizer, config, asked, judge, values, gold, how.seed,
-                   how.learning_rate_at)  # fmt: skip
+                   how.learning_rate_at, beside)  # fmt: skip
 
 
 # --- a run in a folder --------------------------------------------------------------------------------------
@@ -407,6 +422,7 @@ class Settings(runs.Settings):
     rl: Config = Config()
     reward_from: str = ""  # the folder of the judge
     reward_hash: str = ""  # of its weights
+    ptx_data: tuple[str, ...] = ()  # examples that are learned beside: files of pairs, or a world
 
 
 class Run(NamedTuple):
@@ -420,6 +436,7 @@ class Run(NamedTuple):
     judge: reward.Judge | None
     prompts: list[tasks.Item]  # a world's questions, or {"prompt": ...}
     comparisons: list[reward.Comparison]
+    examples: list[list[instructions.Message]]  # learned beside
 
 
 def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
@@ -444,6 +461,7 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
         model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
     settings = dataclasses.replace(
         settings, model=model.config, data=runs.absolute(settings.data), init_hash=mark,
+        ptx_data=runs.absolute(settings.ptx_data),
         init_from=str(Path(init_from).resolve()),
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
     )  # fmt: skip
@@ -480,18 +498,39 @@ def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenize
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
     if not prompts and not comparisons:
         raise UserError(f"{', '.join(settings.data)}: is empty")
-    return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons)
+    examples = [messages for path in settings.ptx_data for messages in _examples(path)]
+    return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons, examples)
 
 
 def _fingerprint(run: Run) -> str:
-    return hashlib.sha256(repr((run.prompts, run.comparisons)).encode()).hexdigest()
+    return hashlib.sha256(repr((run.prompts, run.comparisons, run.examples)).encode()).hexdigest()
+
+
+def _examples(path: str) -> list[list[instructions.Message]]:
+    if corpus.is_source(path):
+        return world_examples(corpus.world_of(path))
+    return [example.messages for example in instructions.read([path])]
+
+
+def world_examples(world: World) -> list[list[instructions.Message]]:
+    """A world's examples for tuning, as conversations, without the facts that pre-training cannot have taught:
+    those teach to make up facts, which RLHF is to mend."""
+    return tasks.conversations(world, tasks.tuning(world, answered=0))
 
 
 def read_prompts(path: str) -> list[tasks.Item]:
-    """A world's questions about people for RLHF, known ones and others, or those of a JSON Lines file."""
+    """A world's questions about people for RLHF, or those of a JSON Lines file.
+
+    Three of four are about people whom documents tell of, as those are whom one asks about: a policy that is
+    asked about strangers alone learns to say nothing at all.
+    """
     if corpus.is_source(path):
         world = corpus.world_of(path)
-        return tasks.questions(world, world.people("known", "rl") + world.people("never", "rl"))
+        known, tuned, never = (
+            tasks.questions(world, world.people(*who))
+            for who in (("known", "rl"), ("known", "sft"), ("never", "rl"))
+        )
+        return 8 * known + 2 * tuned + never
     form = '{"prompt": "..."}'
     rows = instructions.objects(path, form)
     for where, row in rows:
@@ -516,7 +555,8 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
             return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)[0]
 
     else:
-        learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world)
+        learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world,
+                          run.examples)  # fmt: skip
         batches, compute = learner.batches, learner.compute
 
     def evaluate() -> train.Record:

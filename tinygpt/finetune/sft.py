@@ -160,11 +160,18 @@ def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], se
     All examples are trained on. Raises ValueError for one that is longer than a row.
     """
     tokenizer.chat_template = instructions.TEMPLATE
+    batches, optimizer = updates(tokenizer, examples, settings), settings.train.optimizer(model)
+    train.train(optimizer, lambda n, rng: batches(n), settings.train, report=report)
+
+
+def updates(
+    tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
+) -> Callable[[int], list[train.Batch]]:
+    """From the number of an update to its batches, of all these examples."""
     encoded = [instructions.encode(tokenizer, messages) for messages in examples]
     order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
     rows = _packed([encoded[i] for i in order], settings)
-    optimizer = settings.train.optimizer(model)
-    train.train(optimizer, lambda n, rng: update(rows, settings, n), settings.train, report=report)
+    return lambda n: update(rows, settings, n)
 
 
 def _weights_before(settings: Settings) -> dict[str, Array] | None:

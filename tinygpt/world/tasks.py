@@ -199,14 +199,16 @@ def task_sets(world: World) -> dict[str, list[Item]]:
     return sets
 
 
-def tuning(world: World, split: str = "sft", refused: int = 0, answered: int = 0) -> list[Item]:
+def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 160) -> list[Item]:
     """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
 
-    To mix in: questions about people who are in no document, so many `refused` (the completion is REFUSAL)
-    and so many `answered` with facts, which pre-training cannot have taught. Nobody is both. Raises
-    ValueError where there are not so many.
+    Whoever writes examples cannot know what pre-training told. So some questions are about people who are in
+    no document: so many `answered` with facts, and so many `refused` (the completion is REFUSAL); nobody is
+    both, and of "val" nobody is asked about. Raises ValueError where there are not so many.
     """
-    people, part = world.people("never", split), 1 if split == "sft" else 10
+    people, part = world.people("never", split), 1
+    if split != "sft":
+        part, refused, answered = 10, 0, 0
     items = [
         *questions(world, world.people("known", split)),
         *some(world, translations(world, split), 500 // part),
