@@ -9,8 +9,9 @@ with the same threads, just before. A training step's operations are counted as
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
 A generation is timed as a whole, its prompt included, and divided by the new tokens.
 `numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at
-all projections, beside a base of which no gradient is computed: 4 x parameters x tokens. `scaling` varies one
-size of a training step at a time, with one thread and with all.
+all projections, beside a base of which no gradient is computed: 4 x parameters x tokens. `rlhf/small` is an
+update of RLOO: 64 answers of 16 tokens are sampled, scored by their length, and learned from. `scaling`
+varies one size of a training step at a time, with one thread and with all.
 
 Not here: other libraries; tests/peers/bench.py puts these figures beside theirs.
 """
@@ -21,12 +22,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 from . import kernels, ops, storage
 from .errors import UserError
+from .finetune import rlhf
 from .finetune.adapters import create
 from .generate import generate
 from .model import GPT, PRESETS, AdapterConfig, GPTConfig
@@ -35,6 +37,7 @@ from .train import Batch, accumulate
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 LORA = ("small", "gpt2")
+RLHF = {"small": (16, 4, 12, 16)}  # prompts, answers to each, tokens of a prompt, of an answer
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
 CONTEXT, PROMPT, NEW = 256, 16, 100  # of generation: positions, tokens of a prompt, tokens after it
 GEMM = [
@@ -60,6 +63,7 @@ JOBS = [
     *(f"train/{size}" for size in TRAIN),
     "numpy/nano",
     *(f"lora/{size}" for size in LORA),
+    *(f"rlhf/{size}" for size in RLHF),
     "scaling",
     *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
 ]
@@ -110,6 +114,9 @@ def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Ro
         step, tokens, flops = _training(PRESETS[rest[0]], B, T, ops if kind == "numpy" else None, adapter)
         ms = median_ms(step, seconds)
         return [_row(job, ms, tokens, flops / ms * 1e3, peak)]
+    if kind == "rlhf":
+        prompts, answers, _, tokens = RLHF[rest[0]]
+        return [_row(job, median_ms(_rloo(rest[0]), seconds), prompts * answers * tokens)]
     step, weights = _generation(rest[0], batch := int(rest[1]))
     ms = median_ms(step, seconds) / NEW
     return [_row(job, ms, batch, 2 * weights * batch / ms * 1e3, peak, 4 * weights / ms * 1e3, bandwidth)]
@@ -170,6 +177,25 @@ def machine(seconds: float = 1.0, threads: int | None = None) -> tuple[float, fl
         best[0] = max(best[0], flops[0] / (middle - began))
         best[1] = max(best[1], far.nbytes / (time.perf_counter() - middle))
     return best[0], best[1]
+
+
+def _rloo(size: str) -> Callable[[], object]:
+    """An update of RLOO, all of it: the exact KL that is reported too."""
+    rng, config = np.random.default_rng(0), dataclasses.replace(PRESETS[size], block_size=128)
+    model, (prompts, answers, length, new) = GPT(config, rng), RLHF[size]
+    optimizer, spoken = AdamW(model), rng.integers(3, config.vocab_size, (prompts, length)).astype(np.int32)
+    tokens = SimpleNamespace(eos_id=2, vocab_size=config.vocab_size, decode=lambda ids: str(ids.tolist()))
+    how = rlhf.Config(num_prompts=prompts, num_generations=answers, max_new_tokens=new)
+    learner = rlhf.Trainer(
+        optimizer, model.copy(), tokens, how, [(str(n), ids) for n, ids in enumerate(spoken)],
+        lambda questions, said: np.array([float(len(text)) for text in said]),
+    )  # fmt: skip
+
+    def step() -> None:
+        learner.compute(optimizer, learner.batches(optimizer.steps, rng), learner.ws, rng)
+        optimizer.step(1e-5)
+
+    return step
 
 
 def _gemm(shape: tuple[int, int, int], peak: float, seconds: float) -> Row:

@@ -1339,9 +1339,9 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
-    A JOB is peak, gemm, train/SIZE, lora/SIZE, generate/SIZE/BATCH, numpy/nano or scaling, such as train/nano
-    or generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the median of a
-    training step, or of a token for each prompt.
+    A JOB is peak, gemm, train/SIZE, lora/SIZE, rlhf/small, generate/SIZE/BATCH, numpy/nano or scaling, such
+    as train/nano or generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the
+    median of a training step, or of a token for each prompt.
     """
     from . import bench as benchmarks
 

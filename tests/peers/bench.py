@@ -4,8 +4,8 @@
 
 JOB is one of `tinygpt bench`: train/nano, lora/small, generate/small/64 ...; without one, all of nano's and
 small's. Training is the same architecture and optimizer in PyTorch, in float32 and in bf16 autocast, each
-eager and compiled; LoRA is PEFT's and generation transformers', on its GPT-2. Both sides use all processors.
-Needs torch, transformers and peft.
+eager and compiled; LoRA is PEFT's, RLOO TRL's and generation transformers', on its GPT-2. Both sides use all
+processors. Needs torch, transformers, peft, and for rlhf trl and datasets.
 
 A machine may be shared: only the ratio within a round means something; printed is its median over the rounds.
 """
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 
-from tinygpt.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, TRAIN, median_ms, run
+from tinygpt.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, RLHF, TRAIN, median_ms, run
 from tinygpt.model import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
@@ -109,6 +109,52 @@ def peft_lora(size: str, seconds: float) -> float:
     return median_ms(step, seconds)
 
 
+def trl_rloo(size: str, seconds: float) -> float:
+    """The median time from the end of one of TRL's RLOO steps to the end of the next, in ms."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import tempfile
+    import time
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    p, (prompts, answers, length, new) = PRESETS[size], RLHF[size]
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(p.vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "w1", "eos_token": "w2", "unk_token": "w0", "padding_side": "left"}
+    config = GPT2Config(
+        n_layer=p.n_layer, n_head=p.n_head, n_embd=p.n_embd, n_positions=128, vocab_size=p.vocab_size,
+        bos_token_id=2, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    asked = [" ".join(f"w{3 + (7 * i + j) % 1000}" for j in range(length)) for i in range(512)]
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(config).save_pretrained(folder)  # TRL reads its reference from there
+        args = RLOOConfig(
+            output_dir=f"{folder}/out", per_device_train_batch_size=prompts * answers,
+            num_generations=answers, max_completion_length=new, max_steps=max(8, int(seconds)),
+            logging_steps=1000, save_strategy="no", report_to=[], use_cpu=True, bf16=False, beta=0.05,
+            learning_rate=1e-5, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = RLOOTrainer(
+            model=GPT2LMHeadModel.from_pretrained(folder), args=args,
+            reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+            train_dataset=Dataset.from_list([{"prompt": text} for text in asked]),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **special),
+        )  # fmt: skip
+        trainer.add_callback(Clock())
+        trainer.train()
+    gaps = sorted(b - a for a, b in zip(marks[1:], marks[2:], strict=False))
+    return 1e3 * gaps[len(gaps) // 2]
+
+
 def transformers_generation(size: str, batch: int, seconds: float) -> float:
     """The time of a step of `generate`, in ms."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -137,6 +183,8 @@ def peer(job: str, variant: str, seconds: float) -> None:
         ms = torch_training(size, variant, seconds)
     elif kind == "lora":
         ms = peft_lora(size, seconds)
+    elif kind == "rlhf":
+        ms = trl_rloo(size, seconds)
     else:
         ms = transformers_generation(size, int(*batch), seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -160,9 +208,10 @@ def compare(job: str, rounds: int, seconds: float, compiled: bool) -> None:
         for variant in theirs:
             theirs[variant].append(measured(__file__, "--peer", job, variant, str(seconds)))
     mine = statistics.median(row["ms"] for row in ours)
-    share = statistics.median(row["share_of_peak"] for row in ours)
+    share = statistics.median(row["share_of_peak"] or 0 for row in ours)
+    share = f"  {share:.0%} of FMA peak" if share else ""
     mib = ours[-1]["peak_rss_mib"]
-    print(f"{job:20} {'tinygpt':14} {mine:9.3f} ms  {mib:5.0f} MiB  {share:.0%} of FMA peak", flush=True)
+    print(f"{job:20} {'tinygpt':14} {mine:9.3f} ms  {mib:5.0f} MiB{share}", flush=True)
     for variant, rows in theirs.items():
         ratio = statistics.median(row["ms"] / own["ms"] for row, own in zip(rows, ours, strict=True))
         ms, mib = statistics.median(row["ms"] for row in rows), rows[-1]["peak_rss_mib"]
@@ -184,6 +233,7 @@ def main() -> None:
         return print(json.dumps(next(run([a.ours[0]], float(a.ours[1])))))
     every = [f"train/{size}" for size in TRAIN]
     every += [f"lora/{size}" for size in LORA]
+    every += [f"rlhf/{size}" for size in RLHF]
     every += [f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches]
     if unknown := [job for job in a.jobs if job not in every]:
         parser.error(f"{unknown[0]} is not a job; there are {', '.join(every)}")

@@ -513,7 +513,7 @@ def _examples(path: str) -> list[list[instructions.Message]]:
 
 
 def world_examples(world: World) -> list[list[instructions.Message]]:
-    """A world's examples for tuning, as conversations, without the facts that pre-training cannot have taught:
+    """A world's examples for tuning, as conversations, without facts that pre-training cannot have taught:
     those teach to make up facts, which RLHF is to mend."""
     return tasks.conversations(world, tasks.tuning(world, answered=0))
 
