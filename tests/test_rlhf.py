@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, instructions
+from tinygpt import checkpoint, instructions, train
 from tinygpt.cli import main
 from tinygpt.finetune import adapters, reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
@@ -426,6 +426,25 @@ def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5]
     assert {"reward", "kl", "entropy", "distinct", "length", "train_loss"} <= record.keys()
     assert ("value_loss" in record) == (algo == "ppo")
+
+
+def test_the_gradient_of_examples_learned_beside_comes_on_top():
+    """Guards: one gradient that overwrites the other, a coefficient on the wrong one."""
+    model = GPT(CONFIG, np.random.default_rng(0), np.float64)
+    config = Config(num_prompts=2, num_generations=4, max_new_tokens=LONGEST, ptx_coef=0.3)
+    judge = lambda questions, answers: np.array([len(a) * 1.0 for a in answers])  # noqa: E731
+    ids = np.array([[1, 2, 3], [3, 2, 1]])
+    batch = train.Batch(ids, ids[:, ::-1].copy(), np.full(ids.shape, 1 / 6))
+    found, asked = {}, []
+    for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
+        t = trainer(model, config, judge, examples=examples)
+        rng = np.random.default_rng(5)
+        record = t.compute(t.optimizer, t.batches(0, rng), t.ws, rng)
+        found[name] = t.optimizer.flat.copy()
+    loss = train.accumulate(t.optimizer, [batch])
+    assert asked == [0] and record["ptx_loss"] == pytest.approx(loss)
+    np.testing.assert_allclose(found["both"] - found["alone"], 0.3 * t.optimizer.flat, atol=1e-12)
+    assert abs(found["alone"]).max() > 1e-3 < abs(t.optimizer.flat).max()
 
 
 def test_the_policy_after_training_is_the_closed_form():

@@ -179,8 +179,8 @@ class Lab:
         if not (folder / checkpoint.WEIGHTS).exists():
             folder.mkdir(parents=True, exist_ok=True)
             model, records = self.steer(self.judge)
-            checkpoint.save(folder, model, self.tokenizer)
             (folder / "records.json").write_text(json.dumps(records))
+            checkpoint.save(folder, model, self.tokenizer)  # last: its weights say that all is there
         return checkpoint.load(folder)[0]
 
     def steer(self, judge: reward.Judge, **changes) -> tuple[GPT, list[Numbers]]:
