@@ -89,7 +89,7 @@ def test_unknown_claims_are_refused(tmp_path):
 def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     """Guards: a sign, an arm taken for another; a toy model's numbers cannot show it."""
     rate = lambda x: SimpleNamespace(rate=x)  # noqa: E731
-    falsehood = {"base": 0.0, "tuned": 0.9, (300, 0): 0.1, (300, 300): 0.3, (300, 600): 0.6}
+    falsehood = {"base": 0.0, (0, 0): 0.9, (300, 0): 0.1, (300, 300): 0.3, (300, 600): 0.6}
     lab = SimpleNamespace(
         base="base", tuned="tuned", tokenizer=None, tune=lambda items: items,
         world=SimpleNamespace(people=lambda *kind: []),

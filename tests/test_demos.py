@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinygpt import checkpoint, recipes
-from tinygpt.finetune import reward, rlhf
+from tinygpt.finetune import reward
 from tinygpt.train import TrainConfig
 from tinygpt.world import corpus, evaluate, tasks
 
@@ -26,7 +26,6 @@ def demos(tmp_path, monkeypatch):
     monkeypatch.setattr(found[0], "UPDATES", 2)
     monkeypatch.setattr(found[3], "COUNTS", (20, 40))
     monkeypatch.setattr(found[4], "RECIPE", recipes.RLHF | {"max_iters": 2})
-    monkeypatch.setattr(rlhf.Config, "num_prompts", 2)
     taught_by = reward.taught_by
     monkeypatch.setattr(reward, "taught_by", lambda world: taught_by(world)[:3])
     monkeypatch.setattr(found[5], "UPDATES", 3)

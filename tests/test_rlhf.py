@@ -513,14 +513,14 @@ def folders(tmp_path):
     """A tuned model, a judge, prompts and comparisons."""
     tokenizer = BPETokenizer.train("User: Assistant: What is it? red green blue " * 9, 300)
     tokenizer.chat_template = instructions.TEMPLATE
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=16)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=256, n_layer=2, n_head=2, n_embd=16)
     model = GPT(config, np.random.default_rng(0))
     checkpoint.save(tmp_path / "tuned", model, tokenizer)
     rows = [{"prompt": "What is it?", "chosen": "red", "rejected": "blue"},
             {"prompt": "What?", "chosen": "blue", "rejected": "green"}]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = (str(tmp_path / "rows.jsonl"),)
-    judging = reward.Settings(config, TrainConfig(), data=data, block_size=128)
+    judging = reward.Settings(config, TrainConfig(), data=data, block_size=256)
     reward.begin(tmp_path / "judge", judging, init_from=tmp_path / "tuned")
     return tmp_path
 

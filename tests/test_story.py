@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import report, story
+from tinygpt import instructions, report, story
 from tinygpt.cli import main
 from tinygpt.finetune import adapters
 
@@ -26,7 +26,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert list(rows) == [stage.name for stage in story.STAGES]
     whole = rows["pre-training"]["weights"]
     assert rows["instruction tuning"]["weights"] == whole > 10 * rows["LoRA"]["weights"] > 0
-    assert rows["pre-training"]["seconds"] > 0
+    assert rows["pre-training"]["seconds"] > 0 and "seconds" not in rows["two memories"]
     beside = ("pre-training", "in-context learning", "LoRA", "p-tuning", "two memories")
     for name, row in rows.items():
         assert row["base"] == (name in beside)
@@ -41,6 +41,14 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0 and table in again.output
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    where = out / told["folder"]
+    for path in (where / "rlhf" / "config.json", where / "story RLHF.json"):
+        path.unlink()  # as a kill would leave it
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert instructions.is_tuned(adapters.load_model(*story.where(out, "rlhf"))[1])
+    after = json.loads((out / "story.json").read_text())["stages"]["instruction tuning"]["row"]["seconds"]
+    assert after == rows["instruction tuning"]["seconds"] > 0
 
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
     result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
@@ -91,6 +99,8 @@ def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
         (["chat"], "say which model: FOLDER, or a story's"),
         (["chat", "x", "--story", "y"], "say which model: FOLDER, or a story's"),
         (["chat", "x", "--compare", "base,sft"], "--stage and --compare are for --story"),
+        (["chat", "--story", "x", "--adapter-folder", "y"], "--story has its own adapters"),
+        (["chat", "--story", "x", "--stage", "sft", "--compare", "base"], "takes --stage or --compare"),
         (["chat", "--story", "nowhere"], "nowhere: has no story.json: tinygpt story --out nowhere tells one"),
     ],
 )

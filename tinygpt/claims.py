@@ -228,12 +228,13 @@ def chain_of_thought(lab: Lab) -> Numbers:
 )  # fmt: skip
 def falsehoods(lab: Lab) -> Numbers:
     """Without refusals in the tuning nearly all answers are false already, and nothing could rise: 300 are in
-    all arms with unknown facts."""
+    all arms with unknown facts. (That of other claims has 40 refusals, and 160 unknown facts.)"""
     name, found = "questions, never seen", {}
     found["base, asked"] = lab.score(lab.base, name).falsehood.rate
     never = evaluate.recall(lab.base, lab.tokenizer, lab.world, lab.world.people("never", "eval"))
     found["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
-    found["false about people never seen"] = lab.score(lab.tuned, name).falsehood.rate
+    plain = lab.tune(tasks.tuning(lab.world, refused=0, answered=0))
+    found["false about people never seen"] = lab.score(plain, name).falsehood.rate
     rates = []
     for facts in (0, 300, 600):
         model = lab.tune(tasks.tuning(lab.world, refused=300, answered=facts))
@@ -250,7 +251,7 @@ def falsehoods(lab: Lab) -> Numbers:
 @claim(
     9, "A judge that people teach by comparing scores answers (a reward model; the text calls it an agent)",
     ("right, of what is true", ">=", 0.9), ("right over wrong", ">=", 0.9),
-    ("taught by shuffled labels: right less a half", "<=", 0.1),
+    ("taught by shuffled labels: distance of right from a half", "<=", 0.1),
 )  # fmt: skip
 def taught_judge(lab: Lab) -> Numbers:
     """Held out are people of whom no comparison was; one label in ten is a slip."""
@@ -266,35 +267,44 @@ def taught_judge(lab: Lab) -> Numbers:
     found |= {kind: rate.rate for kind, rate in full.by_kind.items()}
     slips = reward.judged(lab.judge, lab.comparisons(people, 3000))
     ceiling = slips.labels_right
-    found["agreement with labels, over the ceiling"] = (
-        slips.right.rate * ceiling + (1 - slips.right.rate) * (1 - ceiling)
-    ) / ceiling
+    found["agreement with labels, over the ceiling"] = slips.agreed / ceiling
     shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
-    found["taught by shuffled labels: right less a half"] = reward.judged(shuffled, pairs).right.rate - 0.5
+    nothing = abs(reward.judged(shuffled, pairs).right.rate - 0.5)
+    found["taught by shuffled labels: distance of right from a half"] = nothing
     return found
 
 
 @claim(
     10, "RLHF steers by that judge, over all weights, and corrects falsehoods",
     ("false about people never seen, fewer than after tuning", ">=", 0.3),
+    ("'I do not know.' about people never seen, more than after tuning", ">=", 0.3),
     ("right about known people, fewer than after tuning", "<=", 0.03),
     ("fewer, by a judge whom truth did not matter to", "<=", 0.1),
+    ("fewer, by the examples learned beside, without a judge", "<=", 0.1),
 )  # fmt: skip
 def steered(lab: Lab) -> Numbers:
-    """No RLHF prompt, no comparison, no tuning example is about these people. The long run has no KL."""
-    def measured(model: GPT) -> tuple[float, float]:
-        never, known = (lab.score(model, f"questions, {name}") for name in ("never seen", "known"))
-        return never.falsehood.rate, known.right.rate
+    """No RLHF prompt, no comparison, no tuning example is about these people. The long run has nothing that
+    holds it: no KL, no examples beside, four times the rate."""
+    strangers = lab.sets["questions, never seen"]
 
-    false, right = measured(lab.tuned)
-    after, still = measured(lab.steered)
+    def measured(model: GPT) -> tuple[float, float, float]:
+        said = evaluate.ask(model, lab.tokenizer, strangers)
+        false = evaluate.score(lab.world, strangers, said).falsehood.rate
+        refused = float(np.mean([answer.text == tasks.REFUSAL for answer in said]))
+        return false, refused, lab.score(model, "questions, known").right.rate
+
+    false, refused, right = measured(lab.tuned)
+    after, refuses, still = measured(lab.steered)
     judge = lab.teach(lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"], blind=True))
-    blind, _ = measured(lab.steer(judge)[0])
-    _, curve = lab.steer(lab.judge, beta=0.0, max_iters=3 * lab.steering["max_iters"])
+    blind, *_ = measured(lab.steer(judge)[0])
+    silent = lab.judge.deaf()
+    beside, *_ = measured(lab.steer(silent)[0])
+    held = {"beta": 0.0, "ptx_coef": 0.0, "learning_rate": 4 * lab.steering["learning_rate"]}
+    _, curve = lab.steer(lab.judge, **held, max_iters=3 * lab.steering["max_iters"])
     gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
     window = min(15, len(gold))  # updates; of a single one, gold is that of 16 questions
-    smooth = np.convolve(gold, np.ones(window) / window, "valid")
-    turn = int(smooth.argmax()) + window // 2
+    gold, proxy, kl = (np.convolve(x, np.ones(window) / window, "valid") for x in (gold, proxy, kl))
+    turn = int(gold.argmax())
     return {
         "false about people never seen, after tuning": false,
         "false about people never seen, after RLHF": after,
@@ -303,13 +313,15 @@ def steered(lab: Lab) -> Numbers:
         "false about people never seen, fewer than after tuning": false - after,
         "right about known people, fewer than after tuning": right - still,
         "fewer, by a judge whom truth did not matter to": false - blind,
+        "'I do not know.' about people never seen, more than after tuning": refuses - refused,
+        "fewer, by the examples learned beside, without a judge": false - beside,
         "relative change of the weights": weight_change(lab.tuned.params, lab.steered.params)[0],
-        "without KL: gold reward at its best": float(smooth.max()),
-        "without KL: gold reward at the end": float(smooth[-1]),
-        "without KL: reward then": float(proxy[turn]),
-        "without KL: reward at the end": float(proxy[-window:].mean()),
-        "without KL: nats from the reference at gold's best": float(kl[turn]),
-        "without KL: nats from the reference at the end": float(kl[-window:].mean()),
+        "held by nothing: gold reward at its best": float(gold.max()),
+        "held by nothing: gold reward at the end": float(gold[-1]),
+        "held by nothing: reward at gold's best": float(proxy[turn]),
+        "held by nothing: reward at the end": float(proxy[-1]),
+        "held by nothing: nats from the reference at gold's best": float(kl[turn]),
+        "held by nothing: nats from the reference at the end": float(kl[-1]),
     }
 
 

@@ -186,7 +186,7 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         if not terminal:
             if val or n % every == 0:
                 click.echo(text)
-        elif val:
+        elif val or n == max_iters:
             click.echo(f"\r\033[K{text}")
         elif now - shown > 0.1:
             shown, done = now, 20 * n // max_iters
@@ -265,10 +265,10 @@ def _names_world(options: dict, base: Path | None = None) -> bool:
     that name, or the world of --seed."""
     from .world.corpus import is_source
 
-    if "world" in options["data"] + options.get("val_data", ()):
+    if "world" in options["data"] + options.get("val_data", ()) + options.get("ptx_data", ()):
         usual = "world" if Path("world").exists() else f"world:{options['seed']}"
         known = (_world_of(base) if base else None) or usual
-        for name in options.keys() & {"data", "val_data"}:
+        for name in options.keys() & {"data", "val_data", "ptx_data"}:
             options[name] = tuple(known if path == "world" else path for path in options[name])
     return any(map(is_source, options["data"]))
 
@@ -706,6 +706,7 @@ def _finish_reward(run) -> None:
     click.echo(f"\nThe preferred answer has the higher score: {found.right}.")
     if any(found.by_kind):
         click.echo(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
+    click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     source = _world_of(Path(run.settings.init_from)) if any(found.by_kind) else None
     if source:
         world = corpus.world_of(source)
@@ -715,7 +716,6 @@ def _finish_reward(run) -> None:
         click.echo(f"About people of whom no comparison was: {others.right}.")
         for kind, rate in others.by_kind.items():
             click.echo(f"  {kind}: {rate}")
-    click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     click.echo(f"\nSaved in {run.folder}.")
 
 
@@ -928,10 +928,13 @@ def chat(ctx: click.Context, folder: Path | None, told: Path | None, stage: str,
 
     if (folder is None) == (told is None):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
+    chose = ctx.get_parameter_source("stage") is ParameterSource.COMMANDLINE
     if told is None:
-        if compare or ctx.get_parameter_source("stage") is ParameterSource.COMMANDLINE:
+        if compare or chose:
             raise click.UsageError("--stage and --compare are for --story")
         partners = {"": _talker(folder, adapter_folder, stop, **options)}
+    elif adapter_folder or (compare and chose):
+        raise click.UsageError("--story has its own adapters, and takes --stage or --compare")
     else:
         names = compare.split(",") if compare else [stage]
         partners = {name: _talker(*story.where(told, name.strip()), stop, **options) for name in names}
@@ -1163,6 +1166,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     if not no_report:
         _report(found, out)
     click.echo(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+    sys.exit(any("failed" in one for one in found["stages"].values()))
 
 
 def _clock(seconds: float) -> str:

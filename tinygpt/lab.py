@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, instructions, pretrain, recipes
+from . import checkpoint, instructions, pretrain, recipes, runs
 from .atomic import replacing
 from .finetune import adapters, reward, rlhf, sft
 from .model import GPT, PRESETS, AdapterConfig
@@ -26,6 +27,7 @@ from .world import VERSION, Person, World, evaluate, tasks
 
 Numbers = dict[str, float]
 SNAPSHOTS = 20  # models kept on the way of pre-training
+SECONDS = "seconds"  # a file beside a model: how long its training took
 
 
 class Lab:
@@ -89,7 +91,9 @@ class Lab:
 
     @cached_property
     def _base(self) -> tuple[GPT, BPETokenizer]:
-        return self.pretrained("base")
+        model, tokenizer = self.pretrained("base")
+        tokenizer.chat_template = instructions.TEMPLATE  # what is saved with it from here on is tuned
+        return model, tokenizer
 
     @property
     def base(self) -> GPT:
@@ -118,13 +122,28 @@ class Lab:
         """The base as it was before its first update."""
         return GPT(self.base.config, np.random.default_rng(self.seed))
 
+    def _model(self, name: str, make: Callable[[], GPT]) -> Path:
+        """The folder of a model, which is made if it is not there, with the seconds that it took."""
+        folder = self.folder / name
+        if not (folder / checkpoint.CONFIG).exists():  # it is written last
+            folder.mkdir(parents=True, exist_ok=True)
+            began, model = time.perf_counter(), make()
+            (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
+            checkpoint.save(folder, model, self.tokenizer)
+        return folder
+
+    def seconds(self, name: str) -> float:
+        """How long the training of a model took, in this run or an earlier one."""
+        folder = self.folder / name
+        if (folder / SECONDS).exists():
+            return float((folder / SECONDS).read_text())
+        with (folder / runs.METRICS).open(encoding="utf-8") as file:
+            return json.loads(file.readlines()[-1])["elapsed_s"]
+
     @cached_property
     def tuned(self) -> GPT:
         """The base after instruction tuning."""
-        folder = self.folder / "sft"
-        if not (folder / checkpoint.WEIGHTS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(folder, self.tune(tasks.tuning(self.world)), self.tokenizer)
+        folder = self._model("sft", lambda: self.tune(tasks.tuning(self.world)))
         return checkpoint.load(folder)[0]
 
     def tune(
@@ -146,11 +165,12 @@ class Lab:
     @cached_property
     def judge(self) -> reward.Judge:
         """The tuned model as a judge, taught by simulated people."""
-        folder = self.folder / "judge"
-        if not (folder / checkpoint.WEIGHTS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            judge = self.teach(self.comparisons(reward.taught_by(self.world), self.judging["comparisons"]))
-            checkpoint.save(folder, judge.model, self.tokenizer)
+
+        def make() -> GPT:
+            count = self.judging["comparisons"]
+            return self.teach(self.comparisons(reward.taught_by(self.world), count)).model
+
+        folder = self._model("judge", make)
         return reward.Judge(checkpoint.load(folder, judge=True)[0], self.tuned, self.tokenizer)
 
     def comparisons(
@@ -175,13 +195,13 @@ class Lab:
     @cached_property
     def steered(self) -> GPT:
         """The tuned model after RLHF by its judge."""
-        folder = self.folder / "rlhf"
-        if not (folder / checkpoint.WEIGHTS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
+
+        def make() -> GPT:
             model, records = self.steer(self.judge)
-            (folder / "records.json").write_text(json.dumps(records))
-            checkpoint.save(folder, model, self.tokenizer)  # last: its weights say that all is there
-        return checkpoint.load(folder)[0]
+            (self.folder / "rlhf" / "records.json").write_text(json.dumps(records))
+            return model
+
+        return checkpoint.load(self._model("rlhf", make))[0]
 
     def steer(self, judge: reward.Judge, **changes) -> tuple[GPT, list[Numbers]]:
         """A copy of the tuned model after RLHF by this judge, by the recipe with changes of it; the records

@@ -47,7 +47,8 @@ def _table(stages: dict) -> str:
         cells = [f"<td>{escape(name)}</td><td>{escape(row.get('data', 'failed'))}</td>"]
         numbers = [""] * 3
         if row:
-            numbers = [f"{row['weights']:,}", f"{row['change']:.1%}", f"{row['seconds']:.0f}"]
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+            numbers = [f"{row['weights']:,}", f"{row['change']:.1%}" if row["weights"] else "none", seconds]
         numbers += [f"{row[key]:.2f}" if key in row else "" for key in COLUMNS]
         numbers.append({True: "yes", False: "no", None: ""}[row.get("base")])
         rows.append("".join([*cells, *(f'<td class="n">{number}</td>' for number in numbers)]))
@@ -121,10 +122,11 @@ def _rewards(axes, found: dict) -> None:
 
 
 def _changes(axes, stages: dict) -> None:
+    order = list(max((found.get("change", {}) for found in stages.values()), key=len))
     for name, found in stages.items():
-        if any(found.get("change", {}).values()):
-            values = [value for value in found["change"].values() if 0 < value < float("inf")]
-            axes.plot(values, "o", ms=3, label=name)
+        moved = {tensor: value for tensor, value in found.get("change", {}).items() if value > 0}
+        if moved:
+            axes.plot([order.index(tensor) for tensor in moved], list(moved.values()), "o", ms=3, label=name)
             axes.set(xlabel="tensors, in the order of the model")
     axes.set(yscale="log", ylabel="change over norm")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -25,11 +25,12 @@ from .atomic import replacing
 from .errors import UserError
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
-from .lab import Lab
+from .lab import SECONDS, Lab
 from .model import GPT, AdapterConfig
 from .tokenizer import read_object
 from .train import weight_change
 from .world import evaluate, tasks
+from .world.corpus import DOCUMENTS
 
 FILE = "story.json"
 SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # samples are one of each
@@ -76,13 +77,10 @@ def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) 
     return [list(row) for row in zip(asked, *said, true, strict=True)]
 
 
-def trained(lab: Lab, made: Callable[[], GPT], before: GPT, data: str) -> tuple[GPT, dict]:
-    """The model that `made` returns, and its row. base: whether the base is in it as it was."""
-    began = time.perf_counter()
-    model = made()
-    seconds = time.perf_counter() - began
+def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dict:
+    """A model's row, and what moved. base: whether the base is in it as it was."""
     moved, by_name = weight_change(before.params, model.params)
-    return model, {
+    return {
         "row": {
             "data": data, "weights": model.trained.flat.size, "change": moved, "seconds": seconds,
             "base": adapters.fingerprint(model) == adapters.fingerprint(lab.base), **measured(lab, model),
@@ -100,13 +98,14 @@ def trained(lab: Lab, made: Callable[[], GPT], before: GPT, data: str) -> tuple[
     "Patterns of language come first; what is told often stays in the weights, its parametric memory.",
 )  # fmt: skip
 def pretraining(lab: Lab) -> dict:
-    model, found = trained(lab, lambda: lab.base, lab.random, "4.6M tokens of text")
-    world, tokenizer = lab.world, lab.tokenizer
+    model, world, tokenizer = lab.base, lab.world, lab.tokenizer
+    tokens = lab.pretraining["max_iters"] * lab.pretraining["batch_size"] * lab.pretraining["block_size"]
+    data = f"{tokens / 1e6:.1f}M tokens of text"
+    found = trained(lab, model, lab.random, data, lab.seconds("base"))
     updates = [json.loads(line) for line in (lab.folder / "base" / "metrics.jsonl").open(encoding="utf-8")]
     gaps = evaluate.gaps(model, tokenizer, world, 1000)
-    told = evaluate.recall_by_exposure(model, tokenizer, world)
+    told = evaluate.recall_by_exposure(model, tokenizer, world, round(DOCUMENTS * lab.share))
     every = max(1, len(updates) // 300)
-    found["row"]["data"] = f"{lab.pretraining['max_iters'] * 1024 / 1e6:.1f}M tokens of text"
     return found | {
         "samples": compared(lab, lab.random, model, SHOWN[:1]),
         "floor": gaps["all"].floor,
@@ -125,13 +124,12 @@ def pretraining(lab: Lab) -> dict:
 
 
 @stage(
-    "in-context learning", "문맥 학습",
+    "in-context learning", "문맥 내 학습",
     "Examples in the prompt, and a question: it does a task that it was never trained for. No weight "
     "changes; when the prompt is gone, so is what it learned.",
 )  # fmt: skip
 def in_context(lab: Lab) -> dict:
     mark, shots, count = adapters.fingerprint(lab.base), (0, 1, 2, 4, 8), max(50, round(300 * lab.share))
-    began = time.perf_counter()
     prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
     right = {
         f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
@@ -147,7 +145,7 @@ def in_context(lab: Lab) -> dict:
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
     return {
-        "row": {"data": "the prompt", "weights": 0, "change": 0.0, "seconds": time.perf_counter() - began,
+        "row": {"data": "the prompt", "weights": 0, "change": 0.0,
                 "base": adapters.fingerprint(lab.base) == mark, "few-shot": last[-1]},
         "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
         "curves": {"shots": list(shots), "best possible": best, **right},
@@ -174,20 +172,22 @@ def _percents(rates: list[float]) -> str:
 )  # fmt: skip
 def instruction_tuning(lab: Lab) -> dict:
     count = len(tasks.tuning(lab.world))
-    model, found = trained(lab, lambda: lab.tuned, lab.base, f"{count:,} pairs")
-    return found | {"samples": compared(lab, lab.base, model)}
+    found = trained(lab, lab.tuned, lab.base, f"{count:,} pairs", lab.seconds("sft"))
+    return found | {"samples": compared(lab, lab.base, lab.tuned)}
 
 
 @stage(
-    "without chain of thought", "생각의 사슬 없이",
+    "without chain of thought", "사고의 사슬 없이",
     "The completions of the tuning above show the steps of a journey before its end (chain of thought). Here "
     "the same base is tuned to answers without their steps, on the same problems.",
 )  # fmt: skip
 def without_steps(lab: Lab) -> dict:
     items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
     updates = max(1, lab.tuning["max_iters"] // 3)
-    made = partial(lab.tune, items, max_iters=updates, learning_rate=5e-4)
-    model, found = trained(lab, made, lab.base, f"{len(items):,} answers alone")
+    began = time.perf_counter()
+    model = lab.tune(items, max_iters=updates, learning_rate=5e-4)
+    seconds = time.perf_counter() - began
+    found = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
         del found["row"][name]  # it was asked for journeys alone
     return found | {"samples": compared(lab, model, lab.tuned, SHOWN[-1:])}
@@ -199,16 +199,15 @@ def without_steps(lab: Lab) -> dict:
     "to score answers as they would. (Simulated people here: they know the truth, and slip in one of ten.)",
 )  # fmt: skip
 def reward_model(lab: Lab) -> dict:
-    began = time.perf_counter()
     judge = lab.judge
-    seconds = time.perf_counter() - began
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
     found = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
     moved, _ = weight_change(lab.tuned.params, {name: judge.model.params[name] for name in lab.tuned.params})
     kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in found.by_kind.items())
     return {
         "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
-                "change": moved, "seconds": seconds, "base": False},
+                "change": moved, "seconds": lab.seconds("judge"),
+                "base": adapters.fingerprint(judge.model) == adapters.fingerprint(lab.base)},
         "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
                   f"taught nothing: {kinds}."],
     }  # fmt: skip
@@ -220,7 +219,8 @@ def reward_model(lab: Lab) -> dict:
     "without going far from where it was (KL). All weights move, very little; invented answers become rare.",
 )  # fmt: skip
 def rlhf(lab: Lab) -> dict:
-    model, found = trained(lab, lambda: lab.steered, lab.tuned, "its own answers, scored")
+    model = lab.steered
+    found = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
     records = json.loads((lab.folder / "rlhf" / "records.json").read_text())
     names = ("iter", "reward", "gold", "kl", "entropy")
     curves = {name: [record[name] for record in records] for name in names}
@@ -229,19 +229,19 @@ def rlhf(lab: Lab) -> dict:
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
     folder = lab.folder / name
-
-    def made() -> GPT:
-        if not (folder / adapters.WEIGHTS).exists():
-            model = lab.tune(items, config, **how)
-            adapters.save(folder, model, lab.tokenizer, str((lab.folder / "base").resolve()))
-        return adapters.load_model(lab.folder / "base", folder)[0]
-
-    model, found = trained(lab, made, lab.base, f"{len(items):,} pairs")
+    if not (folder / checkpoint.ADAPTER_CONFIG).exists():  # it is written last
+        began = time.perf_counter()
+        model = lab.tune(items, config, **how)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
+        adapters.save(folder, model, lab.tokenizer, str((lab.folder / "base").resolve()))
+    model, _ = adapters.load_model(lab.folder / "base", folder)
+    found = trained(lab, model, lab.base, f"{len(items):,} pairs", lab.seconds(name))
     return found | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
 
 
 @stage(
-    "LoRA", "로라",
+    "LoRA", "저랭크 적응",
     "The same tuning, but the base stays as it is: beside each of its maps a branch of low rank is trained.",
 )  # fmt: skip
 def lora(lab: Lab) -> dict:
@@ -250,7 +250,7 @@ def lora(lab: Lab) -> dict:
 
 
 @stage(
-    "p-tuning", "피튜닝",
+    "p-tuning", "학습된 프롬프트",
     "The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made "
     "by a small network that is not needed afterwards. One prompt learns one task: questions about people.",
 )  # fmt: skip
@@ -267,7 +267,7 @@ def ptuning(lab: Lab) -> dict:
     "nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out.",
 )  # fmt: skip
 def two_memories(lab: Lab) -> dict:
-    began, world = time.perf_counter(), lab.world
+    mark, world = adapters.fingerprint(lab.base), lab.world
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
     against = memory.told(lab.base, lab.tokenizer, world, people)
     own = memory.told(lab.base, lab.tokenizer, world, never, own=True).prompt
@@ -275,8 +275,8 @@ def two_memories(lab: Lab) -> dict:
     heads = [divmod(int(i), scores.shape[1]) for i in (scores > scores.max() / 2).ravel().nonzero()[0]]
     cut = memory.told(memory.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
     return {
-        "row": {"data": "the prompt", "weights": 0, "change": 0.0, "seconds": time.perf_counter() - began,
-                "base": True},
+        "row": {"data": "the prompt", "weights": 0, "change": 0.0,
+                "base": adapters.fingerprint(lab.base) == mark},
         "notes": [
             f"Where they contradict, the prompt answers in {against.prompt.rate:.0%}, the weights in "
             f"{against.weights.rate:.0%}.",
@@ -292,7 +292,8 @@ def two_memories(lab: Lab) -> dict:
 def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, stage, found: None) -> dict:
     """Every stage in turn; `told` hears of each before it (found None) and after it.
 
-    A stage that fails says why, as its "failed", and the others go on. Raises KeyboardInterrupt.
+    A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
+    KeyboardInterrupt, and what pre-training raises.
     """
     found: dict = {"seed": lab.seed, "share": lab.share, "folder": lab.folder.name, "stages": {}}
     for n, stage in enumerate(STAGES, 1):
@@ -300,6 +301,8 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
         try:
             one = lab.kept(f"story {stage.name}", partial(stage.tell, lab))
         except Exception as error:
+            if n == 1:
+                raise
             one = {"failed": f"{type(error).__name__}: {error}"}
         found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
         told(n, stage, one)
@@ -316,6 +319,6 @@ def where(folder: Path, name: str) -> tuple[Path, Path | None]:
     if not (folder / FILE).exists():
         raise UserError(f"{folder}: has no {FILE}: tinygpt story --out {folder} tells one")
     models = folder / str(read_object(folder / FILE).get("folder"))
-    if not (models / name / (adapters.WEIGHTS if beside else checkpoint.WEIGHTS)).exists():
+    if not (models / name / (checkpoint.ADAPTER_CONFIG if beside else checkpoint.CONFIG)).exists():
         raise UserError(f"{folder}: the story has not come to {name} yet: the same tinygpt story goes on")
     return (models / "base", models / name) if beside else (models / name, None)

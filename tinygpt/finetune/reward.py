@@ -10,15 +10,17 @@ from which the judge was made says what it thinks, greedily, before the answer t
     Assistant: London<|endoftext|>Assistant: Paris<|endoftext|>
 
 So knowledge, which is in all weights, has become text, and to compare is all that labels have to teach; and
-when not to trust oneself. A judge that sees the answer alone learns it of the people whom it is taught by,
-and hardly of others. After Zheng et al. 2023, "Judging LLM-as-a-Judge", 3.4 (reference-guided), and Ankner et
-al. 2024, "Critique-out-Loud Reward Models".
+when not to trust oneself. (Without it, in our trials, what a judge learned of the people whom it was taught
+by it hardly knew of others.) After Zheng et al. 2023, "Judging LLM-as-a-Judge", 3.4 (reference-guided), and
+Ankner et al. 2024, "Critique-out-Loud Reward Models".
 
 Only differences of scores mean anything: a constant on all of them changes no loss.
 
 Not here: whose comparisons they are (`world.preferences` simulates people, `tinygpt label` asks one), what
 the scores are used for (`rlhf`).
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -69,22 +71,32 @@ class Judge:
         self.own: dict[str, str] = {}  # question -> what the author answers
 
     def texts(self, questions: Sequence[str], answers: Sequence[str]) -> list[Array]:
-        """What the judge reads, (n,) each, as far as it has positions."""
+        """What the judge reads, (n,) each."""
         self._answer(questions)
-        pairs, most = zip(questions, answers, strict=True), self.model.context
-        return [encode(self.tokenizer, asked, self.own[asked], said)[:most] for asked, said in pairs]
+        pairs = zip(questions, answers, strict=True)
+        return [encode(self.tokenizer, asked, self.own[asked], said) for asked, said in pairs]
 
     def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Array:
-        return scores(self.model, self.texts(questions, answers))
+        """Of what is longer than its context a judge reads the beginning."""
+        return scores(self.model, [ids[: self.model.context] for ids in self.texts(questions, answers)])
+
+    def deaf(self) -> Judge:
+        """One to whom all answers are alike: a control."""
+        found = Judge(self.model.copy(), self.author, self.tokenizer)
+        found.model.params["score.weight"][:] = 0
+        return found
 
     def _answer(self, questions: Iterable[str]) -> None:
-        new = sorted(set(questions) - self.own.keys())
-        asked = [instructions.prompt(self.tokenizer, question) for question in new]
-        room = min([OWN_ANSWER, *(self.author.context - len(ids) for ids in asked)])
-        if room < 1:
-            raise UserError(f"a question has no room for an answer in {self.author.context} positions")
-        said = answers(self.author, self.tokenizer, asked, room)
-        self.own |= {question: answer.text for question, answer in zip(new, said, strict=True)}
+        by_room: dict[int, dict[str, Array]] = {}  # whatever else is asked, a question's answer is the same
+        for question in sorted(set(questions) - self.own.keys()):
+            ids = instructions.prompt(self.tokenizer, question)
+            room = min(OWN_ANSWER, self.author.context - len(ids))
+            if room < 1:
+                raise UserError(f"a question has no room for an answer in {self.author.context} positions")
+            by_room.setdefault(room, {})[question] = ids
+        for room, asked in by_room.items():
+            said = answers(self.author, self.tokenizer, list(asked.values()), room)
+            self.own |= {question: answer.text for question, answer in zip(asked, said, strict=True)}
 
 
 class Run(NamedTuple):
@@ -170,6 +182,7 @@ class Judgement(NamedTuple):
     margin: float  # mean score of the better answer less that of the other
     calibration: float  # mean distance of sigmoid(margin) to what was labelled, over ten bins of it
     labels_right: float  # the ceiling for whoever is held to the labels instead
+    agreed: float  # with the labels
 
 
 def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
@@ -187,7 +200,7 @@ def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
     off = [abs(sure[bins == n].sum() - was[bins == n].sum()) for n in range(10)]
     return Judgement(
         wilson(int((true > 0).sum()), len(true)), by_kind, float(true.mean()), sum(off) / len(sure),
-        float(np.mean([c.is_right for c in comparisons])),
+        float(np.mean([c.is_right for c in comparisons])), float((labelled > 0).mean()),
     )  # fmt: skip
 
 
@@ -265,6 +278,9 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
 def load(folder: Path) -> Judge:
     """The judge in a folder that `reward` wrote. Raises UserError, also where its author has gone."""
     model, tokenizer = checkpoint.load(folder, judge=True)
+    if not (folder / checkpoint.TRAINER).exists():
+        raise UserError(f"{folder}: has a judge without the run that says which model it was made from: give "
+                        "a folder that tinygpt reward wrote")  # fmt: skip
     settings, _ = checkpoint.read_run(folder, Settings)
     return Judge(model, _author(folder, settings), tokenizer)
 
@@ -358,9 +374,9 @@ def collect(
     and a policy finds out.
     """
     items = tasks.questions(world, people)
-    first = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}
+    one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
-    asked = [instructions.prompt(tokenizer, item["prompt"]) for item in first.values() for _ in range(4)]
+    asked = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
     room = model.context - max(map(len, asked))
     drawn, ws = [], Workspace()
     for at in range(0, len(asked), 256):
@@ -368,7 +384,7 @@ def collect(
                           stop={tokenizer.eos_id}, ws=ws, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     answers = {}
-    for n, fact in enumerate(first):
+    for n, fact in enumerate(one):
         said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
