@@ -251,10 +251,11 @@ def falsehoods(lab: Lab) -> Numbers:
 @claim(
     9, "A judge that people teach by comparing scores answers (a reward model; the text calls it an agent)",
     ("right, of what is true", ">=", 0.9), ("right over wrong", ">=", 0.9),
-    ("taught by shuffled labels: distance of right from a half", "<=", 0.1),
+    ("taught by shuffled labels: right over wrong, distance from a half", "<=", 0.1),
 )  # fmt: skip
 def taught_judge(lab: Lab) -> Numbers:
-    """Held out are people of whom no comparison was; one label in ten is a slip."""
+    """Held out are people of whom no comparison was; one label in ten is a slip. A judge may prefer "I do not
+    know." to any value by chance, and so be right or wrong in most pairs: not so where both are values."""
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
     pairs, found = lab.comparisons(people, 3000, error=0.0), {}
     labelled = lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"])
@@ -269,8 +270,8 @@ def taught_judge(lab: Lab) -> Numbers:
     ceiling = slips.labels_right
     found["agreement with labels, over the ceiling"] = slips.agreed / ceiling
     shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
-    nothing = abs(reward.judged(shuffled, pairs).right.rate - 0.5)
-    found["taught by shuffled labels: distance of right from a half"] = nothing
+    nothing = abs(reward.judged(shuffled, pairs).by_kind["right over wrong"].rate - 0.5)
+    found["taught by shuffled labels: right over wrong, distance from a half"] = nothing
     return found
 
 

@@ -224,7 +224,11 @@ def rlhf(lab: Lab) -> dict:
     records = json.loads((lab.folder / "rlhf" / "records.json").read_text())
     names = ("iter", "reward", "gold", "kl", "entropy")
     curves = {name: [record[name] for record in records] for name in names}
-    return found | {"samples": compared(lab, lab.tuned, model, SHOWN[:2]), "curves": curves}
+    strangers = lab.sets[SHOWN[1]][:50]
+    said = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
+    changed = [[item["prompt"], a.text, b.text, item["completion"]]
+               for item, a, b in zip(strangers, *said, strict=True) if a.text != b.text]  # fmt: skip
+    return found | {"samples": compared(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
