@@ -558,6 +558,20 @@ def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, a
     assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
 
 
+def test_examples_are_learned_beside_from_the_command_line(folders):
+    """Guards: an example too long for the model, a coefficient that nothing comes of."""
+    pairs = [{"prompt": "What is it?", "completion": "red"}, {"prompt": "What? " * 200, "completion": "blue"}]
+    (folders / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    judge = ["--reward-model", str(folders / "judge")]
+    more = ["--ptx-data", str(folders / "pairs.jsonl"), "--ptx-coef", "0.5"]
+    result = run_command(folders, *judge, *more)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (folders / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["ptx_loss"] < records[0]["ptx_loss"]
+    result = run_command(folders, *judge, "--ptx-coef", "0.5", "--overwrite")
+    assert result.exit_code == 2 and "give the examples as --ptx-data" in result.output
+
+
 def test_gold_is_what_is_true():
     world = World(5)
     items = rlhf.read_prompts("world:5")

@@ -399,14 +399,16 @@ def trainer(
 ) -> Trainer:  # fmt: skip
     """A Trainer for questions {"prompt": ...}; of a world it knows what simulated people would feel.
 
-    examples: conversations that are learned beside, where config.ptx_coef is not 0.
+    examples: conversations that are learned beside, as many as fit the model, if config.ptx_coef is not 0.
     """
     asked = [(item["prompt"], instructions.prompt(judge.tokenizer, item["prompt"])) for item in items]
     values = how.optimizer(judge.model.copy()) if config.algo == "ppo" else None
     gold, beside = _gold(world, items) if world else None, None
-    if config.ptx_coef and examples:
-        rows = sft.Settings(model=reference.config, train=how, block_size=reference.context, batch_size=4)
-        beside = sft.updates(judge.tokenizer, examples, rows)
+    tokenizer, size = judge.tokenizer, optimizer.model.context
+    fit = [said for said in examples if len(instructions.encode(tokenizer, said)[0]) <= size]
+    if config.ptx_coef and fit:
+        rows = sft.Settings(model=reference.config, train=how, block_size=size, batch_size=4)
+        beside = sft.updates(tokenizer, fit, rows)
     return Trainer(optimizer, reference, judge.tokenizer, config, asked, judge, values, gold, how.seed,
                    how.learning_rate_at, beside)  # fmt: skip
 
@@ -476,7 +478,8 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last. PPO's values begin anew."""
     settings, tokenizer = checkpoint.read_run(folder, Settings)
     if paths:
-        settings = dataclasses.replace(settings, data=runs.absolute(paths))
+        beside = tuple(filter(corpus.is_source, paths)) or settings.ptx_data  # a world has both
+        settings = dataclasses.replace(settings, data=runs.absolute(paths), ptx_data=runs.absolute(beside))
     run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
     if _fingerprint(run) != settings.fingerprint:
         raise UserError(f"{', '.join(settings.data)}: not what the run in {folder} began with; it needs that")
