@@ -115,6 +115,17 @@ def test_the_judge_answers_itself_before_it_looks(tokenizer, monkeypatch):
     assert calls == [f"<|endoftext|>User: {q}\nAssistant:" for q in ("What is it?", "What?")]
 
 
+def test_a_deaf_judge_and_an_answer_longer_than_a_judge_can_read(tokenizer):
+    """Guards: a control that hears, a policy's babble that ends a run."""
+    judge, questions = judging(tokenizer), ["What is it?"] * 2
+    first, other = judge(questions, ["red", "blue"])
+    assert first != other and judge.deaf()(questions, ["red", "blue"]).tolist() == [0, 0]
+    assert judge(questions, ["red", "blue"]).tolist() == [first, other]  # is as it was
+    long = judge.texts(questions[:1], [WORDS * 9])[0]
+    assert len(long) > judge.model.context
+    assert judge(questions[:1], [WORDS * 9])[0] == reward.scores(judge.model, [long[: judge.model.context]])[0]
+
+
 def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
     """Whoever is earlier in WORDS is better; some are labelled the wrong way."""
     rng, words, found = np.random.default_rng(seed), WORDS.split(), []

@@ -572,6 +572,20 @@ def test_examples_are_learned_beside_from_the_command_line(folders):
     assert result.exit_code == 2 and "give the examples as --ptx-data" in result.output
 
 
+def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():
+    """Guards: prompts about strangers alone, facts that nobody told, people who are kept for evaluation."""
+    world, found = World(5), rlhf.read_prompts("world:5")
+    assert sum(item["meta"]["exposure"] > 0 for item in found) == 3 * len(found) / 4
+    assert {item["meta"]["split"] for item in found} == {"rl", "sft"}
+    never = {person.name for person in world.people("never", "sft")}
+    about = [
+        messages[i + 1]["content"]
+        for messages in rlhf.world_examples(world) for i in range(0, len(messages), 2)
+        if any(name in messages[i]["content"] for name in never)
+    ]  # fmt: skip
+    assert len(about) == 40 and set(about) == {tasks.REFUSAL}
+
+
 def test_gold_is_what_is_true():
     world = World(5)
     items = rlhf.read_prompts("world:5")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import instructions, report, story
+from tinygpt import instructions, recipes, report, story
 from tinygpt.cli import main
 from tinygpt.finetune import adapters
 
@@ -70,6 +70,11 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched
+
+
+def test_a_share_of_a_recipe_has_less_of_all_that_is_counted():
+    found = recipes.scaled({"max_iters": 100, "warmup_iters": 2, "comparisons": 7, "learning_rate": 0.1}, 0.2)
+    assert found == {"max_iters": 20, "warmup_iters": 1, "comparisons": 1, "learning_rate": 0.1}
 
 
 def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):

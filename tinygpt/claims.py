@@ -300,8 +300,8 @@ def steered(lab: Lab) -> Numbers:
     blind, *_ = measured(lab.steer(judge)[0])
     silent = lab.judge.deaf()
     beside, *_ = measured(lab.steer(silent)[0])
-    held = {"beta": 0.0, "ptx_coef": 0.0, "learning_rate": 4 * lab.steering["learning_rate"]}
-    _, curve = lab.steer(lab.judge, **held, max_iters=lab.steering["max_iters"])
+    loose = {"beta": 0.0, "ptx_coef": 0.0, "learning_rate": 4 * lab.steering["learning_rate"]}
+    _, curve = lab.steer(lab.judge, **loose, max_iters=lab.steering["max_iters"])
     gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
     window = min(15, len(gold))  # updates; of a single one, gold is that of 16 questions
     gold, proxy, kl = (np.convolve(x, np.ones(window) / window, "valid") for x in (gold, proxy, kl))

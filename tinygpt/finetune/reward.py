@@ -220,8 +220,8 @@ def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
     """Trains a judge in memory, on the comparisons that fit a row."""
     texts = judge.texts(*_sides(comparisons))
-    fit = [max(map(len, pair)) <= settings.block_size for pair in zip(texts[::2], texts[1::2], strict=True)]
-    texts = [ids for n, ids in enumerate(texts) if fit[n // 2]]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    texts = [ids for pair in pairs if max(map(len, pair)) <= settings.block_size for ids in pair]
     optimizer = settings.train.optimizer(judge.model)
     train.train(optimizer, lambda n, rng: [batch(texts, settings, n)], settings.train, compute=loss,
                 report=report)  # fmt: skip

@@ -405,11 +405,12 @@ def trainer(
     values = how.optimizer(judge.model.copy()) if config.algo == "ppo" else None
     gold, beside = _gold(world, items) if world else None, None
     tokenizer, size = judge.tokenizer, optimizer.model.context
+    examples = examples if config.ptx_coef else ()
     fit = [said for said in examples if len(instructions.encode(tokenizer, said)[0]) <= size]
-    if config.ptx_coef and fit:
+    if fit:
         rows = sft.Settings(model=reference.config, train=how, block_size=size, batch_size=4)
         beside = sft.updates(tokenizer, fit, rows)
-    return Trainer(optimizer, reference, judge.tokenizer, config, asked, judge, values, gold, how.seed,
+    return Trainer(optimizer, reference, tokenizer, config, asked, judge, values, gold, how.seed,
                    how.learning_rate_at, beside)  # fmt: skip
 
 

@@ -4,7 +4,7 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
     world.json                    which world it is
 
-The corpus begins with refrains alone, a tenth as many as there are documents after them: in some 400 updates
+The corpus begins with refrains alone, a tenth as many as there are documents after them: in some 550 updates
 on these a model learns to copy from its context, which it hardly does from everything at once. This is
 pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order. The
 tables that are to be read from the context have nothing between a word and what belongs to it, as then the
