@@ -123,7 +123,8 @@ def test_a_deaf_judge_and_an_answer_longer_than_a_judge_can_read(tokenizer):
     assert judge(questions, ["red", "blue"]).tolist() == [first, other]  # is as it was
     long = judge.texts(questions[:1], [WORDS * 9])[0]
     assert len(long) > judge.model.context
-    assert judge(questions[:1], [WORDS * 9])[0] == reward.scores(judge.model, [long[: judge.model.context]])[0]
+    begun = reward.scores(judge.model, [long[: judge.model.context]])
+    assert judge(questions[:1], [WORDS * 9])[0] == begun[0]
 
 
 def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
