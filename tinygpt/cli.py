@@ -1123,7 +1123,7 @@ _QUICK = 0.2  # of all updates
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="A fifth of the training: to see it run, too little to learn facts.")
+@click.option("--quick", is_flag=True, help="A fifth of the training: too little to learn facts.")
 @click.option("--out", default="story", type=click.Path(path_type=Path), help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
