@@ -196,7 +196,7 @@ def test_dpo_learns_from_whole_answers_and_their_end():
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
     c = rlhf.compared(tokenizer, ref, pairs)
-    loss, d = rlhf.dpo_loss(rlhf.logprobs(model, c.samples), c, 0.3)
+    loss, d = rlhf.dpo_loss(rlhf.logprobs(model, c.samples), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
     assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
 
@@ -216,7 +216,7 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
         score = np.array([by_answer[a + end] for a, end in zip(drawn.answers, ends, strict=True)])
         logp = rlhf.logprobs(model, drawn)
         e = rlhf.experience(drawn, logp, logp, score, config)
-        rlhf.learn(optimizer, drawn, lambda logp, e=e: rlhf.objective(logp, e, config), ws)
+        rlhf.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config), ws)
         found.append(directions @ optimizer.flat)
     mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / math.sqrt(len(found))
     assert (abs(mean - wanted) < 4 * error).all() and (error < 0.3 * abs(wanted).max()).all()
@@ -253,7 +253,7 @@ def test_the_exact_kl_is_the_mean_over_answers():
     """Summed along an answer and weighted by probability, the KL at each place is that of whole answers."""
     model, ref = make(0), make(1)
     p = probabilities(model)
-    kl, entropy = rlhf.exact_kl(model, ref, ALL)
+    kl, entropy = np.array(rlhf.exact_kl(*(m.forward(ALL.ids)[0] for m in (model, ref)))) * ALL.mask
     whole = (p * (np.log(p) - rlhf.logprobs(ref, ALL).sum(1))).sum()
     assert (p * kl.sum(1)).sum() == pytest.approx(whole, rel=1e-9)
     assert (p * entropy.sum(1)).sum() == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
@@ -362,7 +362,7 @@ def test_the_gradient_of_each_objective_as_it_runs(algo, rng):
     ref = rlhf.logprobs(make(1), few)
     e = rlhf.experience(few, old, ref, rng.standard_normal(4), config, rng.standard_normal(few.mask.shape))
     optimizer = AdamW(model)
-    rlhf.learn(optimizer, few, lambda logp: rlhf.objective(logp, e, config), rlhf.Workspace())
+    rlhf.learn(optimizer, few, lambda logp, _: rlhf.objective(logp, e, config), rlhf.Workspace())
     assert_gradient(
         model, optimizer.flat.copy(), lambda: rlhf.objective(rlhf.logprobs(model, few), e, config)[0]
     )
@@ -498,8 +498,8 @@ def test_one_answer_to_everything_is_told():
     model = make(0)
     config = Config(num_prompts=3, num_generations=4, max_new_tokens=2)
     t = trainer(model, config, lambda questions, answers: np.zeros(len(answers)))
-    (e,) = t.batches(0, np.random.default_rng(0))
-    same = e._replace(samples=e.samples._replace(answers=["2"] * 12))
+    (r,) = t.batches(0, np.random.default_rng(0))
+    same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
         record = t.compute(t.optimizer, [same], t.ws, np.random.default_rng(0))
     assert record["distinct"] == 1 / 12

@@ -103,22 +103,22 @@ def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array])
 
 
 def logprobs(model: GPT, samples: Samples, ws: Workspace | None = None) -> Array:
-    """log p of each target (N, T), float64, 0 where the mask is 0. By the same forward that is trained."""
+    """log p of each target (N, T), float64, 0 where the mask is 0."""
     nll = model.losses(samples.ids, samples.targets, samples.mask, ws=ws)
     return -(nll * samples.mask).astype(np.float64)
 
 
-def exact_kl(model: GPT, reference: GPT, samples: Samples) -> tuple[Array, Array]:
-    """KL(policy || reference) and the policy's entropy at each place of the answers, both (N, T), in nats,
-    over the whole vocabulary."""
-    logp, other = (_log_softmax(m.forward(samples.ids, keep=False)[0]) for m in (model, reference))
+def exact_kl(logits: Array, reference: Array) -> tuple[Array, Array]:
+    """KL(policy || reference) and the policy's entropy over the whole vocabulary, in nats: of the logits of
+    both, (..., V), two arrays (...)."""
+    logp, other = _log_softmax(logits), _log_softmax(reference)
     p = np.exp(logp)
-    return (p * (logp - other)).sum(-1) * samples.mask, -(p * logp).sum(-1) * samples.mask
+    return np.einsum("...v,...v", p, logp - other), -np.einsum("...v,...v", p, logp)
 
 
 def _log_softmax(logits: Array) -> Array:
-    logits = logits.astype(np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 # --- advantages ---------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, 
 
 
 class Experience(NamedTuple):
-    """Samples, and all that is known of them before they are learned from."""
+    """What an objective knows of samples."""
 
     samples: Samples
     old: Array  # (N, T) log p under the policy that sampled
@@ -214,10 +214,6 @@ class Experience(NamedTuple):
     advantage: Array  # (N, T) or (N, 1)
     returns: Array | None = None  # (N, T), what the values of PPO are to become
     values: Array | None = None  # (N, T), what they were
-
-    @property
-    def ids(self) -> Array:
-        return self.samples.ids
 
 
 def experience(
@@ -261,17 +257,17 @@ def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]
 
 
 def learn(
-    optimizer: AdamW, samples: Samples, objective: Callable[[Array], tuple[float, Array]], ws: Workspace
-) -> tuple[float, Array]:
-    """Puts the gradients of objective(logp) into `optimizer.flat`; the loss, and logp (N, T) as it is now."""
+    optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]],
+    ws: Workspace,
+) -> float:  # fmt: skip
+    """Puts the gradients of objective(logp (N, T), logits (N, T, V)) into `optimizer.flat`; the loss."""
     model = optimizer.model
     logits, cache = model.forward(samples.ids, ws)
     nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
-    logp = -(nll * samples.mask).astype(np.float64)
-    loss, d = objective(logp)
+    loss, d = objective(-(nll * samples.mask).astype(np.float64), logits)
     weights = (-d * samples.mask).astype(logits.dtype)
     model.backward(model.ops.cross_entropy_backward(weights, c_nll, logits), cache, optimizer.grads)
-    return loss, logp
+    return loss
 
 
 def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Array]:
@@ -306,11 +302,26 @@ def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Compar
     return Comparisons(samples, logprobs(reference, samples).sum(1))
 
 
-def dpo_loss(logp: Array, c: Comparisons, beta: float) -> tuple[float, Array]:
-    """`dpo` of log-probabilities by token, (2 N, T), and its gradient by them."""
+def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
+    """`dpo` of log-probabilities by token, (2 N, T), and its gradient by them, for `learn`."""
     (chosen, rejected), refs = np.split(logp.sum(1), 2), np.split(c.ref, 2)
     loss, dchosen, drejected = dpo(chosen, rejected, *refs, beta)
     return loss, np.concatenate([dchosen, drejected])[:, None] * c.samples.mask
+
+
+class Rollout(NamedTuple):
+    """Samples, and what others think of them."""
+
+    samples: Samples
+    questions: list[str]
+    scores: Array  # (N,) of the judge
+    ref: Array  # (N, T) log p under the reference
+    ref_logits: Array  # (places of answers, V)
+    values: Array | None  # (N, T), of PPO
+
+    @property
+    def ids(self) -> Array:
+        return self.samples.ids
 
 
 class Trainer:
@@ -330,9 +341,10 @@ class Trainer:
         self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
         self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
         self.ws, self.beside, self.last, self.warned = Workspace(), Workspace(), None, False
+        self.experience: Experience | None = None  # of the last rollout, from its first update on
 
-    def batches(self, n: int, rng: np.random.Generator) -> list[Experience]:
-        """The experience of update n: of samples of the policy as it is, each `num_iterations` times."""
+    def batches(self, n: int, rng: np.random.Generator) -> list[Rollout]:
+        """For update n, samples of the policy as it is; the same again for `num_iterations` updates."""
         c = self.config
         if n % c.num_iterations and self.last is not None:
             return [self.last]
@@ -346,28 +358,34 @@ class Trainer:
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
                          c.max_new_tokens, rng, self.ws)  # fmt: skip
         questions = [text for text, _ in picked for _ in range(c.num_generations)]
-        old, ref = logprobs(model, samples), logprobs(self.reference, samples)
-        scores = self.judge(questions, samples.answers)
-        values = None
+        logits, values = self.reference.forward(samples.ids, self.ws, keep=False)[0], None
+        nll, _ = self.reference.ops.cross_entropy_forward(logits, samples.targets)
+        ref, ref_logits = -(nll * samples.mask).astype(np.float64), logits[samples.mask > 0]
         if self.values is not None:
             values = self.values.model.forward(samples.ids, keep=False)[0][..., 0].astype(np.float64)
-        self.last = experience(samples, old, ref, scores, c, values)
-        self.questions = questions
+        scores = self.judge(questions, samples.answers)
+        self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
 
     def compute(self, optimizer: AdamW, batches, ws: Workspace, rng: np.random.Generator) -> train.Record:
         """For `train.train`: the gradients of one update, and what there is to watch."""
-        (e,) = batches
-        loss, logp = learn(optimizer, e.samples, partial(objective, e=e, config=self.config), ws)
-        mask, N = e.samples.mask, len(e.scores)
-        kl, entropy = exact_kl(optimizer.model, self.reference, e.samples)
-        record = {
-            "train_loss": loss, "reward": float(e.scores.mean()),
-            "kl": float(kl.sum() / N), "kl_k1": float((e.old - e.ref).sum() / N),
-            "entropy": float(entropy.sum() / mask.sum()), "length": float(mask.sum() / N),
-            "distinct": len(set(e.samples.answers)) / N,
-            "ratio": float(abs(np.exp(logp - e.old) - 1).max()),
-        }  # fmt: skip
+        (r,), config = batches, self.config
+        mask, N = r.samples.mask, len(r.scores)
+        record = {"train_loss": 0.0, "reward": float(r.scores.mean())}
+
+        def loss(logp: Array, logits: Array) -> tuple[float, Array]:
+            if self.experience is None:  # the policy has not changed since it sampled
+                self.experience = experience(r.samples, logp, r.ref, r.scores, config, r.values)
+            kl, entropy = exact_kl(logits[mask > 0], r.ref_logits)
+            record.update(
+                kl=float(kl.sum() / N), kl_k1=float((self.experience.old - r.ref).sum() / N),
+                entropy=float(entropy.mean()),
+                ratio=float(abs(np.exp(logp - self.experience.old) - 1).max()),
+            )  # fmt: skip
+            return objective(logp, self.experience, config)
+
+        record["train_loss"] = learn(optimizer, r.samples, loss, ws)
+        record |= {"length": float(mask.sum() / N), "distinct": len(set(r.samples.answers)) / N}
         if self.examples is not None:
             mine = optimizer.flat.copy()
             batches = self.examples(optimizer.steps)
@@ -375,12 +393,12 @@ class Trainer:
             optimizer.flat *= self.config.ptx_coef
             optimizer.flat += mine
         if self.gold is not None:
-            record["gold"] = float(self.gold(self.questions, e.samples.answers).mean())
+            record["gold"] = float(self.gold(r.questions, r.samples.answers).mean())
         if self.values is not None:
-            record["value_loss"] = self._learn_values(e)
-        if len(set(e.samples.answers)) == 1 < N and not self.warned:
+            record["value_loss"] = self._learn_values(self.experience)
+        if len(set(r.samples.answers)) == 1 < N and not self.warned:
             self.warned = True
-            same = f"update {optimizer.steps + 1}: all {N} answers are {e.samples.answers[0]!r}"
+            same = f"update {optimizer.steps + 1}: all {N} answers are {r.samples.answers[0]!r}"
             warnings.warn(f"{same}: a larger beta or a lower rate keeps them apart", stacklevel=2)
         return record
 
@@ -556,7 +574,7 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
 
         def compute(optimizer: AdamW, batches, ws: Workspace, rng) -> float:
             (c,) = batches
-            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)[0]
+            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)
 
     else:
         learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world,
