@@ -159,7 +159,7 @@ def _append(texts: list[list[int]], new: list[tuple[Array, Array]]) -> None:
 def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tuple[Array, Array]:
     """Fills the cache with whole texts: the logits after each, (B, 1, V), and the padding before it, (B, 1).
 
-    Cuts texts longer than the context, in place, to their last half context.
+    Cuts texts longer than the context, in place, to their last half context. Equal texts are read once.
     """
     for text in texts:
         if len(text) > model.context:
@@ -167,9 +167,17 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     T = max(map(len, texts))
     pad = np.array([[T - len(text)] for text in texts], np.int32)
     ids = np.array([[0] * (T - len(text)) + text for text in texts], np.int32)
+    _, first, rows = np.unique(np.hstack([pad, ids]), axis=0, return_index=True, return_inverse=True)
     at, start = np.maximum(np.arange(T, dtype=np.int32) - pad, 0), np.repeat(pad, T, axis=1)
-    kv.length = 0
-    return model.forward(ids, ws, positions=at, start=start, kv=kv, keep=False, last=True)[0], pad
+    whole, kv.length = (kv.keys, kv.values), 0
+    kv.keys, kv.values = (a[:, : len(first)] for a in whole)
+    logits, _ = model.forward(
+        ids[first], ws, positions=at[first], start=start[first], kv=kv, keep=False, last=True
+    )
+    for a in whole:
+        a[:, :, : kv.length] = a[:, rows.ravel(), : kv.length]
+    kv.keys, kv.values = whole
+    return logits[rows.ravel()], pad
 
 
 def _decoder(model: GPT, kv: KVCache, ws: Workspace) -> Callable[[Array, Array], Array]:
