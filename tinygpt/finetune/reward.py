@@ -372,8 +372,9 @@ def collect(
     """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
 
     Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
-    what it may come to say. And two of these garbled: a judge that never saw such answers may like them best,
-    and a policy finds out.
+    what it may come to say. And one of these garbled: a judge that never saw such answers may like them best,
+    and a policy finds out. Two, and in one world of three it had not learned by the end that right is better
+    than wrong.
     """
     items = tasks.questions(world, people)
     one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
@@ -390,6 +391,6 @@ def collect(
         said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
-        answers[fact] = said + [_garbled(text, integers) for text in (tasks.REFUSAL, said[0])]
+        answers[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
     known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
     return [_comparison(row) for row in preferences.compared(world, known, count, error, seed, blind)]
