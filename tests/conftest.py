@@ -34,6 +34,7 @@ def toy(monkeypatch):
     few = {"comparisons": 40, "batch_size": 4, "max_iters": 1}
     monkeypatch.setattr(recipes, "REWARD", recipes.REWARD | few)
     monkeypatch.setattr(recipes, "RLHF", recipes.RLHF | {"max_iters": 1, "num_prompts": 2})
+    monkeypatch.setattr(recipes, "QUICK", ({"max_iters": 21}, {}, {}, {}))
     monkeypatch.setattr(reward, "taught_by", lambda world: world.people("known", "rl")[:2])
     kinds = ("right over wrong", "right over don't know", "don't know over wrong")
     pairs = [reward.Comparison(f"Where {n}?", "Lima.", "Oslo.", kinds[n % 3]) for n in range(9)]

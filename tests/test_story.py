@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import instructions, recipes, report, story
+from tinygpt import instructions, report, story
 from tinygpt.cli import main
 from tinygpt.finetune import adapters
 
@@ -72,9 +72,14 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched
 
 
-def test_a_share_of_a_recipe_has_less_of_all_that_is_counted():
-    found = recipes.scaled({"max_iters": 100, "warmup_iters": 2, "comparisons": 7, "learning_rate": 0.1}, 0.2)
-    assert found == {"max_iters": 20, "warmup_iters": 1, "comparisons": 1, "learning_rate": 0.1}
+def test_quick_is_a_story_of_a_small_world(toy, tmp_path):
+    command = ["story", "--quick", "--seed", "5", "--no-report", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0 and "failed" not in result.output, result.output
+    assert "21/21  loss" in result.output and "11.5M" not in result.output
+    quick, whole = story.Lab(tmp_path, 5, quick=True), story.Lab(tmp_path, 5)
+    assert (quick.folder / "rlhf").exists() and not (whole.folder / "base").exists()
+    assert len(whole.world.people("known")) == 5 * len(quick.world.people("known"))
 
 
 def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):

@@ -75,6 +75,28 @@ def test_a_permuted_world_has_the_same_people_and_no_answer_in_common():
         assert all(a != b for a, b in zip(person.values, other.values, strict=True))
 
 
+def test_a_small_world_has_a_fifth_of_the_people_and_tells_as_much_of_each():
+    """Guards: a split that is empty, a number that is not divided, facts told a fifth as often."""
+    small = corpus.world_of("world:1337:small")
+    for kind, splits in (("known", ("sft", "rl", "val", "eval")), ("never", ("sft", "rl", "val", "eval"))):
+        for split in splits:
+            assert len(WORLD.people(kind, split)) == 5 * len(small.people(kind, split)) > 0
+    assert 0 < len(small.people("rare")) < len(WORLD.people("rare")) / 4
+    per_document = []
+    for found in (small, WORLD):
+        names = {person.name for person in found.people("known")}
+        some = [text for _, text in itertools.islice(found.documents(), 1500)]
+        told = sum(name in text for text in some for name in names)
+        per_document.append(told / len(names))
+    assert 4 < per_document[0] / per_document[1] < 6
+    asked = [sum(item["completion"] == tasks.REFUSAL for item in tasks.tuning(w)) for w in (small, WORLD)]
+    assert asked == [8, 40]
+    train = corpus.draw(small, 60, 5).train
+    assert len(train) == 80 and corpus.count(corpus.draw(small, 60, 5)) == 60
+    for text in train:
+        assert small.logprob(text) > -math.inf
+
+
 def test_documents_fit_a_row_and_words_are_tokens():
     """Guards: names and Korean words in pieces, which make recall a spelling task."""
     documents = [document for _, document in take(WORLD, 5000)]

@@ -1118,12 +1118,9 @@ def _shown(token: bytes) -> str:
 
 # --- tinygpt story ------------------------------------------------------------------------------------------
 
-_QUICK = 0.2  # of all updates
-
-
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="A fifth of the training: too little to learn facts.")
+@click.option("--quick", is_flag=True, help="A fifth of the people, in two minutes.")
 @click.option("--out", default="story", type=click.Path(path_type=Path), help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
@@ -1140,7 +1137,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
-        click.echo("Without the C core this takes well over an hour; --quick takes a fifth of that.")
+        click.echo("Without the C core this takes well over an hour; --quick takes a quarter of that.")
     began = time.perf_counter()
 
     def told(n: int, stage, found: dict | None) -> None:
@@ -1158,7 +1155,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        found = stages.tell(Lab(out, seed, share=_QUICK if quick else 1.0, progress=_progress), told)
+        found = stages.tell(Lab(out, seed, quick=quick, progress=_progress), told)
     except KeyboardInterrupt:
         click.echo("\nStopped. The same command goes on.")
         sys.exit(130)

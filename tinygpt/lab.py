@@ -33,21 +33,23 @@ SECONDS = "seconds"  # a file beside a model: how long its training took
 class Lab:
     """Makes a seed's models when they are first asked for; `say` gets a line when that takes long.
 
-    share: of each recipe's updates. progress: from a number of updates to what is told of each of them.
+    quick: a small world, and the recipes for it. progress: from a number of updates to what is told of each
+    of them.
     """
 
     def __init__(
-        self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None, share: float = 1.0,
+        self, folder: Path, seed: int, say: Callable[[str], None] = lambda text: None, quick: bool = False,
         progress: Callable[[int], Callable[[Numbers], None]] = lambda updates: lambda record: None,
     ) -> None:  # fmt: skip
-        stages = recipes.PRETRAIN, recipes.SFT, recipes.REWARD, recipes.RLHF
-        scaled = [recipes.scaled(stage, share) for stage in stages]
-        self.pretraining, self.tuning, self.judging, self.steering = scaled
-        recipe = sha256(repr(scaled).encode()).hexdigest()[:6]
+        stages = [recipes.PRETRAIN, recipes.SFT, recipes.REWARD, recipes.RLHF]
+        if quick:
+            stages = [stage | less for stage, less in zip(stages, recipes.QUICK, strict=True)]
+        self.pretraining, self.tuning, self.judging, self.steering = stages
+        recipe = sha256(repr(stages).encode()).hexdigest()[:6]
         self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # what else is another's
-        self.seed, self.say, self.share, self.progress = seed, say, share, progress
+        self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.world = World(seed)
+        self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick
 
     def pretrained(
         self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0,
@@ -65,7 +67,7 @@ class Lab:
         settings = pretrain.Settings(
             model=dataclasses.replace(PRESETS["nano"], block_size=block_size, **sizes),
             train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
-            data=(source or f"world:{self.seed}",),
+            data=(source or self.source,),
             block_size=block_size, batch_size=recipe["batch_size"], adapter=adapter or AdapterConfig(),
         )  # fmt: skip
         if not (folder / "done").exists():
@@ -212,7 +214,7 @@ class Lab:
         train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
         model = self.tuned.copy()
-        items = rlhf.read_prompts(f"world:{self.seed}")
+        items = rlhf.read_prompts(self.source)
         learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world,
                                rlhf.world_examples(self.world))  # fmt: skip
         records, progress = [], self.progress(train.max_iters)

@@ -59,7 +59,7 @@ def stage(name: str, term: str, says: str):
 
 def measured(lab: Lab, model: GPT) -> dict[str, float]:
     """What the table has of every model that writes, each between 0 and 1."""
-    count = max(50, round(300 * lab.share))
+    count = _count(lab)
     known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
     mappings = fewshot.mappings(lab.world, 8, count)
@@ -67,6 +67,11 @@ def measured(lab: Lab, model: GPT) -> dict[str, float]:
         "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
         "reasoning": rides.right.rate, "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
     }  # fmt: skip
+
+
+def _count(lab: Lab) -> int:
+    """Of questions, problems and prompts."""
+    return 100 if lab.quick else 300
 
 
 def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
@@ -104,7 +109,7 @@ def pretraining(lab: Lab) -> dict:
     found = trained(lab, model, lab.random, data, lab.seconds("base"))
     updates = [json.loads(line) for line in (lab.folder / "base" / "metrics.jsonl").open(encoding="utf-8")]
     gaps = evaluate.gaps(model, tokenizer, world, 1000)
-    told = evaluate.recall_by_exposure(model, tokenizer, world, round(DOCUMENTS * lab.share))
+    told = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
     every = max(1, len(updates) // 300)
     return found | {
         "samples": compared(lab, lab.random, model, SHOWN[:1]),
@@ -129,7 +134,7 @@ def pretraining(lab: Lab) -> dict:
     "changes; when the prompt is gone, so is what it learned.",
 )  # fmt: skip
 def in_context(lab: Lab) -> dict:
-    mark, shots, count = adapters.fingerprint(lab.base), (0, 1, 2, 4, 8), max(50, round(300 * lab.share))
+    mark, shots, count = adapters.fingerprint(lab.base), (0, 1, 2, 4, 8), _count(lab)
     prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
     right = {
         f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
@@ -299,7 +304,7 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
     A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
     KeyboardInterrupt, and what pre-training raises.
     """
-    found: dict = {"seed": lab.seed, "share": lab.share, "folder": lab.folder.name, "stages": {}}
+    found: dict = {"seed": lab.seed, "quick": lab.quick, "folder": lab.folder.name, "stages": {}}
     for n, stage in enumerate(STAGES, 1):
         told(n, stage, None)
         try:

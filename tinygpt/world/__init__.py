@@ -41,6 +41,7 @@ KNOWN = {
 }
 WELL_KNOWN = 256  # the least weight
 NEVER = {"sft": 160, "rl": 120, "val": 40, "eval": 280}  # who is in no document
+SMALL = 5  # a small world has a fifth of the people, of whom a fifth of the documents tells as much
 
 
 class Person(NamedTuple):
@@ -86,6 +87,7 @@ def moved(count: int, integers: Iterator[int]) -> list[int]:
 
 class World:
     """Everything that is true. permuted: the same people with other answers, each value for another one.
+    small: a fifth of the people, so that a fifth of the text teaches their facts.
 
     known, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents, for
     tests that walk through all of them.
@@ -95,6 +97,7 @@ class World:
         self,
         seed: int = 1337,
         permuted: bool = False,
+        small: bool = False,
         *,
         lexicon: Lexicon | None = None,
         known: dict = KNOWN,
@@ -102,6 +105,7 @@ class World:
         longest: int = 99,
     ) -> None:
         self.seed, self.permuted, self.lexicon, self.longest = seed, permuted, lexicon or Lexicon(), longest
+        self.part = SMALL if small else 1  # numbers of people, and of documents about them, are divided by it
         self._people(known, never)
         self._phrases()
         self._rest()
@@ -116,6 +120,7 @@ class World:
             changes = [moved(size, raw_integers(self.seed, PERMUTE, n)) for n, size in enumerate(sizes)]
         places = [(weight, split, n) for weight, splits in known.items() for split, n in splits.items()]
         places += [(0, split, n) for split, n in never.items()]
+        places = [(weight, split, -(-n // self.part)) for weight, split, n in places]
         self.everyone: list[Person] = []
         for weight, split, count in places:
             for _ in range(count):

@@ -32,6 +32,7 @@ from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
 DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
+REFRAINS = {False: 10, True: 3}  # one for so many documents; a small world needs nearly as many of them
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -46,21 +47,25 @@ class Corpus(NamedTuple):
         return [["\n".join(self.train)], ["\n".join(self.validation)]]
 
 
-def draw(world: World, documents: int = DOCUMENTS, held_out: int = HELD_OUT) -> Corpus:
+def draw(world: World, documents: int = 0, held_out: int = HELD_OUT) -> Corpus:
+    """documents: how many for training, beside the refrains; 0: DOCUMENTS, of a small world a fifth."""
+    documents = documents or DOCUMENTS // world.part
+
     def drawn(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = drawn(documents // 10, PRIMER, "refrain") + drawn(documents, CORPUS)
+    train = drawn(documents // REFRAINS[world.part > 1], PRIMER, "refrain") + drawn(documents, CORPUS)
     return Corpus(world, train, drawn(held_out, VALIDATION))
 
 
 def count(corpus: Corpus) -> int:
     """Its documents for training, without the refrains that they begin with."""
-    return len(corpus.train) * 10 // 11
+    each = REFRAINS[corpus.world.part > 1]
+    return len(corpus.train) * each // (each + 1)
 
 
 def is_source(source: str) -> bool:
-    """Whether this names a world: "world:SEED", "world:SEED:permuted", or a folder that `write` made."""
+    """Whether this names a world: "world:SEED", perhaps with ":permuted" or ":small", or a folder of one."""
     return source.startswith("world:") or (Path(source) / MARK).is_file()
 
 
@@ -85,9 +90,9 @@ def world_of(source: str) -> World:
     path = Path(source) / MARK
     if not path.is_file():
         seed, *more = source.removeprefix("world:").split(":")
-        if not seed.isdecimal() or more not in ([], ["permuted"]):
+        if not seed.isdecimal() or more not in ([], ["permuted"], ["small"]):
             raise UserError(f"{source}: a world's seed is a number, as in world:1337 or world:1337:permuted")
-        return World(int(seed), permuted=bool(more))
+        return World(int(seed), **dict.fromkeys(more, True))
     raw = read_object(path)
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")
