@@ -504,46 +504,50 @@ def _few_shot(lab: Lab, model: GPT) -> Numbers:
     return {shots: fewshot.accuracy(model, lab.tokenizer, some).rate for shots, some in prompts.items()}
 
 
+PLACES = (1, 2, 3, 4, 6, 8, 10, 14)  # of the snapshots, which are twentieths of pre-training
+
+
 def _curves(lab: Lab) -> dict[float, list[float]]:
-    """The same at every tenth of pre-training."""
+    """The same along pre-training."""
     found = {share: lab.kept(f"few-shot at {share:.0%}", partial(_few_shot, lab, model))
-             for share, model in lab.snapshots(10)}  # fmt: skip
+             for share, model in lab.snapshots(PLACES)}  # fmt: skip
     return {share: list(right.values()) for share, right in found.items()}
 
 
 @claim(
     16, "A good model needs a short prompt, a bad one a long one",
-    ("examples needed, half-way less at the end", ">=", 1),
+    ("examples needed, after a twentieth of pre-training less at its end", ">=", 1),
 )  # fmt: skip
 def short_prompts(lab: Lab) -> Numbers:
     """Examples for 90% of the best possible; 32: 16 do not suffice."""
     best = [float(np.mean([p.optimal for p in fewshot.mappings(lab.world, n, 500)])) for n in SHOTS]
     needed = {share: _needed(right, best) for share, right in _curves(lab).items()}
     return {f"examples needed, {share:.0%} of pre-training": n for share, n in needed.items()} | {
-        "examples needed, half-way less at the end": needed[0.5] - needed[1.0]
+        "examples needed, after a twentieth of pre-training less at its end": needed[0.05] - needed[1.0]
     }
 
 
 @claim(
     17, "Few-shot learning needs some level of pre-training",
-    ("gain by 8 examples, the end less the first fifth", ">=", 0.5),
-    ("between the change points, in tenths of pre-training", "<=", 1),
+    ("gain by 8 examples, 5% of pre-training", "<=", 0.1),
+    ("gain by 8 examples, all of pre-training less 5%", ">=", 0.5),
+    ("between the change points, share of pre-training", "<=", 0.1),
     ("gain by 8 examples, less that of one layer", ">=", 0.3),
 )  # fmt: skip
 def some_pretraining(lab: Lab) -> Numbers:
     """A change point is where a curve first passes half of its final value. The corpus begins with refrains
-    alone, for a good tenth of it: that copying comes before the rest is by design."""
+    alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
     eight, known = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - right[0] for share, right in _curves(lab).items()}
-    heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(10)}
+    heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(PLACES)}
     change = [next(share for share in curve if curve[share] >= curve[1.0] / 2) for curve in (gain, heads)]
     flat, _ = lab.pretrained("one-layer", n_layer=1)
     one = list(_few_shot(lab, flat).values())
     return {
         **{f"gain by 8 examples, {share:.0%} of pre-training": value for share, value in gain.items()},
         **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
-        "gain by 8 examples, the end less the first fifth": gain[1.0] - gain[0.2],
-        "between the change points, in tenths of pre-training": 10 * abs(change[0] - change[1]),
+        "gain by 8 examples, all of pre-training less 5%": gain[1.0] - gain[0.05],
+        "between the change points, share of pre-training": round(abs(change[0] - change[1]), 3),
         "gain by 8 examples, less that of one layer": gain[1.0] - (one[eight] - one[0]),
         "one layer: recall of facts told often": lab.recall(flat, known),
         "four layers: recall of facts told often": lab.recall(lab.base, known),
@@ -635,6 +639,34 @@ def both_memories(lab: Lab) -> Numbers:
         "by the prompt, told often: said four times less once": (
             found[known.format(4)] - found[known.format(1)]
         ),
+    }
+
+
+@claim(
+    21, "GPT-1, GPT-2 and GPT-3 won by pre-training: larger models and more text",
+    ("exponent of the loss above the floor, by weights", ">=", 0.1),
+    ("exponent of the loss above the floor, by text", ">=", 0.1),
+)  # fmt: skip
+def scale(lab: Lab) -> Numbers:
+    """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3): a from the slope of three
+    widths in logarithms, b from half of the text and all of it. And GPT-1's blocks beside GPT-2's."""
+    def gap(model: GPT) -> float:
+        return evaluate.gaps(model, lab.tokenizer, lab.world)["all"].gap
+
+    widths = {n: lab.pretrained(f"width-{n}", n_embd=n)[0] for n in (32, 64)} | {128: lab.base}
+    gaps = {n: gap(model) for n, model in widths.items()}
+    sizes = [model.flat.size for model in widths.values()]
+    half, _ = lab.pretrained("half", updates=lab.pretraining["max_iters"] // 2)
+    post_norm, _ = lab.pretrained("post-norm", post_norm=True)
+    less = gap(half)
+    return {f"loss above the floor, {n} channels": found for n, found in gaps.items()} | {
+        "loss above the floor, half of the text": less,
+        "loss above the floor, GPT-1's blocks": gap(post_norm),
+        "recall of facts told often, GPT-1's blocks": lab.recall(post_norm, lab.world.people("known")),
+        "exponent of the loss above the floor, by weights": float(
+            -np.polyfit(np.log(sizes), np.log(list(gaps.values())), 1)[0]
+        ),
+        "exponent of the loss above the floor, by text": math.log2(less / gaps[128]),
     }
 
 

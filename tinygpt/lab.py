@@ -110,14 +110,11 @@ class Lab:
         """Updates from one snapshot to the next."""
         return max(1, self.pretraining["max_iters"] // SNAPSHOTS)
 
-    def snapshots(self, count: int) -> list[tuple[float, GPT]]:
-        """(share of pre-training, the base as it was then), `count` of them, of which SNAPSHOTS is a
-        multiple; the last is the base."""
-        every, base = self._every * (SNAPSHOTS // count), self.base
-        shares = [n / count for n in range(1, count)]
-        folders = [self.folder / "base" / f"update-{n * every}" for n in range(1, count)]
-        models = [checkpoint.load(folder)[0] for folder in folders]
-        return [*zip(shares, models, strict=True), (1.0, base)]
+    def snapshots(self, places: Iterable[int]) -> list[tuple[float, GPT]]:
+        """(share of pre-training, the base as it was then) at these of the SNAPSHOTS, and the base."""
+        base, folder = self.base, self.folder / "base"
+        models = [(n / SNAPSHOTS, checkpoint.load(folder / f"update-{n * self._every}")[0]) for n in places]
+        return [*models, (1.0, base)]
 
     @cached_property
     def random(self) -> GPT:

@@ -138,7 +138,7 @@ def in_context(lab: Lab) -> dict:
     prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
     right = {
         f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
-        for share, model in lab.snapshots(5)
+        for share, model in lab.snapshots((4, 8, 12, 16))
     }
     best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
     last = list(right.values())[-1]
