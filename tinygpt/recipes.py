@@ -19,9 +19,9 @@ RLHF = {
     "eval_interval": 40,
 }  # fmt: skip
 
-QUICK = (  # what differs in a small world, of these four in turn
-    {"max_iters": 1300, "warmup_iters": 550, "eval_interval": 650},
+QUICK = (  # what differs in a small world, of these four in turn; the last is too short to change much
+    {"max_iters": 1250, "warmup_iters": 550, "eval_interval": 625},
     {"max_iters": 250, "eval_interval": 125},
     {"comparisons": 6400, "max_iters": 400, "eval_interval": 200},
-    {"max_iters": 40, "learning_rate": 1e-4, "eval_interval": 20},
+    {"max_iters": 30, "learning_rate": 1e-4, "eval_interval": 15},
 )  # fmt: skip

@@ -203,11 +203,11 @@ def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 
     """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
 
     Whoever writes examples cannot know what pre-training told. So some questions are about people who are in
-    no document: so many `answered` with facts, and so many `refused` (the completion is REFUSAL), a fifth of
-    it in a small world; nobody is both, and of "val" nobody is asked about. Raises ValueError where there are
-    not so many.
+    no document: so many `answered` with facts, and so many `refused` (the completion is REFUSAL); nobody is
+    both, and of "val" nobody is asked about. Of a small world a fifth of all. Raises ValueError where there
+    are not so many.
     """
-    people, part = world.people("never", split), 1
+    people, part = world.people("never", split), world.part
     if split != "sft":
         part, refused, answered = 10, 0, 0
     items = [
@@ -219,8 +219,8 @@ def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 
     ]
     half = len(people) // 2
     for asked, count in (
-        (questions(world, people[:half], refuse=True), refused // world.part),
-        (questions(world, people[half:]), answered // world.part),
+        (questions(world, people[:half], refuse=True), refused // part),
+        (questions(world, people[half:]), answered // part),
     ):
         if len(asked) < count:
             raise ValueError(f"{count} questions about people who were never seen: there are {len(asked)}")
