@@ -1120,7 +1120,7 @@ def _shown(token: bytes) -> str:
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="In two minutes, with a fifth of the people; RLHF is too short to show.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; too short for RLHF.")
 @click.option("--out", default="story", type=click.Path(path_type=Path), help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
