@@ -383,9 +383,11 @@ def _sizes(model: GPT) -> tuple[float, float]:
     ("new facts: all weights less LoRA rank 1", ">=", 0.05),
     ("new facts: all weights less p-tuning, 16 tokens", ">=", 0.05),
     ("forgotten: all weights less LoRA rank 1", ">=", 0.02),
+    ("made-up answers that RLHF mends: all weights less LoRA rank 1", ">=", 0.05),
 )  # fmt: skip
 def less_dramatic(lab: Lab) -> Numbers:
-    """Tuned to the tasks and to 200 new facts at once. A fact is tested in a wording it was not taught in."""
+    """Tuned to the tasks and to 200 new facts at once. A fact is tested in a wording it was not taught in.
+    RLHF is that of claim 10, by an adapter of the tuned model too."""
     people, world = lab.world.people("never", "sft")[:50], lab.world
     asked = {n: [] for n in range(5)}
     for n, item in enumerate(tasks.questions(world, people)):
@@ -409,10 +411,26 @@ def less_dramatic(lab: Lab) -> Numbers:
             "learning rate": rate,
         }
 
+    def mended(config: AdapterConfig | None, rate: float) -> Numbers:
+        model = lab.steer(lab.judge, config, learning_rate=rate)[0] if config else lab.steered
+        known, strange = (tasks.questions(world, world.people(kind, "val")) for kind in ("known", "never"))
+        mine, before = (lab.score(m, "questions, never seen").falsehood.rate for m in (model, lab.tuned))
+        return {
+            "chosen by": lab.score(model, known).right.rate - lab.score(model, strange).falsehood.rate,
+            "made-up answers that RLHF mends": before - mine,
+            "right about known people after RLHF": lab.score(model, "questions, known").right.rate,
+        }
+
+    trials = [("", name, rate, partial(measure, name, rate)) for name in ARMS for rate in ARMS[name][1]]
+    steered = {"all weights": (lab.steering["learning_rate"],), "LoRA rank 1": (5e-4, 1.5e-3)}
+    trials += [("RLHF ", name, rate, partial(mended, ARMS[name][0], rate))
+               for name in steered for rate in steered[name]]  # fmt: skip
     found: Numbers = {}
-    for name, (_, rates) in ARMS.items():
-        swept = [lab.kept(f"12 {name} {rate:g}", partial(measure, name, rate)) for rate in rates]
-        best = max(swept, key=lambda numbers: numbers["chosen by"])
+    swept: dict[tuple, list[Numbers]] = {}
+    for stage, name, rate, make in trials:
+        swept.setdefault((stage, name), []).append(lab.kept(f"12 {stage}{name} {rate:g}", make))
+    for (_, name), arm in swept.items():
+        best = max(arm, key=lambda numbers: numbers["chosen by"])
         found |= {f"{key}: {name}": value for key, value in best.items() if key != "chosen by"}
     for key, name in (need[0].split(": all weights less ") for need in CLAIMS[12].needs):
         found[f"{key}: all weights less {name}"] = found[f"{key}: all weights"] - found[f"{key}: {name}"]

@@ -153,12 +153,16 @@ class Lab:
         model = (base or self.base).copy()
         options = self.tuning | {"warmup_iters": 10, "seed": self.seed} | changes
         self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
-        if adapter:
-            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
+        self._with(adapter, model)
         train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         examples = tasks.conversations(self.world, items)
         sft.tune(model, self.tokenizer, examples, settings, self.progress(train.max_iters))
+        return model
+
+    def _with(self, adapter: AdapterConfig | None, model: GPT) -> GPT:
+        if adapter:
+            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
         return model
 
     @cached_property
@@ -202,7 +206,9 @@ class Lab:
 
         return checkpoint.load(self._model("rlhf", make))[0]
 
-    def steer(self, judge: reward.Judge, **changes) -> tuple[GPT, list[Numbers]]:
+    def steer(
+        self, judge: reward.Judge, adapter: AdapterConfig | None = None, **changes
+    ) -> tuple[GPT, list[Numbers]]:
         """A copy of the tuned model after RLHF by this judge, by the recipe with changes of it; the records
         of its updates."""
         options = self.steering | changes
@@ -210,7 +216,7 @@ class Lab:
         config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & known.keys()})
         train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
-        model = self.tuned.copy()
+        model = self._with(adapter, self.tuned.copy())
         items = rlhf.read_prompts(self.source)
         learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world,
                                rlhf.world_examples(self.world))  # fmt: skip
