@@ -284,8 +284,8 @@ def taught_judge(lab: Lab) -> Numbers:
     ("fewer, by the examples learned beside, without a judge", "<=", 0.1),
 )  # fmt: skip
 def steered(lab: Lab) -> Numbers:
-    """No RLHF prompt, no comparison, no tuning example is about these people. The long run has nothing that
-    holds it: no KL, no examples beside, four times the rate."""
+    """No RLHF prompt, no comparison, no tuning example is about these people. The last run goes too far
+    (over-optimisation): a judge of 1,000 labels, no KL, no examples beside, four times the rate."""
     strangers = lab.sets["questions, never seen"]
 
     def measured(model: GPT) -> tuple[float, float, float]:
@@ -301,7 +301,8 @@ def steered(lab: Lab) -> Numbers:
     silent = lab.judge.deaf()
     beside, *_ = measured(lab.steer(silent)[0])
     loose = {"beta": 0.0, "ptx_coef": 0.0, "learning_rate": 4 * lab.steering["learning_rate"]}
-    _, curve = lab.steer(lab.judge, **loose, max_iters=lab.steering["max_iters"])
+    weak = lab.teach(lab.comparisons(reward.taught_by(lab.world), 1000))
+    _, curve = lab.steer(weak, **loose)
     gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
     window = min(15, len(gold))  # updates; of a single one, gold is that of 16 questions
     gold, proxy, kl = (np.convolve(x, np.ones(window) / window, "valid") for x in (gold, proxy, kl))
@@ -317,12 +318,12 @@ def steered(lab: Lab) -> Numbers:
         "'I do not know.' about people never seen, more than after tuning": refuses - refused,
         "fewer, by the examples learned beside, without a judge": false - beside,
         "relative change of the weights": weight_change(lab.tuned.params, lab.steered.params)[0],
-        "held by nothing: gold reward at its best": float(gold.max()),
-        "held by nothing: gold reward at the end": float(gold[-1]),
-        "held by nothing: reward at gold's best": float(proxy[turn]),
-        "held by nothing: reward at the end": float(proxy[-1]),
-        "held by nothing: nats from the reference at gold's best": float(kl[turn]),
-        "held by nothing: nats from the reference at the end": float(kl[-1]),
+        "too far: gold reward at its best": float(gold.max()),
+        "too far: gold reward at the end": float(gold[-1]),
+        "too far: reward at gold's best": float(proxy[turn]),
+        "too far: reward at the end": float(proxy[-1]),
+        "too far: nats from the reference at gold's best": float(kl[turn]),
+        "too far: nats from the reference at the end": float(kl[-1]),
     }
 
 
