@@ -56,7 +56,7 @@ def main() -> None:
     """A GPT on one CPU: train it, let it write, talk to it, and check its every gradient."""
 
 
-# --- tinygpt pretrain ---------------------------------------------------------------------------------------
+# --- what commands share ------------------------------------------------------------------------------------
 
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
@@ -157,17 +157,15 @@ def _adapter_config(options: dict, n_embd: int):
 
 
 def _fields(cls: type, options: dict) -> dict:
-    """Those of the options that are fields of a dataclass."""
-    return {name: options[name] for name in cls.__dataclass_fields__ if name in options}
+    """What the options say of a dataclass's fields, by their names."""
+    return {name: options[name] for name in cls.__dataclass_fields__ if options.get(name) is not None}
 
 
 def _settings(stage, options: dict, **own):
     """The Settings of a stage's run: `own`, and what the options of their names say."""
     from .train import TrainConfig
 
-    how = _fields(TrainConfig, options)
-    if how["min_lr"] is None:
-        how["min_lr"] = how["learning_rate"] / 10
+    how = {"min_lr": options["learning_rate"] / 10} | _fields(TrainConfig, options)
     return stage.Settings(**_fields(stage.Settings, options) | {"train": TrainConfig(**how)} | own)
 
 
@@ -229,104 +227,6 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
     return report
 
 
-@main.command()
-@_options(
-    click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-                 help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
-                      "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
-                      f"Defaults then: {_written(recipes.PRETRAIN)}."),
-    click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
-    click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
-    _run_folder("out", moved=" says where the text is"),
-    click.option("--init-from", type=_FOLDER,
-                 help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults "
-                      f"then: --block-size 64 {_written(_FINE_TUNING)}."),
-    click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
-                 help=f"Sizes, which the next four change: {', '.join(_PRESETS)}."),
-)  # fmt: skip
-@click.option("--n-layer", type=_COUNT, show_default="nano: 4", help="Blocks.")
-@click.option("--n-head", type=_COUNT, show_default="nano: 4", help="Heads; divides --n-embd.")
-@click.option("--n-embd", type=_COUNT, show_default="nano: 128", help="Channels.")
-@click.option("--block-size", type=_COUNT, show_default="nano: 64", help="Tokens of context.")
-@click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
-@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
-@click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
-@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
-@_adapter
-@click.option("--merge-every", default=0, type=_COUNT_OR_0,
-              help="Updates after which LoRA's branches join the weights and begin anew; 0: never.")
-@_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
-def pretrain(**options) -> None:
-    """Train a model to predict the next token of a text.
-
-    Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
-    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
-    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
-    """
-    import numpy as np
-
-    from . import pretrain as stage
-    from . import report
-    from .generate import stream
-    from .world import evaluate
-
-    run = _resume(stage, options) or _begin(**options)
-    kinds = f"{run.settings.model.vocab_size:,} kinds of token"
-    parts = run.train_tokens, run.val_tokens
-    n, n_val = (part.size if run.world is None else int(part.weights.sum()) for part in parts)
-    _train(stage.pretrain, run, f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on")
-    model, world = run.optimizer.model, run.world
-    if world is None:  # a sample, which goes on from the first of the validation tokens
-        rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
-        text = "".join(stream(model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
-        click.echo(f"\nA sample:\n{text.strip()}")
-    else:  # loss above the floor by kind of document, and recall by how often a fact was told
-        click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
-        recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
-        click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
-    _saved(run, "generate")
-
-
-def _begin(*, preset, init_from, out, overwrite, **options):
-    from . import pretrain as stage
-    from .checkpoint import read_config
-    from .finetune.adapters import LEARNING_RATES
-    from .model import PRESETS, GPTConfig
-
-    given = _given()
-    if not options["data"]:
-        click.echo("Reading Python's own documentation ...")
-    elif _names_world(options):
-        if not init_from:
-            options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
-        click.echo("Reading the world ...")
-    tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
-    if tokenizer != "bpe":
-        _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
-    if init_from:
-        fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
-        _refuse(given & fixed, "--init-from takes the model and its tokenizer as they are")
-        model = dataclasses.replace(read_config(init_from), dropout=options["dropout"])
-        options |= {name: value for name, value in _FINE_TUNING.items() if name not in given}
-    else:
-        sizes = {name: size for name, size in _fields(GPTConfig, options).items() if size is not None}
-        model = dataclasses.replace(PRESETS[preset], **sizes)
-    adapter = _adapter_config(options, model.n_embd)
-    if adapter.kind and init_from:
-        if "learning_rate" not in given:
-            options["learning_rate"] = LEARNING_RATES[adapter.kind]
-    elif adapter.kind:
-        if adapter.kind != "lora":
-            raise click.UsageError(f"--adapter {adapter.kind} needs a trained model: give it as --init-from")
-        adapter = dataclasses.replace(adapter, full=True)
-    room = max(1, model.block_size - adapter.prompt_length)
-    options["block_size"] = options["block_size"] or min(room, 64 if init_from else room)
-    settings = _settings(stage, options, model=model, adapter=adapter)
-    how = {"tokenizer": tokenizer, "vocab_size": vocab_size, "init_from": init_from}
-    return stage.begin(out, settings, **how, overwrite=overwrite)
-
-
 def _names_world(options: dict, base: Path | None = None) -> bool:
     """Whether --data names a world. `world` becomes the world that a base was trained on, or the folder of
     that name, or the world of --seed."""
@@ -358,7 +258,7 @@ def _world_of(folder: Path, wanted: str = "") -> str | None:
 
 
 def _train(stage: Callable, run, data: str) -> None:
-    """Runs a stage to its end, or until Ctrl-C, with its progress. First it says what is trained on `data`."""
+    """Says what is trained, and on which data, and runs a stage to its end, or until Ctrl-C."""
     model, settings = run.optimizer.model, run.settings
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
@@ -395,7 +295,101 @@ def _check_out(out: Path, name: str = "", what: str = "", overwrite: bool = Fals
         raise UserError(f"{out}: has a {what}; --overwrite replaces it, --out names another folder")
 
 
-# --- tinygpt world ------------------------------------------------------------------------------------------
+# --- training: pretrain, world, sft, label, reward, rlhf, merge ---------------------------------------------
+
+
+@main.command()
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
+                   "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
+                   f"Defaults then: {_written(recipes.PRETRAIN)}.")  # fmt: skip
+@click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into.")
+@click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe.")
+@_run_folder("out", moved=" says where the text is")
+@click.option("--init-from", type=_FOLDER,
+              help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults "
+                   f"then: --block-size 64 {_written(_FINE_TUNING)}.")  # fmt: skip
+@click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
+              help=f"Sizes, which the next four change: {', '.join(_PRESETS)}.")  # fmt: skip
+@click.option("--n-layer", type=_COUNT, show_default="nano: 4", help="Blocks.")
+@click.option("--n-head", type=_COUNT, show_default="nano: 4", help="Heads; divides --n-embd.")
+@click.option("--n-embd", type=_COUNT, show_default="nano: 128", help="Channels.")
+@click.option("--block-size", type=_COUNT, show_default="nano: 64", help="Tokens of context.")
+@click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
+@click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
+@_adapter
+@click.option("--merge-every", default=0, type=_COUNT_OR_0,
+              help="Updates after which LoRA's branches join the weights and begin anew; "
+                   "0: never.")  # fmt: skip
+@_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
+def pretrain(**options) -> None:
+    """Train a model to predict the next token of a text.
+
+    Without options: a small model, one character at a time, on Python's own documentation, in about two
+    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
+    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
+    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
+    """
+    import numpy as np
+
+    from . import pretrain as stage
+    from . import report
+    from .generate import stream
+    from .world import evaluate
+
+    run = _resume(stage, options) or _begin(stage, **options)
+    kinds = f"{run.settings.model.vocab_size:,} kinds of token"
+    parts = run.train_tokens, run.val_tokens
+    n, n_val = (part.size if run.world is None else int(part.weights.sum()) for part in parts)
+    _train(stage.pretrain, run, f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on")
+    model, world = run.optimizer.model, run.world
+    if world is None:  # a sample, which goes on from the first of the validation tokens
+        rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
+        text = "".join(stream(model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
+        click.echo(f"\nA sample:\n{text.strip()}")
+    else:  # loss above the floor by kind of document, and recall by how often a fact was told
+        click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
+        recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
+        click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
+    _saved(run, "generate")
+
+
+def _begin(stage, *, preset, init_from, out, overwrite, **options):
+    from .checkpoint import read_config
+    from .finetune.adapters import LEARNING_RATES
+    from .model import PRESETS, GPTConfig
+
+    given = _given()
+    if not options["data"]:
+        click.echo("Reading Python's own documentation ...")
+    elif _names_world(options):
+        if not init_from:
+            options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
+        click.echo("Reading the world ...")
+    tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
+    if tokenizer != "bpe":
+        _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
+    if init_from:
+        fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
+        _refuse(given & fixed, "--init-from takes the model and its tokenizer as they are")
+        model = dataclasses.replace(read_config(init_from), dropout=options["dropout"])
+        options |= {name: value for name, value in _FINE_TUNING.items() if name not in given}
+    else:
+        model = dataclasses.replace(PRESETS[preset], **_fields(GPTConfig, options))
+    adapter = _adapter_config(options, model.n_embd)
+    if adapter.kind and not init_from:
+        if adapter.kind != "lora":
+            raise click.UsageError(f"--adapter {adapter.kind} needs a trained model: give it as --init-from")
+        adapter = dataclasses.replace(adapter, full=True)
+    elif adapter.kind and "learning_rate" not in given:
+        options["learning_rate"] = LEARNING_RATES[adapter.kind]
+    room = max(1, model.block_size - adapter.prompt_length)
+    options["block_size"] = options["block_size"] or min(room, 64 if init_from else room)
+    settings = _settings(stage, options, model=model, adapter=adapter)
+    how = {"tokenizer": tokenizer, "vocab_size": vocab_size, "init_from": init_from}
+    return stage.begin(out, settings, **how, overwrite=overwrite)
 
 
 @main.command()
@@ -427,30 +421,26 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
 
 
-# --- tinygpt sft --------------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.option("--init-from", type=_FOLDER,
-                 help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
-                      "world: what the base's world, or the folder of tinygpt world, has for tuning. "
-                      f"Defaults then: {_written(recipes.SFT)}."),
-    click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
-                 help="The same, to evaluate on."),
-    _run_folder("sft", moved=" says where the examples are"),
-    click.option("--show", type=_COUNT, help="Print so many examples, token by token, and stop."),
-    click.option("--no-packing", is_flag=True, help="A row for each example, instead of several to a row."),
-    click.option("--block-size", type=_COUNT, show_default="256, or the model's if less",
-                 help="Tokens of a row; longer examples are left out."),
-    click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time."),
-    click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update."),
-    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples."),
-    click.option("--adapter-folder", type=_FOLDER,
-                 help="Begin with the adapter there, and train it on; instead of --adapter."),
-)  # fmt: skip
+@click.option("--init-from", type=_FOLDER,
+              help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text "
+                   "token.")  # fmt: skip
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
+                   "world: what the base's world, or the folder of tinygpt world, has for tuning. "
+                   f"Defaults then: {_written(recipes.SFT)}.")  # fmt: skip
+@click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
+              help="The same, to evaluate on.")  # fmt: skip
+@_run_folder("sft", moved=" says where the examples are")
+@click.option("--show", type=_COUNT, help="Print so many examples, token by token, and stop.")
+@click.option("--no-packing", is_flag=True, help="A row for each example, instead of several to a row.")
+@click.option("--block-size", type=_COUNT, show_default="256, or the model's if less",
+              help="Tokens of a row; longer examples are left out.")  # fmt: skip
+@click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples.")
+@click.option("--adapter-folder", type=_FOLDER,
+              help="Begin with the adapter there, and train it on; instead of --adapter.")  # fmt: skip
 @_adapter
 @_training(
     max_iters=200, learning_rate=None, warmup_iters=10, eval_interval=50,
@@ -473,11 +463,11 @@ def sft(**options) -> None:
     if run is None and options["show"]:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
-    run = run or _begin_sft(is_world, **options)
+    run = run or _begin_sft(stage, is_world, **options)
     rows, _, count, questions, dropped, _ = run.examples
-    block_size = run.settings.block_size
-    data = f"; {count:,} examples in {len(rows.ids):,} rows of {block_size}, {int(rows.weights.sum()):,} tokens "
-    data += f"of them learned; {len(questions):,} examples to evaluate on"
+    block_size, learned = run.settings.block_size, int(rows.weights.sum())
+    data = f"; {count:,} examples in {len(rows.ids):,} rows of {block_size}, {learned:,} tokens of them "
+    data += f"learned; {len(questions):,} examples to evaluate on"
     if dropped:
         data += f"\nLeft out, as longer than --block-size {block_size}: {dropped:,}"
     _train(stage.sft, run, data)
@@ -498,19 +488,19 @@ def sft(**options) -> None:
     _saved(run, "chat")
 
 
-def _begin_sft(is_world: bool, *, init_from, adapter_folder, out, overwrite, **options):
+def _begin_sft(stage, is_world: bool, *, init_from, adapter_folder, out, overwrite, **options):
     from .checkpoint import read_config
     from .finetune import adapters
-    from .finetune import sft as stage
 
+    given = _given()
     if is_world:
         options["val_data"] = options["val_data"] or options["data"]
-        own_rate = {"learning_rate"} if _given() & {"adapter", "adapter_folder"} else set()
-        options |= {name: v for name, v in recipes.SFT.items() if name not in _given() | own_rate}
+        adapted = {"learning_rate"} if given & {"adapter", "adapter_folder"} else set()  # has its own
+        options |= {name: v for name, v in recipes.SFT.items() if name not in given | adapted}
     model = dataclasses.replace(read_config(init_from), dropout=options["dropout"])
     adapter = _adapter_config(options, model.n_embd)
     if adapter_folder:
-        _refuse(_given() & {"adapter"}, "--adapter-folder has an adapter")
+        _refuse(given & {"adapter"}, "--adapter-folder has an adapter")
         adapter = adapters.load_model(init_from, adapter_folder)[0].adapter.config
     room = max(1, model.block_size - adapter.prompt_length)
     options["block_size"] = options["block_size"] or min(256, room)
@@ -542,9 +532,6 @@ def _show_tasks(run) -> None:
     for source in filter(corpus.is_source, run.settings.data):
         found = evaluate.task_scores(run.optimizer.model, run.tokenizer, corpus.world_of(source))
         click.echo(f"\n{report.scores(found)}")
-
-
-# --- tinygpt label ------------------------------------------------------------------------------------------
 
 
 @main.command()
@@ -584,37 +571,32 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             key = click.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key in ("q", "\x03", "\x04"):
             break
-        if key == "s":
-            continue
-        chosen, rejected = pair if key == "1" else pair[::-1]
-        with open(out, "a", encoding="utf-8") as file:
+        if key != "s":
+            chosen, rejected = pair if key == "1" else pair[::-1]
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        done += 1
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            done += 1
     click.echo(f"{done} comparisons in {out}. Next, a judge or without one:")
     for words in (["reward"], ["rlhf", "--algo", "dpo"]):
         click.echo("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
 
 
-# --- tinygpt reward -----------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.option("--init-from", type=_FOLDER,
-                 help="The model that becomes the judge: one that was tuned to instructions."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: '
-                      "what simulated people prefer of the model's own answers, in the world that it knows."),
-    click.option("--comparisons", default=recipes.REWARD["comparisons"], type=_COUNT,
-                 help="Of simulated people."),
-    click.option("--error", default=0.1, type=_RATE, help="The rate of their slips."),
-    _run_folder("reward", moved=": where the file is"),
-    click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts."),
-    click.option("--batch-size", default=recipes.REWARD["batch_size"], type=_COUNT,
-                 help="Comparisons at a time."),
-    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few."),
-)  # fmt: skip
+@click.option("--init-from", type=_FOLDER,
+              help="The model that becomes the judge: one that was tuned to instructions.")  # fmt: skip
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: what '
+                   "simulated people prefer of the model's own answers, in the world that "
+                   "it knows.")  # fmt: skip
+@click.option("--comparisons", default=recipes.REWARD["comparisons"], type=_COUNT,
+              help="Of simulated people.")  # fmt: skip
+@click.option("--error", default=0.1, type=_RATE, help="The rate of their slips.")
+@_run_folder("reward", moved=": where the file is")
+@click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts.")
+@click.option("--batch-size", default=recipes.REWARD["batch_size"], type=_COUNT,
+              help="Comparisons at a time.")  # fmt: skip
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few.")
 @_training(**recipes.REWARD)
 def reward(**options) -> None:
     """Train a judge of answers on comparisons: which of two answers people preferred.
@@ -628,7 +610,7 @@ def reward(**options) -> None:
     from .world import corpus
 
     needs = "give the model as --init-from and the comparisons as --data"
-    run = _resume(stage, options, needs) or _begin_reward(**options)
+    run = _resume(stage, options, needs) or _begin_reward(stage, **options)
     _train(stage.reward, run, f"; {len(run.train):,} comparisons, {len(run.val):,} to evaluate on")
     found = stage.judged(run.judge, run.val)
     in_world = any(found.by_kind)
@@ -648,9 +630,8 @@ def reward(**options) -> None:
     click.echo(f"\nSaved in {run.folder}.")
 
 
-def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, **options):
+def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
     from . import checkpoint, runs
-    from .finetune import reward as stage
     from .world import corpus
 
     runs.check_folder(out, overwrite)
@@ -672,37 +653,32 @@ def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, **opti
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
 
 
-# --- tinygpt rlhf -------------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.option("--init-from", type=_FOLDER,
-                 help="The model to steer, from tinygpt sft; it stays as it is, as the reference."),
-    click.option("--reward-model", type=_FOLDER, help="The judge, from tinygpt reward; dpo has none."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
-                      "world: questions about people of the base's world."),
-    click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo"))),
-    click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
-                 help="What a nat of KL to the reference costs."),
-    click.option("--num-prompts", default=16, type=_COUNT, help="Of an update."),
-    click.option("--num-generations", default=8, type=_COUNT, help="Answers to each."),
-    click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer."),
-    click.option("--num-iterations", default=1, type=_COUNT, help="Updates from the same answers."),
-    click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities."),
-    click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values."),
-    click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss."),
-    click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count."),
-    click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE."),
-    click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
-                 f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
-                 help="Weight of the loss of the tuning's examples, learned beside."),
-    click.option("--ptx-data", multiple=True, metavar="FILE", show_default="the world of --data",
-                 help="These examples: as tinygpt sft takes them; repeat."),
-    click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update."),
-    _run_folder("rlhf", moved=": where the file is"),
-)  # fmt: skip
+@click.option("--init-from", type=_FOLDER,
+              help="The model to steer, from tinygpt sft; it stays as it is, as the reference.")  # fmt: skip
+@click.option("--reward-model", type=_FOLDER, help="The judge, from tinygpt reward; dpo has none.")
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
+                   "world: questions about people of the base's world.")  # fmt: skip
+@click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo")))
+@click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
+              help="What a nat of KL to the reference costs.")  # fmt: skip
+@click.option("--num-prompts", default=16, type=_COUNT, help="Of an update.")
+@click.option("--num-generations", default=8, type=_COUNT, help="Answers to each.")
+@click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer.")
+@click.option("--num-iterations", default=1, type=_COUNT, help="Updates from the same answers.")
+@click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities.")
+@click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values.")
+@click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss.")
+@click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count.")
+@click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE.")
+@click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
+              f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
+              help="Weight of the loss of the tuning's examples, learned beside.")  # fmt: skip
+@click.option("--ptx-data", multiple=True, metavar="FILE", show_default="the world of --data",
+              help="These examples: as tinygpt sft takes them; repeat.")  # fmt: skip
+@click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update.")
+@_run_folder("rlhf", moved=": where the file is")
 @_adapter
 @_training(**recipes.RLHF)
 def rlhf(**options) -> None:
@@ -718,7 +694,7 @@ def rlhf(**options) -> None:
 
     _names_world(options, options["init_from"])
     needs = "give the model as --init-from and the prompts as --data"
-    run = _resume(stage, options, needs) or _begin_rlhf(**options)
+    run = _resume(stage, options, needs) or _begin_rlhf(stage, **options)
     rows = run.prompts or [comparison._asdict() for comparison in run.comparisons]
     _train(stage.rlhf, run, f"; {len(rows):,} prompts")
     asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows[:3]]
@@ -729,9 +705,8 @@ def rlhf(**options) -> None:
     _saved(run, "chat")
 
 
-def _begin_rlhf(*, init_from, reward_model, out, overwrite, **options):
+def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
     from .checkpoint import read_config
-    from .finetune import rlhf as stage
     from .world.corpus import is_source
 
     if (options["algo"] == "dpo") == bool(reward_model):
@@ -749,9 +724,6 @@ def _begin_rlhf(*, init_from, reward_model, out, overwrite, **options):
         rl=stage.Config(**_fields(stage.Config, options)), reward_from=str(reward_model or ""),
     )  # fmt: skip
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
-
-
-# --- tinygpt merge ------------------------------------------------------------------------------------------
 
 
 _adapter_folder = click.option(
@@ -778,15 +750,15 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 
-# --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
+# --- a trained model: generate, chat, fewshot; tokenizer ----------------------------------------------------
 
 
-def _sampling(max_new_tokens: int, stop: str | None, shown: str, required: bool = True):
-    """The arguments that generate and chat share; the defaults in which they differ."""
+def _sampling(stop: str | None, shown: str, required: bool = True):
+    """The arguments that generate and chat share."""
     return _options(
         click.argument("folder", type=_FOLDER, required=required),
         _adapter_folder,
-        click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(0), help="The length."),
+        click.option("--max-new-tokens", default=200, type=click.IntRange(0), help="The length."),
         click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
         click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
         click.option("--top-p", default=1.0, type=click.FloatRange(0, 1, min_open=True),
@@ -796,9 +768,8 @@ def _sampling(max_new_tokens: int, stop: str | None, shown: str, required: bool 
     )  # fmt: skip
 
 
-def _speaker(folder: Path, adapter_folder: Path | None, max_new_tokens: int, seed: int, **sampling):
-    """The model, the tokenizer, and a function from a prompt's ids to its continuation, piece by piece, up to
-    a text."""
+def _speaker(folder: Path, adapter_folder: Path | None, seed: int, **sampling):
+    """The model, the tokenizer, and a function from ids and a text to their continuation up to that text."""
     import numpy as np
 
     from .finetune.adapters import load_model
@@ -806,11 +777,7 @@ def _speaker(folder: Path, adapter_folder: Path | None, max_new_tokens: int, see
 
     model, tokenizer = load_model(folder, adapter_folder)
     sampling["rng"] = np.random.default_rng(seed)
-
-    def continuation(ids: np.ndarray, stop: str) -> Iterable[str]:
-        return until(stream(model, tokenizer, ids, max_new_tokens, **sampling), stop)
-
-    return model, tokenizer, continuation
+    return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
 
 
 def _from_stdin(read: Callable[[], str]) -> str:
@@ -821,7 +788,7 @@ def _from_stdin(read: Callable[[], str]) -> str:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop="", shown="none")
+@_sampling(stop="", shown="none")
 @click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
 @click.option("--num-samples", default=1, type=click.IntRange(1), help="How many, a line of dashes between.")
 def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
@@ -844,7 +811,7 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop=None, shown="a blank line; none after tinygpt sft", required=False)
+@_sampling(stop=None, shown="a blank line; none after tinygpt sft", required=False)
 @click.option("--story", "told", type=_FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
@@ -904,11 +871,10 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
         if not tuned:
             new = tokenizer.encode(line + "\n")
             return np.concatenate([context, new])[-max(size, len(new)) :]
-        while True:
-            ids = instructions.prompt(tokenizer, [*said, {"role": "user", "content": line}])
-            if len(ids) <= size // 2 or not said:  # the other half is for the answer
-                return ids
-            del said[:2]
+        turn = {"role": "user", "content": line}
+        while said and len(instructions.prompt(tokenizer, [*said, turn])) > size // 2:
+            del said[:2]  # the other half is for the answer
+        return instructions.prompt(tokenizer, [*said, turn])
 
     def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
         nonlocal context
@@ -923,31 +889,26 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
     return lambda line: spoken(line, asked(line))
 
 
-# --- tinygpt fewshot ----------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.argument("folder", type=_FOLDER),
-    _adapter_folder,
-    click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-                 help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
-                      "the folder of tinygpt world, or world:SEED."),
-    click.option("--task", default="mappings",
-                 type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
-                 help="Of the world. mappings: words whose labels are drawn anew for each prompt."),
-    click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
-                 help="Examples before the question; repeat."),
-    click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
-                 show_default="chat after tinygpt sft, else as the world has it",
-                 help="How questions and answers are written down; chat: as earlier turns."),
-    click.option("--control", default="", show_default="none",
-                 type=click.Choice(("", "shuffled", "unseen", "reordered")), metavar="NAME",
-                 help="Of mappings: shuffled labels, an unseen word asked for, or reordered examples."),
-    click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices."),
-    click.option("--count", default=500, type=_COUNT, help="Questions."),
-    click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file."),
-)  # fmt: skip
+@click.argument("folder", type=_FOLDER)
+@_adapter_folder
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
+                   "the folder of tinygpt world, or world:SEED.")  # fmt: skip
+@click.option("--task", default="mappings",
+              type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
+              help="Of the world. mappings: words whose labels are drawn anew for each prompt.")  # fmt: skip
+@click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
+              help="Examples before the question; repeat.")  # fmt: skip
+@click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
+              show_default="chat after tinygpt sft, else as the world has it",
+              help="How questions and answers are written down; chat: as earlier turns.")  # fmt: skip
+@click.option("--control", type=click.Choice(("", "shuffled", "unseen", "reordered")), default="",
+              show_default="none", metavar="NAME", help="Of mappings: shuffled labels, an unseen word asked "
+                                                        "for, or reordered examples.")  # fmt: skip
+@click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices.")
+@click.option("--count", default=500, type=_COUNT, help="Questions.")
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file.")
 def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, shots, style, control, free,
             count, seed) -> None:  # fmt: skip
     """Ask the model in FOLDER with examples before the question: no weight changes.
@@ -982,9 +943,6 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
         click.echo(f"{k:8} {report.interval(rate)}{best}")
     shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
     click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
-
-
-# --- tinygpt tokenizer --------------------------------------------------------------------------------------
 
 
 @main.group()
@@ -1044,7 +1002,8 @@ def _shown(token: bytes) -> str:
     return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
 
 
-# --- tinygpt story ------------------------------------------------------------------------------------------
+# --- all stages, measured: story, claims --------------------------------------------------------------------
+
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
@@ -1098,9 +1057,6 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     sys.exit(any("failed" in one for one in found["stages"].values()))
 
 
-# --- tinygpt claims -----------------------------------------------------------------------------------------
-
-
 @main.command()
 @click.argument("numbers", nargs=-1, type=_COUNT, metavar="[NUMBER]...")
 @click.option("--seeds", default=2, type=_COUNT, help="Worlds, and bases trained in them.")
@@ -1108,9 +1064,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 @click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
 @click.option("--out", default="claims", type=_PATH, help="Folder for all that is made.")
-def claims(
-    numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, listed: bool, out: Path
-) -> None:
+def claims(numbers: tuple, seeds: int, first_seed: int, every: bool, listed: bool, out: Path) -> None:
     """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
 
     A NUMBER is a claim's; without one, the core of them. Worlds, models and numbers are kept in --out: Ctrl-C
@@ -1139,7 +1093,7 @@ def claims(
     click.echo(f"\nSaved in {out / 'claims.json'}.")
 
 
-# --- tinygpt exercise ---------------------------------------------------------------------------------------
+# --- gradients and speed: exercise, gradcheck, bench --------------------------------------------------------
 
 
 @main.command()
@@ -1170,9 +1124,6 @@ def exercise(name: str | None, out: Path | None) -> None:
     except FileExistsError:
         raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
     click.echo(f"Saved {out}. Fill in {name}_backward. Next: {command}")
-
-
-# --- tinygpt gradcheck --------------------------------------------------------------------------------------
 
 
 def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict:
@@ -1242,9 +1193,6 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
         frame = ([f for f in frames if f.filename == getattr(module, "__file__", None)] or frames)[-1]
         where = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
         raise UserError(f"{target} raised {type(error).__name__}: {error} ({where})") from error
-
-
-# --- tinygpt bench ------------------------------------------------------------------------------------------
 
 
 @main.command()
