@@ -96,14 +96,9 @@ def _run_folder(out: str, moved: str):
     return _options(_out(out), click.option("--resume", type=_FOLDER, help=resume))
 
 
-def _training(
-    max_iters: int, learning_rate: float | None, warmup_iters: int, eval_interval: int,
-    rate: str | bool = True, **others,
-):  # fmt: skip
+def _training(*, max_iters, learning_rate, warmup_iters, eval_interval, rate: str | bool = True, **others):
     """The options of `train.TrainConfig`, which all training stages share, with the defaults of a recipe.
-
-    rate: in words, how a command finds its learning rate where that has no default.
-    """
+    rate: in words, how a command finds its learning rate where that has no default."""
     return _options(
         click.option("--max-iters", default=max_iters, type=_COUNT, help="Updates of weights."),
         click.option("--learning-rate", default=learning_rate, show_default=rate, type=_REAL,
@@ -134,8 +129,6 @@ _adapter = _options(
     click.option("--prompt-init", default="vocab", type=click.Choice(("vocab", "random")),
                  help="What a prompt without an MLP begins as."),
 )  # fmt: skip
-
-
 _OF_LORA = {f"lora_{field}": field for field in ("rank", "alpha", "dropout", "targets")}
 _OF_PROMPT = {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden": "hidden", "prompt_init": "init"}
 
@@ -281,10 +274,8 @@ def _command(*words: str) -> str:
 
 def _saved(run, command: str) -> None:
     """Says where a run is, and how to take up what it has trained."""
-    where = [str(run.folder)]
-    if not run.settings.has_model:
-        where = [run.settings.init_from, "--adapter-folder", *where]
-    click.echo(f"\nSaved in {run.folder}. Next: {_command(command, *where)}")
+    base = [] if run.settings.has_model else [run.settings.init_from, "--adapter-folder"]
+    click.echo(f"\nSaved in {run.folder}. Next: {_command(command, *base, str(run.folder))}")
 
 
 def _check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
@@ -442,10 +433,8 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
 @click.option("--adapter-folder", type=_FOLDER,
               help="Begin with the adapter there, and train it on; instead of --adapter.")  # fmt: skip
 @_adapter
-@_training(
-    max_iters=200, learning_rate=None, warmup_iters=10, eval_interval=50,
-    rate="5e-4 at a million weights, less by the root of their number; an adapter's",
-)  # fmt: skip
+@_training(max_iters=200, learning_rate=None, warmup_iters=10, eval_interval=50,
+           rate="5e-4 at a million weights, less by the root of their number; an adapter's")  # fmt: skip
 def sft(**options) -> None:
     """Tune a model to follow instructions: train it on prompts and their completions.
 
@@ -815,8 +804,7 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
 @click.option("--story", "told", type=_FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
-def chat(folder: Path | None, told: Path | None, stage: str, compare: str | None,
-         stop: str | None, adapter_folder: Path | None, **options) -> None:  # fmt: skip
+def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
@@ -909,8 +897,7 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
 @click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices.")
 @click.option("--count", default=500, type=_COUNT, help="Questions.")
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file.")
-def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, shots, style, control, free,
-            count, seed) -> None:  # fmt: skip
+def fewshot(folder, adapter_folder, data, task, shots, style, control, free, count, seed) -> None:
     """Ask the model in FOLDER with examples before the question: no weight changes.
 
     A row for each number of examples: how often the answer is right, of the choices the likeliest, or what
@@ -951,10 +938,8 @@ def tokenizer() -> None:
 
 
 @tokenizer.command("train")
-@click.option(
-    "--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-    help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.",
-)  # fmt: skip
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
+              "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
 @click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, 1 end of text, merges.")
 @_out("tokenizer", "tokenizer", holds="the files")
 def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
