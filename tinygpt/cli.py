@@ -38,18 +38,16 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:  # `tinygpt generate | head`: click ends quietly
             raise
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             click.echo(f"tinygpt: {_one_line(error)}", err=True)
-            sys.exit(2)
-        except MemoryError as error:
-            click.echo(f"tinygpt: not enough memory: choose smaller sizes. {_one_line(error)}", err=True)
             sys.exit(2)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    advice = "not enough memory: choose smaller sizes. " if isinstance(error, MemoryError) else ""
+    return advice + " ".join(str(error).split())
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -58,7 +56,7 @@ def main() -> None:
     """A GPT on one CPU: train it, let it write, talk to it, and check its every gradient."""
 
 
-# --- tinygpt pretrain ---------------------------------------------------------------------------------------
+# --- what commands share ------------------------------------------------------------------------------------
 
 _PRESETS = ("nano", "small", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # those of model.PRESETS
 _FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
@@ -77,12 +75,7 @@ def _named(kind: click.ParamType, name: str) -> click.ParamType:
 
 _COUNT, _COUNT_OR_0 = (_named(click.IntRange(least), "n") for least in (1, 0))
 _REAL, _RATE = _named(click.FloatRange(0), "x"), _named(click.FloatRange(0, 1, max_open=True), "x")
-
-
-_data = click.option(
-    "--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-    help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.",
-)  # fmt: skip
+_PATH, _FOLDER, _FILE = (_named(click.Path(path_type=Path), name) for name in ("path", "folder", "file"))
 
 
 def _options(*options: Callable):
@@ -90,17 +83,26 @@ def _options(*options: Callable):
     return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), options[::-1], command)
 
 
-def _training(max_iters: int, learning_rate: float | str, warmup_iters: int, eval_interval: int):
-    """The options of `train.TrainConfig`, which all training stages share; what they differ in.
+def _out(default: str, what: str = "model", holds: str = "the model"):
+    return _options(
+        click.option("--out", default=default, type=_PATH, help=f"Folder for {holds}."),
+        click.option("--overwrite", is_flag=True, help=f"Replace the {what} that is there."),
+    )
 
-    learning_rate: the default, or in words how the command finds it, which then gets None.
-    """
-    rate = {"default": learning_rate}
-    if isinstance(learning_rate, str):
-        rate = {"default": None, "show_default": learning_rate}
+
+def _run_folder(out: str, moved: str):
+    """The options of a run's folder; `moved`: what --data is for when it is resumed."""
+    resume = f"Go on with the run there, with its settings. --data{moved} now."
+    return _options(_out(out), click.option("--resume", type=_FOLDER, help=resume))
+
+
+def _training(*, max_iters, learning_rate, warmup_iters, eval_interval, rate: str | bool = True, **others):
+    """The options of `train.TrainConfig`, which all training stages share, with the defaults of a recipe.
+    rate: in words, how a command finds its learning rate where that has no default."""
     return _options(
         click.option("--max-iters", default=max_iters, type=_COUNT, help="Updates of weights."),
-        click.option("--learning-rate", type=_REAL, help="At its highest.", **rate),
+        click.option("--learning-rate", default=learning_rate, show_default=rate, type=_REAL,
+                     help="At its highest."),
         click.option("--min-lr", type=_REAL, show_default="a tenth of it", help="At the end."),
         click.option("--warmup-iters", default=warmup_iters, type=_COUNT_OR_0, help="On the way up."),
         click.option("--weight-decay", default=0.1, type=_REAL, help="Of matrices."),
@@ -111,11 +113,6 @@ def _training(max_iters: int, learning_rate: float | str, warmup_iters: int, eva
                      help="Updates from one evaluation, and save, to the next."),
         click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of weights, batches and dropout."),
     )  # fmt: skip
-
-
-def _schedule(recipe: dict) -> dict:
-    """What a recipe says of `_training`."""
-    return {name: recipe[name] for name in ("max_iters", "learning_rate", "warmup_iters", "eval_interval")}
 
 
 _adapter = _options(
@@ -132,21 +129,19 @@ _adapter = _options(
     click.option("--prompt-init", default="vocab", type=click.Choice(("vocab", "random")),
                  help="What a prompt without an MLP begins as."),
 )  # fmt: skip
+_OF_LORA = {f"lora_{field}": field for field in ("rank", "alpha", "dropout", "targets")}
+_OF_PROMPT = {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden": "hidden", "prompt_init": "init"}
 
 
-def _adapter_config(given: set[str], options: dict, n_embd: int):
-    """Takes the options of `_adapter` out of a command's."""
+def _adapter_config(options: dict, n_embd: int):
+    """What the options of `_adapter` say."""
     from .model import PROJECTIONS, AdapterConfig
 
-    kind = options.pop("adapter") or ""
-    lora, prompt = {"rank", "alpha", "dropout", "targets"}, {"num_virtual_tokens": "num_virtual_tokens"}
-    names = {f"lora_{name}": name for name in lora} | prompt
-    names |= {"encoder_hidden": "hidden", "prompt_init": "init"}
-    values = {name: options.pop(option) for option, name in names.items()}
-    of_lora = {f"lora_{name}" for name in lora}
-    used = {"": set(), "lora": of_lora}.get(kind, set(names) - of_lora)
+    kind, names = options["adapter"] or "", _OF_LORA | _OF_PROMPT
+    unused = {"": names, "lora": _OF_PROMPT}.get(kind, _OF_LORA)
     reason = f"--adapter {kind} has no such setting" if kind else "without --adapter nothing has that setting"
-    _refuse(given & (set(names) - used), reason)
+    _refuse(_given() & unused.keys(), reason)
+    values = {field: options[name] for name, field in names.items()}
     if values["alpha"] is None:
         values["alpha"] = float(values["rank"])
     if values["hidden"] is None:
@@ -154,14 +149,44 @@ def _adapter_config(given: set[str], options: dict, n_embd: int):
     return AdapterConfig(kind, **values | {"targets": values["targets"] or PROJECTIONS})
 
 
-def _train_config(options: dict):
-    """Takes the options of `_training` out of a command's."""
+def _fields(cls: type, options: dict) -> dict:
+    """What the options say of a dataclass's fields, by their names."""
+    return {name: options[name] for name in cls.__dataclass_fields__ if options.get(name) is not None}
+
+
+def _settings(stage, options: dict, **own):
+    """The Settings of a stage's run: `own`, and what the options of their names say."""
     from .train import TrainConfig
 
-    values = {field: options.pop(field) for field in TrainConfig.__dataclass_fields__ if field in options}
-    if values["min_lr"] is None:
-        values["min_lr"] = values["learning_rate"] / 10
-    return TrainConfig(**values)
+    how = {"min_lr": options["learning_rate"] / 10} | _fields(TrainConfig, options)
+    return stage.Settings(**_fields(stage.Settings, options) | {"train": TrainConfig(**how)} | own)
+
+
+def _given() -> set[str]:
+    """The names of the options that the user wrote."""
+    ctx = click.get_current_context()
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _refuse(names: set[str], reason: str) -> None:
+    if names:
+        written = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+        raise click.UsageError(f"{reason}: leave out {written}")
+
+
+def _resume(stage, options: dict, needs: str = "", moved: tuple[str, ...] = ("data",)):
+    """The run that --resume names, or None where one is to begin, which says `needs` if --init-from or --data
+    is missing. moved: the options that say where a run's data is now."""
+    if options["resume"]:
+        _refuse(_given() - {"resume", *moved}, "--resume takes all settings from its folder")
+        return stage.resume(options["resume"], *(options[name] for name in moved))
+    if needs and not (options["init_from"] and options["data"]):
+        raise click.UsageError(needs)
+    return None
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 _WATCHED = ("reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known", "val_false_never")
@@ -176,13 +201,13 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         nonlocal first, shown
         n, now = record["iter"], time.perf_counter()
         first = n - 1 if first is None else first
-        left = int((now - began) / (n - first) * (max_iters - n))
+        left = _clock((now - began) / (n - first) * (max_iters - n))
         val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
         watched = (name for name in _WATCHED if name in record)
         watched = "".join(f"  {name.replace('_', ' ')} {record[name]:.3f}" for name in watched)
         val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
         text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{watched}{val}"
-        text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
+        text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left} left"
         if not terminal:
             if val or n % every == 0:
                 click.echo(text)
@@ -193,71 +218,6 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
             click.echo(f"\r\033[K[{'#' * done}{'-' * (20 - done)}] {text}", nl=False)
 
     return report
-
-
-@main.command()
-@_options(
-    click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
-                 help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
-                      "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
-                      f"Defaults then: {_written(recipes.PRETRAIN)}."),
-    click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into."),
-    click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe."),
-    click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for the model."),
-    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
-    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Go on with the run there, with its settings. --data says where the text is now."),
-    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults "
-                      f"then: --block-size 64 {_written(_FINE_TUNING)}."),
-    click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
-                 help=f"Sizes, which the next four change: {', '.join(_PRESETS)}."),
-)  # fmt: skip
-@click.option("--n-layer", type=_COUNT, show_default="nano: 4", help="Blocks.")
-@click.option("--n-head", type=_COUNT, show_default="nano: 4", help="Heads; divides --n-embd.")
-@click.option("--n-embd", type=_COUNT, show_default="nano: 128", help="Channels.")
-@click.option("--block-size", type=_COUNT, show_default="nano: 64", help="Tokens of context.")
-@click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
-@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
-@click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
-@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
-@_adapter
-@click.option("--merge-every", default=0, type=_COUNT_OR_0,
-              help="Updates after which LoRA's branches join the weights and begin anew; 0: never.")
-@_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
-@click.pass_context
-def pretrain(ctx: click.Context, **options) -> None:
-    """Train a model to predict the next token of a text.
-
-    Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
-    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
-    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
-    """
-    from . import pretrain as stage
-
-    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    if options["resume"]:
-        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
-        run = stage.resume(options["resume"], options["data"])
-    else:
-        if not options["data"]:
-            click.echo("Reading Python's own documentation ...")
-        elif _names_world(options):
-            if not options["init_from"]:
-                options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
-            click.echo("Reading the world ...")
-        run = _begin(given, **options)
-    model, n, n_val = run.optimizer.model, _tokens(run.train_tokens), _tokens(run.val_tokens)
-    click.echo(
-        f"{_weights(model)}, {model.config.vocab_size:,} kinds of token; {n:,} tokens to train on, "
-        f"{n_val:,} to evaluate on"
-    )
-    _train(stage.pretrain, run)
-    if run.world is None:
-        _finish(run)
-    else:
-        _finish_world(run)
 
 
 def _names_world(options: dict, base: Path | None = None) -> bool:
@@ -273,35 +233,35 @@ def _names_world(options: dict, base: Path | None = None) -> bool:
     return any(map(is_source, options["data"]))
 
 
-def _world_of(folder: Path) -> str | None:
+def _world_of(folder: Path, wanted: str = "") -> str | None:
+    """The world that a model was trained on, or None. wanted: what to ask the user for instead of None."""
     from . import checkpoint
     from .finetune import sft
     from .pretrain import Settings
     from .world.corpus import is_source
 
+    sources = ()
     for cls in (Settings, sft.Settings):
         with contextlib.suppress(UserError):
-            return next(filter(is_source, checkpoint.read_run(folder, cls)[0].data), None)
-    return None
+            sources = checkpoint.read_run(folder, cls)[0].data
+    source = next(filter(is_source, sources), None)
+    if wanted and source is None:
+        raise UserError(f"{folder}: was trained on no world: give {wanted} as --data FILE")
+    return source
 
 
-def _tokens(part) -> int:
-    return part.size if hasattr(part, "size") else int(part.weights.sum())
-
-
-def _weights(model) -> str:
+def _train(stage: Callable, run, data: str) -> None:
+    """Says what is trained, and on which data, and runs a stage to its end, or until Ctrl-C."""
+    model, settings = run.optimizer.model, run.settings
     total, trained = model.flat.size, model.trained.flat.size
-    return f"{total:,} weights" + f", {trained:,} trained ({trained / total:.2%})" * bool(model.adapter)
-
-
-def _train(stage: Callable, run) -> None:
-    """Runs a stage to its end, or until Ctrl-C, with its progress."""
-    if run.optimizer.steps >= run.settings.train.max_iters:
+    beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
+    click.echo(f"{total:,} weights{beside}{data}")
+    if run.optimizer.steps >= settings.train.max_iters:
         click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
     try:
-        stage(run, _progress(run.settings.train.max_iters))
+        stage(run, _progress(settings.train.max_iters))
     except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command(run.settings.stage, '--resume', str(run.folder))}")
+        click.echo(f"\nStopped. To go on: {_command(settings.stage, '--resume', str(run.folder))}")
         sys.exit(130)
 
 
@@ -312,70 +272,115 @@ def _command(*words: str) -> str:
     return shlex.join([str(called) if unknown else "tinygpt", *words])
 
 
-def _refuse(names: set[str], reason: str) -> None:
-    if names:
-        written = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-        raise click.UsageError(f"{reason}: leave out {written}")
+def _saved(run, command: str) -> None:
+    """Says where a run is, and how to take up what it has trained."""
+    base = [] if run.settings.has_model else [run.settings.init_from, "--adapter-folder"]
+    click.echo(f"\nSaved in {run.folder}. Next: {_command(command, *base, str(run.folder))}")
 
 
-def _begin(given: set[str], *, preset, tokenizer, vocab_size, init_from, out, overwrite, resume, **options):
-    """A new run from the options; `given` has the names of those that the user wrote."""
+def _check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
+    """Refuses a file, and without --overwrite a folder that has a file of that name."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if name and (out / name).exists() and not overwrite:
+        raise UserError(f"{out}: has a {what}; --overwrite replaces it, --out names another folder")
+
+
+# --- training: pretrain, world, sft, label, reward, rlhf, merge ---------------------------------------------
+
+
+@main.command()
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation",
+              help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. "
+                   "world: the synthetic world that --seed makes, or the folder that tinygpt world wrote. "
+                   f"Defaults then: {_written(recipes.PRETRAIN)}.")  # fmt: skip
+@click.option("--tokenizer", default="char", metavar="char|bpe|FOLDER", help="What text is cut into.")
+@click.option("--vocab-size", default=1024, type=_COUNT, help="With --tokenizer bpe.")
+@_run_folder("out", moved=" says where the text is")
+@click.option("--init-from", type=_FOLDER,
+              help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults "
+                   f"then: --block-size 64 {_written(_FINE_TUNING)}.")  # fmt: skip
+@click.option("--preset", default="nano", type=click.Choice(_PRESETS), metavar="NAME",
+              help=f"Sizes, which the next four change: {', '.join(_PRESETS)}.")  # fmt: skip
+@click.option("--n-layer", type=_COUNT, show_default="nano: 4", help="Blocks.")
+@click.option("--n-head", type=_COUNT, show_default="nano: 4", help="Heads; divides --n-embd.")
+@click.option("--n-embd", type=_COUNT, show_default="nano: 128", help="Channels.")
+@click.option("--block-size", type=_COUNT, show_default="nano: 64", help="Tokens of context.")
+@click.option("--post-norm", is_flag=True, help="GPT-1's blocks instead of GPT-2's.")
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there is little text.")
+@click.option("--batch-size", default=12, type=_COUNT, help="Sequences at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
+@_adapter
+@click.option("--merge-every", default=0, type=_COUNT_OR_0,
+              help="Updates after which LoRA's branches join the weights and begin anew; "
+                   "0: never.")  # fmt: skip
+@_training(max_iters=4000, learning_rate=1e-3, warmup_iters=100, eval_interval=1000)
+def pretrain(**options) -> None:
+    """Train a model to predict the next token of a text.
+
+    Without options: a small model, one character at a time, on Python's own documentation, in about two
+    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
+    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
+    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
+    """
+    import numpy as np
+
     from . import pretrain as stage
+    from . import report
+    from .generate import stream
+    from .world import evaluate
+
+    run = _resume(stage, options) or _begin(stage, **options)
+    kinds = f"{run.settings.model.vocab_size:,} kinds of token"
+    parts = run.train_tokens, run.val_tokens
+    n, n_val = (part.size if run.world is None else int(part.weights.sum()) for part in parts)
+    _train(stage.pretrain, run, f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on")
+    model, world = run.optimizer.model, run.world
+    if world is None:  # a sample, which goes on from the first of the validation tokens
+        rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
+        text = "".join(stream(model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
+        click.echo(f"\nA sample:\n{text.strip()}")
+    else:  # loss above the floor by kind of document, and recall by how often a fact was told
+        click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
+        recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
+        click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
+    _saved(run, "generate")
+
+
+def _begin(stage, *, preset, init_from, out, overwrite, **options):
     from .checkpoint import read_config
     from .finetune.adapters import LEARNING_RATES
-    from .model import PRESETS
+    from .model import PRESETS, GPTConfig
 
+    given = _given()
+    if not options["data"]:
+        click.echo("Reading Python's own documentation ...")
+    elif _names_world(options):
+        if not init_from:
+            options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
+        click.echo("Reading the world ...")
+    tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
     if tokenizer != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
-    sizes = {name: options.pop(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    changes = {name: options.pop(name) for name in ("post_norm", "dropout")}
     if init_from:
         fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
         _refuse(given & fixed, "--init-from takes the model and its tokenizer as they are")
-        model = dataclasses.replace(read_config(init_from), dropout=changes["dropout"])
-        block_size = sizes.get("block_size", min(64, model.block_size))
+        model = dataclasses.replace(read_config(init_from), dropout=options["dropout"])
         options |= {name: value for name, value in _FINE_TUNING.items() if name not in given}
     else:
-        model = dataclasses.replace(PRESETS[preset], **sizes, **changes)
-        block_size = model.block_size
-    adapter = _adapter_config(given, options, model.n_embd)
-    if not init_from and adapter.kind:
+        model = dataclasses.replace(PRESETS[preset], **_fields(GPTConfig, options))
+    adapter = _adapter_config(options, model.n_embd)
+    if adapter.kind and not init_from:
         if adapter.kind != "lora":
             raise click.UsageError(f"--adapter {adapter.kind} needs a trained model: give it as --init-from")
         adapter = dataclasses.replace(adapter, full=True)
-    elif init_from and adapter.kind and "learning_rate" not in given:
+    elif adapter.kind and "learning_rate" not in given:
         options["learning_rate"] = LEARNING_RATES[adapter.kind]
-    if "block_size" not in given:
-        block_size = min(block_size, max(1, model.block_size - adapter.prompt_length))
-    train = _train_config(options)
-    settings = stage.Settings(model=model, train=train, block_size=block_size, adapter=adapter, **options)
-    return stage.begin(
-        out, settings, tokenizer=tokenizer, vocab_size=vocab_size, init_from=init_from, overwrite=overwrite
-    )
-
-
-def _finish(run) -> None:
-    """A sample, which goes on from the first of the validation tokens, and what to run next."""
-    import numpy as np
-
-    from .generate import stream
-
-    rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
-    text = "".join(stream(run.optimizer.model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
-    click.echo(f"\nA sample:\n{text.strip()}\n")
-    click.echo(f"Saved in {run.folder}. Next: {_command('generate', *_where(run))}")
-
-
-def _where(run) -> list[str]:
-    """The arguments of a command that takes up what a run has trained."""
-    settings = run.settings
-    if not settings.has_model:
-        return [settings.init_from, "--adapter-folder", str(run.folder)]
-    return [str(run.folder)]
-
-
-# --- tinygpt world ------------------------------------------------------------------------------------------
+    room = max(1, model.block_size - adapter.prompt_length)
+    options["block_size"] = options["block_size"] or min(room, 64 if init_from else room)
+    settings = _settings(stage, options, model=model, adapter=adapter)
+    how = {"tokenizer": tokenizer, "vocab_size": vocab_size, "init_from": init_from}
+    return stage.begin(out, settings, **how, overwrite=overwrite)
 
 
 @main.command()
@@ -383,8 +388,7 @@ def _where(run) -> list[str]:
 @click.option("--permuted", is_flag=True, help="The same people with other answers.")
 @click.option("--documents", default=133_000, type=_COUNT, help="In the corpus, beside the refrains.")
 @click.option("--vocab-size", default=2048, type=_COUNT, help="To count tokens with.")
-@click.option("--out", default="world", type=click.Path(path_type=Path), help="Folder for the files.")
-@click.option("--overwrite", is_flag=True, help="Replace the world that is there.")
+@_out("world", "world", holds="the files")
 def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
     """Write the synthetic world: invented people, and text and questions about them.
 
@@ -393,10 +397,7 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     from .world import World, corpus
     from .world.evaluate import gaps
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out names a folder")
-    if (out / corpus.MARK).exists() and not overwrite:
-        raise UserError(f"{out}: has a world; --overwrite replaces it, --out names another folder")
+    _check_out(out, corpus.MARK, "world", overwrite)
     found = corpus.draw(World(seed, permuted), documents=documents)
     corpus.write(out, found)
     tokenizer = corpus.train_tokenizer(found, vocab_size)
@@ -411,89 +412,82 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
 
 
-def _finish_world(run) -> None:
-    """Loss above the floor by kind of document, recall by how often a fact was told, and what to run next."""
-    from . import report
-    from .world import evaluate
-
-    model, world = run.optimizer.model, run.world
-    click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
-    recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
-    click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
-    click.echo(f"\nSaved in {run.folder}. Next: {_command('generate', *_where(run))}")
-
-
-# --- tinygpt sft --------------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
-                      "world: what the base's world, or the folder of tinygpt world, has for tuning. "
-                      f"Defaults then: {_written(recipes.SFT)}."),
-    click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
-                 help="The same, to evaluate on."),
-    click.option("--out", default="sft", type=click.Path(path_type=Path), help="Folder for the model."),
-    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
-    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Go on with the run there, with its settings. --data says where the examples are now."),
-    click.option("--show", type=_COUNT, help="Print so many examples, token by token, and stop."),
-    click.option("--no-packing", is_flag=True, help="A row for each example, instead of several to a row."),
-    click.option("--block-size", type=_COUNT, show_default="256, or the model's if less",
-                 help="Tokens of a row; longer examples are left out."),
-    click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time."),
-    click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update."),
-    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples."),
-    click.option("--adapter-folder", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Begin with the adapter there, and train it on; instead of --adapter."),
-)  # fmt: skip
+@click.option("--init-from", type=_FOLDER,
+              help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text "
+                   "token.")  # fmt: skip
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. '
+                   "world: what the base's world, or the folder of tinygpt world, has for tuning. "
+                   f"Defaults then: {_written(recipes.SFT)}.")  # fmt: skip
+@click.option("--val-data", multiple=True, metavar="FILE", show_default="a tenth of --data",
+              help="The same, to evaluate on.")  # fmt: skip
+@_run_folder("sft", moved=" says where the examples are")
+@click.option("--show", type=_COUNT, help="Print so many examples, token by token, and stop.")
+@click.option("--no-packing", is_flag=True, help="A row for each example, instead of several to a row.")
+@click.option("--block-size", type=_COUNT, show_default="256, or the model's if less",
+              help="Tokens of a row; longer examples are left out.")  # fmt: skip
+@click.option("--batch-size", default=8, type=_COUNT, help="Rows at a time.")
+@click.option("--gradient-accumulation-steps", default=1, type=_COUNT, help="Batches an update.")
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few examples.")
+@click.option("--adapter-folder", type=_FOLDER,
+              help="Begin with the adapter there, and train it on; instead of --adapter.")  # fmt: skip
 @_adapter
-@_training(
-    max_iters=200, learning_rate="5e-4 at a million weights, less by the root of their number; an adapter's",
-    warmup_iters=10, eval_interval=50,
-)  # fmt: skip
-@click.pass_context
-def sft(ctx: click.Context, **options) -> None:
+@_training(max_iters=200, learning_rate=None, warmup_iters=10, eval_interval=50,
+           rate="5e-4 at a million weights, less by the root of their number; an adapter's")  # fmt: skip
+def sft(**options) -> None:
     """Tune a model to follow instructions: train it on prompts and their completions.
 
     The loss is that of the completions and of the end-of-text token after each. Ctrl-C saves, --resume goes
     on. `tinygpt chat` talks with the result.
     """
+    from .evaluate import answers
     from .finetune import sft as stage
+    from .finetune.adapters import nearest
+    from .train import weight_change
 
-    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     is_world = _names_world(options, options["init_from"])
-    if options["resume"]:
-        _refuse(given - {"resume", "data", "val_data"}, "--resume takes all settings from its folder")
-        run = stage.resume(options["resume"], options["data"], options["val_data"])
-    elif not options["init_from"] or not options["data"]:
-        raise click.UsageError("give the model to tune as --init-from and the examples as --data")
-    elif options["show"]:
+    needs = "give the model to tune as --init-from and the examples as --data"
+    run = _resume(stage, options, needs, ("data", "val_data"))
+    if run is None and options["show"]:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
-    else:
-        if is_world:
-            options["val_data"] = options["val_data"] or options["data"]
-            adapted = {"learning_rate"} if given & {"adapter", "adapter_folder"} else set()  # has its own
-            options |= {name: v for name, v in recipes.SFT.items() if name not in given | adapted}
-        run = _begin_sft(given, **options)
-    _describe(run)
-    _train(stage.sft, run)
-    _finish_sft(run)
+    run = run or _begin_sft(stage, is_world, **options)
+    rows, _, count, questions, dropped, _ = run.examples
+    block_size, learned = run.settings.block_size, int(rows.weights.sum())
+    data = f"; {count:,} examples in {len(rows.ids):,} rows of {block_size}, {learned:,} tokens of them "
+    data += f"learned; {len(questions):,} examples to evaluate on"
+    if dropped:
+        data += f"\nLeft out, as longer than --block-size {block_size}: {dropped:,}"
+    _train(stage.sft, run, data)
+    model, asked = run.optimizer.model, [example.messages for example in questions[:3]]
+    if run.before is not None:
+        click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
+    if run.settings.adapter.kind in ("ptuning", "prompt"):
+        click.echo("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
+        for i, ids in enumerate(nearest(model).tolist()):
+            shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
+            click.echo(f"  {i:3}  {shown}")
+    _show_tasks(run)
+    found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
+    for (*before, expected), answer in zip(asked, found, strict=True):
+        question = before[-1]["content"].strip() if before else ""
+        click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
+        click.echo(f"  (in the data: {expected['content'].strip()})")
+    _saved(run, "chat")
 
 
-def _begin_sft(
-    given, *, init_from, adapter_folder, data, val_data, out, overwrite, resume, show, no_packing, **options
-):
+def _begin_sft(stage, is_world: bool, *, init_from, adapter_folder, out, overwrite, **options):
     from .checkpoint import read_config
     from .finetune import adapters
-    from .finetune import sft as stage
 
-    model = dataclasses.replace(read_config(init_from), dropout=options.pop("dropout"))
-    adapter = _adapter_config(given, options, model.n_embd)
+    given = _given()
+    if is_world:
+        options["val_data"] = options["val_data"] or options["data"]
+        adapted = {"learning_rate"} if given & {"adapter", "adapter_folder"} else set()  # has its own
+        options |= {name: v for name, v in recipes.SFT.items() if name not in given | adapted}
+    model = dataclasses.replace(read_config(init_from), dropout=options["dropout"])
+    adapter = _adapter_config(options, model.n_embd)
     if adapter_folder:
         _refuse(given & {"adapter"}, "--adapter-folder has an adapter")
         adapter = adapters.load_model(init_from, adapter_folder)[0].adapter.config
@@ -501,14 +495,9 @@ def _begin_sft(
     options["block_size"] = options["block_size"] or min(256, room)
     if options["learning_rate"] is None:
         options["learning_rate"] = stage.learning_rate(model, adapter.kind)
-    train = _train_config(options)
-    settings = stage.Settings(
-        model=model, train=train, data=data, val_data=val_data, packing=not no_packing, adapter=adapter,
-        **options,
-    )  # fmt: skip
-    return stage.begin(
-        out, settings, init_from=init_from, adapter_folder=adapter_folder, overwrite=overwrite
-    )
+    settings = _settings(stage, options, model=model, adapter=adapter, packing=not options["no_packing"])
+    how = {"init_from": init_from, "adapter_folder": adapter_folder, "overwrite": overwrite}
+    return stage.begin(out, settings, **how)
 
 
 def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
@@ -524,40 +513,6 @@ def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
             click.echo(f"  {'learned' if is_learned else '-':8}{i:6}  {_shown(found.tokens[i])}")
 
 
-def _describe(run) -> None:
-    train, _, count, questions, dropped, _ = run.examples
-    weights, block_size = _weights(run.optimizer.model), run.settings.block_size
-    click.echo(
-        f"{weights}; {count:,} examples in {len(train.ids):,} rows of {block_size}, "
-        f"{int(train.weights.sum()):,} tokens of them learned; {len(questions):,} examples to evaluate on"
-    )
-    if dropped:
-        click.echo(f"Left out, as longer than --block-size {block_size}: {dropped:,}")
-
-
-def _finish_sft(run) -> None:
-    """How far the weights moved, answers to questions it was not trained on, and what to run next."""
-    from .evaluate import answers
-    from .finetune.adapters import nearest
-    from .train import weight_change
-
-    model, asked = run.optimizer.model, [example.messages for example in run.examples.questions[:3]]
-    if run.before is not None:
-        click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
-    if run.settings.adapter.kind in ("ptuning", "prompt"):
-        click.echo("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
-        for i, ids in enumerate(nearest(model).tolist()):
-            shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
-            click.echo(f"  {i:3}  {shown}")
-    _show_tasks(run)
-    found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
-    for (*before, expected), answer in zip(asked, found, strict=True):
-        question = before[-1]["content"].strip() if before else ""
-        click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
-        click.echo(f"  (in the data: {expected['content'].strip()})")
-    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', *_where(run))}")
-
-
 def _show_tasks(run) -> None:
     """How well a model that was tuned on a world does its tasks, on people and problems of no tuning set."""
     from . import report
@@ -568,14 +523,11 @@ def _show_tasks(run) -> None:
         click.echo(f"\n{report.scores(found)}")
 
 
-# --- tinygpt label ------------------------------------------------------------------------------------------
-
-
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_FOLDER)
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
               help='JSON Lines: {"prompt": "..."}; or a folder of tinygpt world, or world:SEED.')  # fmt: skip
-@click.option("--out", default="comparisons.jsonl", type=click.Path(path_type=Path), help="The file.")
+@click.option("--out", default="comparisons.jsonl", type=_PATH, help="The file.")
 @click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer.")
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of prompts and answers.")
 def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) -> None:
@@ -591,9 +543,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     from .finetune import rlhf as stage
 
     model, tokenizer = checkpoint.load(folder)
-    data = data or _world_of(folder)
-    if data is None:
-        raise UserError(f"{folder}: was trained on no world: give prompts as --data FILE")
+    data = data or _world_of(folder, "prompts")
     done = len(judging.read_file(out)) if out.exists() else 0
     prompts = [item["prompt"] for item in stage.read_prompts(data)]
     order = np.random.default_rng(seed).permutation(len(prompts))
@@ -610,43 +560,34 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             key = click.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key in ("q", "\x03", "\x04"):
             break
-        if key == "s":
-            continue
-        chosen, rejected = pair if key == "1" else pair[::-1]
-        with open(out, "a", encoding="utf-8") as file:
+        if key != "s":
+            chosen, rejected = pair if key == "1" else pair[::-1]
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        done += 1
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            done += 1
     click.echo(f"{done} comparisons in {out}. Next, a judge or without one:")
     for words in (["reward"], ["rlhf", "--algo", "dpo"]):
         click.echo("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
 
 
-# --- tinygpt reward -----------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="The model that becomes the judge: one that was tuned to instructions."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: '
-                      "what simulated people prefer of the model's own answers, in the world that it knows."),
-    click.option("--comparisons", default=recipes.REWARD["comparisons"], type=_COUNT,
-                 help="Of simulated people."),
-    click.option("--error", default=0.1, type=_RATE, help="The rate of their slips."),
-    click.option("--out", default="reward", type=click.Path(path_type=Path), help="Folder for the model."),
-    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
-    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Go on with the run there, with its settings. --data: where the file is now."),
-    click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts."),
-    click.option("--batch-size", default=recipes.REWARD["batch_size"], type=_COUNT,
-                 help="Comparisons at a time."),
-    click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few."),
-)  # fmt: skip
-@_training(**_schedule(recipes.REWARD))
-@click.pass_context
-def reward(ctx: click.Context, **options) -> None:
+@click.option("--init-from", type=_FOLDER,
+              help="The model that becomes the judge: one that was tuned to instructions.")  # fmt: skip
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: what '
+                   "simulated people prefer of the model's own answers, in the world that "
+                   "it knows.")  # fmt: skip
+@click.option("--comparisons", default=recipes.REWARD["comparisons"], type=_COUNT,
+              help="Of simulated people.")  # fmt: skip
+@click.option("--error", default=0.1, type=_RATE, help="The rate of their slips.")
+@_run_folder("reward", moved=": where the file is")
+@click.option("--block-size", default=128, type=_COUNT, help="Tokens of a row, with several texts.")
+@click.option("--batch-size", default=recipes.REWARD["batch_size"], type=_COUNT,
+              help="Comparisons at a time.")  # fmt: skip
+@click.option("--dropout", default=0.0, type=_RATE, help="Helps where there are few.")
+@_training(**recipes.REWARD)
+def reward(**options) -> None:
     """Train a judge of answers on comparisons: which of two answers people preferred.
 
     It is the model with one number as its result; before an answer it reads what the model itself answers, so
@@ -655,59 +596,18 @@ def reward(ctx: click.Context, **options) -> None:
     fact that is. Ctrl-C saves, --resume goes on.
     """
     from .finetune import reward as stage
-
-    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    if options["resume"]:
-        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
-        run = stage.resume(options["resume"], options["data"])
-    elif not options["init_from"] or not options["data"]:
-        raise click.UsageError("give the model as --init-from and the comparisons as --data")
-    else:
-        run = _begin_reward(**options)
-    sizes = f"{len(run.train):,} comparisons, {len(run.val):,} to evaluate on"
-    click.echo(f"{_weights(run.optimizer.model)}; {sizes}")
-    _train(stage.reward, run)
-    _finish_reward(run)
-
-
-def _begin_reward(*, init_from, data, comparisons, error, out, overwrite, resume, dropout, **options):
-    from . import checkpoint, runs
-    from .finetune import reward as stage
     from .world import corpus
 
-    runs.check_folder(out, overwrite)
-    config = dataclasses.replace(checkpoint.read_config(init_from), dropout=dropout)
-    if data == ("world",):
-        known = _world_of(init_from) or ("world" if Path("world").exists() else None)
-        if known is None:
-            raise UserError(f"{init_from}: was trained on no world: give comparisons as --data FILE")
-        data = (known,)
-    if any(map(corpus.is_source, data)):
-        if len(data) > 1:
-            raise UserError(f"{', '.join(data)}: name one world, or only files")
-        model, tokenizer = checkpoint.load(init_from)
-        world = corpus.world_of(data[0])
-        click.echo("Asking the model, and simulated people ...")
-        people = stage.taught_by(world)
-        found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
-        out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
-        data = (out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl",)
-        stage.write_file(data[0], found)
-    train = _train_config(options)
-    settings = stage.Settings(model=config, train=train, data=data, **options)
-    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
-
-
-def _finish_reward(run) -> None:
-    from .finetune import reward as stage
-    from .world import corpus
-
+    needs = "give the model as --init-from and the comparisons as --data"
+    run = _resume(stage, options, needs) or _begin_reward(stage, **options)
+    _train(stage.reward, run, f"; {len(run.train):,} comparisons, {len(run.val):,} to evaluate on")
     found = stage.judged(run.judge, run.val)
+    in_world = any(found.by_kind)
     click.echo(f"\nThe preferred answer has the higher score: {found.right}.")
-    if any(found.by_kind):
+    if in_world:
         click.echo(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
     click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
-    source = _world_of(Path(run.settings.init_from)) if any(found.by_kind) else None
+    source = _world_of(Path(run.settings.init_from)) if in_world else None
     if source:
         world = corpus.world_of(source)
         people = world.people("known", "eval") + world.people("never", "eval")
@@ -719,117 +619,111 @@ def _finish_reward(run) -> None:
     click.echo(f"\nSaved in {run.folder}.")
 
 
-# --- tinygpt rlhf -------------------------------------------------------------------------------------------
+def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
+    from . import checkpoint, runs
+    from .world import corpus
+
+    runs.check_folder(out, overwrite)
+    config = dataclasses.replace(checkpoint.read_config(init_from), dropout=options["dropout"])
+    if data == ("world",):
+        data = (_world_of(init_from, "" if Path("world").exists() else "comparisons") or "world",)
+    if any(map(corpus.is_source, data)):
+        if len(data) > 1:
+            raise UserError(f"{', '.join(data)}: name one world, or only files")
+        model, tokenizer = checkpoint.load(init_from)
+        world = corpus.world_of(data[0])
+        click.echo("Asking the model, and simulated people ...")
+        people = stage.taught_by(world)
+        found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
+        out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
+        data = (out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl",)
+        stage.write_file(data[0], found)
+    settings = _settings(stage, options, model=config, data=data)
+    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
 
 
 @main.command()
-@_options(
-    click.option("--init-from", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="The model to steer, from tinygpt sft; it stays as it is, as the reference."),
-    click.option("--reward-model", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="The judge, from tinygpt reward; dpo has none."),
-    click.option("--data", multiple=True, metavar="FILE",
-                 help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
-                      "world: questions about people of the base's world."),
-    click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo"))),
-    click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
-                 help="What a nat of KL to the reference costs."),
-    click.option("--num-prompts", default=16, type=_COUNT, help="Of an update."),
-    click.option("--num-generations", default=8, type=_COUNT, help="Answers to each."),
-    click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer."),
-    click.option("--num-iterations", default=1, type=_COUNT, help="Updates from the same answers."),
-    click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities."),
-    click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values."),
-    click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss."),
-    click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count."),
-    click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE."),
-    click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
-                 f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
-                 help="Weight of the loss of the tuning's examples, learned beside."),
-    click.option("--ptx-data", multiple=True, metavar="FILE", show_default="the world of --data",
-                 help="These examples: as tinygpt sft takes them; repeat."),
-    click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update."),
-    click.option("--out", default="rlhf", type=click.Path(path_type=Path), help="Folder for the model."),
-    click.option("--overwrite", is_flag=True, help="Replace the model that is there."),
-    click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-                 help="Go on with the run there, with its settings. --data: where the file is now."),
-)  # fmt: skip
+@click.option("--init-from", type=_FOLDER,
+              help="The model to steer, from tinygpt sft; it stays as it is, as the reference.")  # fmt: skip
+@click.option("--reward-model", type=_FOLDER, help="The judge, from tinygpt reward; dpo has none.")
+@click.option("--data", multiple=True, metavar="FILE",
+              help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. '
+                   "world: questions about people of the base's world.")  # fmt: skip
+@click.option("--algo", default="rloo", type=click.Choice(("reinforce", "rloo", "ppo", "grpo", "dpo")))
+@click.option("--beta", default=recipes.RLHF["beta"], type=_REAL,
+              help="What a nat of KL to the reference costs.")  # fmt: skip
+@click.option("--num-prompts", default=16, type=_COUNT, help="Of an update.")
+@click.option("--num-generations", default=8, type=_COUNT, help="Answers to each.")
+@click.option("--max-new-tokens", default=16, type=_COUNT, help="Of an answer.")
+@click.option("--num-iterations", default=1, type=_COUNT, help="Updates from the same answers.")
+@click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities.")
+@click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values.")
+@click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss.")
+@click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count.")
+@click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE.")
+@click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
+              f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
+              help="Weight of the loss of the tuning's examples, learned beside.")  # fmt: skip
+@click.option("--ptx-data", multiple=True, metavar="FILE", show_default="the world of --data",
+              help="These examples: as tinygpt sft takes them; repeat.")  # fmt: skip
+@click.option("--batch-size", default=32, type=_COUNT, help="dpo: comparisons of an update.")
+@_run_folder("rlhf", moved=": where the file is")
 @_adapter
-@_training(**_schedule(recipes.RLHF))
-@click.pass_context
-def rlhf(ctx: click.Context, **options) -> None:
+@_training(**recipes.RLHF)
+def rlhf(**options) -> None:
     """Steer a tuned model by a judge of its answers: sample, score, make what scored well likelier.
 
     Shows the reward, in a world also what people would truly feel (gold), the exact KL to the reference, the
     entropy, and how many answers differ. Ctrl-C saves, --resume goes on.
     """
-    from . import checkpoint
-    from .finetune import rlhf as stage
-    from .world.corpus import is_source
-
-    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    _names_world(options, options["init_from"])
-    if options["resume"]:
-        _refuse(given - {"resume", "data"}, "--resume takes all settings from its folder")
-        run = stage.resume(options["resume"], options["data"])
-    elif not options["init_from"] or not options["data"]:
-        raise click.UsageError("give the model as --init-from and the prompts as --data")
-    elif (options["algo"] == "dpo") == bool(options["reward_model"]):
-        raise click.UsageError("give the judge as --reward-model, for dpo none: it learns from comparisons")
-    else:
-        model = checkpoint.read_config(options["init_from"])
-        adapter = _adapter_config(given, options, model.n_embd)
-        if options["algo"] == "dpo":
-            _refuse(given & {"ptx_coef", "ptx_data"}, "dpo learns from comparisons alone")
-        options["ptx_data"] = options["ptx_data"] or tuple(filter(is_source, options["data"]))
-        if not options["ptx_data"]:
-            _refuse(given & {"ptx_coef"}, "give the examples as --ptx-data")
-            options["ptx_coef"] = 0.0
-        fields = {name: options[name] for name in stage.Config.__dataclass_fields__}
-        settings = stage.Settings(
-            model=model, train=_train_config(options), rl=stage.Config(**fields), adapter=adapter,
-            data=options["data"], reward_from=str(options["reward_model"] or ""),
-            ptx_data=options["ptx_data"],
-            batch_size=options["batch_size"], block_size=model.block_size - adapter.prompt_length,
-        )  # fmt: skip
-        run = stage.begin(
-            options["out"], settings, init_from=options["init_from"], overwrite=options["overwrite"]
-        )
-    click.echo(f"{_weights(run.optimizer.model)}; {len(run.prompts or run.comparisons):,} prompts")
-    _train(stage.rlhf, run)
-    _finish_rlhf(run)
-
-
-def _finish_rlhf(run) -> None:
-    """Answers drawn from the model as it is now, its tasks if it knows a world, and what to run next."""
     import numpy as np
 
     from . import instructions
-    from .finetune.rlhf import sample
+    from .finetune import rlhf as stage
 
-    rows = (run.prompts or [c._asdict() for c in run.comparisons])[:3]
-    asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows]
-    found = sample(run.optimizer.model, run.tokenizer, asked, 2, 24, np.random.default_rng(0))
-    for n, row in enumerate(rows):
+    _names_world(options, options["init_from"])
+    needs = "give the model as --init-from and the prompts as --data"
+    run = _resume(stage, options, needs) or _begin_rlhf(stage, **options)
+    rows = run.prompts or [comparison._asdict() for comparison in run.comparisons]
+    _train(stage.rlhf, run, f"; {len(rows):,} prompts")
+    asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows[:3]]
+    found = stage.sample(run.optimizer.model, run.tokenizer, asked, 2, 24, np.random.default_rng(0))
+    for n, row in enumerate(rows[:3]):
         click.echo(f"\n> {row['prompt']}\n" + "\n".join(found.answers[2 * n : 2 * n + 2]))
     _show_tasks(run)
-    click.echo(f"\nSaved in {run.folder}. Next: {_command('chat', *_where(run))}")
+    _saved(run, "chat")
 
 
-# --- tinygpt merge ------------------------------------------------------------------------------------------
+def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
+    from .checkpoint import read_config
+    from .world.corpus import is_source
+
+    if (options["algo"] == "dpo") == bool(reward_model):
+        raise click.UsageError("give the judge as --reward-model, for dpo none: it learns from comparisons")
+    model = read_config(init_from)
+    adapter = _adapter_config(options, model.n_embd)
+    if options["algo"] == "dpo":
+        _refuse(_given() & {"ptx_coef", "ptx_data"}, "dpo learns from comparisons alone")
+    options["ptx_data"] = options["ptx_data"] or tuple(filter(is_source, options["data"]))
+    if not options["ptx_data"]:
+        _refuse(_given() & {"ptx_coef"}, "give the examples as --ptx-data")
+        options["ptx_coef"] = 0.0
+    settings = _settings(
+        stage, options, model=model, adapter=adapter, block_size=model.block_size - adapter.prompt_length,
+        rl=stage.Config(**_fields(stage.Config, options)), reward_from=str(reward_model or ""),
+    )  # fmt: skip
+    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
 
 
 _adapter_folder = click.option(
-    "--adapter-folder", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="An adapter that was trained beside this model.",
-)  # fmt: skip
+    "--adapter-folder", type=_FOLDER, help="An adapter that was trained beside this model."
+)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_FOLDER)
 @_adapter_folder
-@click.option("--out", default="merged", type=click.Path(path_type=Path), help="Folder for the model.")
-@click.option("--overwrite", is_flag=True, help="Replace the model that is there.")
+@_out("merged")
 def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
     """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, as fast as that one."""
     from . import checkpoint, runs
@@ -845,15 +739,15 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 
-# --- tinygpt generate, tinygpt chat -------------------------------------------------------------------------
+# --- a trained model: generate, chat, fewshot; tokenizer ----------------------------------------------------
 
 
-def _sampling(max_new_tokens: int, stop: str | None, shown: str, required: bool = True):
-    """The arguments that generate and chat share; the defaults in which they differ."""
+def _sampling(stop: str | None, shown: str, required: bool = True):
+    """The arguments that generate and chat share."""
     return _options(
-        click.argument("folder", type=click.Path(path_type=Path), required=required),
+        click.argument("folder", type=_FOLDER, required=required),
         _adapter_folder,
-        click.option("--max-new-tokens", default=max_new_tokens, type=click.IntRange(0), help="The length."),
+        click.option("--max-new-tokens", default=200, type=click.IntRange(0), help="The length."),
         click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
         click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
         click.option("--top-p", default=1.0, type=click.FloatRange(0, 1, min_open=True),
@@ -863,9 +757,8 @@ def _sampling(max_new_tokens: int, stop: str | None, shown: str, required: bool 
     )  # fmt: skip
 
 
-def _speaker(folder: Path, adapter_folder: Path | None, max_new_tokens: int, seed: int, **sampling):
-    """The model, the tokenizer, and a function from a prompt's ids to its continuation, piece by piece, up to
-    a text."""
+def _speaker(folder: Path, adapter_folder: Path | None, seed: int, **sampling):
+    """The model, the tokenizer, and a function from ids and a text to their continuation up to that text."""
     import numpy as np
 
     from .finetune.adapters import load_model
@@ -873,11 +766,7 @@ def _speaker(folder: Path, adapter_folder: Path | None, max_new_tokens: int, see
 
     model, tokenizer = load_model(folder, adapter_folder)
     sampling["rng"] = np.random.default_rng(seed)
-
-    def continuation(ids: np.ndarray, stop: str) -> Iterable[str]:
-        return until(stream(model, tokenizer, ids, max_new_tokens, **sampling), stop)
-
-    return model, tokenizer, continuation
+    return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
 
 
 def _from_stdin(read: Callable[[], str]) -> str:
@@ -888,7 +777,7 @@ def _from_stdin(read: Callable[[], str]) -> str:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop="", shown="none")
+@_sampling(stop="", shown="none")
 @click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
 @click.option("--num-samples", default=1, type=click.IntRange(1), help="How many, a line of dashes between.")
 def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
@@ -911,14 +800,11 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
 
 
 @main.command()
-@_sampling(max_new_tokens=200, stop=None, shown="a blank line; none after tinygpt sft", required=False)
-@click.option("--story", "told", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Talk to a model of the story there instead.")  # fmt: skip
+@_sampling(stop=None, shown="a blank line; none after tinygpt sft", required=False)
+@click.option("--story", "told", type=_FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
-@click.pass_context
-def chat(ctx: click.Context, folder: Path | None, told: Path | None, stage: str, compare: str | None,
-         stop: str | None, adapter_folder: Path | None, **options) -> None:  # fmt: skip
+def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
@@ -928,7 +814,7 @@ def chat(ctx: click.Context, folder: Path | None, told: Path | None, stage: str,
 
     if (folder is None) == (told is None):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
-    chose = ctx.get_parameter_source("stage") is ParameterSource.COMMANDLINE
+    chose = "stage" in _given()
     if told is None:
         if compare or chose:
             raise click.UsageError("--stage and --compare are for --story")
@@ -973,11 +859,10 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
         if not tuned:
             new = tokenizer.encode(line + "\n")
             return np.concatenate([context, new])[-max(size, len(new)) :]
-        while True:
-            ids = instructions.prompt(tokenizer, [*said, {"role": "user", "content": line}])
-            if len(ids) <= size // 2 or not said:  # the other half is for the answer
-                return ids
-            del said[:2]
+        turn = {"role": "user", "content": line}
+        while said and len(instructions.prompt(tokenizer, [*said, turn])) > size // 2:
+            del said[:2]  # the other half is for the answer
+        return instructions.prompt(tokenizer, [*said, turn])
 
     def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
         nonlocal context
@@ -992,33 +877,27 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
     return lambda line: spoken(line, asked(line))
 
 
-# --- tinygpt fewshot ----------------------------------------------------------------------------------------
-
-
 @main.command()
-@_options(
-    click.argument("folder", type=click.Path(path_type=Path)),
-    _adapter_folder,
-    click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-                 help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
-                      "the folder of tinygpt world, or world:SEED."),
-    click.option("--task", default="mappings",
-                 type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
-                 help="Of the world. mappings: words whose labels are drawn anew for each prompt."),
-    click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
-                 help="Examples before the question; repeat."),
-    click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
-                 show_default="chat after tinygpt sft, else as the world has it",
-                 help="How questions and answers are written down; chat: as earlier turns."),
-    click.option("--control", default="", show_default="none",
-                 type=click.Choice(("", "shuffled", "unseen", "reordered")), metavar="NAME",
-                 help="Of mappings: shuffled labels, an unseen word asked for, or reordered examples."),
-    click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices."),
-    click.option("--count", default=500, type=_COUNT, help="Questions."),
-    click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file."),
-)  # fmt: skip
-def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, shots, style, control, free,
-            count, seed) -> None:  # fmt: skip
+@click.argument("folder", type=_FOLDER)
+@_adapter_folder
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
+                   "the folder of tinygpt world, or world:SEED.")  # fmt: skip
+@click.option("--task", default="mappings",
+              type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
+              help="Of the world. mappings: words whose labels are drawn anew for each prompt.")  # fmt: skip
+@click.option("--shots", multiple=True, type=_COUNT_OR_0, default=(0, 1, 2, 4, 8),
+              help="Examples before the question; repeat.")  # fmt: skip
+@click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
+              show_default="chat after tinygpt sft, else as the world has it",
+              help="How questions and answers are written down; chat: as earlier turns.")  # fmt: skip
+@click.option("--control", type=click.Choice(("", "shuffled", "unseen", "reordered")), default="",
+              show_default="none", metavar="NAME", help="Of mappings: shuffled labels, an unseen word asked "
+                                                        "for, or reordered examples.")  # fmt: skip
+@click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices.")
+@click.option("--count", default=500, type=_COUNT, help="Questions.")
+@click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the examples drawn from a file.")
+def fewshot(folder, adapter_folder, data, task, shots, style, control, free, count, seed) -> None:
     """Ask the model in FOLDER with examples before the question: no weight changes.
 
     A row for each number of examples: how often the answer is right, of the choices the likeliest, or what
@@ -1032,9 +911,7 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
     model, tokenizer = load_model(folder, adapter_folder)
     usual = "table" if task == "mappings" else "arrow"  # as the corpus has them
     style = style or ("chat" if instructions.is_tuned(tokenizer) else usual)
-    data = data or _world_of(folder)
-    if data is None:
-        raise UserError(f"{folder}: was trained on no world: give questions as --data FILE")
+    data = data or _world_of(folder, "questions")
     world = corpus.world_of(data) if corpus.is_source(data) else None
     if control and (world is None or task != "mappings"):
         raise click.UsageError("--control is for --task mappings")
@@ -1055,30 +932,24 @@ def fewshot(folder: Path, adapter_folder: Path | None, data: str, task: str, sho
     click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
 
 
-# --- tinygpt tokenizer --------------------------------------------------------------------------------------
-
-
 @main.group()
 def tokenizer() -> None:
     """Train a byte-level BPE, or see how a text is split."""
 
 
 @tokenizer.command("train")
-@_data
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
+              "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
 @click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, 1 end of text, merges.")
-@click.option("--out", default="tokenizer", type=click.Path(path_type=Path), help="Folder for the files.")
-@click.option("--overwrite", is_flag=True, help="Replace the tokenizer that is there.")
+@_out("tokenizer", "tokenizer", holds="the files")
 def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
     """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
     from .data import documents, joined
     from .tokenizer import BPETokenizer
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out names a folder")
     if (out / "config.json").exists():
         raise UserError(f"{out}: has a model, which another tokenizer makes unusable; name another folder")
-    if (out / "tokenizer.json").exists() and not overwrite:
-        raise UserError(f"{out}: has a tokenizer; --overwrite replaces it, --out names another folder")
+    _check_out(out, "tokenizer.json", "tokenizer", overwrite)
     texts = documents(data)
     found = BPETokenizer.train(joined(texts), vocab_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -1089,7 +960,7 @@ def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite
 
 
 @tokenizer.command("show")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_FOLDER)
 @click.argument("text")
 def tokenizer_show(folder: Path, text: str) -> None:
     """Show how the tokenizer in FOLDER splits TEXT: its pieces, each merge in turn, the ids.
@@ -1116,12 +987,13 @@ def _shown(token: bytes) -> str:
     return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
 
 
-# --- tinygpt story ------------------------------------------------------------------------------------------
+# --- all stages, measured: story, claims --------------------------------------------------------------------
+
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
 @click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; too short for RLHF.")
-@click.option("--out", default="story", type=click.Path(path_type=Path), help="Folder for all that is made.")
+@click.option("--out", default="story", type=_PATH, help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     """A GPT's whole life in a small invented world: each stage, and what it changed. Ten minutes.
@@ -1130,12 +1002,11 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.
     Ctrl-C loses the stage under way, and the same command goes on. Then: tinygpt chat --story
     """
-    from . import kernels, report
+    from . import kernels, page, report
     from . import story as stages
     from .lab import Lab
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out names a folder")
+    _check_out(out)
     if not quick and kernels.backend().__name__ != kernels.__name__:
         click.echo("Without the C core this takes well over an hour; --quick takes a quarter of that.")
     began = time.perf_counter()
@@ -1161,26 +1032,14 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
         sys.exit(130)
     click.echo(f"\n{report.story(found['stages'])}\n\nIn {_clock(time.perf_counter() - began)}.")
     if not no_report:
-        _report(found, out)
+        try:
+            (out / "report.html").write_text(page.html(found), encoding="utf-8")
+            click.echo(f"The curves are in {out / 'report.html'}.")
+        except ImportError:
+            click.echo("The curves, report.html, need matplotlib: pip install '.[plots]'; "
+                       "then the same command.")  # fmt: skip
     click.echo(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
     sys.exit(any("failed" in one for one in found["stages"].values()))
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
-def _report(found: dict, out: Path) -> None:
-    from . import page
-
-    try:
-        (out / "report.html").write_text(page.html(found), encoding="utf-8")
-        click.echo(f"The curves are in {out / 'report.html'}.")
-    except ImportError:
-        click.echo("The curves, report.html, need matplotlib: pip install '.[plots]'; then the same command.")
-
-
-# --- tinygpt claims -----------------------------------------------------------------------------------------
 
 
 @main.command()
@@ -1189,10 +1048,8 @@ def _report(found: dict, out: Path) -> None:
 @click.option("--first-seed", default=1337, type=_COUNT_OR_0, help="The others follow.")
 @click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
-@click.option("--out", default="claims", type=click.Path(path_type=Path), help="Folder for all that is made.")
-def claims(
-    numbers: tuple[int, ...], seeds: int, first_seed: int, every: bool, listed: bool, out: Path
-) -> None:
+@click.option("--out", default="claims", type=_PATH, help="Folder for all that is made.")
+def claims(numbers: tuple, seeds: int, first_seed: int, every: bool, listed: bool, out: Path) -> None:
     """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
 
     A NUMBER is a claim's; without one, the core of them. Worlds, models and numbers are kept in --out: Ctrl-C
@@ -1205,8 +1062,7 @@ def claims(
         for number, claim in stage.CLAIMS.items():
             click.echo(f"{number:3}{'  core' if number in stage.CORE else '':6}  {claim.says}")
         sys.exit()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out names a folder")
+    _check_out(out)
     chosen = numbers or (tuple(stage.CLAIMS) if every else stage.CORE)
     for number in chosen:
         if number not in stage.CLAIMS:
@@ -1222,13 +1078,12 @@ def claims(
     click.echo(f"\nSaved in {out / 'claims.json'}.")
 
 
-# --- tinygpt exercise ---------------------------------------------------------------------------------------
+# --- gradients and speed: exercise, gradcheck, bench --------------------------------------------------------
 
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", show_default="my_NAME.py",
-              help="Where to write it.")  # fmt: skip
+@click.option("--out", type=_FILE, show_default="my_NAME.py", help="Where to write it.")
 def exercise(name: str | None, out: Path | None) -> None:
     """Write a file with a forward pass, a blank backward for you to fill in, and a hint.
 
@@ -1254,9 +1109,6 @@ def exercise(name: str | None, out: Path | None) -> None:
     except FileExistsError:
         raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
     click.echo(f"Saved {out}. Fill in {name}_backward. Next: {command}")
-
-
-# --- tinygpt gradcheck --------------------------------------------------------------------------------------
 
 
 def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict:
@@ -1328,15 +1180,12 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
         raise UserError(f"{target} raised {type(error).__name__}: {error} ({where})") from error
 
 
-# --- tinygpt bench ------------------------------------------------------------------------------------------
-
-
 @main.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
 @click.option("--quick", is_flag=True, help="A fraction of a second for each figure: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw what scaling found.")
+@click.option("--plot", type=_FILE, help="Draw what scaling found.")
 def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
