@@ -257,6 +257,12 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     CliRunner().invoke(main, command, input="1\x03")
     assert reward.read_file(out)[:2] == found and len(reward.read_file(out)) == 3
 
+    out.unlink()  # what was skipped makes it begin earlier than it came: nothing is asked for twice
+    for keys in ("ss121q", "121q"):
+        CliRunner().invoke(main, command, input=keys)
+    rows = [(c.prompt, frozenset((c.chosen, c.rejected))) for c in reward.read_file(out)]
+    assert len(rows) == len(set(rows)) == 6
+
 
 def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):
     """Guards: answers to another question, only what a tuned model says, a slip that is counted as none."""

@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, instructions, train
+from tinygpt import checkpoint, cli, instructions, train
 from tinygpt.cli import main
+from tinygpt.errors import UserError
 from tinygpt.finetune import adapters, reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
 from tinygpt.model import GPT, GPTConfig
@@ -614,3 +617,18 @@ def test_mistakes_of_the_command(folders):
         assert not (folders / "out").exists()
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
     assert 'rows.jsonl:1: a line is {"prompt": "..."}' in run_command(folders, *judge).output
+
+
+def test_a_models_world_is_that_of_the_models_before_it(monkeypatch):
+    """Guards: `world` that becomes another one after RLHF, or after a tuning on files."""
+    runs = {"base": (("world:7",), ""), "tuned": (("a.jsonl",), "base"), "steered": (("b.jsonl",), "tuned")}
+    runs["other"] = ("a.txt",), ""
+
+    def read_run(folder, cls) -> tuple:
+        if cls is not rlhf.Settings:
+            raise UserError("another stage")
+        return SimpleNamespace(data=runs[str(folder)][0], init_from=runs[str(folder)][1]), None
+
+    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    assert cli._world_of(Path("steered")) == cli._world_of(Path("base")) == "world:7"
+    assert cli._world_of(Path("other")) is None

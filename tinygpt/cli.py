@@ -236,15 +236,18 @@ def _names_world(options: dict, base: Path | None = None) -> bool:
 def _world_of(folder: Path, wanted: str = "") -> str | None:
     """The world that a model was trained on, or None. wanted: what to ask the user for instead of None."""
     from . import checkpoint
-    from .finetune import sft
+    from .finetune import rlhf, sft
     from .pretrain import Settings
     from .world.corpus import is_source
 
-    sources = ()
-    for cls in (Settings, sft.Settings):
-        with contextlib.suppress(UserError):
-            sources = checkpoint.read_run(folder, cls)[0].data
-    source = next(filter(is_source, sources), None)
+    source, before = None, folder
+    while before and source is None:  # a model that was tuned on files has a base
+        sources, before, at = (), "", Path(before)
+        for cls in (Settings, sft.Settings, rlhf.Settings):
+            with contextlib.suppress(UserError):
+                settings, _ = checkpoint.read_run(at, cls)
+                sources, before = settings.data, settings.init_from
+        source = next(filter(is_source, sources), None)
     if wanted and source is None:
         raise UserError(f"{folder}: was trained on no world: give {wanted} as --data FILE")
     return source
@@ -446,7 +449,7 @@ def sft(**options) -> None:
     from .finetune.adapters import nearest
     from .train import weight_change
 
-    is_world = _names_world(options, options["init_from"])
+    is_world = _names_world(options, options["resume"] or options["init_from"])
     needs = "give the model to tune as --init-from and the examples as --data"
     run = _resume(stage, options, needs, ("data", "val_data"))
     if run is None and options["show"]:
@@ -544,7 +547,8 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
 
     model, tokenizer = checkpoint.load(folder)
     data = data or _world_of(folder, "prompts")
-    done = len(judging.read_file(out)) if out.exists() else 0
+    before = judging.read_file(out) if out.exists() else []
+    done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
     prompts = [item["prompt"] for item in stage.read_prompts(data)]
     order = np.random.default_rng(seed).permutation(len(prompts))
     for n in itertools.count(done):
@@ -552,7 +556,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
         ids = instructions.prompt(tokenizer, prompt)
         drawn = stage.sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
         pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
-        if len(pair) < 2:
+        if len(pair) < 2 or (prompt, frozenset(pair)) in known:
             continue
         click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
         key = ""
@@ -681,7 +685,7 @@ def rlhf(**options) -> None:
     from . import instructions
     from .finetune import rlhf as stage
 
-    _names_world(options, options["init_from"])
+    _names_world(options, options["resume"] or options["init_from"])
     needs = "give the model as --init-from and the prompts as --data"
     run = _resume(stage, options, needs) or _begin_rlhf(stage, **options)
     rows = run.prompts or [comparison._asdict() for comparison in run.comparisons]
