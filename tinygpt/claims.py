@@ -548,26 +548,27 @@ def short_prompts(lab: Lab) -> Numbers:
 
 @claim(
     17, "Few-shot learning needs some level of pre-training",
-    ("gain by 8 examples, 5% of pre-training", "<=", 0.1),
-    ("gain by 8 examples, all of pre-training less 5%", ">=", 0.5),
+    ("learned from 8 examples, 5% of pre-training", "<=", 0.1),
+    ("learned from 8 examples, all of pre-training less 5%", ">=", 0.5),
     ("between the change points, share of pre-training", "<=", 0.1),
-    ("gain by 8 examples, less that of one layer", ">=", 0.3),
+    ("learned from 8 examples, less by one layer", ">=", 0.3),
 )  # fmt: skip
 def some_pretraining(lab: Lab) -> Numbers:
-    """A change point is where a curve first passes half of its final value. The corpus begins with refrains
+    """Learned: right after 8 examples, above a quarter, which whoever says one of the prompt's four labels has.
+    A change point is where a curve first passes half of its final value. The corpus begins with refrains
     alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
     eight, known = SHOTS.index(8), lab.world.people("known")
-    gain = {share: right[eight] - right[0] for share, right in _curves(lab).items()}
+    gain = {share: right[eight] - 1 / 4 for share, right in _curves(lab).items()}
     heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(PLACES)}
     change = [next(share for share in curve if curve[share] >= curve[1.0] / 2) for curve in (gain, heads)]
     flat, _ = lab.pretrained("one-layer", n_layer=1)
     one = list(_few_shot(lab, flat).values())
     return {
-        **{f"gain by 8 examples, {share:.0%} of pre-training": value for share, value in gain.items()},
+        **{f"learned from 8 examples, {share:.0%} of pre-training": n for share, n in gain.items()},
         **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
-        "gain by 8 examples, all of pre-training less 5%": gain[1.0] - gain[0.05],
+        "learned from 8 examples, all of pre-training less 5%": gain[1.0] - gain[0.05],
         "between the change points, share of pre-training": round(abs(change[0] - change[1]), 3),
-        "gain by 8 examples, less that of one layer": gain[1.0] - (one[eight] - one[0]),
+        "learned from 8 examples, less by one layer": gain[1.0] - (one[eight] - 1 / 4),
         "one layer: recall of facts told often": lab.recall(flat, known),
         "four layers: recall of facts told often": lab.recall(lab.base, known),
     }
