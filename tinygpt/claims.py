@@ -554,7 +554,7 @@ def short_prompts(lab: Lab) -> Numbers:
     ("learned from 8 examples, less by one layer", ">=", 0.3),
 )  # fmt: skip
 def some_pretraining(lab: Lab) -> Numbers:
-    """Learned: right after 8 examples, above a quarter, which whoever says one of the prompt's four labels has.
+    """Learned: right after 8 examples, above the quarter of whoever says any of the prompt's four labels.
     A change point is where a curve first passes half of its final value. The corpus begins with refrains
     alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
     eight, known = SHOTS.index(8), lab.world.people("known")
