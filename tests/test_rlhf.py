@@ -612,5 +612,11 @@ def test_mistakes_of_the_command(folders):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and words in result.output, (options, result.output)
         assert not (folders / "out").exists()
+    long = {"prompt": "What? " * 200, "chosen": "red", "rejected": "blue"}  # 603 tokens, and 256 positions
+    (folders / "rows.jsonl").write_text(json.dumps(long))
+    for options in (judge, ["--algo", "dpo"]):
+        result = run_command(folders, *options)
+        assert result.exit_code == 2 and "positions with its answer, and the model has 256" in result.output
+        assert not (folders / "out").exists()
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
     assert 'rows.jsonl:1: a line is {"prompt": "..."}' in run_command(folders, *judge).output

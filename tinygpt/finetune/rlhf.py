@@ -297,9 +297,13 @@ def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Compar
     """Comparisons as DPO takes them: question, answer and the end-of-text token."""
     asked = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    new = [np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id)) for text in texts]
-    samples = answered(tokenizer, asked * 2, new)
+    samples = answered(tokenizer, asked * 2, [_answer_ids(tokenizer, text) for text in texts])
     return Comparisons(samples, logprobs(reference, samples).sum(1))
+
+
+def _answer_ids(tokenizer: Tokenizer, text: str) -> Array:
+    """The ids of an answer, with its end."""
+    return np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id))
 
 
 def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
@@ -520,8 +524,26 @@ def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenize
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
     if not prompts and not comparisons:
         raise UserError(f"{', '.join(settings.data)}: is empty")
+    _check_room(settings, optimizer.model.context, tokenizer, prompts, comparisons)
     examples = [messages for path in settings.ptx_data for messages in _examples(path)]
     return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons, examples)
+
+
+def _check_room(
+    settings: Settings, context: int, tokenizer: Tokenizer, prompts: Sequence[tasks.Item],
+    comparisons: Sequence[reward.Comparison],
+) -> None:  # fmt: skip
+    """Raises UserError for a question that may not fit the model together with its answer: whichever update
+    came to it first would end the run."""
+    room = settings.rl.max_new_tokens
+    texts = [(item["prompt"], room) for item in prompts]
+    for c in comparisons:
+        texts += [(c.prompt, len(_answer_ids(tokenizer, said))) for said in (c.chosen, c.rejected)]
+    # The last token of an answer is a target and takes no place.
+    longest = max(len(instructions.prompt(tokenizer, asked)) + n - 1 for asked, n in texts)
+    if longest > context:
+        raise UserError(f"{', '.join(settings.data)}: a question needs {longest} positions with its answer, "
+                        f"and the model has {context}")  # fmt: skip
 
 
 def _fingerprint(run: Run) -> str:
