@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checkpoint, instructions, runs, train
-from ..data import Array, Packed, Tokenizer, pack
+from ..data import Array, Packed, Tokenizer, pack, shuffled_places
 from ..errors import UserError
 from ..evaluate import Rate, answers, wilson
 from ..generate import generate
@@ -219,24 +219,23 @@ def with_head(model: GPT, seed: int) -> GPT:
 def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
     """Trains a judge in memory, on the comparisons that fit a row."""
-    texts = judge.texts(*_sides(comparisons))
-    pairs = zip(texts[::2], texts[1::2], strict=True)
-    texts = [ids for pair in pairs if max(map(len, pair)) <= settings.block_size for ids in pair]
+    pairs = [pair for pair in _pairs(judge, comparisons) if max(map(len, pair)) <= settings.block_size]
     optimizer = settings.train.optimizer(judge.model)
-    train.train(optimizer, lambda n, rng: [batch(texts, settings, n)], settings.train, compute=loss,
+    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train, compute=loss,
                 report=report)  # fmt: skip
 
 
-def batch(texts: Sequence[Array], settings: Settings, n: int) -> Packed:
-    """The comparisons of update n, packed, of 2 N texts, chosen and rejected in turn; each epoch has another
-    order."""
-    texts = list(zip(texts[::2], texts[1::2], strict=True))
-    B, seed = min(settings.batch_size, len(texts)), settings.train.seed
-    places = range(n * B, (n + 1) * B)
-    order = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(len(texts))
-             for epoch in {place // len(texts) for place in places}}  # fmt: skip
-    picked = [texts[order[place // len(texts)][place % len(texts)]] for place in places]
-    return marked([ids for pair in picked for ids in pair], settings.block_size)
+def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
+    """What the judge reads, (n,) each, with the chosen answer and with the rejected one."""
+    texts = judge.texts(*_sides(comparisons))
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
+    """The comparisons of update n, packed: their texts, chosen and rejected in turn."""
+    B = min(settings.batch_size, len(pairs))
+    places = shuffled_places(len(pairs), B, n, settings.train.seed)
+    return marked([ids for place in places for ids in pairs[place]], settings.block_size)
 
 
 def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
@@ -298,14 +297,14 @@ def _author(folder: Path, settings: Settings) -> GPT:
 
 def reward(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
     """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
-    settings, texts = run.settings, run.judge.texts(*_sides(run.train))
+    settings, pairs = run.settings, _pairs(run.judge, run.train)
 
     def evaluate() -> train.Record:
         found = judged(run.judge, run.val)
         return {"val_right": found.right.rate, "val_margin": found.margin}
 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings,
-             lambda n, rng: [batch(texts, settings, n)], evaluate, report, compute=loss)  # fmt: skip
+             lambda n, rng: [batch(pairs, settings, n)], evaluate, report, compute=loss)  # fmt: skip
 
 
 def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:

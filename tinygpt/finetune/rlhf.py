@@ -14,7 +14,7 @@ weights -d does: a policy gradient is supervised learning of one's own answers, 
 
 q is the policy as it is over the policy that sampled, of a whole answer in RLOO, of a token in PPO and GRPO.
 The first three have the KL in the reward, r = score - beta log(policy / reference), GRPO in the loss, DPO in
-its derivation. k1, k2, k3 estimate it from samples (`KL`); what is reported is exact, over the vocabulary.
+its derivation. k1, k2, k3 estimate it from samples; what is reported is exact, over the vocabulary.
 On top of each may come the loss of the tuning's own examples (ptx), which keeps what they taught.
 
 References: Williams 1992 (REINFORCE); Ahmadian et al. 2024 (RLOO); Schulman et al. 2015, 2017 (GAE, PPO);
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checkpoint, instructions, runs, train
-from ..data import Array, Tokenizer
+from ..data import Array, Tokenizer, shuffled_places
 from ..errors import UserError
 from ..generate import generate
 from ..model import GPT
@@ -43,14 +43,12 @@ from ..world import World, corpus, preferences, tasks
 from ..world import evaluate as world_evaluate
 from . import adapters, reward, sft
 
-ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How to sample and to learn from samples, under the names of TRL."""
 
-    algo: str = "rloo"
+    algo: str = "rloo"  # or reinforce, ppo, grpo, dpo
     beta: float = 0.05  # how much a nat of KL costs
     num_prompts: int = 16  # of an update
     num_generations: int = 8  # answers to each
@@ -173,6 +171,9 @@ def clipped(
     return float(-(weights * np.minimum(plain, held)).sum()), np.where(plain <= held, -weights * plain, 0.0)
 
 
+# Estimates of the KL by a sampled token, and their derivatives by its logp; GRPO takes the last.
+
+
 def k1(logp: Array, ref: Array) -> tuple[Array, Array]:
     """log(policy / reference): unbiased as a number; in the loss its gradient is zero in the mean."""
     return logp - ref, np.ones_like(logp)
@@ -188,9 +189,6 @@ def k3(logp: Array, ref: Array) -> tuple[Array, Array]:
     the forward KL, KL(reference || policy). Schulman 2020, "Approximating KL divergence"."""
     ratio = np.exp(ref - logp)
     return ratio - 1 - (ref - logp), 1 - ratio
-
-
-KL = {"k1": k1, "k2": k2, "k3": k3}  # estimates by a sampled token, and their derivatives by its logp
 
 
 def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
@@ -272,14 +270,13 @@ def learn(
 
 def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Array]:
     """Half the squared distance of PPO's values (N, T) to the returns, clipped as the ratio is, and its
-    gradient by them."""
+    gradient by them: none where the clip decides."""
     mask = e.samples.mask / e.samples.mask.sum()
     near = np.clip(values, e.values - config.cliprange_value, e.values + config.cliprange_value)
     plain, held = values - e.returns, near - e.returns
     worse = plain**2 >= held**2
-    inside = abs(values - e.values) <= config.cliprange_value
     loss = 0.5 * (mask * np.maximum(plain**2, held**2)).sum()
-    return float(loss), mask * np.where(worse, plain, held * inside)
+    return float(loss), mask * np.where(worse, plain, 0.0)
 
 
 class Comparisons(NamedTuple):
@@ -328,22 +325,26 @@ class Rollout(NamedTuple):
         return self.samples.ids
 
 
+Judging = Callable[[list[str], list[str]], Array]  # questions, answers -> scores (N,)
+
+
+@dataclasses.dataclass(eq=False)
 class Trainer:
-    """What an update of samples needs: the policy's optimizer, its reference, a judge, for PPO values.
+    """What updates from samples need: `batches` and `compute` are for `train.train`."""
 
-    `prompts` has a question's text and its ids. judge(questions, answers) -> scores (N,).
-    """
+    optimizer: AdamW  # of the policy
+    reference: GPT
+    tokenizer: Tokenizer
+    config: Config
+    prompts: Sequence[tuple[str, Array]]  # a question's text, its ids
+    judge: Judging
+    values: AdamW | None = None  # of PPO
+    gold: Judging | None = None
+    seed: int = 0
+    value_rate: Callable[[int], float] = lambda n: 1e-4  # of update n, counted from 0
+    examples: Callable[[int], Sequence[train.Batch]] | None = None  # learned beside, likewise
 
-    def __init__(
-        self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, config: Config,
-        prompts: Sequence[tuple[str, Array]], judge: Callable[[list[str], list[str]], Array],
-        values: AdamW | None = None, gold: Callable[[list[str], list[str]], Array] | None = None,
-        seed: int = 0, value_rate: Callable[[int], float] = lambda n: 1e-4,
-        examples: Callable[[int], Sequence[train.Batch]] | None = None,
-    ) -> None:  # fmt: skip
-        self.value_rate, self.examples = value_rate, examples  # of update n, counted from 0
-        self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
-        self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
+    def __post_init__(self) -> None:
         self.ws, self.beside, self.last, self.warned = Workspace(), Workspace(), None, False
         self.experience: Experience | None = None  # of the last rollout, from its first update on
 
@@ -353,11 +354,8 @@ class Trainer:
         if n % c.num_iterations and self.last is not None:
             return [self.last]
         B = min(c.num_prompts, len(self.prompts))
-        first = n // c.num_iterations * B
-        picked = []
-        for place in range(first, first + B):
-            order = np.random.default_rng([self.seed, place // len(self.prompts), 2])
-            picked.append(self.prompts[order.permutation(len(self.prompts))[place % len(self.prompts)]])
+        places = shuffled_places(len(self.prompts), B, n // c.num_iterations, self.seed)
+        picked = [self.prompts[place] for place in places]
         model = self.optimizer.model
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
                          c.max_new_tokens, rng, self.ws)  # fmt: skip
@@ -616,7 +614,7 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report, compute=compute)
 
 
-def _gold(world: World, items: Sequence[tasks.Item]) -> Callable[[list[str], list[str]], Array]:
+def _gold(world: World, items: Sequence[tasks.Item]) -> Judging:
     """What the simulated people would feel about each answer: 1, 0 or -1 (`preferences.utility`)."""
     by_prompt = {item["prompt"]: item for item in items}
 

@@ -258,12 +258,7 @@ def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
     """
     R, A = len(rows.ids), settings.gradient_accumulation_steps
     B = min(settings.batch_size, R)
-    places = np.arange(n * A * B, (n + 1) * A * B)  # in the sequence of all epochs
-    order = {
-        epoch: np.random.default_rng([settings.train.seed, epoch, 2]).permutation(R)
-        for epoch in range(places[0] // R, places[-1] // R + 1)
-    }
-    picked = np.array([order[place // R][place % R] for place in places.tolist()])
+    picked = data.shuffled_places(R, A * B, n, settings.train.seed)
     batches = [_batch(rows, picked[i : i + B]) for i in range(0, A * B, B)]
     learned = max(1, sum(int(batch.weights.sum()) for batch in batches))
     return [batch._replace(weights=batch.weights / np.float32(learned)) for batch in batches]
