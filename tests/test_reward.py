@@ -210,7 +210,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     resumed = reward.resume(tmp_path / "judge")
     np.testing.assert_array_equal(resumed.optimizer.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
-    with pytest.raises(UserError, match="not the comparisons that the run in"):
+    with pytest.raises(UserError, match="not the data that the run in"):
         reward.resume(tmp_path / "judge")
     checkpoint.save(tmp_path / "base", GPT(CONFIG, np.random.default_rng(1)), tokenizer)
     with pytest.raises(UserError, match="was not trained beside the model in"):

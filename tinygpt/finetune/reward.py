@@ -251,28 +251,21 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     tokenizer.chat_template = instructions.TEMPLATE
     model = with_head(author, settings.train.seed)
     model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-    settings = dataclasses.replace(
-        settings, model=model.config, data=runs.absolute(settings.data),
-        init_from=str(Path(init_from).resolve()), init_hash=adapters.fingerprint(author),
-    )  # fmt: skip
+    settings = runs.from_model(settings, author, init_from)
     optimizer, judge = settings.train.optimizer(model), Judge(model, author, tokenizer)
     found, mark = _comparisons(settings, judge)
-    settings = dataclasses.replace(settings, fingerprint=mark)
+    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
     runs.first_save(folder, optimizer, tokenizer, settings)
     return Run(folder, settings, optimizer, judge, *found)
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last; the paths say where the comparisons are now."""
-    settings, tokenizer = checkpoint.read_run(folder, Settings)
-    if paths:
-        settings = dataclasses.replace(settings, data=runs.absolute(paths))
+    settings, tokenizer = runs.read(folder, Settings, data=paths)
     optimizer = runs.load(folder, settings, tokenizer)
     judge = Judge(optimizer.model, _author(folder, settings), tokenizer)
     found, mark = _comparisons(settings, judge)
-    if mark != settings.fingerprint:
-        given = ", ".join(settings.data)
-        raise UserError(f"{given}: not the comparisons that the run in {folder} began with; it needs those")
+    runs.check_data(folder, settings, mark)
     return Run(folder, settings, optimizer, judge, *found)
 
 
@@ -326,9 +319,7 @@ def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], s
 def read_file(path: str | Path) -> list[Comparison]:
     """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
     found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-    for where, row in instructions.objects(path, form):
-        if not all(isinstance(row.get(key), str) for key in ("prompt", "chosen", "rejected")):
-            raise UserError(f"{where}: a line is {form}")
+    for where, row in instructions.objects(path, form, "prompt", "chosen", "rejected"):
         if row["chosen"].strip() == row["rejected"].strip():
             raise UserError(f"{where}: chosen and rejected are the same")
         found.append(_comparison(row))

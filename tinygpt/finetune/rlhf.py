@@ -479,13 +479,10 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
         raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
-    mark = adapters.fingerprint(model)
     if settings.adapter.kind:
         model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
-    settings = dataclasses.replace(
-        settings, model=model.config, data=runs.absolute(settings.data), init_hash=mark,
-        ptx_data=runs.absolute(settings.ptx_data),
-        init_from=str(Path(init_from).resolve()),
+    settings = runs.from_model(
+        settings, model, init_from, ptx_data=runs.absolute(settings.ptx_data),
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
     )  # fmt: skip
     run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
@@ -497,13 +494,10 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last. PPO's values begin anew."""
-    settings, tokenizer = checkpoint.read_run(folder, Settings)
-    if paths:
-        beside = tuple(filter(corpus.is_source, paths)) or settings.ptx_data  # a world has both
-        settings = dataclasses.replace(settings, data=runs.absolute(paths), ptx_data=runs.absolute(beside))
+    beside = tuple(filter(corpus.is_source, paths))  # a world has both
+    settings, tokenizer = runs.read(folder, Settings, data=paths, ptx_data=beside)
     run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
-    if _fingerprint(run) != settings.fingerprint:
-        raise UserError(f"{', '.join(settings.data)}: not what the run in {folder} began with; it needs that")
+    runs.check_data(folder, settings, _fingerprint(run), settings.ptx_data)
     if run.judge is not None and adapters.fingerprint(run.judge.model) != settings.reward_hash:
         raise UserError(f"{settings.reward_from}: is another judge than the one of the run in {folder}")
     return run
@@ -573,12 +567,7 @@ def read_prompts(path: str) -> list[tasks.Item]:
             for who in (("known", "rl"), ("known", "sft"), ("never", "rl"))
         )
         return 8 * known + 2 * tuned + never
-    form = '{"prompt": "..."}'
-    rows = instructions.objects(path, form)
-    for where, row in rows:
-        if not isinstance(row.get("prompt"), str):
-            raise UserError(f"{where}: a line is {form}")
-    return [row for _, row in rows]
+    return [row for _, row in instructions.objects(path, '{"prompt": "..."}', "prompt")]
 
 
 def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
