@@ -69,10 +69,11 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
 
 def test_a_number_that_one_seed_alone_has_is_told_of_that_seed(tmp_path, monkeypatch):
     """Claim 13 names the form that was best in a seed. Guards: hours of measuring that end in a KeyError."""
-    measure = lambda lab: {"effect": 1.0, f"form {lab.seed}": lab.seed}  # noqa: E731
+    measure = lambda lab: {f"form {lab.seed}": lab.seed, "effect": 1.0}  # noqa: E731
     monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "forms differ", (("effect", ">=", 0.5),), measure))
     found = claims.run(tmp_path, [99], [1, 2], print)[99]
-    assert [(name, e.n) for name, e in found.items()] == [("effect", 2), ("form 1", 1), ("form 2", 1)]
+    assert {name: e.n for name, e in found.items()} == {"form 1": 1, "effect": 2, "form 2": 1}
+    assert "(two seeds, a pilot: what they span)" in report.claim(CLAIMS[99], found)
 
 
 def test_every_claim_can_be_measured(toy, tmp_path):
@@ -135,7 +136,8 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
 
     # The heads with high scores are cut; others are cut for comparison.
     lab.recall = lambda model, people: 1.0
-    monkeypatch.setattr(claims, "_induction", lambda lab, model: np.array([[0.0, 0.1], [0.8, 0.9]]))
+    lab.words, scores = [], np.array([[0.0, 0.1], [0.8, 0.9]])
+    monkeypatch.setattr(memory, "induction_scores", lambda model, words: scores)
     monkeypatch.setattr(memory, "without", lambda model, heads: "cut" if (1, 1) in heads else "other")
     right = {"base": 1.0, "cut": 0.1, "other": 0.9}
     told = lambda model, *given, own: SimpleNamespace(prompt=rate(right[model]))  # noqa: E731

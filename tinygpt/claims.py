@@ -539,7 +539,8 @@ def some_pretraining(lab: Lab) -> Numbers:
     alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
     eight, known = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - right[0] for share, right in _curves(lab).items()}
-    heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(PLACES)}
+    heads = {share: float(memory.induction_scores(model, lab.words).max())
+             for share, model in lab.snapshots(PLACES)}  # fmt: skip
     change = [next(share for share in curve if curve[share] >= curve[1.0] / 2) for curve in (gain, heads)]
     flat, _ = lab.pretrained("one-layer", n_layer=1)
     one = list(_few_shot(lab, flat).values())
@@ -552,11 +553,6 @@ def some_pretraining(lab: Lab) -> Numbers:
         "one layer: recall of facts told often": lab.recall(flat, known),
         "four layers: recall of facts told often": lab.recall(lab.base, known),
     }
-
-
-def _induction(lab: Lab, model: GPT) -> np.ndarray:
-    """The score of every head, on words of the world."""
-    return memory.induction_scores(model, [int(lab.tokenizer.encode(f" {w}")[0]) for w in lab.world.things])
 
 
 @claim(
@@ -588,16 +584,16 @@ def each_stage(lab: Lab) -> Numbers:
     ("damage by the induction heads over that by as many others", ">=", 5),
 )  # fmt: skip
 def non_parametric_memory(lab: Lab) -> Numbers:
-    people, scores = lab.world.people("never", "eval")[:250], _induction(lab, lab.base)
-    heads = [(int(layer), int(head)) for layer, head in np.argwhere(scores > scores.max() / 2)]
-    prompts = fewshot.mappings(lab.world, 8, 500)
+    people, prompts = lab.world.people("never", "eval")[:250], fewshot.mappings(lab.world, 8, 500)
+    scores = memory.induction_scores(lab.base, lab.words)
+    heads = memory.strongest(scores)
 
     def measured(model: GPT) -> tuple[float, float]:
         right = memory.told(model, lab.tokenizer, lab.world, people, own=True).prompt.rate
         return right, fewshot.accuracy(model, lab.tokenizer, prompts).rate
 
     whole, cut = np.array(measured(lab.base)), np.array(measured(memory.without(lab.base, heads)))
-    sets = memory.others(scores.shape, heads, len(heads), 10)
+    sets = memory.others(scores.shape, heads, 10)
     other = np.mean([measured(memory.without(lab.base, some)) for some in sets], axis=0)
     facts, mapping = (whole - cut) / np.maximum(whole - other, 0.005)  # nothing is less than half a point
     return {

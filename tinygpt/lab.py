@@ -46,7 +46,7 @@ class Lab:
             stages = [stage | less for stage, less in zip(stages, recipes.QUICK, strict=True)]
         self.pretraining, self.tuning, self.judging, self.steering = stages
         recipe = sha256(repr(stages).encode()).hexdigest()[:6]
-        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # what else is another's
+        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # nothing of another recipe
         self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick
@@ -122,13 +122,17 @@ class Lab:
         return GPT(self.base.config, np.random.default_rng(self.seed))
 
     def _model(self, name: str, make: Callable[[], GPT]) -> Path:
-        """The folder of a model, which is made if it is not there, with the seconds that it took."""
+        """The folder of a model or its adapter, made if it is not there, with the seconds that it took."""
         folder = self.folder / name
-        if not (folder / checkpoint.CONFIG).exists():  # it is written last
+        whole = (folder / file for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG))  # written last
+        if not any(file.exists() for file in whole):
             folder.mkdir(parents=True, exist_ok=True)
             began, model = time.perf_counter(), make()
             (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
-            checkpoint.save(folder, model, self.tokenizer)
+            if model.adapter is None:
+                checkpoint.save(folder, model, self.tokenizer)
+            else:
+                adapters.save(folder, model, self.tokenizer, str((self.folder / "base").resolve()))
         return folder
 
     def seconds(self, name: str) -> float:
@@ -136,8 +140,19 @@ class Lab:
         folder = self.folder / name
         if (folder / SECONDS).exists():
             return float((folder / SECONDS).read_text())
-        with (folder / runs.METRICS).open(encoding="utf-8") as file:
-            return json.loads(file.readlines()[-1])["elapsed_s"]
+        return self.records(name)[-1]["elapsed_s"]
+
+    def records(self, name: str) -> list[Numbers]:
+        """Of the updates of a model that `pretrained` made."""
+        lines = (self.folder / name / runs.METRICS).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def beside(
+        self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes
+    ) -> GPT:  # fmt: skip
+        """The base with an adapter that is tuned to these items, kept in the folder of that name."""
+        folder = self._model(name, lambda: self.tune(items, adapter, **changes))
+        return adapters.load_model(self.folder / "base", folder)[0]
 
     @cached_property
     def tuned(self) -> GPT:
@@ -222,6 +237,11 @@ class Lab:
 
         run_training(learner.optimizer, learner.batches, train, compute=learner.compute, report=report)
         return model, records
+
+    @cached_property
+    def words(self) -> list[int]:
+        """The first token of each thing of the world."""
+        return [int(self.tokenizer.encode(f" {word}")[0]) for word in self.world.things]
 
     def length(self, item: tasks.Item) -> int:
         """Of a question with its answer, in tokens."""

@@ -363,24 +363,24 @@ def collect(
 
     Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
     what it may come to say. And one of these garbled: a judge that never saw such answers may like them best,
-    and a policy finds out. Two, and in one world of three it had not learned by the end that right is better
-    than wrong.
+    and a policy finds out. One, not two: with two, the judge of one world in three had not learned by the end
+    that right is better than wrong.
     """
     items = tasks.questions(world, people)
     one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
-    asked = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
-    room = model.context - max(map(len, asked))
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
+    room = model.context - max(map(len, prompts))
     drawn, ws = [], Workspace()
-    for at in range(0, len(asked), 256):
-        drawn += generate(model, asked[at : at + 256], min(8, room), temperature=1.0, rng=rng,
+    for at in range(0, len(prompts), 256):
+        drawn += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
                           stop={tokenizer.eos_id}, ws=ws, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
-    answers = {}
+    offered = {}
     for n, fact in enumerate(one):
         said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
-        answers[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
-    known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
-    return [_comparison(row) for row in preferences.compared(world, known, count, error, seed, blind)]
+        offered[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
+    asked = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    return [_comparison(row) for row in preferences.compared(world, asked, count, error, seed, blind)]
