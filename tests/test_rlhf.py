@@ -16,7 +16,7 @@ from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
-from tinygpt.world import World, tasks
+from tinygpt.world import VERSION, World, tasks
 
 EOS, V, LONGEST = 0, 4, 3
 CONFIG = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -570,6 +570,22 @@ def test_examples_are_learned_beside_from_the_command_line(folders):
     assert records[-1]["ptx_loss"] < records[0]["ptx_loss"]
     result = run_command(folders, *judge, "--ptx-coef", "0.5", "--overwrite")
     assert result.exit_code == 2 and "give the examples as --ptx-data" in result.output
+
+
+def test_a_world_that_was_moved_takes_no_other_examples_with_it(folders):
+    """Guards: a run with a world's questions and a file's examples that cannot go on."""
+    (folders / "pairs.jsonl").write_text('{"prompt": "What?", "completion": "red"}')
+    (folders / "world").mkdir()
+    mark = {"version": VERSION, "seed": 5, "permuted": False}
+    (folders / "world" / "world.json").write_text(json.dumps(mark))
+    model, tokenizer = checkpoint.load(folders / "tuned")
+    pairs = str(folders / "pairs.jsonl")
+    for beside, after in ((pairs, pairs), ("world:5", str(folders / "world"))):
+        settings = rlhf.Settings(model.config, TrainConfig(), data=("world:5",), ptx_data=(beside,),
+                                 reward_from=str(folders / "judge"), block_size=256)  # fmt: skip
+        rlhf.begin(folders / "out", settings, init_from=folders / "tuned", overwrite=True)
+        found = rlhf.resume(folders / "out", (str(folders / "world"),)).settings
+        assert found.data == (str(folders / "world"),) and found.ptx_data == (after,)
 
 
 def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():

@@ -493,8 +493,12 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last. PPO's values begin anew."""
-    beside = tuple(filter(corpus.is_source, paths))  # a world has both
+    """The run in `folder` as it was saved last. PPO's values begin anew.
+
+    paths: where the data is now, if it was moved; of a world also what is learned beside.
+    """
+    was, _ = checkpoint.read_run(folder, Settings)
+    beside = paths if was.ptx_data == was.data else ()  # a world has both
     settings, tokenizer = runs.read(folder, Settings, data=paths, ptx_data=beside)
     run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
     runs.check_data(folder, settings, _fingerprint(run), settings.ptx_data)
