@@ -79,7 +79,10 @@ def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
     rng: np.random.Generator, ws: Workspace | None = None,
 ) -> Samples:  # fmt: skip
-    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing cut off."""
+    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
+
+    One of max_new_tokens without an end is scored all the same, as if it had ended there.
+    """
     asked = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
     new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws,
@@ -229,11 +232,12 @@ def experience(
         mean = (advantage * mask).sum() / mask.sum()
         spread = math.sqrt((mask * (advantage - mean) ** 2).sum() / mask.sum())
         return Experience(samples, old, ref, scores, (advantage - mean) / (spread + 1e-8), returns, values)
-    advantage = {
-        "reinforce": lambda: leave_one_out(with_kl),
-        "rloo": lambda: leave_one_out(with_kl.reshape(groups)).ravel(),
-        "grpo": lambda: standardised(scores.reshape(groups)).ravel(),
-    }[config.algo]()
+    if config.algo == "grpo":
+        advantage = standardised(scores.reshape(groups)).ravel()
+    elif config.algo == "rloo":
+        advantage = leave_one_out(with_kl.reshape(groups)).ravel()
+    else:
+        advantage = leave_one_out(with_kl)
     return Experience(samples, old, ref, scores, advantage[:, None])
 
 
@@ -360,11 +364,13 @@ class Trainer:
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
                          c.max_new_tokens, rng, self.ws)  # fmt: skip
         questions = [text for text, _ in picked for _ in range(c.num_generations)]
-        logits, values = self.reference.forward(samples.ids, self.ws, keep=False)[0], None
+        logits, _ = self.reference.forward(samples.ids, self.ws, keep=False)
         nll, _ = self.reference.ops.cross_entropy_forward(logits, samples.targets)
         ref, ref_logits = -(nll * samples.mask).astype(np.float64), logits[samples.mask > 0]
+        values = None
         if self.values is not None:
-            values = self.values.model.forward(samples.ids, keep=False)[0][..., 0].astype(np.float64)
+            outputs, _ = self.values.model.forward(samples.ids, keep=False)
+            values = outputs[..., 0].astype(np.float64)
         scores = self.judge(questions, samples.answers)
         self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
@@ -389,11 +395,10 @@ class Trainer:
         record["train_loss"] = learn(optimizer, r.samples, loss, ws)
         record |= {"length": float(mask.sum() / N), "distinct": len(set(r.samples.answers)) / N}
         if self.examples is not None:
-            mine = optimizer.flat.copy()
-            batches = self.examples(optimizer.steps)
-            record["ptx_loss"] = train.accumulate(optimizer, batches, self.beside, rng)
-            optimizer.flat *= self.config.ptx_coef
-            optimizer.flat += mine
+            of_samples, examples = optimizer.flat.copy(), self.examples(optimizer.steps)
+            record["ptx_loss"] = train.accumulate(optimizer, examples, self.beside, rng)
+            optimizer.flat *= config.ptx_coef
+            optimizer.flat += of_samples
         if self.gold is not None:
             record["gold"] = float(self.gold(r.questions, r.samples.answers).mean())
         if self.values is not None:
