@@ -54,8 +54,8 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     print("\nAttention to what followed the same word before, by layer and head:")
     for layer, row in enumerate(scores):
         print(f"  layer {layer}" + "".join(f"{score:8.2f}" for score in row))
-    heads = [(int(layer), int(head)) for layer, head in np.argwhere(scores > scores.max() / 2)]
-    others = memory.others(scores.shape, heads, len(heads), 1)[0]
+    heads = memory.strongest(scores)
+    others = memory.others(scores.shape, heads, 1)[0]
     eight, known = fewshot.mappings(world, 8, COUNT), world.people("known")
     never = world.people("never", "eval")[:50]
     print(f"\n{'':24}{'8 examples':>12}{'facts of the prompt':>21}{'facts of the weights':>22}")

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tinygpt import claims, report
 from tinygpt.claims import CLAIMS, Claim, Estimate, estimate, verdict
 from tinygpt.cli import main
+from tinygpt.finetune import reward
 from tinygpt.incontext import fewshot, memory
 from tinygpt.world import evaluate, tasks
 
@@ -34,6 +35,10 @@ def test_an_estimate_is_students_interval_and_a_pilots_span():
     assert found.high - found.mean == pytest.approx(4.303 * 0.3 / math.sqrt(3), rel=1e-3)
     assert found.mean - found.low == pytest.approx(found.high - found.mean)
     assert estimate([0.2, 0.6]) == Estimate(pytest.approx(0.4), 0.2, 0.6, 2)
+    for n, t in ((10, 2.262), (11, 2.228), (12, 2.201), (21, 2.086), (121, 1.980)):
+        some = estimate([1.0, 3.0] * (n // 2) + [2.0] * (n % 2))
+        spread = math.sqrt(2 * (n // 2) / (n - 1) / n)
+        assert some.high - 2 == pytest.approx(t * spread, rel=2e-3)
     rng = np.random.default_rng(0)  # 95 of a hundred intervals have the mean that they are of
     hits = sum(e.low <= 1 <= e.high for e in (estimate(rng.normal(1, 2, 5)) for _ in range(2000)))
     assert 0.93 < hits / 2000 < 0.97
@@ -60,6 +65,15 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     text = report.claim(CLAIMS[99], found[99])
     assert text.startswith("99. seeds grow (two seeds, a pilot: what they span)\n")
     assert "0.15  0.1 to 0.2  >= 0.15: undecided" in text
+
+
+def test_a_number_that_one_seed_alone_has_is_told_of_that_seed(tmp_path, monkeypatch):
+    """Claim 13 names the form that was best in a seed. Guards: hours of measuring that end in a KeyError."""
+    measure = lambda lab: {f"form {lab.seed}": lab.seed, "effect": 1.0}  # noqa: E731
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "forms differ", (("effect", ">=", 0.5),), measure))
+    found = claims.run(tmp_path, [99], [1, 2], print)[99]
+    assert {name: e.n for name, e in found.items()} == {"form 1": 1, "effect": 2, "form 2": 1}
+    assert "(two seeds, a pilot: what they span)" in report.claim(CLAIMS[99], found)
 
 
 def test_every_claim_can_be_measured(toy, tmp_path):
@@ -107,9 +121,23 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     assert claims._needed([0.06, 0.2, 0.4, 0.69, 0.9, 1.0], best) == 4
     assert claims._needed([0.0] * 6, best) == 32
 
+    # A judge is as sure as the labels that taught it are right, slips included.
+    judged = lambda judge, pairs: SimpleNamespace(  # noqa: E731
+        right=rate(0.9), margin=2.0, calibration=pairs, labels_right=0.9, agreed=0.9,
+        by_kind={"right over wrong": rate(0.5)},
+    )  # fmt: skip
+    judge = SimpleNamespace(
+        world=lab.world, judging={"comparisons": 1}, judge=None, teach=lambda pairs: None,
+        comparisons=lambda people, count, error=0.1: [0] if count == 1 else error,
+    )  # fmt: skip
+    monkeypatch.setattr(reward, "judged", judged)
+    found = CLAIMS[9].measure(judge)
+    assert found["calibration"] == 0.1 and found["agreement with labels, over the ceiling"] == 1
+
     # The heads with high scores are cut; others are cut for comparison.
     lab.recall = lambda model, people: 1.0
-    monkeypatch.setattr(claims, "_induction", lambda lab, model: np.array([[0.0, 0.1], [0.8, 0.9]]))
+    lab.words, scores = [], np.array([[0.0, 0.1], [0.8, 0.9]])
+    monkeypatch.setattr(memory, "induction_scores", lambda model, words: scores)
     monkeypatch.setattr(memory, "without", lambda model, heads: "cut" if (1, 1) in heads else "other")
     right = {"base": 1.0, "cut": 0.1, "other": 0.9}
     told = lambda model, *given, own: SimpleNamespace(prompt=rate(right[model]))  # noqa: E731

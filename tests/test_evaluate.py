@@ -66,10 +66,6 @@ def test_rates():
     assert evaluate.wilson(10, 10) == pytest.approx((1.0, 0.722467, 1.0, 10), abs=1e-4)
     assert evaluate.wilson(80, 100) == pytest.approx((0.8, 0.711171, 0.866633, 100), abs=1e-4)
     assert math.isnan(evaluate.wilson(0, 0).rate) and evaluate.wilson(0, 0)[1:] == (0, 1, 0)
-    found = [Answer("a", True), Answer("a", False), Answer("b", True)]
-    assert evaluate.exact_match(found, [" a", "a", "a"]).rate == pytest.approx(1 / 3)
-    with pytest.raises(ValueError):
-        evaluate.exact_match(found, ["a"])
 
 
 def test_likelihoods_are_those_of_each_text_alone(made):

@@ -305,7 +305,7 @@ def test_a_head_that_looks_where_induction_looks_has_the_score_one(monkeypatch, 
 
 def test_other_heads_are_others():
     heads = [(1, 0), (1, 3)]
-    sets = memory.others((2, 4), heads, 2, 30)
+    sets = memory.others((2, 4), heads, 30)
     assert len(sets) == 30 and all(len(set(some)) == 2 and not set(some) & set(heads) for some in sets)
     assert {head for some in sets for head in some} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2)}
 

@@ -173,7 +173,7 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
     pretrain("--resume", "out", "--data", "moved.txt")
     Path("moved.txt").write_text(TEXT + "x", encoding="utf-8")
     before = content("out")
-    assert "moved.txt: is not the text" in pretrain("--resume", "out", "--data", "moved.txt", status=2)
+    assert "moved.txt: not the data" in pretrain("--resume", "out", "--data", "moved.txt", status=2)
     assert content("out") == before
     assert "leave out --max-iters, --seed" in pretrain(
         "--resume", "out", "--seed", "1", "--max-iters", "9", status=2

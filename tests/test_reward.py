@@ -171,9 +171,9 @@ def test_calibration_is_the_distance_from_what_was_labelled(tokenizer, monkeypat
 
 
 def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
-    texts = [np.array([n, side]) for n in range(10) for side in (1, 2)]
+    pairs = [(np.array([n, 1]), np.array([n, 2])) for n in range(10)]
     s = dataclasses.replace(settings(), batch_size=4)
-    seen = [reward.batch(texts, s, n) for n in range(5)]
+    seen = [reward.batch(pairs, s, n) for n in range(5)]
     firsts = []
     for rows in seen:
         _, (b, t) = reward.read(np.zeros((*rows.ids.shape, 1)), rows.weights)
@@ -210,7 +210,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     resumed = reward.resume(tmp_path / "judge")
     np.testing.assert_array_equal(resumed.optimizer.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
-    with pytest.raises(UserError, match="not the comparisons that the run in"):
+    with pytest.raises(UserError, match="not the data that the run in"):
         reward.resume(tmp_path / "judge")
     checkpoint.save(tmp_path / "base", GPT(CONFIG, np.random.default_rng(1)), tokenizer)
     with pytest.raises(UserError, match="was not trained beside the model in"):

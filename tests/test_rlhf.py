@@ -19,7 +19,7 @@ from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
-from tinygpt.world import World, tasks
+from tinygpt.world import VERSION, World, tasks
 
 EOS, V, LONGEST = 0, 4, 3
 CONFIG = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -235,7 +235,7 @@ def test_which_kl_an_estimate_in_the_loss_descends(name, direction):
     model, ref = make(0), make(1)
     logp, ref_logp = (rlhf.logprobs(m, ONE) for m in (model, ref))
     p = probabilities(model, ONE)
-    value, d = rlhf.KL[name](logp, ref_logp)
+    value, d = getattr(rlhf, name)(logp, ref_logp)
     mine = gradient(model, ONE, p[:, None] * d)
 
     def kl(which: str) -> float:
@@ -536,7 +536,7 @@ def run_command(folder, *options: str):
     return CliRunner().invoke(main, ["rlhf", *where, *few, *options])
 
 
-@pytest.mark.parametrize("algo", rlhf.ALGORITHMS)
+@pytest.mark.parametrize("algo", ["reinforce", "rloo", "ppo", "grpo", "dpo"])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, adapter):
     """Guards: a reference or a base that moves, an adapter that does not."""
@@ -573,6 +573,22 @@ def test_examples_are_learned_beside_from_the_command_line(folders):
     assert records[-1]["ptx_loss"] < records[0]["ptx_loss"]
     result = run_command(folders, *judge, "--ptx-coef", "0.5", "--overwrite")
     assert result.exit_code == 2 and "give the examples as --ptx-data" in result.output
+
+
+def test_a_world_that_was_moved_takes_no_other_examples_with_it(folders):
+    """Guards: a run with a world's questions and a file's examples that cannot go on."""
+    (folders / "pairs.jsonl").write_text('{"prompt": "What?", "completion": "red"}')
+    (folders / "world").mkdir()
+    mark = {"version": VERSION, "seed": 5, "permuted": False}
+    (folders / "world" / "world.json").write_text(json.dumps(mark))
+    model, tokenizer = checkpoint.load(folders / "tuned")
+    pairs = str(folders / "pairs.jsonl")
+    for beside, after in ((pairs, pairs), ("world:5", str(folders / "world"))):
+        settings = rlhf.Settings(model.config, TrainConfig(), data=("world:5",), ptx_data=(beside,),
+                                 reward_from=str(folders / "judge"), block_size=256)  # fmt: skip
+        rlhf.begin(folders / "out", settings, init_from=folders / "tuned", overwrite=True)
+        found = rlhf.resume(folders / "out", (str(folders / "world"),)).settings
+        assert found.data == (str(folders / "world"),) and found.ptx_data == (after,)
 
 
 def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():
@@ -614,6 +630,12 @@ def test_mistakes_of_the_command(folders):
     ):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and words in result.output, (options, result.output)
+        assert not (folders / "out").exists()
+    long = {"prompt": "What? " * 200, "chosen": "red", "rejected": "blue"}  # 603 tokens, and 256 positions
+    (folders / "rows.jsonl").write_text(json.dumps(long))
+    for options in (judge, ["--algo", "dpo"]):
+        result = run_command(folders, *options)
+        assert result.exit_code == 2 and "positions with its answer, and the model has 256" in result.output
         assert not (folders / "out").exists()
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
     assert 'rows.jsonl:1: a line is {"prompt": "..."}' in run_command(folders, *judge).output

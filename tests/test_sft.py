@@ -257,7 +257,7 @@ def test_resuming_gives_the_same_bytes(folder, monkeypatch):
     monkeypatch.chdir(folder / "elsewhere")
     assert "pairs.jsonl: no such file" in run("sft", "--resume", "../sft", status=2)
     write("other.jsonl", PAIRS)
-    assert "not the examples" in run("sft", "--resume", "../sft", "--data", "other.jsonl", status=2)
+    assert "not the data" in run("sft", "--resume", "../sft", "--data", "other.jsonl", status=2)
     run("sft", "--resume", "../sft", "--data", "moved.jsonl")
     for name in ("model.safetensors", "tokenizer_config.json", "config.json"):
         assert Path("../sft", name).read_bytes() == Path("../whole", name).read_bytes()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from tinygpt.model import GPT, GPTConfig
 from tinygpt.pretrain import Settings
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, preferences, tasks
-from tinygpt.world.chance import Sampler, enumerate_documents, logprob, raw_integers
+from tinygpt.world.chance import END, Reader, Sampler, logprob, raw_integers
 from tinygpt.world.documents import KINDS, _hidden
 from tinygpt.world.words import Attribute, Lexicon
 
@@ -50,6 +51,36 @@ def tiny(longest: int = 2) -> World:
 
 def take(world: World, count: int, stream: int = CORPUS) -> list[tuple[str, str]]:
     return list(itertools.islice(world.documents(stream), count))
+
+
+class _Path(Reader):
+    """Makes the choices of a path; the first after its end is 0. Notes how many each choice had."""
+
+    def __init__(self, path: list[int]) -> None:
+        self.path, self.parts, self.logprob, self.sizes = path, [], 0.0, []
+
+    def pick(self, options, weights=None):
+        possible = [n for n in range(len(options)) if weights is None or weights[n]]
+        n = possible[self.path[len(self.sizes)] if len(self.sizes) < len(self.path) else 0]
+        self.sizes.append(len(possible))
+        self.parts.append(options[n])
+        self.logprob += math.log(1 / len(options) if weights is None else weights[n] / sum(weights))
+        return n
+
+
+def enumerate_documents(program: Callable[[Reader], None]) -> Iterator[tuple[str, float]]:
+    """Every document that a program can write, once for each way to write it, with its log p in nats."""
+    path: list[int] = []
+    while True:
+        c = _Path(path)
+        program(c)
+        yield "".join(c.parts).removesuffix(END), c.logprob
+        path += [0] * (len(c.sizes) - len(path))
+        while path and path[-1] + 1 == c.sizes[len(path) - 1]:
+            path.pop()
+        if not path:
+            return
+        path[-1] += 1
 
 
 # --- the text -----------------------------------------------------------------------------------------------
@@ -371,6 +402,8 @@ def test_a_folder_is_the_world_that_was_written(tmp_path):
             corpus.load(str(tmp_path))
     with pytest.raises(UserError, match="seed is a number"):
         corpus.load("world:x")
+    corpus.write(tmp_path / "small", corpus.draw(World(7, small=True), 30, 10))
+    assert corpus.load(str(tmp_path / "small")).world.everyone == World(7, small=True).everyone
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -533,6 +566,7 @@ def test_a_corpus_begins_with_refrains_alone():
     text = corpus.draw(WORLD, 100, 5)
     programs = {name: partial(program, WORLD) for name, _, program in KINDS}
     assert len(text.train) == 110 and corpus.count(text) == 100
+    assert corpus.count(corpus.draw(World(1337, small=True), 62, 5)) == 62
     assert all(logprob(programs["refrain"], document) > -math.inf for document in text.train[:10])
     assert text.train[10:] == [document for _, document in take(WORLD, 100)]
 
@@ -560,7 +594,7 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     """Guards: a table about another world than that of the examples; a run that does not find its world."""
     named, seeds = evaluate.named_tasks, []
 
-    def few(world: World, count: int) -> dict:
+    def few(world: World) -> dict:
         seeds.append(world.seed)
         return named(world, count=5)
 

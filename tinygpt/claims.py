@@ -82,6 +82,7 @@ def patterns_and_knowledge(lab: Lab) -> Numbers:
     ("the same, least of all tensors", ">=", 5),
 )  # fmt: skip
 def major_and_fine(lab: Lab) -> Numbers:
+    """Of tensors, those that are not zero before pre-training: from nothing there is no relative change."""
     pre, pre_by_name = weight_change(lab.random.params, lab.base.params)
     tuned, by_name = weight_change(lab.base.params, lab.tuned.params)
     ratios = [pre_by_name[name] / by_name[name] for name in by_name if math.isfinite(pre_by_name[name])]
@@ -263,12 +264,11 @@ def taught_judge(lab: Lab) -> Numbers:
         judge = lab.teach(labelled[:count])
         found[f"right, of what is true, {count} labels"] = reward.judged(judge, pairs).right.rate
     full = reward.judged(lab.judge, pairs)
+    slips = reward.judged(lab.judge, lab.comparisons(people, 3000))  # it is as sure as labels like its own
     found |= {"right, of what is true": full.right.rate, "margin": full.margin}
-    found["calibration"] = full.calibration
+    found["calibration"] = slips.calibration
     found |= {kind: rate.rate for kind, rate in full.by_kind.items()}
-    slips = reward.judged(lab.judge, lab.comparisons(people, 3000))
-    ceiling = slips.labels_right
-    found["agreement with labels, over the ceiling"] = slips.agreed / ceiling
+    found["agreement with labels, over the ceiling"] = slips.agreed / slips.labels_right
     shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
     nothing = abs(reward.judged(shuffled, pairs).by_kind["right over wrong"].rate - 0.5)
     found["taught by shuffled labels: right over wrong, distance from a half"] = nothing
@@ -559,8 +559,10 @@ def some_pretraining(lab: Lab) -> Numbers:
     alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
     eight, known = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - 1 / 4 for share, right in _curves(lab).items()}
-    heads = {share: float(_induction(lab, model).max()) for share, model in lab.snapshots(PLACES)}
-    change = [next(share for share in curve if curve[share] >= curve[1.0] / 2) for curve in (gain, heads)]
+    heads = {share: float(memory.induction_scores(model, lab.words).max())
+             for share, model in lab.snapshots(PLACES)}  # fmt: skip
+    change = [next((share for share in curve if curve[share] >= curve[1.0] / 2), 1.0)
+              for curve in (gain, heads)]  # fmt: skip
     flat, _ = lab.pretrained("one-layer", n_layer=1)
     one = list(_few_shot(lab, flat).values())
     return {
@@ -572,11 +574,6 @@ def some_pretraining(lab: Lab) -> Numbers:
         "one layer: recall of facts told often": lab.recall(flat, known),
         "four layers: recall of facts told often": lab.recall(lab.base, known),
     }
-
-
-def _induction(lab: Lab, model: GPT) -> np.ndarray:
-    """The score of every head, on words of the world."""
-    return memory.induction_scores(model, [int(lab.tokenizer.encode(f" {w}")[0]) for w in lab.world.things])
 
 
 @claim(
@@ -608,16 +605,16 @@ def each_stage(lab: Lab) -> Numbers:
     ("damage by the induction heads over that by as many others", ">=", 5),
 )  # fmt: skip
 def non_parametric_memory(lab: Lab) -> Numbers:
-    people, scores = lab.world.people("never", "eval")[:250], _induction(lab, lab.base)
-    heads = [(int(layer), int(head)) for layer, head in np.argwhere(scores > scores.max() / 2)]
-    prompts = fewshot.mappings(lab.world, 8, 500)
+    people, prompts = lab.world.people("never", "eval")[:250], fewshot.mappings(lab.world, 8, 500)
+    scores = memory.induction_scores(lab.base, lab.words)
+    heads = memory.strongest(scores)
 
     def measured(model: GPT) -> tuple[float, float]:
         right = memory.told(model, lab.tokenizer, lab.world, people, own=True).prompt.rate
         return right, fewshot.accuracy(model, lab.tokenizer, prompts).rate
 
     whole, cut = np.array(measured(lab.base)), np.array(measured(memory.without(lab.base, heads)))
-    sets = memory.others(scores.shape, heads, len(heads), 10)
+    sets = memory.others(scores.shape, heads, 10)
     other = np.mean([measured(memory.without(lab.base, some)) for some in sets], axis=0)
     facts, mapping = (whole - cut) / np.maximum(whole - other, 0.005)  # nothing is less than half a point
     return {
@@ -712,7 +709,7 @@ def named_tasks(lab: Lab) -> Numbers:
 # --- over seeds ---------------------------------------------------------------------------------------------
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees of freedom;
-# beyond them 1.96 + 2.5 / degrees is right to 0.3%
+# beyond them 1.96 + 2.37 / degrees + 2.8 / degrees^2, the beginning of its expansion, is right to 0.2%
 
 
 class Estimate(NamedTuple):
@@ -729,7 +726,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, n = float(np.mean(values)), len(values)
     if n <= 2:
         return Estimate(mean, min(values), max(values), n)
-    half = (T95[n - 2] if n <= 10 else 1.96 + 2.5 / (n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    degrees = n - 1
+    t = T95[degrees - 1] if degrees <= len(T95) else 1.96 + 2.37 / degrees + 2.8 / degrees**2
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
 
 
@@ -746,7 +745,7 @@ def run(
     folder: Path, numbers: Iterable[int], seeds: Iterable[int], say: Callable[[str], None]
 ) -> dict[int, dict[str, Estimate]]:
     """Measures the claims, seed by seed, and writes claims.json: number -> name of what was measured ->
-    its Estimate. What `folder` has is not measured again."""
+    its Estimate, over the seeds that have it. What `folder` has is not measured again."""
     measured: dict[int, list[Numbers]] = {number: [] for number in numbers}
     for seed in seeds:
         lab = Lab(folder, seed, say)
@@ -754,10 +753,10 @@ def run(
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
             rows.append(lab.kept(f"claim {number}", partial(claim.measure, lab), needed))
-    found = {
-        number: {name: estimate([numbers[name] for numbers in rows]) for name in rows[0]}
-        for number, rows in measured.items()
-    }
+    found = {}
+    for number, rows in measured.items():
+        names = dict.fromkeys(name for numbers in rows for name in numbers)
+        found[number] = {name: estimate([row[name] for row in rows if name in row]) for name in names}
     with replacing(folder / "claims.json") as beside:
         rows = {n: {name: e._asdict() for name, e in numbers.items()} for n, numbers in found.items()}
         beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

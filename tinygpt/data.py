@@ -242,6 +242,15 @@ def _blocks(tokens: Array, starts: Array, block_size: int) -> tuple[Array, Array
     return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)
 
 
+def shuffled_places(size: int, count: int, step: int, seed: int) -> Array:
+    """The `count` of `size` places whose turn is in update `step`, (count,). In each epoch all have theirs
+    once, in an order of its own; an update may end one epoch and begin the next."""
+    turns = range(step * count, (step + 1) * count)
+    orders = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(size)
+              for epoch in {turn // size for turn in turns}}  # fmt: skip
+    return np.array([orders[turn // size][turn % size] for turn in turns])
+
+
 # --- packing ------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Questions to a model, in batches, and how many answers are right, with an interval.
 
-Answers are greedy. An exact match is one of the whole answer, white space around it apart; whoever has the
-answers can count as right whatever else they like.
+Answers are greedy. What of them is right, whoever asked decides.
 
 Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
 """
@@ -115,9 +114,3 @@ def wilson(right: int, n: int, z: float = 1.96) -> Rate:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
     return Rate(p, max(0.0, low), min(1.0, high), n)
-
-
-def exact_match(found: Sequence[Answer], expected: Sequence[str]) -> Rate:
-    """The share of answers that are what was expected, and stopped there."""
-    pairs = zip(found, expected, strict=True)
-    return wilson(sum(answer.stopped and answer.text == text.strip() for answer, text in pairs), len(found))

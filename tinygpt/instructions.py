@@ -125,10 +125,11 @@ def read(paths: Iterable[Path | str]) -> list[Example]:
     return [Example(where, _messages(row, where)) for path in paths for where, row in objects(path, _FORM)]
 
 
-def objects(path: Path | str, form: str) -> list[tuple[str, dict]]:
+def objects(path: Path | str, form: str, *texts: str) -> list[tuple[str, dict]]:
     """(file:line, object) of a JSON Lines file without its blank lines; form: how a line looks.
 
-    Raises UserError, with file and line, for what is no JSON object, and for a file without any.
+    Raises UserError, with file and line, for what is no JSON object, or has no string under each of the keys
+    `texts`, and for a file without any.
     """
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder: --data takes files of JSON Lines")
@@ -138,7 +139,11 @@ def objects(path: Path | str, form: str) -> list[tuple[str, dict]]:
         lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
     if not lines:
         raise UserError(f"{path}: has no examples: a line is {form}")
-    return [(where, _object(line, where, form)) for where, line in lines]
+    rows = [(where, _object(line, where, form)) for where, line in lines]
+    for where, row in rows:
+        if not all(isinstance(row.get(key), str) for key in texts):
+            raise UserError(f"{where}: a line is {form}")
+    return rows
 
 
 _FORM = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'

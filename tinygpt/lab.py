@@ -46,7 +46,7 @@ class Lab:
             stages = [stage | less for stage, less in zip(stages, recipes.QUICK, strict=True)]
         self.pretraining, self.tuning, self.judging, self.steering = stages
         recipe = sha256(repr(stages).encode()).hexdigest()[:6]
-        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # what else is another's
+        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # nothing of another recipe
         self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick
@@ -60,10 +60,9 @@ class Lab:
         updates: how many, else the recipe's. sizes: in which it differs from that, such as n_layer.
         """
         folder, recipe = self.folder / name, self.pretraining
-        block_size = recipe["block_size"]
-        known = TrainConfig.__dataclass_fields__
-        fields = {name: value for name, value in recipe.items() if name in known}
-        fields |= {"max_iters": updates} if updates else {}
+        block_size, known = recipe["block_size"], TrainConfig.__dataclass_fields__
+        fields = {field: value for field, value in recipe.items() if field in known}
+        fields["max_iters"] = updates or recipe["max_iters"]
         settings = pretrain.Settings(
             model=dataclasses.replace(PRESETS["nano"], block_size=block_size, **sizes),
             train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
@@ -92,18 +91,14 @@ class Lab:
         return checkpoint.load(folder)
 
     @cached_property
-    def _base(self) -> tuple[GPT, BPETokenizer]:
-        model, tokenizer = self.pretrained("base")
-        tokenizer.chat_template = instructions.TEMPLATE  # what is saved with it from here on is tuned
-        return model, tokenizer
-
-    @property
     def base(self) -> GPT:
-        return self._base[0]
+        return self.pretrained("base")[0]
 
-    @property
+    @cached_property
     def tokenizer(self) -> BPETokenizer:
-        return self._base[1]
+        _, found = self.pretrained("base")
+        found.chat_template = instructions.TEMPLATE  # what is saved with it from here on is tuned
+        return found
 
     @property
     def _every(self) -> int:
@@ -122,13 +117,17 @@ class Lab:
         return GPT(self.base.config, np.random.default_rng(self.seed))
 
     def _model(self, name: str, make: Callable[[], GPT]) -> Path:
-        """The folder of a model, which is made if it is not there, with the seconds that it took."""
+        """The folder of a model or its adapter, made if it is not there, with the seconds that it took."""
         folder = self.folder / name
-        if not (folder / checkpoint.CONFIG).exists():  # it is written last
+        whole = (folder / file for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG))  # written last
+        if not any(file.exists() for file in whole):
             folder.mkdir(parents=True, exist_ok=True)
             began, model = time.perf_counter(), make()
             (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
-            checkpoint.save(folder, model, self.tokenizer)
+            if model.adapter is None:
+                checkpoint.save(folder, model, self.tokenizer)
+            else:
+                adapters.save(folder, model, self.tokenizer, str((self.folder / "base").resolve()))
         return folder
 
     def seconds(self, name: str) -> float:
@@ -136,8 +135,17 @@ class Lab:
         folder = self.folder / name
         if (folder / SECONDS).exists():
             return float((folder / SECONDS).read_text())
-        with (folder / runs.METRICS).open(encoding="utf-8") as file:
-            return json.loads(file.readlines()[-1])["elapsed_s"]
+        return self.records(name)[-1]["elapsed_s"]
+
+    def records(self, name: str) -> list[Numbers]:
+        """Of the updates of a model that `pretrained` made."""
+        lines = (self.folder / name / runs.METRICS).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def beside(self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes) -> GPT:
+        """The base with an adapter that is tuned to these items, kept in the folder of that name."""
+        folder = self._model(name, lambda: self.tune(items, adapter, **changes))
+        return adapters.load_model(self.folder / "base", folder)[0]
 
     @cached_property
     def tuned(self) -> GPT:
@@ -151,10 +159,10 @@ class Lab:
     ) -> GPT:  # fmt: skip
         """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
         model = (base or self.base).copy()
-        options = self.tuning | {"warmup_iters": 10, "seed": self.seed} | changes
+        options = self.tuning | {"warmup_iters": 10} | changes
         self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
         self._with(adapter, model)
-        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10)
+        train = self._training(options)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         examples = tasks.conversations(self.world, items)
         sft.tune(model, self.tokenizer, examples, settings, self.progress(train.max_iters))
@@ -164,6 +172,9 @@ class Lab:
         if adapter:
             model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
         return model
+
+    def _training(self, options: dict) -> TrainConfig:
+        return TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
 
     @cached_property
     def judge(self) -> reward.Judge:
@@ -189,7 +200,7 @@ class Lab:
         options["max_iters"] = min(options["max_iters"], most_passes * len(comparisons) // batch_size + 1)
         self.say(f"seed {self.seed}: a judge, {options['max_iters']} updates")
         judge = reward.Judge(reward.with_head(self.tuned, self.seed), self.tuned, self.tokenizer)
-        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
+        train = self._training(options)
         settings = reward.Settings(model=judge.model.config, train=train, block_size=judge.model.context,
                                    batch_size=batch_size)  # fmt: skip
         reward.fit(judge, comparisons, settings, self.progress(train.max_iters))
@@ -214,7 +225,7 @@ class Lab:
         options = self.steering | changes
         known = rlhf.Config.__dataclass_fields__
         config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & known.keys()})
-        train = TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
+        train = self._training(options)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
         model = self._with(adapter, self.tuned.copy())
         items = rlhf.read_prompts(self.source)
@@ -228,6 +239,11 @@ class Lab:
 
         run_training(learner.optimizer, learner.batches, train, compute=learner.compute, report=report)
         return model, records
+
+    @cached_property
+    def words(self) -> list[int]:
+        """The first token of each thing of the world."""
+        return [int(self.tokenizer.encode(f" {word}")[0]) for word in self.world.things]
 
     def length(self, item: tasks.Item) -> int:
         """Of a question with its answer, in tokens."""

@@ -94,13 +94,9 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
 
     Raises UserError where there is no run, and where the data is gone or another.
     """
-    settings, tok = checkpoint.read_run(folder, Settings)
-    if paths:
-        settings = dataclasses.replace(settings, data=runs.absolute(paths))
+    settings, tok = runs.read(folder, Settings, data=paths)
     source = _source(settings.data)
-    if _fingerprint(source, tok) != settings.fingerprint:
-        given = ", ".join(settings.data) or "the documentation of this Python"
-        raise UserError(f"{given}: is not the text that the run in {folder} began with; it needs that text")
+    runs.check_data(folder, settings, _fingerprint(source, tok))
     optimizer = runs.load(folder, settings, tok)
     parts = _parts(source, tok, folder, settings.fingerprint, settings.block_size)
     return Run(folder, settings, optimizer, tok, *parts)

@@ -35,7 +35,7 @@ def scores(found: Mapping[str, Score]) -> str:
 def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:
     """A claim, what it stands on with the verdict on each, and what else was measured."""
     needed = [name for name, _, _ in asked.needs]
-    seeds = next(iter(found.values())).n
+    seeds = max(e.n for e in found.values())  # some numbers are of some seeds alone
     spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
     lines = [f"{asked.number}. {asked.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
     for name, sign, limit in asked.needs:

@@ -1,8 +1,8 @@
 """A run in a folder: what all training stages do with theirs.
 
-A run begins with `check_folder` and `first_save`, is taken up with `load`, and trains with `run`. At every
-moment the folder has a model that can be loaded, or a run from which `load` writes that model. The model is
-always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
+A run begins with `check_folder` and `first_save`, is taken up with `read` and `load`, and trains with `run`.
+At every moment the folder has a model that can be loaded, or a run from which `load` writes that model. The
+model is always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
 
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), the data (each stage's).
 """
@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -63,7 +64,6 @@ class Settings:
                 f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
             )
 
-
     @property
     def size(self) -> int:
         """The number of weights that are trained."""
@@ -76,6 +76,9 @@ class Settings:
         """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
         nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
         return bool(not self.adapter.kind or self.train.merge_every or not self.init_from)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -96,6 +99,34 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
     """Paths that a run can be resumed with from any folder; "world:1337" is none, and stays as it is."""
     return tuple(p if (p := str(path)).startswith("world:") else str(Path(p).resolve()) for path in paths)
+
+
+def from_model(settings: AnySettings, model: GPT, folder: Path, **more) -> AnySettings:
+    """The settings of a run that begins with the model in `folder`; `more` are other fields."""
+    return dataclasses.replace(
+        settings, model=model.config, data=absolute(settings.data), init_from=str(Path(folder).resolve()),
+        init_hash=adapters.fingerprint(model), **more,
+    )  # fmt: skip
+
+
+def read(folder: Path, kind: type[AnySettings], **paths: Sequence[str]) -> tuple[AnySettings, Tokenizer]:
+    """Settings and tokenizer of the run in `folder`. paths: fields that say where data is now, if given any.
+
+    Raises UserError where there is no run of that stage.
+    """
+    settings, tokenizer = checkpoint.read_run(folder, kind)
+    moved = {name: absolute(found) for name, found in paths.items() if found}
+    return dataclasses.replace(settings, **moved), tokenizer
+
+
+def check_data(folder: Path, settings: Settings, mark: str, beside: tuple[str, ...] = ()) -> None:
+    """Raises UserError unless `mark`, of what was read now, is that of the beginning of the run in `folder`.
+
+    beside: paths of what was read besides settings.data.
+    """
+    if mark != settings.fingerprint:
+        source = ", ".join((*settings.data, *beside)) or "the documentation of this Python"
+        raise UserError(f"{source}: not the data that the run in {folder} began with; it needs that")
 
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:

@@ -25,7 +25,7 @@ from .atomic import replacing
 from .errors import UserError
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
-from .lab import SECONDS, Lab
+from .lab import Lab
 from .model import GPT, AdapterConfig
 from .tokenizer import read_object
 from .train import weight_change
@@ -94,6 +94,12 @@ def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dic
     }  # fmt: skip
 
 
+def by_the_prompt(lab: Lab, mark: str, **rates: float) -> dict:
+    """The row of a stage that trains nothing; mark: the base's fingerprint before it."""
+    return {"data": "the prompt", "weights": 0, "change": 0.0,
+            "base": adapters.fingerprint(lab.base) == mark, **rates}  # fmt: skip
+
+
 # --- the stages ---------------------------------------------------------------------------------------------
 
 
@@ -107,7 +113,7 @@ def pretraining(lab: Lab) -> dict:
     tokens = lab.pretraining["max_iters"] * lab.pretraining["batch_size"] * lab.pretraining["block_size"]
     data = f"{tokens / 1e6:.1f}M tokens of text"
     found = trained(lab, model, lab.random, data, lab.seconds("base"))
-    updates = [json.loads(line) for line in (lab.folder / "base" / "metrics.jsonl").open(encoding="utf-8")]
+    updates = lab.records("base")
     gaps = evaluate.gaps(model, tokenizer, world, 1000)
     told = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
     every = max(1, len(updates) // 300)
@@ -146,12 +152,11 @@ def in_context(lab: Lab) -> dict:
     both = [one._replace(examples=()), one]
     said = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
     asked = fewshot.text(one, "table")
-    heads = memory.induction_scores(lab.base, _words(lab), count=20)
+    heads = memory.induction_scores(lab.base, lab.words, count=20)
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
     return {
-        "row": {"data": "the prompt", "weights": 0, "change": 0.0,
-                "base": adapters.fingerprint(lab.base) == mark, "few-shot": last[-1]},
+        "row": by_the_prompt(lab, mark, **{"few-shot": last[-1]}),
         "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
         "curves": {"shots": list(shots), "best possible": best, **right},
         "head": {"layer": layer, "head": head, "score": float(heads.max()),
@@ -160,10 +165,6 @@ def in_context(lab: Lab) -> dict:
         "notes": [f"Right after 0, 1, 2, 4 and 8 examples: {_percents(last)}; the best possible predictor: "
                   f"{_percents(best)}."],
     }  # fmt: skip
-
-
-def _words(lab: Lab) -> list[int]:
-    return [int(lab.tokenizer.encode(f" {word}")[0]) for word in lab.world.things]
 
 
 def _percents(rates: list[float]) -> str:
@@ -237,14 +238,7 @@ def rlhf(lab: Lab) -> dict:
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
-    folder = lab.folder / name
-    if not (folder / checkpoint.ADAPTER_CONFIG).exists():  # it is written last
-        began = time.perf_counter()
-        model = lab.tune(items, config, **how)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
-        adapters.save(folder, model, lab.tokenizer, str((lab.folder / "base").resolve()))
-    model, _ = adapters.load_model(lab.folder / "base", folder)
+    model = lab.beside(name, config, items, **how)
     found = trained(lab, model, lab.base, f"{len(items):,} pairs", lab.seconds(name))
     return found | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
 
@@ -280,12 +274,10 @@ def two_memories(lab: Lab) -> dict:
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
     against = memory.told(lab.base, lab.tokenizer, world, people)
     own = memory.told(lab.base, lab.tokenizer, world, never, own=True).prompt
-    scores = memory.induction_scores(lab.base, _words(lab), count=20)
-    heads = [divmod(int(i), scores.shape[1]) for i in (scores > scores.max() / 2).ravel().nonzero()[0]]
+    heads = memory.strongest(memory.induction_scores(lab.base, lab.words, count=20))
     cut = memory.told(memory.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
     return {
-        "row": {"data": "the prompt", "weights": 0, "change": 0.0,
-                "base": adapters.fingerprint(lab.base) == mark},
+        "row": by_the_prompt(lab, mark),
         "notes": [
             f"Where they contradict, the prompt answers in {against.prompt.rate:.0%}, the weights in "
             f"{against.weights.rate:.0%}.",

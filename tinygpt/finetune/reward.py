@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checkpoint, instructions, runs, train
-from ..data import Array, Packed, Tokenizer, pack
+from ..data import Array, Packed, Tokenizer, pack, shuffled_places
 from ..errors import UserError
 from ..evaluate import Rate, answers, wilson
 from ..generate import generate
@@ -219,24 +219,23 @@ def with_head(model: GPT, seed: int) -> GPT:
 def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
     """Trains a judge in memory, on the comparisons that fit a row."""
-    texts = judge.texts(*_sides(comparisons))
-    pairs = zip(texts[::2], texts[1::2], strict=True)
-    texts = [ids for pair in pairs if max(map(len, pair)) <= settings.block_size for ids in pair]
+    pairs = [pair for pair in _pairs(judge, comparisons) if max(map(len, pair)) <= settings.block_size]
     optimizer = settings.train.optimizer(judge.model)
-    train.train(optimizer, lambda n, rng: [batch(texts, settings, n)], settings.train, compute=loss,
+    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train, compute=loss,
                 report=report)  # fmt: skip
 
 
-def batch(texts: Sequence[Array], settings: Settings, n: int) -> Packed:
-    """The comparisons of update n, packed, of 2 N texts, chosen and rejected in turn; each epoch has another
-    order."""
-    texts = list(zip(texts[::2], texts[1::2], strict=True))
-    B, seed = min(settings.batch_size, len(texts)), settings.train.seed
-    places = range(n * B, (n + 1) * B)
-    order = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(len(texts))
-             for epoch in {place // len(texts) for place in places}}  # fmt: skip
-    picked = [texts[order[place // len(texts)][place % len(texts)]] for place in places]
-    return marked([ids for pair in picked for ids in pair], settings.block_size)
+def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
+    """What the judge reads, (n,) each, with the chosen answer and with the rejected one."""
+    texts = judge.texts(*_sides(comparisons))
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
+    """The comparisons of update n, packed: their texts, chosen and rejected in turn."""
+    B = min(settings.batch_size, len(pairs))
+    places = shuffled_places(len(pairs), B, n, settings.train.seed)
+    return marked([ids for place in places for ids in pairs[place]], settings.block_size)
 
 
 def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
@@ -252,28 +251,21 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     tokenizer.chat_template = instructions.TEMPLATE
     model = with_head(author, settings.train.seed)
     model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-    settings = dataclasses.replace(
-        settings, model=model.config, data=runs.absolute(settings.data),
-        init_from=str(Path(init_from).resolve()), init_hash=adapters.fingerprint(author),
-    )  # fmt: skip
+    settings = runs.from_model(settings, author, init_from)
     optimizer, judge = settings.train.optimizer(model), Judge(model, author, tokenizer)
     found, mark = _comparisons(settings, judge)
-    settings = dataclasses.replace(settings, fingerprint=mark)
+    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
     runs.first_save(folder, optimizer, tokenizer, settings)
     return Run(folder, settings, optimizer, judge, *found)
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
     """The run in `folder` as it was saved last; the paths say where the comparisons are now."""
-    settings, tokenizer = checkpoint.read_run(folder, Settings)
-    if paths:
-        settings = dataclasses.replace(settings, data=runs.absolute(paths))
+    settings, tokenizer = runs.read(folder, Settings, data=paths)
     optimizer = runs.load(folder, settings, tokenizer)
     judge = Judge(optimizer.model, _author(folder, settings), tokenizer)
     found, mark = _comparisons(settings, judge)
-    if mark != settings.fingerprint:
-        given = ", ".join(settings.data)
-        raise UserError(f"{given}: not the comparisons that the run in {folder} began with; it needs those")
+    runs.check_data(folder, settings, mark)
     return Run(folder, settings, optimizer, judge, *found)
 
 
@@ -298,14 +290,14 @@ def _author(folder: Path, settings: Settings) -> GPT:
 
 def reward(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
     """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
-    settings, texts = run.settings, run.judge.texts(*_sides(run.train))
+    settings, pairs = run.settings, _pairs(run.judge, run.train)
 
     def evaluate() -> train.Record:
         found = judged(run.judge, run.val)
         return {"val_right": found.right.rate, "val_margin": found.margin}
 
     runs.run(run.folder, run.optimizer, run.tokenizer, settings,
-             lambda n, rng: [batch(texts, settings, n)], evaluate, report, compute=loss)  # fmt: skip
+             lambda n, rng: [batch(pairs, settings, n)], evaluate, report, compute=loss)  # fmt: skip
 
 
 def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:
@@ -327,9 +319,7 @@ def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], s
 def read_file(path: str | Path) -> list[Comparison]:
     """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
     found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-    for where, row in instructions.objects(path, form):
-        if not all(isinstance(row.get(key), str) for key in ("prompt", "chosen", "rejected")):
-            raise UserError(f"{where}: a line is {form}")
+    for where, row in instructions.objects(path, form, "prompt", "chosen", "rejected"):
         if row["chosen"].strip() == row["rejected"].strip():
             raise UserError(f"{where}: chosen and rejected are the same")
         found.append(_comparison(row))
@@ -373,24 +363,24 @@ def collect(
 
     Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
     what it may come to say. And one of these garbled: a judge that never saw such answers may like them best,
-    and a policy finds out. Two, and in one world of three it had not learned by the end that right is better
-    than wrong.
+    and a policy finds out. One, not two: with two, the judge of one world in three had not learned by the end
+    that right is better than wrong.
     """
     items = tasks.questions(world, people)
     one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
-    asked = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
-    room = model.context - max(map(len, asked))
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
+    room = model.context - max(map(len, prompts))
     drawn, ws = [], Workspace()
-    for at in range(0, len(asked), 256):
-        drawn += generate(model, asked[at : at + 256], min(8, room), temperature=1.0, rng=rng,
+    for at in range(0, len(prompts), 256):
+        drawn += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
                           stop={tokenizer.eos_id}, ws=ws, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
-    answers = {}
+    offered = {}
     for n, fact in enumerate(one):
         said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
-        answers[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
-    known = [(item, answers[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
-    return [_comparison(row) for row in preferences.compared(world, known, count, error, seed, blind)]
+        offered[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
+    asked = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    return [_comparison(row) for row in preferences.compared(world, asked, count, error, seed, blind)]

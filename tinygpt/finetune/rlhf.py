@@ -14,7 +14,7 @@ weights -d does: a policy gradient is supervised learning of one's own answers, 
 
 q is the policy as it is over the policy that sampled, of a whole answer in RLOO, of a token in PPO and GRPO.
 The first three have the KL in the reward, r = score - beta log(policy / reference), GRPO in the loss, DPO in
-its derivation. k1, k2, k3 estimate it from samples (`KL`); what is reported is exact, over the vocabulary.
+its derivation. k1, k2, k3 estimate it from samples; what is reported is exact, over the vocabulary.
 On top of each may come the loss of the tuning's own examples (ptx), which keeps what they taught.
 
 References: Williams 1992 (REINFORCE); Ahmadian et al. 2024 (RLOO); Schulman et al. 2015, 2017 (GAE, PPO);
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checkpoint, instructions, runs, train
-from ..data import Array, Tokenizer
+from ..data import Array, Tokenizer, shuffled_places
 from ..errors import UserError
 from ..generate import generate
 from ..model import GPT
@@ -43,14 +43,12 @@ from ..world import World, corpus, preferences, tasks
 from ..world import evaluate as world_evaluate
 from . import adapters, reward, sft
 
-ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How to sample and to learn from samples, under the names of TRL."""
 
-    algo: str = "rloo"
+    algo: str = "rloo"  # or reinforce, ppo, grpo, dpo
     beta: float = 0.05  # how much a nat of KL costs
     num_prompts: int = 16  # of an update
     num_generations: int = 8  # answers to each
@@ -81,7 +79,10 @@ def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
     rng: np.random.Generator, ws: Workspace | None = None,
 ) -> Samples:  # fmt: skip
-    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing cut off."""
+    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
+
+    One of max_new_tokens without an end is scored all the same, as if it had ended there.
+    """
     asked = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
     new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws,
@@ -173,6 +174,9 @@ def clipped(
     return float(-(weights * np.minimum(plain, held)).sum()), np.where(plain <= held, -weights * plain, 0.0)
 
 
+# Estimates of the KL by a sampled token, and their derivatives by its logp; GRPO takes the last.
+
+
 def k1(logp: Array, ref: Array) -> tuple[Array, Array]:
     """log(policy / reference): unbiased as a number; in the loss its gradient is zero in the mean."""
     return logp - ref, np.ones_like(logp)
@@ -188,9 +192,6 @@ def k3(logp: Array, ref: Array) -> tuple[Array, Array]:
     the forward KL, KL(reference || policy). Schulman 2020, "Approximating KL divergence"."""
     ratio = np.exp(ref - logp)
     return ratio - 1 - (ref - logp), 1 - ratio
-
-
-KL = {"k1": k1, "k2": k2, "k3": k3}  # estimates by a sampled token, and their derivatives by its logp
 
 
 def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
@@ -231,11 +232,12 @@ def experience(
         mean = (advantage * mask).sum() / mask.sum()
         spread = math.sqrt((mask * (advantage - mean) ** 2).sum() / mask.sum())
         return Experience(samples, old, ref, scores, (advantage - mean) / (spread + 1e-8), returns, values)
-    advantage = {
-        "reinforce": lambda: leave_one_out(with_kl),
-        "rloo": lambda: leave_one_out(with_kl.reshape(groups)).ravel(),
-        "grpo": lambda: standardised(scores.reshape(groups)).ravel(),
-    }[config.algo]()
+    if config.algo == "grpo":
+        advantage = standardised(scores.reshape(groups)).ravel()
+    elif config.algo == "rloo":
+        advantage = leave_one_out(with_kl.reshape(groups)).ravel()
+    else:
+        advantage = leave_one_out(with_kl)
     return Experience(samples, old, ref, scores, advantage[:, None])
 
 
@@ -272,14 +274,13 @@ def learn(
 
 def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Array]:
     """Half the squared distance of PPO's values (N, T) to the returns, clipped as the ratio is, and its
-    gradient by them."""
+    gradient by them: none where the clip decides."""
     mask = e.samples.mask / e.samples.mask.sum()
     near = np.clip(values, e.values - config.cliprange_value, e.values + config.cliprange_value)
     plain, held = values - e.returns, near - e.returns
     worse = plain**2 >= held**2
-    inside = abs(values - e.values) <= config.cliprange_value
     loss = 0.5 * (mask * np.maximum(plain**2, held**2)).sum()
-    return float(loss), mask * np.where(worse, plain, held * inside)
+    return float(loss), mask * np.where(worse, plain, 0.0)
 
 
 class Comparisons(NamedTuple):
@@ -297,9 +298,13 @@ def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Compar
     """Comparisons as DPO takes them: question, answer and the end-of-text token."""
     asked = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    new = [np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id)) for text in texts]
-    samples = answered(tokenizer, asked * 2, new)
+    samples = answered(tokenizer, asked * 2, [_answer_ids(tokenizer, text) for text in texts])
     return Comparisons(samples, logprobs(reference, samples).sum(1))
+
+
+def _answer_ids(tokenizer: Tokenizer, text: str) -> Array:
+    """The ids of an answer, with its end."""
+    return np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id))
 
 
 def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
@@ -324,22 +329,26 @@ class Rollout(NamedTuple):
         return self.samples.ids
 
 
+Judging = Callable[[list[str], list[str]], Array]  # questions, answers -> scores (N,)
+
+
+@dataclasses.dataclass(eq=False)
 class Trainer:
-    """What an update of samples needs: the policy's optimizer, its reference, a judge, for PPO values.
+    """What updates from samples need: `batches` and `compute` are for `train.train`."""
 
-    `prompts` has a question's text and its ids. judge(questions, answers) -> scores (N,).
-    """
+    optimizer: AdamW  # of the policy
+    reference: GPT
+    tokenizer: Tokenizer
+    config: Config
+    prompts: Sequence[tuple[str, Array]]  # a question's text, its ids
+    judge: Judging
+    values: AdamW | None = None  # of PPO
+    gold: Judging | None = None
+    seed: int = 0
+    value_rate: Callable[[int], float] = lambda n: 1e-4  # of update n, counted from 0
+    examples: Callable[[int], Sequence[train.Batch]] | None = None  # learned beside, likewise
 
-    def __init__(
-        self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, config: Config,
-        prompts: Sequence[tuple[str, Array]], judge: Callable[[list[str], list[str]], Array],
-        values: AdamW | None = None, gold: Callable[[list[str], list[str]], Array] | None = None,
-        seed: int = 0, value_rate: Callable[[int], float] = lambda n: 1e-4,
-        examples: Callable[[int], Sequence[train.Batch]] | None = None,
-    ) -> None:  # fmt: skip
-        self.value_rate, self.examples = value_rate, examples  # of update n, counted from 0
-        self.optimizer, self.reference, self.tokenizer, self.config = optimizer, reference, tokenizer, config
-        self.prompts, self.judge, self.values, self.gold, self.seed = prompts, judge, values, gold, seed
+    def __post_init__(self) -> None:
         self.ws, self.beside, self.last, self.warned = Workspace(), Workspace(), None, False
         self.experience: Experience | None = None  # of the last rollout, from its first update on
 
@@ -349,20 +358,19 @@ class Trainer:
         if n % c.num_iterations and self.last is not None:
             return [self.last]
         B = min(c.num_prompts, len(self.prompts))
-        first = n // c.num_iterations * B
-        picked = []
-        for place in range(first, first + B):
-            order = np.random.default_rng([self.seed, place // len(self.prompts), 2])
-            picked.append(self.prompts[order.permutation(len(self.prompts))[place % len(self.prompts)]])
+        places = shuffled_places(len(self.prompts), B, n // c.num_iterations, self.seed)
+        picked = [self.prompts[place] for place in places]
         model = self.optimizer.model
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
                          c.max_new_tokens, rng, self.ws)  # fmt: skip
         questions = [text for text, _ in picked for _ in range(c.num_generations)]
-        logits, values = self.reference.forward(samples.ids, self.ws, keep=False)[0], None
+        logits, _ = self.reference.forward(samples.ids, self.ws, keep=False)
         nll, _ = self.reference.ops.cross_entropy_forward(logits, samples.targets)
         ref, ref_logits = -(nll * samples.mask).astype(np.float64), logits[samples.mask > 0]
+        values = None
         if self.values is not None:
-            values = self.values.model.forward(samples.ids, keep=False)[0][..., 0].astype(np.float64)
+            outputs, _ = self.values.model.forward(samples.ids, keep=False)
+            values = outputs[..., 0].astype(np.float64)
         scores = self.judge(questions, samples.answers)
         self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
@@ -387,11 +395,10 @@ class Trainer:
         record["train_loss"] = learn(optimizer, r.samples, loss, ws)
         record |= {"length": float(mask.sum() / N), "distinct": len(set(r.samples.answers)) / N}
         if self.examples is not None:
-            mine = optimizer.flat.copy()
-            batches = self.examples(optimizer.steps)
-            record["ptx_loss"] = train.accumulate(optimizer, batches, self.beside, rng)
-            optimizer.flat *= self.config.ptx_coef
-            optimizer.flat += mine
+            of_samples, examples = optimizer.flat.copy(), self.examples(optimizer.steps)
+            record["ptx_loss"] = train.accumulate(optimizer, examples, self.beside, rng)
+            optimizer.flat *= config.ptx_coef
+            optimizer.flat += of_samples
         if self.gold is not None:
             record["gold"] = float(self.gold(r.questions, r.samples.answers).mean())
         if self.values is not None:
@@ -477,13 +484,10 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
         raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
-    mark = adapters.fingerprint(model)
     if settings.adapter.kind:
         model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
-    settings = dataclasses.replace(
-        settings, model=model.config, data=runs.absolute(settings.data), init_hash=mark,
-        ptx_data=runs.absolute(settings.ptx_data),
-        init_from=str(Path(init_from).resolve()),
+    settings = runs.from_model(
+        settings, model, init_from, ptx_data=runs.absolute(settings.ptx_data),
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
     )  # fmt: skip
     run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
@@ -494,14 +498,15 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
 
 
 def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last. PPO's values begin anew."""
-    settings, tokenizer = checkpoint.read_run(folder, Settings)
-    if paths:
-        beside = tuple(filter(corpus.is_source, paths)) or settings.ptx_data  # a world has both
-        settings = dataclasses.replace(settings, data=runs.absolute(paths), ptx_data=runs.absolute(beside))
+    """The run in `folder` as it was saved last. PPO's values begin anew.
+
+    paths: where the data is now, if it was moved; of a world also what is learned beside.
+    """
+    was, _ = checkpoint.read_run(folder, Settings)
+    beside = paths if was.ptx_data == was.data else ()  # a world has both
+    settings, tokenizer = runs.read(folder, Settings, data=paths, ptx_data=beside)
     run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
-    if _fingerprint(run) != settings.fingerprint:
-        raise UserError(f"{', '.join(settings.data)}: not what the run in {folder} began with; it needs that")
+    runs.check_data(folder, settings, _fingerprint(run), settings.ptx_data)
     if run.judge is not None and adapters.fingerprint(run.judge.model) != settings.reward_hash:
         raise UserError(f"{settings.reward_from}: is another judge than the one of the run in {folder}")
     return run
@@ -520,8 +525,26 @@ def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenize
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
     if not prompts and not comparisons:
         raise UserError(f"{', '.join(settings.data)}: is empty")
+    _check_room(settings, optimizer.model.context, tokenizer, prompts, comparisons)
     examples = [messages for path in settings.ptx_data for messages in _examples(path)]
     return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons, examples)
+
+
+def _check_room(
+    settings: Settings, context: int, tokenizer: Tokenizer, prompts: Sequence[tasks.Item],
+    comparisons: Sequence[reward.Comparison],
+) -> None:  # fmt: skip
+    """Raises UserError for a question that may not fit the model together with its answer: whichever update
+    came to it first would end the run."""
+    room = settings.rl.max_new_tokens
+    texts = [(item["prompt"], room) for item in prompts]
+    for c in comparisons:
+        texts += [(c.prompt, len(_answer_ids(tokenizer, said))) for said in (c.chosen, c.rejected)]
+    # The last token of an answer is a target and takes no place.
+    longest = max(len(instructions.prompt(tokenizer, asked)) + n - 1 for asked, n in texts)
+    if longest > context:
+        raise UserError(f"{', '.join(settings.data)}: a question needs {longest} positions with its answer, "
+                        f"and the model has {context}")  # fmt: skip
 
 
 def _fingerprint(run: Run) -> str:
@@ -553,12 +576,7 @@ def read_prompts(path: str) -> list[tasks.Item]:
             for who in (("known", "rl"), ("known", "sft"), ("never", "rl"))
         )
         return 8 * known + 2 * tuned + never
-    form = '{"prompt": "..."}'
-    rows = instructions.objects(path, form)
-    for where, row in rows:
-        if not isinstance(row.get("prompt"), str):
-            raise UserError(f"{where}: a line is {form}")
-    return [row for _, row in rows]
+    return [row for _, row in instructions.objects(path, '{"prompt": "..."}', "prompt")]
 
 
 def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
@@ -594,7 +612,7 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
     runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report, compute=compute)
 
 
-def _gold(world: World, items: Sequence[tasks.Item]) -> Callable[[list[str], list[str]], Array]:
+def _gold(world: World, items: Sequence[tasks.Item]) -> Judging:
     """What the simulated people would feel about each answer: 1, 0 or -1 (`preferences.utility`)."""
     by_prompt = {item["prompt"]: item for item in items}
 

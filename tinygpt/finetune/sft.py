@@ -99,15 +99,10 @@ def begin(
         rng = np.random.default_rng([settings.train.seed, 0, 3])
         model.adapter = adapters.create(model, settings.adapter, rng)
     tokenizer.chat_template = instructions.TEMPLATE
-    settings = dataclasses.replace(
-        settings,
-        model=model.config,
-        data=runs.absolute(settings.data),
-        val_data=runs.absolute(settings.val_data),
-        init_from=str(Path(init_from).resolve()),
-        init_hash=adapters.fingerprint(model),
+    settings = runs.from_model(
+        settings, model, init_from, val_data=runs.absolute(settings.val_data),
         adapter=model.adapter.config if model.adapter else settings.adapter,
-    )
+    )  # fmt: skip
     examples = read(settings, tokenizer)
     settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
     optimizer = settings.train.optimizer(model)
@@ -121,13 +116,9 @@ def resume(folder: Path, paths: tuple[str, ...] = (), val_paths: tuple[str, ...]
 
     Raises UserError where there is no run, and where the data is gone or another.
     """
-    settings, tokenizer = checkpoint.read_run(folder, Settings)
-    moved = {"data": runs.absolute(paths), "val_data": runs.absolute(val_paths)}
-    settings = dataclasses.replace(settings, **{name: found for name, found in moved.items() if found})
+    settings, tokenizer = runs.read(folder, Settings, data=paths, val_data=val_paths)
     examples = read(settings, tokenizer)
-    if examples.fingerprint != settings.fingerprint:
-        source = ", ".join((*settings.data, *settings.val_data))
-        raise UserError(f"{source}: not the examples that the run in {folder} began with; it needs those")
+    runs.check_data(folder, settings, examples.fingerprint, settings.val_data)
     optimizer = runs.load(folder, settings, tokenizer)
     return Run(folder, settings, optimizer, tokenizer, examples, _weights_before(settings))
 
@@ -258,12 +249,7 @@ def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
     """
     R, A = len(rows.ids), settings.gradient_accumulation_steps
     B = min(settings.batch_size, R)
-    places = np.arange(n * A * B, (n + 1) * A * B)  # in the sequence of all epochs
-    order = {
-        epoch: np.random.default_rng([settings.train.seed, epoch, 2]).permutation(R)
-        for epoch in range(places[0] // R, places[-1] // R + 1)
-    }
-    picked = np.array([order[place // R][place % R] for place in places.tolist()])
+    picked = data.shuffled_places(R, A * B, n, settings.train.seed)
     batches = [_batch(rows, picked[i : i + B]) for i in range(0, A * B, B)]
     learned = max(1, sum(int(batch.weights.sum()) for batch in batches))
     return [batch._replace(weights=batch.weights / np.float32(learned)) for batch in batches]

@@ -227,9 +227,9 @@ _FORM = '{"prompt": "...", "completion": "...", "choices": ["...", "..."]}, the 
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for where, row in instructions.objects(path, _FORM):
-        question, answer, choices = row.get("prompt"), row.get("completion"), row.get("choices", [])
-        if not isinstance(choices, list) or not all(isinstance(s, str) for s in (question, answer, *choices)):
+    for where, row in instructions.objects(path, _FORM, "prompt", "completion"):
+        question, answer, choices = row["prompt"], row["completion"], row.get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError(f"{where}: a line is {_FORM}")
         if not answer.strip() or (choices and answer not in choices):
             raise UserError(f"{where}: needs an answer, which is one of the choices, if there are any")

@@ -86,17 +86,22 @@ def attention(model: GPT, ids: Array) -> Array:
     return np.stack(found)
 
 
-def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50, length: int = 25) -> Array:
+def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
     """For each head, (n_layer, H): how much of its attention goes to what followed the same token before.
 
-    Measured in the second half of random tokens said twice, of which nothing but the first half tells what
-    comes. A head that looks everywhere alike has 1 / length or less.
+    Measured in the second half of `count` texts of 25 random tokens said twice, of which nothing but the
+    first half tells what comes. A head that looks everywhere alike has 1 / 25 or less.
     """
-    rng = np.random.default_rng(0)
+    rng, length = np.random.default_rng(0), 25
     once = np.stack([rng.choice(tokens, length, replace=False) for _ in range(count)])
     maps = attention(model, np.concatenate([once, once], 1).astype(np.int32))
     query = np.arange(length, 2 * length - 1)
     return maps[..., query, query - length + 1].mean(axis=(1, 3))
+
+
+def strongest(scores: Array) -> list[Head]:
+    """The heads that have more than half of the best score (n_layer, H)."""
+    return [(int(layer), int(head)) for layer, head in np.argwhere(scores > scores.max() / 2)]
 
 
 def without(model: GPT, heads: Iterable[Head]) -> GPT:
@@ -107,9 +112,12 @@ def without(model: GPT, heads: Iterable[Head]) -> GPT:
     return found
 
 
-def others(shape: tuple[int, int], heads: Sequence[Head], count: int, sets: int) -> list[list[Head]]:
-    """`sets` random choices of `count` heads that are none of `heads`; shape: n_layer, n_head."""
+def others(shape: tuple[int, int], heads: Sequence[Head], sets: int) -> list[list[Head]]:
+    """`sets` random choices of as many heads that are none of these, or of all others where there are fewer.
+
+    shape: n_layer, n_head.
+    """
     rest = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
     rest = [head for head in rest if head not in heads]
     rng = np.random.default_rng(0)
-    return [[rest[i] for i in rng.permutation(len(rest))[:count]] for _ in range(sets)]
+    return [[rest[i] for i in rng.permutation(len(rest))[: len(heads)]] for _ in range(sets)]

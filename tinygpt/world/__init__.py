@@ -132,8 +132,8 @@ class World:
         total = sum(p.weight for p in self.everyone if p.weight > 0)
         self._draws = {}
         for share in (20, 100):
-            known = (100 - share) * len(names)
-            weights = [share * total if p.weight < 0 else known * p.weight for p in self.everyone]
+            other = (100 - share) * len(names)
+            weights = [share * total if p.weight < 0 else other * p.weight for p in self.everyone]
             some = [(p, weight) for p, weight in zip(self.everyone, weights, strict=True) if weight]
             self._draws[share] = [p for p, _ in some], [p.name for p, _ in some], tuple(w for _, w in some)
         self.all_attributes = tuple(range(len(lexicon.attributes)))

@@ -1,4 +1,4 @@
-"""One program per kind of document, three readers: sample it, score a text with it, walk all it can say.
+"""One program per kind of document, two readers: one draws a document, the other scores a text.
 
 A program is a function of a reader `c`. It makes every choice by c.pick(options, weights), which appends the
 chosen option to the document at once, and adds what is fixed by c.text(...). As no option is the beginning of
@@ -103,36 +103,6 @@ class Scorer(Reader):
         self.logprob += math.log(p)
         self.place += len(options[n])
         return n
-
-
-class _Path(Reader):
-    """Makes the choices of a path; the first after its end is 0. Notes how many each choice had."""
-
-    def __init__(self, path: list[int]) -> None:
-        self.path, self.parts, self.logprob, self.sizes = path, [], 0.0, []
-
-    def pick(self, options, weights=None):
-        possible = [n for n in range(len(options)) if weights is None or weights[n]]
-        n = possible[self.path[len(self.sizes)] if len(self.sizes) < len(self.path) else 0]
-        self.sizes.append(len(possible))
-        self.parts.append(options[n])
-        self.logprob += math.log(1 / len(options) if weights is None else weights[n] / sum(weights))
-        return n
-
-
-def enumerate_documents(program: Callable[[Reader], None]) -> Iterator[tuple[str, float]]:
-    """Every document that a program can write, once for each way to write it, with its log p in nats."""
-    path: list[int] = []
-    while True:
-        c = _Path(path)
-        program(c)
-        yield "".join(c.parts).removesuffix(END), c.logprob
-        path += [0] * (len(c.sizes) - len(path))
-        while path and path[-1] + 1 == c.sizes[len(path) - 1]:
-            path.pop()
-        if not path:
-            return
-        path[-1] += 1
 
 
 def logprob(program: Callable[[Reader], None], document: str) -> float:

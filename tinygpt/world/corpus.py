@@ -60,8 +60,7 @@ def draw(world: World, documents: int = 0, held_out: int = HELD_OUT) -> Corpus:
 
 def count(corpus: Corpus) -> int:
     """Its documents for training, without the refrains that they begin with."""
-    each = REFRAINS[corpus.world.part > 1]
-    return len(corpus.train) * each // (each + 1)
+    return len(corpus.train) - len(corpus.train) // (REFRAINS[corpus.world.part > 1] + 1)
 
 
 def is_source(source: str) -> bool:
@@ -96,10 +95,10 @@ def world_of(source: str) -> World:
     raw = read_object(path)
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")
-    seed, permuted = raw.get("seed"), raw.get("permuted")
-    if type(seed) is not int or seed < 0 or type(permuted) is not bool:
+    seed, permuted, small = raw.get("seed"), raw.get("permuted"), raw.get("small", False)
+    if type(seed) is not int or seed < 0 or type(permuted) is not bool or type(small) is not bool:
         raise UserError(f"{path}: has no seed and permuted that make a world: write the world again")
-    return World(seed, permuted)
+    return World(seed, permuted, small)
 
 
 def write(folder: Path, corpus: Corpus) -> None:
@@ -108,6 +107,7 @@ def write(folder: Path, corpus: Corpus) -> None:
     (folder / MARK).unlink(missing_ok=True)
     world = corpus.world
     mark = {"version": VERSION, "seed": world.seed, "permuted": world.permuted}
+    mark |= {"small": True} if world.part > 1 else {}
     for name, lines in (
         ("corpus.txt", corpus.train),
         ("validation.txt", corpus.validation),

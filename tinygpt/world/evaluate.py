@@ -204,29 +204,29 @@ def corrupted(
     return wilson(changed, len(items)), wilson(followed, len(items))
 
 
-def named_tasks(world: World, split: str = "eval", count: int = 1000) -> dict[str, list[tasks.Item]]:
-    """The question sets of a report: on people, phrases, reviews and problems of no other split.
+def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
+    """The question sets of a report: on people, phrases, reviews and problems for evaluation.
 
     Each fact, phrase or problem once, in one of its wordings; at most `count`.
     """
-    read = tasks.readings(world, split, count)
-    translated = tasks.translations(world, split)
+    read = tasks.readings(world, "eval", count)
+    translated = tasks.translations(world, "eval")
     sets = {
-        "questions, known": tasks.questions(world, world.people("known", split)),
-        "questions, rare": tasks.questions(world, world.people("rare", split)),
-        "questions, never seen": tasks.questions(world, world.people("never", split)),
+        "questions, known": tasks.questions(world, world.people("known", "eval")),
+        "questions, rare": tasks.questions(world, world.people("rare", "eval")),
+        "questions, never seen": tasks.questions(world, world.people("never", "eval")),
         "to Korean": [item for item in translated if item["meta"]["task"] == "to Korean"],
         "to English": [item for item in translated if item["meta"]["task"] == "to English"],
-        "sentiment": tasks.sentiments(world, split, count),
+        "sentiment": tasks.sentiments(world, "eval", count),
         "reading": [item for item in read if item["meta"]["task"] == "reading"],
         "summary": [item for item in read if item["meta"]["task"] == "summary"],
-        "journey": tasks.journeys(world, split, range(1, 6), count),
+        "journey": tasks.journeys(world, "eval", range(1, 6), count),
     }
     shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
     return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
 
 
-def task_scores(model: GPT, tokenizer: Tokenizer, world: World, count: int = 1000) -> dict[str, Score]:
+def task_scores(model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Score]:
     """A score for each of `named_tasks`."""
-    sets = named_tasks(world, count=count)
+    sets = named_tasks(world)
     return {name: score(world, items, ask(model, tokenizer, items)) for name, items in sets.items()}
