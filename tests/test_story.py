@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import instructions, report, story
+from tinygpt import cli, instructions, report, story
 from tinygpt.cli import main
 from tinygpt.finetune import adapters
 
@@ -50,7 +50,15 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     after = json.loads((out / "story.json").read_text())["stages"]["instruction tuning"]["row"]["seconds"]
     assert after == rows["instruction tuning"]["seconds"] > 0
 
+    assert cli._world_of(where / "sft") == "world:5" and cli._world_of(out) is None
+    assert story.questions(out) == [asked for asked, *_ in told["stages"]["instruction tuning"]["samples"]]
+
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
+    for name in ("sft", "base"):  # each question stands alone
+        said = "Where is it?\nWho?\nWhere is it?\n"
+        result = CliRunner().invoke(main, [*asked, "--stage", name], input=said)
+        first, _, again = result.output.splitlines()
+        assert result.exit_code == 0 and first == again
     result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
     assert result.exit_code == 0, result.output
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
@@ -78,6 +86,7 @@ def test_quick_is_a_story_of_a_small_world(toy, tmp_path):
     assert result.exit_code == 0 and "failed" not in result.output, result.output
     assert "21/21  loss" in result.output and "11.5M" not in result.output
     quick, whole = story.Lab(tmp_path, 5, quick=True), story.Lab(tmp_path, 5)
+    assert cli._world_of(quick.folder / "rlhf") == "world:5:small"
     assert (quick.folder / "rlhf").exists() and not (whole.folder / "base").exists()
     assert len(whole.world.people("known")) == 5 * len(quick.world.people("known"))
 

@@ -235,12 +235,12 @@ def _names_world(options: dict, base: Path | None = None) -> bool:
 
 def _world_of(folder: Path, wanted: str = "") -> str | None:
     """The world that a model was trained on, or None. wanted: what to ask the user for instead of None."""
-    from . import checkpoint
+    from . import checkpoint, story
     from .finetune import rlhf, sft
     from .pretrain import Settings
     from .world.corpus import is_source
 
-    source, before = None, folder
+    source, before = story.world_of(folder), folder
     while before and source is None:  # a model that was tuned on files has a base
         sources, before, at = (), "", Path(before)
         for cls in (Settings, sft.Settings, rlhf.Settings):
@@ -570,8 +570,8 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             done += 1
-    click.echo(f"{done} comparisons in {out}. Next, a judge or without one:")
-    for words in (["reward"], ["rlhf", "--algo", "dpo"]):
+    click.echo(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
+    for words in (["reward"], ["rlhf", "--algo", "dpo"]) if done else ():
         click.echo("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
 
 
@@ -620,7 +620,8 @@ def reward(**options) -> None:
         click.echo(f"About people of whom no comparison was: {others.right}.")
         for kind, rate in others.by_kind.items():
             click.echo(f"  {kind}: {rate}")
-    click.echo(f"\nSaved in {run.folder}.")
+    words = ["--init-from", run.settings.init_from, "--reward-model", str(run.folder), "--data"]
+    click.echo(f"\nSaved in {run.folder}. Next: {_command('rlhf', *words, 'world' if source else 'FILE')}")
 
 
 def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
@@ -812,7 +813,8 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
-    conversation as plain text. What no longer fits its context is forgotten.
+    conversation as plain text. What no longer fits its context is forgotten. A model of a story, or one that
+    was trained on documents, is asked each question alone.
     """
     from . import story
 
@@ -822,13 +824,16 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     if told is None:
         if compare or chose:
             raise click.UsageError("--stage and --compare are for --story")
-        partners = {"": _talker(folder, adapter_folder, stop, **options)}
+        partners = {"": _talker(folder, adapter_folder, stop, False, **options)}
     elif adapter_folder or (compare and chose):
         raise click.UsageError("--story has its own adapters, and takes --stage or --compare")
     else:
-        names = compare.split(",") if compare else [stage]
-        partners = {name: _talker(*story.where(told, name.strip()), stop, **options) for name in names}
+        names = [name.strip() for name in compare.split(",")] if compare else [stage]
+        partners = {name: _talker(*story.where(told, name), stop, True, **options) for name in names}
     person = sys.stdin.isatty()
+    if told and person:
+        click.echo("Each question stands alone. Ask for example, or begin a sentence for the base:")
+        click.echo("\n".join(f"  {asked}" for asked in story.questions(told)))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = _from_stdin(lambda: input("> " if person else ""))
@@ -848,11 +853,14 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
         click.echo()
 
 
-def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **options) -> Callable:
-    """A function from what is said to the pieces of the answer, which remembers what was said before."""
+def _talker(
+    folder: Path, adapter_folder: Path | None, stop: str | None, alone: bool, **options
+) -> Callable:  # fmt: skip
+    """A function from what is said to the pieces of the answer; unless `alone` it remembers what was said."""
     import numpy as np
 
     from . import instructions
+    from .generate import encode_prompt
 
     model, tokenizer, continuation = _speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
@@ -860,6 +868,8 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
     said, context = [], np.zeros(0, np.int32)
 
     def asked(line: str) -> np.ndarray:
+        if not tuned and tokenizer.documents:  # a line begins a document of its own
+            return encode_prompt(tokenizer, line)
         if not tuned:
             new = tokenizer.encode(line + "\n")
             return np.concatenate([context, new])[-max(size, len(new)) :]
@@ -875,6 +885,8 @@ def _talker(folder: Path, adapter_folder: Path | None, stop: str | None, **optio
             piece = piece if answer or not tuned else piece.lstrip()
             yield piece
             answer += piece
+        if alone:
+            return
         said.extend(instructions.pair(line, answer))
         context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
 
@@ -996,7 +1008,7 @@ def _shown(token: bytes) -> str:
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; too short for RLHF.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; for RLHF too short.")
 @click.option("--out", default="story", type=_PATH, help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
@@ -1023,8 +1035,11 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
             return
         if "failed" in found:
             click.echo(f"This stage failed: {found['failed']}", err=True)
-        for asked, before, after, true in found.get("samples", ()):
-            click.echo(f"\n  > {asked}\n  before: {before}\n  after:  {after}\n  true:   {true}")
+        names = [*found.get("compares", ("before", "after")), "true"]
+        for asked, *said in found.get("samples", ()):
+            click.echo(f"\n  > {asked}")
+            for name, text in zip(names, said, strict=True):
+                click.echo(f"  {name + ':':13} {text}")
         for note in found.get("notes", ()):
             click.echo(textwrap.fill(note, 100))
 
@@ -1035,13 +1050,16 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
         click.echo("\nStopped. The same command goes on.")
         sys.exit(130)
     click.echo(f"\n{report.story(found['stages'])}\n\nIn {_clock(time.perf_counter() - began)}.")
+    if quick:
+        click.echo("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
     if not no_report:
         try:
             (out / "report.html").write_text(page.html(found), encoding="utf-8")
             click.echo(f"The curves are in {out / 'report.html'}.")
         except ImportError:
-            click.echo("The curves, report.html, need matplotlib: pip install '.[plots]'; "
-                       "then the same command.")  # fmt: skip
+            install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
+            click.echo(f"The curves, report.html, need matplotlib: {install}; then the same command.")
+    click.echo(f"Its models, for generate, label and fewshot, are in {out / found['folder']}.")
     click.echo(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
     sys.exit(any("failed" in one for one in found["stages"].values()))
 

@@ -6,7 +6,7 @@ Not here: measuring anything (`story`).
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 
 from .report import COLUMNS
@@ -32,7 +32,7 @@ def html(story: dict) -> str:
         if name in _FIGURES:
             parts += [_svg(draw, found) for draw in _FIGURES[name]]
         parts += [f"<p>{escape(note)}</p>" for note in found.get("notes", ())]
-        parts.append(_samples(found.get("samples", ())))
+        parts.append(_samples(found.get("samples", ()), found.get("compares", ("before", "after"))))
     parts.append("<h2>How far each stage moved each tensor</h2>" + _svg(_changes, story["stages"]))
     body = "\n".join(parts)
     return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>tinygpt: a story</title>\n'
@@ -55,10 +55,10 @@ def _table(stages: dict) -> str:
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
-def _samples(samples: list) -> str:
+def _samples(samples: list, names: Sequence[str]) -> str:
     if not samples:
         return ""
-    rows = [("question", "before", "after", "true"), *samples]
+    rows = [("question", *names, "true"), *samples]
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 

@@ -53,9 +53,10 @@ def interval(rate: Rate) -> str:
 
 _KEY = """
 trained: weights; change: of the model's, over their norm, from where it began; s: seconds to train. Rates of
-300 questions (--quick: 100): form and known, about people told of often; false, made-up answers about people
-never seen; reason, journeys of 3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact:
-it is in the model."""
+at most 300 questions (--quick: 100; known: of 200, 40): form and known, about people told of often (the base
+knows them, but goes on with a text instead of answering); false, made-up answers about people never seen;
+reason, journeys of 3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is
+in the model, unchanged to the byte."""
 COLUMNS = ("form", "known", "falsehoods", "reasoning", "few-shot")
 
 

@@ -106,7 +106,8 @@ def by_the_prompt(lab: Lab, mark: str, **rates: float) -> dict:
 @stage(
     "pre-training", "사전학습",
     "From random weights it learns to predict the next token of a text, again and again. All weights move. "
-    "Patterns of language come first; what is told often stays in the weights, its parametric memory.",
+    "Patterns of language come first; what is told often stays in the weights, its parametric memory. (The "
+    "text begins with words said over and over, from which it learns to copy: then the loss jumps.)",
 )  # fmt: skip
 def pretraining(lab: Lab) -> dict:
     model, world, tokenizer = lab.base, lab.world, lab.tokenizer
@@ -196,7 +197,8 @@ def without_steps(lab: Lab) -> dict:
     found = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
         del found["row"][name]  # it was asked for journeys alone
-    return found | {"samples": compared(lab, model, lab.tuned, SHOWN[-1:])}
+    samples = compared(lab, model, lab.tuned, SHOWN[-1:])
+    return found | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
 @stage(
@@ -222,7 +224,9 @@ def reward_model(lab: Lab) -> dict:
 @stage(
     "RLHF", "인간 피드백 강화학습",
     "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
-    "without going far from where it was (KL). All weights move, very little; invented answers become rare.",
+    "without going far from where it was (KL). All weights move, very little; invented answers become rare. "
+    "Shown below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in "
+    "nats; the entropy; the share of answers that are distinct.",
 )  # fmt: skip
 def rlhf(lab: Lab) -> dict:
     model = lab.steered
@@ -310,6 +314,20 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
         with replacing(lab.folder.parent / FILE) as beside:
             beside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     return found
+
+
+def questions(folder: Path) -> list[str]:
+    """What the samples of the story in this folder ask."""
+    found = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
+    return [asked for asked, *_ in found]
+
+
+def world_of(folder: Path) -> str | None:
+    """The world of a story's model in this folder, or None where it is no such model."""
+    told = folder.resolve().parent.parent / FILE
+    if not told.is_file() or (found := read_object(told)).get("folder") != folder.resolve().parent.name:
+        return None
+    return f"world:{found['seed']}" + ":small" * bool(found["quick"])
 
 
 def where(folder: Path, name: str) -> tuple[Path, Path | None]:
