@@ -54,11 +54,17 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert story.questions(out) == [asked for asked, *_ in told["stages"]["instruction tuning"]["samples"]]
 
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
-    for name in ("sft", "base"):  # each question stands alone
-        said = "Where is it?\nWho?\nWhere is it?\n"
-        result = CliRunner().invoke(main, [*asked, "--stage", name], input=said)
-        first, _, again = result.output.splitlines()
-        assert result.exit_code == 0 and first == again
+    heard, speaker = [], cli._speaker
+
+    def listening(*given, **how) -> tuple:
+        *model, speak = speaker(*given, **how)
+        return *model, lambda ids, stop: heard.append(ids.tolist()) or speak(ids, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_speaker", listening)
+        for name in ("sft", "base"):
+            CliRunner().invoke(main, [*asked, "--stage", name], input="Where is it?\nWho?\nWhere is it?\n")
+    assert heard[0] == heard[2] != heard[1] and heard[3] == heard[5] != heard[4]  # each stands alone
     result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
     assert result.exit_code == 0, result.output
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
