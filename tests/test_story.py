@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import cli, instructions, report, story
+from tinygpt import checkpoint, cli, instructions, report, story
 from tinygpt.cli import main
 from tinygpt.finetune import adapters
+from tinygpt.generate import encode_prompt
 
 
 def test_a_story_and_what_comes_after_it(toy, tmp_path):
@@ -65,6 +66,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         for name in ("sft", "base"):
             CliRunner().invoke(main, [*asked, "--stage", name], input="Where is it?\nWho?\nWhere is it?\n")
     assert heard[0] == heard[2] != heard[1] and heard[3] == heard[5] != heard[4]  # each stands alone
+    assert heard[3] == encode_prompt(checkpoint.load(where / "base")[1], "Where is it?").tolist()
     result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
     assert result.exit_code == 0, result.output
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
