@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -35,6 +36,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(recipes, "REWARD", recipes.REWARD | few)
     monkeypatch.setattr(recipes, "RLHF", recipes.RLHF | {"max_iters": 1, "num_prompts": 2})
     monkeypatch.setattr(recipes, "QUICK", ({"max_iters": 21}, {}, {}, {}))
+    nano = dataclasses.replace(lab.PRESETS["nano"], n_layer=2, n_embd=32)
+    monkeypatch.setitem(lab.PRESETS, "nano", nano)
     monkeypatch.setattr(reward, "taught_by", lambda world: world.people("known", "rl")[:2])
     kinds = ("right over wrong", "right over don't know", "don't know over wrong")
     pairs = [reward.Comparison(f"Where {n}?", "Lima.", "Oslo.", kinds[n % 3]) for n in range(9)]
