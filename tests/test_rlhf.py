@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, cli, instructions, train
+from tinygpt import checkpoint, cli, instructions, story, train
 from tinygpt.cli import main
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters, reward, rlhf
@@ -654,3 +654,6 @@ def test_a_models_world_is_that_of_the_models_before_it(monkeypatch):
     monkeypatch.setattr(checkpoint, "read_run", read_run)
     assert cli._world_of(Path("steered")) == cli._world_of(Path("base")) == "world:7"
     assert cli._world_of(Path("other")) is None
+    monkeypatch.setattr(story, "world_of", lambda at: "world:8:small" if at == Path("told") else None)
+    runs |= {"told": ((), ""), "more": (("c.jsonl",), "told")}
+    assert cli._world_of(Path("more")) == cli._world_of(Path("told")) == "world:8:small"

@@ -13,6 +13,20 @@ from tinygpt.finetune import adapters
 from tinygpt.generate import encode_prompt
 
 
+def hears(command: list[str]) -> list[list[int]]:
+    """What a model reads (ids) in a chat of three questions, of which the last is the first again."""
+    heard, speaker = [], cli._speaker
+
+    def listening(*given, **how) -> tuple:
+        *model, speak = speaker(*given, **how)
+        return *model, lambda ids, stop: heard.append(ids.tolist()) or speak(ids, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_speaker", listening)
+        CliRunner().invoke(main, command, input="Where is it?\nWho?\nWhere is it?\n")
+    return heard
+
+
 def test_a_story_and_what_comes_after_it(toy, tmp_path):
     """Guards: a stage that is not measured, one that is told twice, a base that moves under an adapter."""
     out = tmp_path / "out"
@@ -55,16 +69,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert story.questions(out) == [asked for asked, *_ in told["stages"]["instruction tuning"]["samples"]]
 
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
-    heard, speaker = [], cli._speaker
-
-    def listening(*given, **how) -> tuple:
-        *model, speak = speaker(*given, **how)
-        return *model, lambda ids, stop: heard.append(ids.tolist()) or speak(ids, stop)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_speaker", listening)
-        for name in ("sft", "base"):
-            CliRunner().invoke(main, [*asked, "--stage", name], input="Where is it?\nWho?\nWhere is it?\n")
+    heard = [ids for name in ("sft", "base") for ids in hears([*asked, "--stage", name])]
     assert heard[0] == heard[2] != heard[1] and heard[3] == heard[5] != heard[4]  # each stands alone
     assert heard[3] == encode_prompt(checkpoint.load(where / "base")[1], "Where is it?").tolist()
     result = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="Where?\n")
@@ -92,7 +97,7 @@ def test_quick_is_a_story_of_a_small_world(toy, tmp_path):
     command = ["story", "--quick", "--seed", "5", "--no-report", "--out", str(tmp_path)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0 and "failed" not in result.output, result.output
-    assert "21/21  loss" in result.output and "11.5M" not in result.output
+    assert "21/21  loss" in result.output
     quick, whole = story.Lab(tmp_path, 5, quick=True), story.Lab(tmp_path, 5)
     assert cli._world_of(quick.folder / "rlhf") == "world:5:small"
     assert (quick.folder / "rlhf").exists() and not (whole.folder / "base").exists()

@@ -240,14 +240,14 @@ def _world_of(folder: Path, wanted: str = "") -> str | None:
     from .pretrain import Settings
     from .world.corpus import is_source
 
-    source, before = story.world_of(folder), folder
+    source, before = None, folder
     while before and source is None:  # a model that was tuned on files has a base
         sources, before, at = (), "", Path(before)
         for cls in (Settings, sft.Settings, rlhf.Settings):
             with contextlib.suppress(UserError):
                 settings, _ = checkpoint.read_run(at, cls)
                 sources, before = settings.data, settings.init_from
-        source = next(filter(is_source, sources), None)
+        source = next(filter(is_source, sources), None) or story.world_of(at)
     if wanted and source is None:
         raise UserError(f"{folder}: was trained on no world: give {wanted} as --data FILE")
     return source

@@ -32,7 +32,7 @@ from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
 DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
-REFRAINS = {False: 10, True: 3}  # one for so many documents; a small world needs nearly as many of them
+REFRAINS = {False: 10, True: 3}  # documents to each; True: of a small world, with two thirds as many
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
