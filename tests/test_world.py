@@ -1,5 +1,6 @@
 """The synthetic world: its text, its exact probabilities, its splits, its folder, what is measured by it."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, cli, data, recipes, train
+from tinygpt import checkpoint, cli, data, instructions, recipes, train
 from tinygpt.cli import main
 from tinygpt.errors import UserError
 from tinygpt.evaluate import Answer, wilson
@@ -454,6 +455,27 @@ def test_recall_reads_what_a_model_says(untrained):
     assert found.right.tolist()[:6] == [people[0].values[0]] * 6 and (found.nats >= 0).all()
 
 
+
+
+def test_a_question_that_does_not_fit_is_not_answered_and_the_others_are(untrained):
+    """Guards: a model with a small context that was tuned to its end, and then failed at its questions."""
+    model, tokenizer = untrained
+    items = [item for item in tasks.readings(WORLD, "eval", 40) if item["meta"]["task"] == "summary"]
+    whole = evaluate.ask(model, tokenizer, items)
+    sizes = [len(instructions.prompt(tokenizer, item["prompt"])) for item in items]
+    longest = max(len(tokenizer.encode(item["completion"])) for item in items)
+    narrow = GPT(dataclasses.replace(model.config, block_size=sorted(sizes)[len(sizes) // 2] + longest))
+    narrow.params["wpe.weight"][:] = model.params["wpe.weight"][: narrow.config.block_size]
+    for name in model.params.keys() - {"wpe.weight"}:
+        narrow.params[name][:] = model.params[name]
+    found = evaluate.ask(narrow, tokenizer, items)
+    fit = [size + longest <= narrow.context for size in sizes]
+    assert 0 < sum(fit) < len(items)
+    for answer, before, fits in zip(found, whole, fit, strict=True):
+        assert answer.text[:9] == before.text[:9] if fits else answer == Answer("", False)
+    assert evaluate.ask(GPT(dataclasses.replace(model.config, block_size=4)), tokenizer, items[:2]) == [
+        Answer("", False)
+    ] * 2
 
 
 def test_a_false_step_counts_where_the_answer_was_right_and_ended(untrained, monkeypatch):

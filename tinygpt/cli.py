@@ -75,6 +75,8 @@ def _named(kind: click.ParamType, name: str) -> click.ParamType:
 
 _COUNT, _COUNT_OR_0 = (_named(click.IntRange(least), "n") for least in (1, 0))
 _REAL, _RATE = _named(click.FloatRange(0), "x"), _named(click.FloatRange(0, 1, max_open=True), "x")
+_SHARE, _MORE_THAN_0 = (_named(click.FloatRange(0, most, min_open=True), "x") for most in (1, None))
+_FRACTION = _named(click.FloatRange(0, 1), "x")
 _PATH, _FOLDER, _FILE = (_named(click.Path(path_type=Path), name) for name in ("path", "folder", "file"))
 
 
@@ -206,7 +208,8 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         watched = (name for name in _WATCHED if name in record)
         watched = "".join(f"  {name.replace('_', ' ')} {record[name]:.3f}" for name in watched)
         val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
-        text = f"{n:{len(str(max_iters))}}/{max_iters}  loss {record['train_loss']:.4f}{watched}{val}"
+        loss = f"  loss {record['train_loss']:.4f}" * ("reward" not in record)  # RLHF's is near 0 always
+        text = f"{n:{len(str(max_iters))}}/{max_iters}{loss}{watched}{val}"
         text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left} left"
         if not terminal:
             if val or n % every == 0:
@@ -546,6 +549,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     from .finetune import rlhf as stage
 
     model, tokenizer = checkpoint.load(folder)
+    instructions.check_tuned(tokenizer, folder)
     data = data or _world_of(folder, "prompts")
     before = judging.read_file(out) if out.exists() else []
     done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
@@ -625,25 +629,27 @@ def reward(**options) -> None:
 
 
 def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
-    from . import checkpoint, runs
+    from . import checkpoint, instructions, runs
     from .world import corpus
 
     runs.check_folder(out, overwrite)
     config = dataclasses.replace(checkpoint.read_config(init_from), dropout=options["dropout"])
     if data == ("world",):
         data = (_world_of(init_from, "" if Path("world").exists() else "comparisons") or "world",)
+    settings = _settings(stage, options, model=config, data=data)
     if any(map(corpus.is_source, data)):
         if len(data) > 1:
             raise UserError(f"{', '.join(data)}: name one world, or only files")
         model, tokenizer = checkpoint.load(init_from)
+        instructions.check_tuned(tokenizer, init_from)
         world = corpus.world_of(data[0])
         click.echo("Asking the model, and simulated people ...")
         people = stage.taught_by(world)
         found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
         out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
-        data = (out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl",)
-        stage.write_file(data[0], found)
-    settings = _settings(stage, options, model=config, data=data)
+        path = out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl"
+        stage.write_file(path, found)
+        settings = dataclasses.replace(settings, data=(path,))
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
 
 
@@ -664,8 +670,8 @@ def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite,
 @click.option("--cliprange", default=0.2, type=_REAL, help="Of the ratio of new to old probabilities.")
 @click.option("--cliprange-value", default=0.2, type=_REAL, help="ppo: of the values.")
 @click.option("--vf-coef", default=0.1, type=_REAL, help="ppo: weight of the values' loss.")
-@click.option("--gamma", default=1.0, type=click.FloatRange(0, 1), help="ppo: what later rewards count.")
-@click.option("--lam", default=0.95, type=click.FloatRange(0, 1), help="ppo: of GAE.")
+@click.option("--gamma", default=1.0, type=_FRACTION, help="ppo: what later rewards count.")
+@click.option("--lam", default=0.95, type=_FRACTION, help="ppo: of GAE.")
 @click.option("--ptx-coef", default=recipes.RLHF["ptx_coef"], type=_REAL, show_default=
               f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
               help="Weight of the loss of the tuning's examples, learned beside.")  # fmt: skip
@@ -752,13 +758,13 @@ def _sampling(stop: str | None, shown: str, required: bool = True):
     return _options(
         click.argument("folder", type=_FOLDER, required=required),
         _adapter_folder,
-        click.option("--max-new-tokens", default=200, type=click.IntRange(0), help="The length."),
-        click.option("--temperature", default=0.8, type=click.FloatRange(0), help="0: greedy."),
-        click.option("--top-k", default=0, type=click.IntRange(0), help="Only the K likeliest; 0: all."),
-        click.option("--top-p", default=1.0, type=click.FloatRange(0, 1, min_open=True),
+        click.option("--max-new-tokens", default=200, type=_COUNT_OR_0, help="The length."),
+        click.option("--temperature", default=0.8, type=_REAL, help="0: greedy."),
+        click.option("--top-k", default=0, type=_COUNT_OR_0, help="Only the K likeliest; 0: all."),
+        click.option("--top-p", default=1.0, type=_SHARE,
                      help="Only the likeliest tokens that have this probability together; 1: all."),
         click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
-        click.option("--seed", default=1337, type=click.IntRange(0), help="The same seed, the same text."),
+        click.option("--seed", default=1337, type=_COUNT_OR_0, help="The same seed, the same text."),
     )  # fmt: skip
 
 
@@ -784,7 +790,7 @@ def _from_stdin(read: Callable[[], str]) -> str:
 @main.command()
 @_sampling(stop="", shown="none")
 @click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
-@click.option("--num-samples", default=1, type=click.IntRange(1), help="How many, a line of dashes between.")
+@click.option("--num-samples", default=1, type=_COUNT, help="How many, a line of dashes between.")
 def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
     """Let the model in FOLDER (tinygpt's, or GPT-2 as downloaded from the hub) continue a text.
 
@@ -956,7 +962,7 @@ def tokenizer() -> None:
 @tokenizer.command("train")
 @click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
               "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
-@click.option("--vocab-size", default=1024, type=click.IntRange(1), help="256 bytes, 1 end of text, merges.")
+@click.option("--vocab-size", default=1024, type=_COUNT, help="256 bytes, 1 end of text, merges.")
 @_out("tokenizer", "tokenizer", holds="the files")
 def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
     """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
@@ -1074,8 +1080,9 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 def claims(numbers: tuple, seeds: int, first_seed: int, every: bool, listed: bool, out: Path) -> None:
     """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
 
-    A NUMBER is a claim's; without one, the core of them. Worlds, models and numbers are kept in --out: Ctrl-C
-    loses the measurement under way, and the same command goes on. To measure anew, remove the folder.
+    A NUMBER is a claim's; without one, the core of them, which takes 40 minutes for two seeds. Worlds, models
+    and numbers are kept in --out: Ctrl-C loses the measurement under way, and the same command goes on. To
+    measure anew, remove the folder.
     """
     from . import claims as stage
     from . import report
@@ -1146,9 +1153,9 @@ def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
 @main.command()
 @click.argument("target", required=False, metavar="[MODULE:NAME]")
 @click.option("--shape", "shapes", multiple=True, callback=_shapes, help="An input's shape, x=4,8; repeat.")
-@click.option("--tol", type=click.FloatRange(0, min_open=True),
+@click.option("--tol", type=_MORE_THAN_0,
               help="Relative error that passes.  [default: 1e-6; 1e-7 for tinygpt itself]")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of inputs, upstream gradients, directions.")
+@click.option("--seed", type=_COUNT_OR_0, default=0, help="Of inputs, upstream gradients, directions.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects: name, backend, rel_err, ok.")
 def gradcheck(target: str | None, shapes: dict, tol: float | None, seed: int, as_json: bool) -> None:
     """Compare hand-written gradients with finite differences.
@@ -1204,7 +1211,7 @@ def _check_own(target: str, shapes: dict, tol: float, seed: int) -> list[tuple]:
 
 @main.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
-@click.option("--seconds", default=5.0, type=click.FloatRange(0, min_open=True), help="For each job.")
+@click.option("--seconds", default=5.0, type=_MORE_THAN_0, help="For each job.")
 @click.option("--quick", is_flag=True, help="A fraction of a second for each figure: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
 @click.option("--plot", type=_FILE, help="Draw what scaling found.")

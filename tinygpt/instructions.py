@@ -105,6 +105,12 @@ def is_tuned(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template == TEMPLATE
 
 
+def check_tuned(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises UserError unless the model in this folder, of this tokenizer, was tuned to instructions."""
+    if not is_tuned(tokenizer):
+        raise UserError(f"{folder}: was not tuned to instructions: tinygpt sft comes first")
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 

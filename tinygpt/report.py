@@ -22,6 +22,11 @@ def recall(found: list[tuple[float, Rate]], chance: float) -> str:
     return "\n".join([*lines, f"{'chance':>10} {chance:9.3f}"])
 
 
+_SCORES_KEY = """\
+None of these people, phrases or problems is in the tuning. majority: whoever always says the most frequent
+answer; false: well-formed, not right, and not "I do not know.", which is the truth of people never seen."""
+
+
 def scores(found: Mapping[str, Score]) -> str:
     """Right, beside how often the most frequent answer is (majority), of the wanted form, and made up."""
     lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped  false"]
@@ -29,7 +34,7 @@ def scores(found: Mapping[str, Score]) -> str:
         rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
         rates += f" {score.falsehood.rate:6.3f}"
         lines.append(f"{name:22} {interval(score.right)}  {rates}")
-    return "\n".join(lines)
+    return "\n".join([*lines, _SCORES_KEY])
 
 
 def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:

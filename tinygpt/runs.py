@@ -88,10 +88,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{there}: is a file, and a run needs a folder")
     found = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
     if found and not overwrite:
-        raise UserError(
-            f"{folder}: already has a {found[0]}; --resume {folder} goes on with the run there, --overwrite "
-            "replaces it, --out takes another folder"
-        )
+        resume = f"--resume {folder} goes on with the run there, " * (folder / checkpoint.TRAINER).exists()
+        raise UserError(f"{folder}: already has a {found[0]}; {resume}--overwrite replaces it, --out takes "
+                        "another folder")  # fmt: skip
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there}: this folder is read-only")
 

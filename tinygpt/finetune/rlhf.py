@@ -471,8 +471,7 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     """A new run from a model that was tuned to instructions; all its weights are trained, or an adapter."""
     runs.check_folder(folder, overwrite)
     model, tokenizer = checkpoint.load(init_from)
-    if not instructions.is_tuned(tokenizer):
-        raise UserError(f"{init_from}: was not tuned to instructions: tinygpt sft comes before rlhf")
+    instructions.check_tuned(tokenizer, init_from)
     c = settings.rl
     few = c.num_generations if c.algo in ("rloo", "grpo") else c.num_generations * c.num_prompts
     if c.algo in ("reinforce", "rloo", "grpo") and few < 2:

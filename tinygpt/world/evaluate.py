@@ -156,11 +156,19 @@ class Score(NamedTuple):
 
 
 def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[Answer]:
-    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not."""
+    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not.
+
+    A question that does not fit its context with the longest of the right answers is not answered.
+    """
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
     longest = max(len(tokenizer.encode(item["completion"])) for item in items)
-    room = model.context - max(map(len, prompts))
-    return answers(model, tokenizer, prompts, min(longest + 8, room))
+    fit = [n for n, ids in enumerate(prompts) if len(ids) + longest <= model.context]
+    found = [Answer("", False)] * len(items)
+    if fit:
+        room = min(longest + 8, model.context - max(len(prompts[n]) for n in fit))
+        for n, answer in zip(fit, answers(model, tokenizer, [prompts[n] for n in fit], room), strict=True):
+            found[n] = answer
+    return found
 
 
 def score(world: World, items: Sequence[tasks.Item], found: Sequence[Answer]) -> Score:
