@@ -50,7 +50,7 @@ def toy(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(
         lab.Lab, "score",
-        lambda lab, model, items: score(lab, model, lab.sets[items] if type(items) is str else items[:3]),
+        lambda lab, model, items: score(lab, model, (lab.sets[items] if type(items) is str else items)[:3]),
     )  # fmt: skip
     monkeypatch.setattr(evaluate, "named_tasks", lambda world: named(world, count=3))
     monkeypatch.setattr(tasks, "journeys", lambda w, split, k, n, *style: journeys(w, split, k, 5, *style))

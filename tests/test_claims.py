@@ -60,8 +60,9 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
         claims.run(tmp_path, [99], [1, 2], print)
     found = claims.run(tmp_path, [99], [1, 2], print)
     assert calls == [1, 2, 2] and found == {99: {"effect": Estimate(pytest.approx(0.15), 0.1, 0.2, 2)}}
-    saved = json.loads((tmp_path / "claims.json").read_text())
-    assert saved["99"]["effect"]["low"] == 0.1
+    saved = json.loads((tmp_path / "claims.json").read_text())["99"]
+    assert saved["estimates"]["effect"]["low"] == 0.1 and saved["seeds"]["2"] == {"effect": 0.2}
+    assert saved["verdicts"] == ["effect >= 0.15: undecided"]
     text = report.claim(CLAIMS[99], found[99])
     assert text.startswith("99. seeds grow (two seeds, a pilot: what they span)\n")
     assert "0.15  0.1 to 0.2  >= 0.15: undecided" in text
@@ -85,13 +86,34 @@ def test_every_claim_can_be_measured(toy, tmp_path):
         assert f"\n{claim.number}. {claim.says} (one seed, no interval)" in result.output
     saved = json.loads((out / "claims.json").read_text())
     assert saved.keys() == {str(number) for number in CLAIMS}
-    for number, numbers in saved.items():
-        needed = [name for name, _, _ in CLAIMS[int(number)].needs]
+    for number, claim in saved.items():
+        needed, numbers = [name for name, _, _ in CLAIMS[int(number)].needs], claim["estimates"]
         assert numbers.keys() >= set(needed)
         assert all(math.isfinite(numbers[name]["mean"]) for name in needed), numbers
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "claims.json"}
     again = CliRunner().invoke(main, ["claims", "--all", "--seeds", "1", "--out", str(out)])
     assert {path: path.stat().st_mtime_ns for path in before} == before and "seed 1337:" not in again.output
+
+
+def test_a_claim_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch):
+    """Guards: an hour of measuring without a table; a seed's failure that nobody is told of."""
+    def measure(lab) -> dict:
+        if lab.seed == 1:
+            raise ValueError("no such head")
+        return {"effect": 1.0}
+
+    monkeypatch.setitem(claims.CLAIMS, 98, Claim(98, "fails once", (("effect", ">=", 0.5),), measure))
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "holds", (), lambda lab: {"effect": 2.0}))
+    command = ["claims", "98", "99", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, [*command, "--seed", "1", "--seed", "2"])
+    assert result.exit_code == 1, result.output
+    assert "seed 1: claim 98 failed: ValueError: no such head" in result.output
+    assert "98. fails once (one seed" in result.output and "99. holds (two seeds" in result.output
+    assert CliRunner().invoke(main, [*command, "--seed", "2"]).exit_code == 0
+    assert CliRunner().invoke(main, ["claims", "99", "--seed", "1", "--out", str(tmp_path)]).exit_code == 0
+    saved = json.loads((tmp_path / "claims.json").read_text())  # the last time that each was measured
+    assert {number: list(saved[number]["seeds"]) for number in saved} == {"98": ["2"], "99": ["1"]}
+    assert CliRunner().invoke(main, [*command, "--seed", "1", "--seeds", "3"]).exit_code == 2
 
 
 def test_unknown_claims_are_refused(tmp_path):
@@ -103,23 +125,25 @@ def test_unknown_claims_are_refused(tmp_path):
 def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     """Guards: a sign, an arm taken for another; a toy model's numbers cannot show it."""
     rate = lambda x: SimpleNamespace(rate=x)  # noqa: E731
-    falsehood = {"base": 0.0, (0, 0): 0.9, (300, 0): 0.1, (300, 300): 0.3, (300, 600): 0.6}
+    falsehood = {"base": 0.0, ((0, 0),): 0.9, ((300, 0),): 0.1, ((300, 300),): 0.3, ((300, 600),): 0.6}
+    falsehood |= {((300, 0), "known"): 0.2}
     lab = SimpleNamespace(
-        base="base", tuned="tuned", tokenizer=None, tune=lambda items: items,
-        world=SimpleNamespace(people=lambda *kind: []),
+        base="base", tuned="tuned", tokenizer=None, tune=lambda items: tuple(item["of"] for item in items),
+        world=SimpleNamespace(people=lambda *kind: list(kind)),
         score=lambda model, name: SimpleNamespace(falsehood=rate(falsehood[model]), right=rate(0.5)),
     )  # fmt: skip
-    monkeypatch.setattr(tasks, "tuning", lambda world, refused, answered: (refused, answered))
+    made = lambda of: {"of": of, "meta": {"exposure": 0}, "completion": ""}  # noqa: E731
+    monkeypatch.setattr(tasks, "tuning", lambda world, refused, answered: [made((refused, answered))])
+    monkeypatch.setattr(tasks, "questions", lambda world, people: [made(people[0])])
     recalled = SimpleNamespace(rate=lambda: rate(0.0625))
     monkeypatch.setattr(evaluate, "recall", lambda *given: recalled)
     found = CLAIMS[8].measure(lab)
     assert found["rise with unknown facts in the tuning"] == pytest.approx(0.5)
+    assert found["rise with unknown facts, above that with known ones"] == pytest.approx(0.4)
     assert found["fall by refusals in the tuning"] == pytest.approx(0.8)
     assert found["base, completing a sentence: likeliest value false"] == 0.9375
-    best = [0.06, 0.3, 0.5, 0.7, 0.9, 1.0]
-    assert claims._needed(best, best) == 1
-    assert claims._needed([0.06, 0.2, 0.4, 0.69, 0.9, 1.0], best) == 4
-    assert claims._needed([0.0] * 6, best) == 32
+    assert claims._needed([0.95, 0.2, 0.4, 0.9, 0.95, 1.0], 1.0) == 4
+    assert claims._needed([0.06, 0.3, 0.5, 0.7, 0.8, 0.89], 1.0) == 32
 
     # A judge is as sure as the labels that taught it are right, slips included.
     judged = lambda judge, pairs: SimpleNamespace(  # noqa: E731
@@ -134,13 +158,17 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     found = CLAIMS[9].measure(judge)
     assert found["calibration"] == 0.1 and found["agreement with labels, over the ceiling"] == 1
 
-    # The heads with high scores are cut; others are cut for comparison.
+    # The heads with high scores are cut; others are cut for comparison, and each alone.
     lab.recall = lambda model, people: 1.0
     lab.words, scores = [], np.array([[0.0, 0.1], [0.8, 0.9]])
     monkeypatch.setattr(memory, "induction_scores", lambda model, words: scores)
-    monkeypatch.setattr(memory, "without", lambda model, heads: "cut" if (1, 1) in heads else "other")
-    right = {"base": 1.0, "cut": 0.1, "other": 0.9}
-    told = lambda model, *given, own: SimpleNamespace(prompt=rate(right[model]))  # noqa: E731
+    monkeypatch.setattr(memory, "previous_scores", lambda model, words: 1 - scores)
+    names = {(): "base", ((1, 0), (1, 1)): "cut", ((0, 1),): "before", ((1, 1),): "one"}
+    monkeypatch.setattr(memory, "without", lambda model, heads: names.get(tuple(heads), "other"))
+    right = {"base": 1.0, "cut": 0.1, "other": 0.9, "before": 0.2, "one": 0.8}
+    told = lambda model, *given, own, rival=False: SimpleNamespace(  # noqa: E731
+        prompt=rate(right[model] - rival / 2)
+    )
     monkeypatch.setattr(memory, "told", told)
     monkeypatch.setattr(fewshot, "mappings", lambda *given: [])
     monkeypatch.setattr(fewshot, "accuracy", lambda model, *given: rate(right[model]))
@@ -148,3 +176,7 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     assert found["induction heads, of 16"] == 2
     assert found["damage by the induction heads over that by as many others"] == pytest.approx(9)
     assert found["the same without the induction heads"] == pytest.approx(0.1)
+    assert found["the same where it tells of somebody else too"] == 0.5
+    assert found["mappings without one induction head, the worst"] == 0.8
+    assert found["mappings without one head, the worst of all"] == 0.2
+    assert found["attention of that head to the token before"] == 0.9

@@ -51,6 +51,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         assert rows[name].keys() >= set(report.COLUMNS)
     table = report.story(told["stages"])
     assert all(f"\n{name}" in table for name in rows) and table in result.output
+    assert all(row.get("shown", "") in table for row in rows.values())
 
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = CliRunner().invoke(main, command)
@@ -87,7 +88,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
 
     pytest.importorskip("matplotlib")
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 6 and page.count("<table") > 5 and page.endswith("</html>\n")
+    assert page.count("<svg") == 7 and page.count("<table") > 5 and page.endswith("</html>\n")
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched

@@ -28,6 +28,7 @@ from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .lab import Lab, Numbers
 from .model import GPT, AdapterConfig
+from .tokenizer import read_object
 from .train import weight_change
 from .world import World, evaluate, tasks
 
@@ -197,7 +198,7 @@ def zero_shot(lab: Lab) -> Numbers:
 )  # fmt: skip
 def chain_of_thought(lab: Lab) -> Numbers:
     world, found, rates = lab.world, {}, {}
-    problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 300)) for k in range(1, 6)}
+    problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 4000))[:1000] for k in range(1, 6)}
     items = {style: tasks.journeys(world, "sft", range(1, 6), 1000, style)
              for style in ("direct", "filler", "shuffled", "steps")}  # fmt: skip
     size = {style: sum(map(lab.length, items[style])) for style in items}
@@ -226,6 +227,7 @@ def chain_of_thought(lab: Lab) -> Numbers:
 @claim(
     8, "After instruction tuning it tells plausible falsehoods",
     ("false about people never seen", ">=", 0.5), ("rise with unknown facts in the tuning", ">=", 0.05),
+    ("rise with unknown facts, above that with known ones", ">=", 0.05),
 )  # fmt: skip
 def falsehoods(lab: Lab) -> Numbers:
     """Without refusals in the tuning nearly all answers are false already, and nothing could rise: 300 are in
@@ -236,16 +238,23 @@ def falsehoods(lab: Lab) -> Numbers:
     found["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
     plain = lab.tune(tasks.tuning(lab.world, refused=0, answered=0))
     found["false about people never seen"] = lab.score(plain, name).falsehood.rate
-    rates = []
-    for facts in (0, 300, 600):
-        model = lab.tune(tasks.tuning(lab.world, refused=300, answered=facts))
-        rates.append(lab.score(model, name).falsehood.rate)
-        found[f"tuned with 300 refusals and {facts} unknown facts: false"] = rates[-1]
-        known = lab.score(model, "questions, known").right.rate
-        found[f"tuned with 300 refusals and {facts} unknown facts: known people right"] = known
+    more = tasks.questions(lab.world, lab.world.people("known", "rl"))
+    rates = {}
+    for title, facts, beside in (("no", 0, []), ("300", 300, []), ("600", 600, []), ("600 known", 0, more)):
+        taught = tasks.tuning(lab.world, refused=300, answered=facts)
+        model = lab.tune(taught + beside)
+        rates[title] = lab.score(model, name).falsehood.rate
+        arm = f"tuned with 300 refusals and {title} " + ("facts more" if beside else "unknown facts")
+        found[f"{arm}: false"] = rates[title]
+        found[f"{arm}: known people right"] = lab.score(model, "questions, known").right.rate
+        if facts:
+            unknown = [item for item in taught if item["meta"].get("exposure") == 0]
+            unknown = [item for item in unknown if item["completion"] != tasks.REFUSAL]
+            found[f"{arm}: these answered right"] = lab.score(model, unknown).right.rate
     return found | {
-        "fall by refusals in the tuning": found["false about people never seen"] - rates[0],
-        "rise with unknown facts in the tuning": rates[-1] - rates[0],
+        "fall by refusals in the tuning": found["false about people never seen"] - rates["no"],
+        "rise with unknown facts in the tuning": rates["600"] - rates["no"],
+        "rise with unknown facts, above that with known ones": rates["600"] - rates["600 known"],
     }
 
 
@@ -261,13 +270,16 @@ def taught_judge(lab: Lab) -> Numbers:
     pairs, found = lab.comparisons(people, 3000, error=0.0), {}
     labelled = lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"])
     for count in (300, 1000, 3000):
-        judge = lab.teach(labelled[:count])
-        found[f"right, of what is true, {count} labels"] = reward.judged(judge, pairs).right.rate
+        few = reward.judged(lab.teach(labelled[:count]), pairs)
+        found[f"right, of what is true, {count} labels"] = few.right.rate
+        found |= {f"{kind}, {count} labels": rate.rate for kind, rate in few.by_kind.items()}
     full = reward.judged(lab.judge, pairs)
     slips = reward.judged(lab.judge, lab.comparisons(people, 3000))  # it is as sure as labels like its own
     found |= {"right, of what is true": full.right.rate, "margin": full.margin}
     found["calibration"] = slips.calibration
     found |= {kind: rate.rate for kind, rate in full.by_kind.items()}
+    hard = [rate.rate for kind, rate in full.by_kind.items() if "garbled" not in kind]
+    found["right, mean over kinds of pairs without a garbled answer"] = float(np.mean(hard))
     found["agreement with labels, over the ceiling"] = slips.agreed / slips.labels_right
     shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
     nothing = abs(reward.judged(shuffled, pairs).by_kind["right over wrong"].rate - 0.5)
@@ -440,11 +452,13 @@ def less_dramatic(lab: Lab) -> Numbers:
 
 @claim(
     13, "Few trained weights still give zero-shot ability",
+    ("right: p-tuned prompt less 8 examples", ">=", 0),
     ("right: p-tuned prompt less the best prompt of up to 8 examples", ">=", -0.05),
 )  # fmt: skip
 def few_weights(lab: Lab) -> Numbers:
     """Questions about known people, the likeliest of the values: by a learned prompt without examples, and by
-    the base with examples. Their number and form are chosen on the people of "val"."""
+    the base with examples. Their number and form are chosen on the people of "val". Copied: of wrong answers
+    after 8 examples those that are an answer of the examples."""
     config, rates = ARMS["p-tuning, 16 tokens"]
     model, found = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=rates[1]), {}
 
@@ -458,9 +472,15 @@ def few_weights(lab: Lab) -> Numbers:
     for shots in (0, 1, 2, 4, 8):
         found[f"right: base, {shots} examples, {best[1]}"] = right(lab.base, shots, best[1], "eval")
     tuned, most = right(model, 0, "chat", "eval"), right(lab.base, *best, "eval")
+    eight = fewshot.from_world(lab.world, "questions", 8, 1000)
+    eight = [prompt for prompt in eight if fewshot.fits(lab.base, lab.tokenizer, prompt, best[1])]
+    said = zip(fewshot.chosen(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
+    wrong = [any(a == answer for _, answer in p.examples) for a, p in said if a != p.answer]
     return found | {
         "right: p-tuned prompt": tuned,
         "examples of the best prompt": best[0],
+        "copied": float(np.mean(wrong)) if wrong else 0.0,
+        "right: p-tuned prompt less 8 examples": tuned - found[f"right: base, 8 examples, {best[1]}"],
         "right: p-tuned prompt less the best prompt of up to 8 examples": tuned - most,
     }
 
@@ -511,19 +531,20 @@ def by_the_prompt(lab: Lab) -> Numbers:
     }
 
 
-def _needed(right: Sequence[float], best: Sequence[float]) -> int:
-    """The least of SHOTS, beyond none, with 90% of the best possible; 32: none of them suffices."""
-    pairs = list(zip(SHOTS, right, best, strict=True))[1:]
-    return next((shots for shots, mine, most in pairs if mine >= 0.9 * most), 32)
+def _needed(right: Sequence[float], best: float) -> int:
+    """The least of SHOTS, beyond none, that gives 90% of the best; 32: none of them does."""
+    return next((n for n, mine in zip(SHOTS[1:], right[1:], strict=True) if mine >= 0.9 * best), 32)
 
 
 def _few_shot(lab: Lab, model: GPT) -> Numbers:
-    """Right of 500 prompts, by number of examples."""
-    prompts = {str(shots): fewshot.mappings(lab.world, shots, 500) for shots in SHOTS}
+    """Right by number of examples; none of them has the word that is asked for, which one could copy from."""
+    prompts = {str(shots): fewshot.mappings(lab.world, shots, 1000, "unseen") for shots in SHOTS}
     return {shots: fewshot.accuracy(model, lab.tokenizer, some).rate for shots, some in prompts.items()}
 
 
+REFRAINS = 0.12  # of pre-training: with these the corpus begins
 PLACES = (1, 2, 3, 4, 6, 8, 10, 14)  # of the snapshots, which are twentieths of pre-training
+BEGUN = 0.15  # the first of these that has read anything else
 
 
 def _curves(lab: Lab) -> dict[float, list[float]]:
@@ -535,41 +556,35 @@ def _curves(lab: Lab) -> dict[float, list[float]]:
 
 @claim(
     16, "A good model needs a short prompt, a bad one a long one",
-    ("examples needed, after a twentieth of pre-training less at its end", ">=", 1),
+    (f"examples needed, after {BEGUN:.0%} of pre-training less at its end", ">=", 1),
 )  # fmt: skip
 def short_prompts(lab: Lab) -> Numbers:
-    """Examples for 90% of the best possible; 32: 16 do not suffice."""
-    best = [float(np.mean([p.optimal for p in fewshot.mappings(lab.world, n, 500)])) for n in SHOTS]
+    """Examples for 90% of what the best possible predictor has from 16; 32: 16 do not suffice."""
+    best = float(np.mean([prompt.optimal for prompt in fewshot.mappings(lab.world, 16, 1000, "unseen")]))
     needed = {share: _needed(right, best) for share, right in _curves(lab).items()}
     return {f"examples needed, {share:.0%} of pre-training": n for share, n in needed.items()} | {
-        "examples needed, after a twentieth of pre-training less at its end": needed[0.05] - needed[1.0]
+        f"examples needed, after {BEGUN:.0%} of pre-training less at its end": needed[BEGUN] - needed[1.0]
     }
 
 
 @claim(
     17, "Few-shot learning needs some level of pre-training",
-    ("learned from 8 examples, 5% of pre-training", "<=", 0.1),
-    ("learned from 8 examples, all of pre-training less 5%", ">=", 0.5),
-    ("between the change points, share of pre-training", "<=", 0.1),
+    (f"learned from 8 examples, all of pre-training less {BEGUN:.0%}", ">=", 0.2),
     ("learned from 8 examples, less by one layer", ">=", 0.3),
 )  # fmt: skip
 def some_pretraining(lab: Lab) -> Numbers:
-    """Learned: right after 8 examples, above the quarter of whoever says any of the prompt's four labels.
-    A change point is where a curve first passes half of its final value. The corpus begins with refrains
-    alone, for a good tenth of it: that it comes so early, and copying before the rest, is by design."""
+    """Learned: right after 8 examples, above the quarter of whoever says any of the prompt's four labels. The
+    heads for it come before all else, which is by design: the corpus begins with refrains."""
     eight, known = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - 1 / 4 for share, right in _curves(lab).items()}
     heads = {share: float(memory.induction_scores(model, lab.words).max())
              for share, model in lab.snapshots(PLACES)}  # fmt: skip
-    change = [next((share for share in curve if curve[share] >= curve[1.0] / 2), 1.0)
-              for curve in (gain, heads)]  # fmt: skip
     flat, _ = lab.pretrained("one-layer", n_layer=1)
     one = list(_few_shot(lab, flat).values())
     return {
         **{f"learned from 8 examples, {share:.0%} of pre-training": n for share, n in gain.items()},
         **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
-        "learned from 8 examples, all of pre-training less 5%": gain[1.0] - gain[0.05],
-        "between the change points, share of pre-training": round(abs(change[0] - change[1]), 3),
+        f"learned from 8 examples, all of pre-training less {BEGUN:.0%}": gain[1.0] - gain[BEGUN],
         "learned from 8 examples, less by one layer": gain[1.0] - (one[eight] - 1 / 4),
         "one layer: recall of facts told often": lab.recall(flat, known),
         "four layers: recall of facts told often": lab.recall(lab.base, known),
@@ -583,7 +598,7 @@ def some_pretraining(lab: Lab) -> Numbers:
 )  # fmt: skip
 def each_stage(lab: Lab) -> Numbers:
     items, updates, found = tasks.tuning(lab.world), lab.tuning["max_iters"], {}
-    half, _ = lab.pretrained("half", updates=lab.pretraining["max_iters"] // 2)
+    half, _ = lab.pretrained("half", max_iters=lab.pretraining["max_iters"] // 2)
     for pre, base in (("half", half), ("all", lab.base)):
         for tuned, times in (("a tenth", updates // 10), ("all", updates)):
             done = (pre, tuned) == ("all", "all")
@@ -605,20 +620,26 @@ def each_stage(lab: Lab) -> Numbers:
     ("damage by the induction heads over that by as many others", ">=", 5),
 )  # fmt: skip
 def non_parametric_memory(lab: Lab) -> Numbers:
+    """The prompt tells of one person, or also of another. Heads are cut out: those that look at what followed
+    the same word before, as many others, and each head alone."""
     people, prompts = lab.world.people("never", "eval")[:250], fewshot.mappings(lab.world, 8, 500)
-    scores = memory.induction_scores(lab.base, lab.words)
+    known, scores = lab.world.people("known"), memory.induction_scores(lab.base, lab.words)
     heads = memory.strongest(scores)
 
-    def measured(model: GPT) -> tuple[float, float]:
-        right = memory.told(model, lab.tokenizer, lab.world, people, own=True).prompt.rate
-        return right, fewshot.accuracy(model, lab.tokenizer, prompts).rate
+    def measured(cut: Sequence[memory.Head], n: int = 250) -> np.ndarray:
+        model = memory.without(lab.base, cut)
+        right = memory.told(model, lab.tokenizer, lab.world, people[:n], own=True).prompt.rate
+        return np.array([right, fewshot.accuracy(model, lab.tokenizer, prompts[: 2 * n]).rate])
 
-    whole, cut = np.array(measured(lab.base)), np.array(measured(memory.without(lab.base, heads)))
-    sets = memory.others(scores.shape, heads, 10)
-    other = np.mean([measured(memory.without(lab.base, some)) for some in sets], axis=0)
+    whole, cut = measured([]), measured(heads)
+    other = np.mean([measured(some) for some in memory.others(scores.shape, heads, 10)], axis=0)
     facts, mapping = (whole - cut) / np.maximum(whole - other, 0.005)  # nothing is less than half a point
+    alone = {head: measured([head], 100)[1] for head in np.ndindex(scores.shape)}
+    worst = min(alone, key=alone.get)
+    rival = memory.told(lab.base, lab.tokenizer, lab.world, people, own=True, rival=True).prompt.rate
     return {
         "facts of the prompt about people never seen: right": whole[0],
+        "the same where it tells of somebody else too": rival,
         "the same without the induction heads": cut[0],
         "the same without as many others, mean of 10 sets": other[0],
         "damage by the induction heads over that by as many others": facts,
@@ -626,11 +647,14 @@ def non_parametric_memory(lab: Lab) -> Numbers:
         "mappings without the induction heads": cut[1],
         "mappings without as many others": other[1],
         "damage to mappings, over that by as many others": mapping,
-        "induction heads, of 16": len(heads),
-        "facts recalled without the induction heads": lab.recall(
-            memory.without(lab.base, heads), lab.world.people("known")
+        "mappings without one induction head, the worst": min(alone[head] for head in heads),
+        "mappings without one head, the worst of all": alone[worst],
+        "attention of that head to the token before": float(
+            memory.previous_scores(lab.base, lab.words)[worst]
         ),
-        "facts recalled": lab.recall(lab.base, lab.world.people("known")),
+        "induction heads, of 16": len(heads),
+        "facts recalled without the induction heads": lab.recall(memory.without(lab.base, heads), known),
+        "facts recalled": lab.recall(lab.base, known),
     }
 
 
@@ -642,9 +666,9 @@ def non_parametric_memory(lab: Lab) -> Numbers:
 def both_memories(lab: Lab) -> Numbers:
     """The prompt contradicts the weights; nats are log p of its value less log p of theirs."""
     found = {}
-    for weight in (256, 64, 16, 4, 1, 0):
+    for weight in (256, 16, 0):
         people = [person for person in lab.world.everyone if person.weight == weight][:150]
-        for repeats in (1, 2, 4):
+        for repeats in (1, 4):
             answer = memory.told(lab.base, lab.tokenizer, lab.world, people, repeats)
             name = f"weight {weight}, said {repeats} times"
             found[f"by the prompt, {name}"] = answer.prompt.rate
@@ -666,15 +690,17 @@ def both_memories(lab: Lab) -> Numbers:
 )  # fmt: skip
 def scale(lab: Lab) -> Numbers:
     """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3): a from the slope of three
-    widths in logarithms, b from half of the text and all of it. And GPT-1's blocks beside GPT-2's."""
+    widths in logarithms, b from half of the updates and all of them, of whose text the refrains do not count.
+    And GPT-1's blocks beside GPT-2's, at a quarter of the rate: at the same they do not train."""
     def gap(model: GPT) -> float:
         return evaluate.gaps(model, lab.tokenizer, lab.world)["all"].gap
 
     widths = {n: lab.pretrained(f"width-{n}", n_embd=n)[0] for n in (32, 64)} | {128: lab.base}
     gaps = {n: gap(model) for n, model in widths.items()}
     sizes = [model.flat.size for model in widths.values()]
-    half, _ = lab.pretrained("half", updates=lab.pretraining["max_iters"] // 2)
-    post_norm, _ = lab.pretrained("post-norm", post_norm=True)
+    half, _ = lab.pretrained("half", max_iters=lab.pretraining["max_iters"] // 2)
+    rate = lab.pretraining["learning_rate"] / 4
+    post_norm, _ = lab.pretrained("post-norm", post_norm=True, learning_rate=rate)
     less = gap(half)
     return {f"loss above the floor, {n} channels": found for n, found in gaps.items()} | {
         "loss above the floor, half of the text": less,
@@ -683,7 +709,9 @@ def scale(lab: Lab) -> Numbers:
         "exponent of the loss above the floor, by weights": float(
             -np.polyfit(np.log(sizes), np.log(list(gaps.values())), 1)[0]
         ),
-        "exponent of the loss above the floor, by text": math.log2(less / gaps[128]),
+        "exponent of the loss above the floor, by text": (
+            math.log(less / gaps[128]) / math.log((1 - REFRAINS) / (0.5 - REFRAINS))
+        ),
     }
 
 
@@ -744,20 +772,41 @@ def verdict(found: Estimate, sign: str, limit: float) -> str:
 def run(
     folder: Path, numbers: Iterable[int], seeds: Iterable[int], say: Callable[[str], None]
 ) -> dict[int, dict[str, Estimate]]:
-    """Measures the claims, seed by seed, and writes claims.json: number -> name of what was measured ->
-    its Estimate, over the seeds that have it. What `folder` has is not measured again."""
-    measured: dict[int, list[Numbers]] = {number: [] for number in numbers}
+    """Measures the claims, seed by seed: number -> name of what was measured -> its Estimate, over the seeds
+    that have it. What `folder` has is not measured again. A measurement that fails says why, and the others
+    go on.
+
+    claims.json has the values of each seed, the estimates and the verdicts, of what was measured before too.
+    """
+    measured: dict[int, dict[int, Numbers]] = {number: {} for number in numbers}
+    found: dict[int, dict[str, Estimate]] = {}
     for seed in seeds:
         lab = Lab(folder, seed, say)
-        for number, rows in measured.items():
+        for number, by_seed in measured.items():
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
-            rows.append(lab.kept(f"claim {number}", partial(claim.measure, lab), needed))
-    found = {}
-    for number, rows in measured.items():
-        names = dict.fromkeys(name for numbers in rows for name in numbers)
-        found[number] = {name: estimate([row[name] for row in rows if name in row]) for name in names}
-    with replacing(folder / "claims.json") as beside:
-        rows = {n: {name: e._asdict() for name, e in numbers.items()} for n, numbers in found.items()}
-        beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            try:
+                by_seed[seed] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+            except Exception as error:
+                say(f"seed {seed}: claim {number} failed: {type(error).__name__}: {error}")
+                continue
+            names = dict.fromkeys(name for numbers in by_seed.values() for name in numbers)
+            found[number] = {
+                name: estimate([numbers[name] for numbers in by_seed.values() if name in numbers])
+                for name in names
+            }
+            _write(folder / "claims.json", claim, by_seed, found[number])
     return found
+
+
+def _write(path: Path, claim: Claim, by_seed: dict[int, Numbers], found: dict[str, Estimate]) -> None:
+    known = read_object(path) if path.exists() else {}
+    known[str(claim.number)] = {
+        "says": claim.says,
+        "verdicts": [f"{name} {sign} {limit:g}: {verdict(found[name], sign, limit)}"
+                     for name, sign, limit in claim.needs],
+        "estimates": {name: e._asdict() for name, e in found.items()},
+        "seeds": by_seed,
+    }  # fmt: skip
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

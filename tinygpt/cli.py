@@ -1072,12 +1072,13 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 
 @main.command()
 @click.argument("numbers", nargs=-1, type=_COUNT, metavar="[NUMBER]...")
-@click.option("--seeds", default=2, type=_COUNT, help="Worlds, and bases trained in them.")
-@click.option("--first-seed", default=1337, type=_COUNT_OR_0, help="The others follow.")
+@click.option("--seeds", default=2, type=_COUNT, help="So many worlds from 1337 on, each with its own base.")
+@click.option("--seed", "chosen_seeds", multiple=True, type=_COUNT_OR_0, show_default="those of --seeds",
+              help="These worlds; repeat.")  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
 @click.option("--out", default="claims", type=_PATH, help="Folder for all that is made.")
-def claims(numbers: tuple, seeds: int, first_seed: int, every: bool, listed: bool, out: Path) -> None:
+def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed: bool, out: Path) -> None:
     """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
 
     A NUMBER is a claim's; without one, the core of them, which takes 40 minutes for two seeds. Worlds, models
@@ -1097,14 +1098,19 @@ def claims(numbers: tuple, seeds: int, first_seed: int, every: bool, listed: boo
         if number not in stage.CLAIMS:
             known = ", ".join(map(str, stage.CLAIMS))
             raise UserError(f"there is no claim {number}: known are {known}; --list says them")
+    if chosen_seeds:
+        _refuse(_given() & {"seeds"}, "--seed says which worlds")
+    wanted = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
-        found = stage.run(out, chosen, range(first_seed, first_seed + seeds), click.echo)
+        found = stage.run(out, chosen, wanted, click.echo)
     except KeyboardInterrupt:
         click.echo("\nStopped. The same command goes on.")
         sys.exit(130)
     for number, numbers_found in found.items():
         click.echo(f"\n{report.claim(stage.CLAIMS[number], numbers_found)}")
     click.echo(f"\nSaved in {out / 'claims.json'}.")
+    whole = (max(e.n for e in estimates.values()) == len(wanted) for estimates in found.values())
+    sys.exit(not all(whole) or len(found) < len(set(chosen)))
 
 
 # --- gradients and speed: exercise, gradcheck, bench --------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 from . import checkpoint, instructions, pretrain, recipes, runs
 from .atomic import replacing
 from .finetune import adapters, reward, rlhf, sft
-from .model import GPT, PRESETS, AdapterConfig
+from .model import GPT, PRESETS, AdapterConfig, GPTConfig
 from .tokenizer import BPETokenizer, read_object
 from .train import TrainConfig
 from .train import train as run_training
@@ -45,38 +45,35 @@ class Lab:
         if quick:
             stages = [stage | less for stage, less in zip(stages, recipes.QUICK, strict=True)]
         self.pretraining, self.tuning, self.judging, self.steering = stages
-        recipe = sha256(repr(stages).encode()).hexdigest()[:6]
+        recipe = sha256(repr((stages, PRESETS["nano"], rlhf.Config(), SNAPSHOTS)).encode()).hexdigest()[:6]
         self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # nothing of another recipe
         self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick
 
     def pretrained(
-        self, name: str, source: str = "", adapter: AdapterConfig | None = None, merge_every: int = 0,
-        updates: int = 0, **sizes: int,
-    ) -> tuple[GPT, BPETokenizer]:  # fmt: skip
+        self, name: str, source: str = "", adapter: AdapterConfig | None = None, **changes
+    ) -> tuple[GPT, BPETokenizer]:
         """A model of the recipe on a source, else this seed's world, kept in the folder of that name.
 
-        updates: how many, else the recipe's. sizes: in which it differs from that, such as n_layer.
+        changes: of its TrainConfig, such as max_iters, and of its sizes, such as n_layer.
         """
-        folder, recipe = self.folder / name, self.pretraining
-        block_size, known = recipe["block_size"], TrainConfig.__dataclass_fields__
-        fields = {field: value for field, value in recipe.items() if field in known}
-        fields["max_iters"] = updates or recipe["max_iters"]
+        folder, recipe = self.folder / name, self.pretraining | {"seed": self.seed} | changes
+        sizes, how = ({field: recipe[field] for field in cls.__dataclass_fields__.keys() & recipe.keys()}
+                      for cls in (GPTConfig, TrainConfig))  # fmt: skip
+        block_size = recipe["block_size"]
         settings = pretrain.Settings(
-            model=dataclasses.replace(PRESETS["nano"], block_size=block_size, **sizes),
-            train=TrainConfig(**fields, seed=self.seed, merge_every=merge_every),
-            data=(source or self.source,),
-            block_size=block_size, batch_size=recipe["batch_size"], adapter=adapter or AdapterConfig(),
+            model=dataclasses.replace(PRESETS["nano"], **sizes), train=TrainConfig(**how),
+            data=(source or self.source,), block_size=block_size, batch_size=recipe["batch_size"],
+            adapter=adapter or AdapterConfig(),
         )  # fmt: skip
         if not (folder / "done").exists():
             self.say(f"seed {self.seed}: pre-training {name}")
             if (folder / checkpoint.TRAINER).exists():
                 run = pretrain.resume(folder)
             else:
-                how = {"tokenizer": recipe["tokenizer"], "vocab_size": recipe["vocab_size"]}
-                run = pretrain.begin(folder, settings, **how)
-
+                text = {name: recipe[name] for name in ("tokenizer", "vocab_size")}
+                run = pretrain.begin(folder, settings, **text)
             progress = self.progress(run.settings.train.max_iters)
 
             def report(record: dict[str, float]) -> None:
@@ -252,7 +249,9 @@ class Lab:
 
     @cached_property
     def sets(self) -> dict[str, list[tasks.Item]]:
-        return evaluate.named_tasks(self.world)
+        """Those of a report, but known people are asked in every wording: here intervals are over seeds."""
+        known = tasks.questions(self.world, self.world.people("known", "eval"))
+        return evaluate.named_tasks(self.world) | {"questions, known": tasks.some(self.world, known, 1000)}
 
     def kept(self, name: str, measure: Callable[[], Numbers], needed: set[str] = frozenset()) -> Numbers:
         """What was measured under this name before, with all that is needed, or is now."""

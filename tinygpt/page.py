@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Sequence
 from html import escape
 
-from .report import COLUMNS
+from .report import COLUMNS, cells
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
@@ -43,15 +43,11 @@ def _table(stages: dict) -> str:
     names = ("stage", "data", "trained", "change", "seconds", *COLUMNS, "base intact")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
     for name, found in stages.items():
-        row = found.get("row", {})
-        cells = [f"<td>{escape(name)}</td><td>{escape(row.get('data', 'failed'))}</td>"]
-        numbers = [""] * 3
-        if row:
-            seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-            numbers = [f"{row['weights']:,}", f"{row['change']:.1%}" if row["weights"] else "none", seconds]
-        numbers += [f"{row[key]:.2f}" if key in row else "" for key in COLUMNS]
-        numbers.append({True: "yes", False: "no", None: ""}[row.get("base")])
-        rows.append("".join([*cells, *(f'<td class="n">{number}</td>' for number in numbers)]))
+        row = [f"<td>{escape(name)}</td>"]
+        for n, cell in enumerate(cells(found["row"]) if "row" in found else ["failed"]):
+            wide = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in found["row"])
+            row.append(f'<td{wide}{" class=n" * (n > 0 and not wide)}>{escape(cell)}</td>')
+        rows.append("".join(row))
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
@@ -111,6 +107,12 @@ def _head(axes, found: dict) -> None:
     axes.figure.set_size_inches(5, 5)
 
 
+def _alone(axes, found: dict) -> None:
+    names, lost = list(found["alone"]), found["alone"].values()
+    axes.bar(names, lost, color=["tab:red" if name in found["heads"] else "tab:blue" for name in names])
+    axes.set(xlabel="layer.head that is cut out (red: an induction head)", ylabel="right", ylim=(0, 1))
+
+
 def _rewards(axes, found: dict) -> None:
     curves, other = found["curves"], axes.twinx()
     for name, label in (("reward", "reward, by the judge"), ("gold", "gold: what people would say")):
@@ -132,4 +134,5 @@ def _changes(axes, stages: dict) -> None:
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-_FIGURES = {"pre-training": (_loss, _recall), "in-context learning": (_shots, _head), "RLHF": (_rewards,)}
+_FIGURES = {"pre-training": (_loss, _recall), "in-context learning": (_shots, _head), "RLHF": (_rewards,),
+            "two memories": (_alone,)}  # fmt: skip

@@ -58,27 +58,35 @@ def interval(rate: Rate) -> str:
 
 _KEY = """
 trained: weights; change: of the model's, over their norm, from where it began; s: seconds to train. Rates of
-at most 300 questions (--quick: 100; known: of 200, 40): form and known, about people told of often (the base
-knows them, but goes on with a text instead of answering); false, made-up answers about people never seen;
-reason, journeys of 3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is
-in the model, unchanged to the byte."""
+at most 300 questions (--quick: 100): form and known, about people told of often (the base knows them, but
+goes on with a text instead of answering); false, made-up answers about people never seen; reason, journeys of
+3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is in the model,
+unchanged to the byte."""
 COLUMNS = ("form", "known", "falsehoods", "reasoning", "few-shot")
 
 
+def cells(row: Mapping) -> list[str]:
+    """A stage's data, weights, change and seconds; its rates, or in their place what else it showed; whether
+    the base is intact. A dash is what it does not have, or was not asked."""
+    rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
+    return [
+        row["data"], f"{row['weights']:,}", f"{row['change']:.1%}" if row["weights"] else "none",
+        f"{row['seconds']:.0f}" if "seconds" in row else "-", *([row["shown"]] if "shown" in row else rates),
+        {True: "yes", False: "no", None: "-"}[row.get("base")],
+    ]  # fmt: skip
+
+
 def story(stages: Mapping[str, dict]) -> str:
-    """What each stage of a story changed; a dash is what it does not have, or was not asked."""
+    """What each stage of a story changed."""
     head = "trained  change    s  form  known  false  reason  few-shot  base intact"
     lines = [f"{'stage':24} {'data':26} {head:>9}"]
     for name, found in stages.items():
         if "failed" in found:
             lines.append(f"{name:24} failed: {found['failed']}")
             continue
-        row = found["row"]
-        rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
-        cells = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
-        change = f"{row['change']:6.1%}" if row["weights"] else "  none"
-        seconds = f"{row['seconds']:4.0f}" if "seconds" in row else "   -"
-        intact = {True: "yes", False: "no", None: "-"}[row.get("base")]
-        lines.append(f"{name:24} {row['data']:24} {row['weights']:9,}  {change} {seconds}  "
-                     f"{'  '.join(cells)}  {intact}")  # fmt: skip
+        data, weights, change, seconds, *rates, intact = cells(found["row"])
+        if len(rates) > 1:
+            rates = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
+        lines.append(f"{name:24} {data:24} {weights:>9}  {change:>6} {seconds:>4}  "
+                     f"{'  '.join(rates):36}  {intact}")  # fmt: skip
     return "\n".join([*lines, _KEY])

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from . import checkpoint
 from .atomic import replacing
 from .errors import UserError
@@ -94,10 +96,10 @@ def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dic
     }  # fmt: skip
 
 
-def by_the_prompt(lab: Lab, mark: str, **rates: float) -> dict:
+def by_the_prompt(lab: Lab, mark: str, shown: str) -> dict:
     """The row of a stage that trains nothing; mark: the base's fingerprint before it."""
-    return {"data": "the prompt", "weights": 0, "change": 0.0,
-            "base": adapters.fingerprint(lab.base) == mark, **rates}  # fmt: skip
+    return {"data": "the prompt", "weights": 0, "change": 0.0, "shown": shown,
+            "base": adapters.fingerprint(lab.base) == mark}  # fmt: skip
 
 
 # --- the stages ---------------------------------------------------------------------------------------------
@@ -137,15 +139,16 @@ def pretraining(lab: Lab) -> dict:
 
 @stage(
     "in-context learning", "문맥 내 학습",
-    "Examples in the prompt, and a question: it does a task that it was never trained for. No weight "
-    "changes; when the prompt is gone, so is what it learned.",
+    "Examples in the prompt, and a question: which label goes with which kind of thing is drawn for this "
+    "prompt alone, so no weight can know it. No weight changes; when the prompt is gone, so is what it "
+    "learned. (Its text has tables of this kind, each with labels of its own.)",
 )  # fmt: skip
 def in_context(lab: Lab) -> dict:
     mark, shots, count = adapters.fingerprint(lab.base), (0, 1, 2, 4, 8), _count(lab)
     prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
     right = {
         f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
-        for share, model in lab.snapshots((4, 8, 12, 16))
+        for share, model in lab.snapshots((2, 3, 4, 8))
     }
     best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
     last = list(right.values())[-1]
@@ -157,7 +160,7 @@ def in_context(lab: Lab) -> dict:
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
     return {
-        "row": by_the_prompt(lab, mark, **{"few-shot": last[-1]}),
+        "row": by_the_prompt(lab, mark, f"0 -> 8 examples: {last[0]:.2f} -> {last[-1]:.2f} right"),
         "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
         "curves": {"shots": list(shots), "best possible": best, **right},
         "head": {"layer": layer, "head": head, "score": float(heads.max()),
@@ -215,6 +218,7 @@ def reward_model(lab: Lab) -> dict:
     return {
         "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
                 "change": moved, "seconds": lab.seconds("judge"),
+                "shown": f"the better answer scores higher: {found.right.rate:.2f}",
                 "base": adapters.fingerprint(judge.model) == adapters.fingerprint(lab.base)},
         "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
                   f"taught nothing: {kinds}."],
@@ -222,7 +226,7 @@ def reward_model(lab: Lab) -> dict:
 
 
 @stage(
-    "RLHF", "인간 피드백 강화학습",
+    "RLHF", "인간 피드백 기반 강화학습",
     "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
     "without going far from where it was (KL). All weights move, very little; invented answers become rare. "
     "Shown below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in "
@@ -257,7 +261,7 @@ def lora(lab: Lab) -> dict:
 
 
 @stage(
-    "p-tuning", "학습된 프롬프트",
+    "p-tuning", "소프트 프롬프트",
     "The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made "
     "by a small network that is not needed afterwards. One prompt learns one task: questions about people.",
 )  # fmt: skip
@@ -278,15 +282,25 @@ def two_memories(lab: Lab) -> dict:
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
     against = memory.told(lab.base, lab.tokenizer, world, people)
     own = memory.told(lab.base, lab.tokenizer, world, never, own=True).prompt
-    heads = memory.strongest(memory.induction_scores(lab.base, lab.words, count=20))
+    scores = memory.induction_scores(lab.base, lab.words, count=20)
+    heads, prompts = memory.strongest(scores), fewshot.mappings(world, 8, _count(lab) // 3)
     cut = memory.told(memory.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
+    alone = {head: fewshot.accuracy(memory.without(lab.base, [head]), lab.tokenizer, prompts).rate
+             for head in np.ndindex(scores.shape)}  # fmt: skip
+    worst = min(alone, key=alone.get)
+    back = memory.previous_scores(lab.base, lab.words, count=20)[worst]
     return {
-        "row": by_the_prompt(lab, mark),
+        "row": by_the_prompt(lab, mark, f"told otherwise, it says so: {against.prompt.rate:.2f}"),
+        "heads": [f"{layer}.{head}" for layer, head in heads],
+        "alone": {f"{layer}.{head}": right for (layer, head), right in alone.items()},
         "notes": [
             f"Where they contradict, the prompt answers in {against.prompt.rate:.0%}, the weights in "
             f"{against.weights.rate:.0%}.",
             f"Facts of the prompt about people never seen: {own.rate:.0%} right; without the {len(heads)} "
-            f"heads that look at what followed the same word before, {cut.rate:.0%}.",
+            f"heads that look at what followed the same word before (induction heads), {cut.rate:.0%}.",
+            f"Mappings of the prompt: {alone[worst]:.0%} right without head {worst[1]} of layer {worst[0]}, by "
+            f"which they find what followed ({back:.0%} of its attention goes to the word before); without any "
+            f"other head {min(right for head, right in alone.items() if head != worst):.0%} at least.",
         ],
     }  # fmt: skip
 

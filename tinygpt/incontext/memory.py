@@ -35,13 +35,14 @@ class Told(NamedTuple):
 
 
 def told(
-    model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person], repeats: int = 1,
-    own: bool = False,
+    model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], repeats: int = 1,
+    own: bool = False, rival: bool = False,
 ) -> Told:  # fmt: skip
     """Which memory answers, for each attribute of these people.
 
     The prompt says `repeats` times that somebody has another value of it, or with `own` theirs, among two
-    other facts, and goes on as if to say it once more, in a wording that it has not used.
+    other facts, and goes on as if to say it once more, in a wording that it has not used. rival: somewhere
+    before, somebody else has yet another value of it; then to copy a value of the right kind is not enough.
     """
     attributes = world.lexicon.attributes
     values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
@@ -56,8 +57,12 @@ def told(
             for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
                 fact = f"{attributes[b].told[0]} {pick(attributes[b].values, integers)}"
                 facts.insert(next(integers) % (len(facts) + 1), fact)
-            text = ". ".join(f"{person.name} {fact}" for fact in [*facts, last])
-            prompts.append(encode_prompt(tokenizer, text))
+            sentences = [f"{person.name} {fact}" for fact in [*facts, last]]
+            if rival:
+                third = pick([v for v in attribute.values if v != attribute.values[said]], integers)
+                other = f"{people[(n + 1) % len(people)].name} {pick(attribute.told, integers)} {third}"
+                sentences.insert(next(integers) % len(sentences), other)
+            prompts.append(encode_prompt(tokenizer, ". ".join(sentences)))
             options.append(values[a])
             pairs.append((said, value))
     logp = likelihoods(model, prompts, options)
@@ -89,14 +94,28 @@ def attention(model: GPT, ids: Array) -> Array:
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
     """For each head, (n_layer, H): how much of its attention goes to what followed the same token before.
 
-    Measured in the second half of `count` texts of 25 random tokens said twice, of which nothing but the
-    first half tells what comes. A head that looks everywhere alike has 1 / 25 or less.
+    A head that looks everywhere alike has 1 / 25 or less.
     """
-    rng, length = np.random.default_rng(0), 25
-    once = np.stack([rng.choice(tokens, length, replace=False) for _ in range(count)])
+    return _looking_back(model, tokens, count, LENGTH - 1)
+
+
+def previous_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
+    """For each head, (n_layer, H): how much of its attention goes to the token before. What induction heads
+    look for, a token's predecessor, such a head of an earlier layer has written beside that token."""
+    return _looking_back(model, tokens, count, 1)
+
+
+LENGTH = 25  # of random tokens
+
+
+def _looking_back(model: GPT, tokens: Sequence[int], count: int, places: int) -> Array:
+    """The mean attention to so many places before, in the second half of `count` texts of random tokens said
+    twice, of which nothing but the first half tells what comes."""
+    rng = np.random.default_rng(0)
+    once = np.stack([rng.choice(tokens, LENGTH, replace=False) for _ in range(count)])
     maps = attention(model, np.concatenate([once, once], 1).astype(np.int32))
-    query = np.arange(length, 2 * length - 1)
-    return maps[..., query, query - length + 1].mean(axis=(1, 3))
+    query = np.arange(LENGTH, 2 * LENGTH - 1)
+    return maps[..., query, query - places].mean(axis=(1, 3))
 
 
 def strongest(scores: Array) -> list[Head]:
