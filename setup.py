@@ -4,12 +4,14 @@ The extension is optional: where no compiler is found the package installs all t
 """
 
 import re
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
 from setuptools import setup
 
 CSRC = Path("csrc")
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # one build for all Pythons, but free-threaded ones
 
 
 def core():
@@ -27,8 +29,8 @@ def core():
         sources=sorted(map(str, [CSRC / "threads.c", *(CSRC / "variants").glob("*.c")])),
         depends=sorted(map(str, [*CSRC.glob("*"), CSRC / "variants" / "kernels.inc"])),
         include_dirs=[str(CSRC)],
-        define_macros=[("Py_LIMITED_API", "0x030A0000")],
-        py_limited_api=True,
+        define_macros=[("Py_LIMITED_API", "0x030A0000")] if ABI3 else [],
+        py_limited_api=ABI3,
         # No math errno: sqrt becomes one instruction. Not -ffast-math: NaN and infinity keep their meaning.
         extra_compile_args=[
             "-std=gnu11",
@@ -46,4 +48,4 @@ def core():
     return extension
 
 
-setup(ext_modules=[core()], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(ext_modules=[core()], options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {})

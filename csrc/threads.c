@@ -158,30 +158,39 @@ struct slot {
     void *memory;
     size_t bytes;
 };
-static pthread_key_t at_thread_end;
+static pthread_key_t key; /* to a thread's slots; not _Thread_local, which may be gone before free_slots */
 
 static void free_slots(void *slots)
 {
     for (int i = 0; i < SCRATCH_SLOTS; i++)
         free(((struct slot *)slots)[i].memory);
+    free(slots);
 }
 
-static void make_key(void) { pthread_key_create(&at_thread_end, free_slots); }
+static void make_key(void) { pthread_key_create(&key, free_slots); }
+
+static struct slot *own_slots(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_key);
+    struct slot *slots = pthread_getspecific(key);
+    if (!slots && (slots = calloc(SCRATCH_SLOTS, sizeof *slots)))
+        pthread_setspecific(key, slots);
+    return slots;
+}
 
 void *scratch(int slot, size_t bytes)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    static _Thread_local struct slot slots[SCRATCH_SLOTS];
-    if (slots[slot].bytes < bytes) {
-        pthread_once(&once, make_key);
-        pthread_setspecific(at_thread_end, slots);
+    struct slot *slots = own_slots();
+    if (slots && slots[slot].bytes >= bytes)
+        return slots[slot].memory;
+    if (slots)
         free(slots[slot].memory);
-        if (posix_memalign(&slots[slot].memory, 64, bytes)) {
-            fprintf(stderr, "tinygpt: no memory for %zu bytes of scratch\n", bytes);
-            abort();
-        }
-        slots[slot].bytes = bytes;
+    if (!slots || posix_memalign(&slots[slot].memory, 64, bytes)) {
+        fprintf(stderr, "tinygpt: no memory for %zu bytes of scratch\n", bytes);
+        abort();
     }
+    slots[slot].bytes = bytes;
     return slots[slot].memory;
 }
 

@@ -4,7 +4,7 @@
 
 The text is about invented people, of whom everything is known: so it is known how well it can be predicted
 at all, and what the model could only have learned here. It begins with words said over and over; on these the
-model learns to copy. Takes about four minutes; demos 2 and 3 begin with the model that is saved in FOLDER.
+model learns to copy. Takes about four minutes; all other demos begin with the model that is saved in FOLDER.
 
 `tinygpt pretrain --data world` is the same, with checkpoints on the way and every knob.
 """

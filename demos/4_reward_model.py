@@ -5,7 +5,7 @@
 After its tuning the model answers confidently about people of whom it knows nothing. People would rather hear
 "I do not know." (here they are simulated: they know the truth, and slip in one comparison of ten). The judge
 is the same model with one number as its result. It first says what it thinks itself, then looks at the
-answer: what it learns is to compare, and when not to trust itself. It is tested on others than taught by.
+answer: what it learns is to compare, and when not to trust itself. It is tested on other people.
 """
 
 import sys

@@ -75,6 +75,25 @@ def test_text_in_model_out(folder):
     assert model.config.n_layer == 2 and tokenizer.vocab_size == len(set(TEXT))
 
 
+def test_a_long_text_is_evaluated_on_batches_from_all_places(folder, monkeypatch):
+    """Guards: evaluations that take longer than the training between them."""
+    Path("text.txt").write_text(TEXT * 20, encoding="utf-8")
+    seen, mean = [], stage.train.mean_loss
+
+    def watched(model, batches) -> float:
+        seen.append(list(batches))
+        return mean(model, seen[-1])
+
+    monkeypatch.setattr(stage.train, "mean_loss", watched)
+    for limit in (10**6, 400):
+        monkeypatch.setattr(stage, "EVALUATED", limit)
+        begin("--max-iters", "1", "--out", str(limit))
+    whole, part = ([batch.ids for batch in batches] for batches in seen)
+    assert len(whole) > 50 and sum(ids.size for ids in part) < 500
+    every = -(-len(whole) // len(part))
+    assert all(map(np.array_equal, part, whole[::every])) and len(part) == len(whole[::every])
+
+
 def test_without_options_it_reads_python(folder, monkeypatch):
     """Guards: a first command that needs a download or an option."""
     monkeypatch.setattr(data, "python_texts", lambda: [TEXT, TEXT.upper()])

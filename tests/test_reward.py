@@ -190,6 +190,8 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows)))
     s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG)
     records = []
+    with pytest.raises(UserError, match="has a model that this run needs as it is"):
+        reward.begin(tmp_path / "base", s, init_from=tmp_path / "base", overwrite=True)
     run = reward.begin(tmp_path / "judge", s, init_from=tmp_path / "base")
     assert len(run.val) == 6 and len(run.train) == 54
     assert not {c.prompt for c in run.val} & {c.prompt for c in run.train}
@@ -266,6 +268,13 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
         CliRunner().invoke(main, command, input=keys)
     rows = [(c.prompt, frozenset((c.chosen, c.rejected))) for c in reward.read_file(out)]
     assert len(rows) == len(set(rows)) == 6
+
+    monkeypatch.setattr(rlhf, "sample", lambda *given: SimpleNamespace(answers=["red"]))
+    out.unlink()
+    for done in (2, 2):  # of a model that says one thing there is a comparison to each prompt, and no more
+        result = CliRunner().invoke(main, command, input="1111")
+        assert "There is nothing left to compare" in result.output
+        assert f"\n{done} comparisons in" in result.output
 
 
 def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):

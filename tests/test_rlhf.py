@@ -649,11 +649,13 @@ def test_a_models_world_is_that_of_the_models_before_it(monkeypatch):
     def read_run(folder, cls) -> tuple:
         if cls is not rlhf.Settings:
             raise UserError("another stage")
-        return SimpleNamespace(data=runs[str(folder)][0], init_from=runs[str(folder)][1]), None
+        return SimpleNamespace(data=runs[folder.name][0], init_from=runs[folder.name][1]), None
 
     monkeypatch.setattr(checkpoint, "read_run", read_run)
     assert cli._world_of(Path("steered")) == cli._world_of(Path("base")) == "world:7"
     assert cli._world_of(Path("other")) is None
-    monkeypatch.setattr(story, "world_of", lambda at: "world:8:small" if at == Path("told") else None)
+    runs |= {"itself": (("c.jsonl",), "itself")}  # by pretrain --init-from itself --out itself --overwrite
+    assert cli._world_of(Path("itself")) is None
+    monkeypatch.setattr(story, "world_of", lambda at: "world:8:small" if at.name == "told" else None)
     runs |= {"told": ((), ""), "more": (("c.jsonl",), "told")}
     assert cli._world_of(Path("more")) == cli._world_of(Path("told")) == "world:8:small"

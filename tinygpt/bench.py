@@ -238,7 +238,8 @@ def _training(
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T
-    weights = 4 * model.flat.size + 6 * model.adapter.flat.size if adapter else 6 * model.flat.size
+    size = model.flat.size - model.params["wpe.weight"].size  # a position's row is looked up
+    weights = 4 * size + 6 * model.adapter.flat.size if adapter else 6 * size
     return step, B * T, (weights + attention) * B * T
 
 

@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from . import instructions
 from .atomic import replacing
+from .evaluate import Estimate, estimate, verdict
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .lab import Lab, Numbers
@@ -735,38 +735,6 @@ def named_tasks(lab: Lab) -> Numbers:
 
 
 # --- over seeds ---------------------------------------------------------------------------------------------
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees of freedom;
-# beyond them 1.96 + 2.37 / degrees + 2.8 / degrees^2, the beginning of its expansion, is right to 0.2%
-
-
-class Estimate(NamedTuple):
-    """The mean of a number over seeds, with its 95% interval (Student's t)."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """One seed has no interval; of two, a pilot, it is what they span."""
-    mean, n = float(np.mean(values)), len(values)
-    if n <= 2:
-        return Estimate(mean, min(values), max(values), n)
-    degrees = n - 1
-    t = T95[degrees - 1] if degrees <= len(T95) else 1.96 + 2.37 / degrees + 2.8 / degrees**2
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
-
-
-def verdict(found: Estimate, sign: str, limit: float) -> str:
-    """held, refuted or undecided; of one seed nothing is said."""
-    if found.n < 2:
-        return "one seed"
-    low, high = (found.low, found.high) if sign == ">=" else (-found.high, -found.low)
-    limit = limit if sign == ">=" else -limit
-    return "held" if low >= limit else "refuted" if high < limit else "undecided"
 
 
 def run(

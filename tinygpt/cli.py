@@ -243,9 +243,10 @@ def _world_of(folder: Path, wanted: str = "") -> str | None:
     from .pretrain import Settings
     from .world.corpus import is_source
 
-    source, before = None, folder
-    while before and source is None:  # a model that was tuned on files has a base
-        sources, before, at = (), "", Path(before)
+    source, before, seen = None, folder, set()
+    while before and source is None and (at := Path(before).resolve()) not in seen:
+        seen.add(at)  # a model that was tuned on files has a base, which may be itself as it was before
+        sources, before = (), ""
         for cls in (Settings, sft.Settings, rlhf.Settings):
             with contextlib.suppress(UserError):
                 settings, _ = checkpoint.read_run(at, cls)
@@ -325,9 +326,10 @@ def pretrain(**options) -> None:
     """Train a model to predict the next token of a text.
 
     Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is not trained on; val loss is the mean over all of it. Ctrl-C saves,
-    --resume goes on. With --adapter lora and no --init-from the model begins at random, and what has no
-    branch (embeddings, norms, biases) is trained as it is; its folder has the whole model.
+    minutes. The last tenth of the text is not trained on; val loss is the mean over it, or over a million
+    tokens from all places of it. Ctrl-C saves, --resume goes on. With --adapter lora and no --init-from the
+    model begins at random, and what has no branch (embeddings, norms, biases) is trained as it is; its folder
+    has the whole model.
     """
     import numpy as np
 
@@ -555,13 +557,19 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
     prompts = [item["prompt"] for item in stage.read_prompts(data)]
     order = np.random.default_rng(seed).permutation(len(prompts))
+    asked = done
     for n in itertools.count(done):
+        if n - asked > len(prompts):  # to each it says one thing, or what was compared before
+            click.echo("There is nothing left to compare: another --seed or other prompts may give more.")
+            break
         prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
         ids = instructions.prompt(tokenizer, prompt)
         drawn = stage.sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
         pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
         if len(pair) < 2 or (prompt, frozenset(pair)) in known:
             continue
+        known.add((prompt, frozenset(pair)))
+        asked = n
         click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
         key = ""
         while key not in ("1", "2", "s", "q", "\x03", "\x04"):
@@ -819,8 +827,8 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
-    conversation as plain text. What no longer fits its context is forgotten. A model of a story, or one that
-    was trained on documents, is asked each question alone.
+    conversation as plain text. What no longer fits its context is forgotten. A story's model, and an untuned
+    one of a world, take each line alone.
     """
     from . import story
 
@@ -1014,11 +1022,11 @@ def _shown(token: bytes) -> str:
 
 @main.command()
 @click.option("--seed", default=1337, type=_COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; for RLHF too short.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; steps and RLHF need more.")
 @click.option("--out", default="story", type=_PATH, help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
-    """A GPT's whole life in a small invented world: each stage, and what it changed. Ten minutes.
+    """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
 
     It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
     and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.

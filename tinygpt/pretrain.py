@@ -25,6 +25,7 @@ from .optim import AdamW
 from .world import World, corpus
 
 Source = corpus.Corpus | list[data.Document]
+EVALUATED = 10**6  # tokens of a text for validation, about: of more, batches from all places of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def begin(
     init_from: Path | None = None,
     overwrite: bool = False,
 ) -> Run:
-    """A new run in `folder`, which is written last, after all that can be wrong has been checked.
+    """A new run in `folder`: what is there is replaced last, after all that can be wrong has been checked.
 
     The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
 
@@ -105,8 +106,8 @@ def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
 def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
     """Trains to the end; saves at every evaluation, at the end and on Ctrl-C, then raising KeyboardInterrupt.
 
-    Each record of `train.train`, with `val_loss` where it was evaluated, over the whole validation part,
-    becomes a line of metrics.jsonl and goes to `report`.
+    Each record of `train.train`, with `val_loss` where it was evaluated, over the validation part (EVALUATED
+    says of how much of it), becomes a line of metrics.jsonl and goes to `report`.
     """
     settings, model = run.settings, run.optimizer.model
     B, T, n = settings.batch_size, settings.block_size, settings.gradient_accumulation_steps
@@ -123,7 +124,8 @@ def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: N
         if run.world is not None:
             val_loss = train.mean_loss(model, _batches(run.val_tokens, B))
             return {"val_loss": val_loss, "val_floor": run.floor}
-        blocks = data.consecutive_blocks(run.val_tokens, B, T)
+        every = -(-len(run.val_tokens) // EVALUATED)
+        blocks = itertools.islice(data.consecutive_blocks(run.val_tokens, B, T), 0, None, every)
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
         return {"val_loss": train.mean_loss(model, batches)}
 

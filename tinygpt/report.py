@@ -1,10 +1,15 @@
 """Tables of what was measured, as text for a terminal. Not here: measuring (`world.evaluate`), printing."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from .claims import Claim, Estimate, verdict
-from .evaluate import Rate
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .evaluate import Estimate, Rate, verdict
 from .world.evaluate import Gap, Score
+
+if TYPE_CHECKING:  # it imports every stage
+    from .claims import Claim
 
 
 def gaps(found: Mapping[str, Gap]) -> str:

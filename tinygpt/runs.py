@@ -72,6 +72,11 @@ class Settings:
         return sum(map(math.prod, self.adapter.shapes(self.model).values()))
 
     @property
+    def needs(self) -> set[str]:
+        """Folders of models that the run, or what it trains, cannot do without."""
+        return set() if self.has_model else {self.init_from}
+
+    @property
     def has_model(self) -> bool:
         """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
         nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
@@ -130,8 +135,8 @@ def check_data(folder: Path, settings: Settings, mark: str, beside: tuple[str, .
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
-    if not settings.has_model and folder.resolve() == Path(settings.init_from):
-        raise UserError(f"{folder}: is the base, which an adapter needs as it is; --out takes another folder")
+    if str(folder.resolve()) in settings.needs:
+        raise UserError(f"{folder}: has a model that this run needs as it is; --out takes another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _save_trainer(folder, optimizer, tokenizer, settings)
     _export(folder, optimizer.model, tokenizer, settings)

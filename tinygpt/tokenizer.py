@@ -116,10 +116,12 @@ class CharTokenizer(_Tokenizer):
     @classmethod
     def train(cls, texts: str | Iterable[str], special: Sequence[str] = ()) -> "CharTokenizer":
         """Ids for the characters, sorted, then for special tokens; the first of these ends a text."""
-        chars = sorted(set().union(*([texts] if isinstance(texts, str) else texts)))
+        chars: set[str] = set()
+        for text in [texts] if isinstance(texts, str) else texts:
+            chars.update(text)
         if not chars:
             raise UserError("the training text is empty: give a text with every character that will be used")
-        return cls(*_with_special(chars, special))
+        return cls(*_with_special(sorted(chars), special))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32, one per character. Raises UserError for a character that training did not see."""

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 class TrainConfig:
     """How to train, under nanoGPT's names. Raises UserError for what cannot be."""
 
-    max_iters: int = 2000
+    max_iters: int = 4000
     learning_rate: float = 1e-3
     min_lr: float = 1e-4
     warmup_iters: int = 100
@@ -55,7 +55,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # 0: none
-    eval_interval: int = 250
+    eval_interval: int = 1000
     seed: int = 1337
     merge_every: int = 0  # updates after which an adapter is merged and begins anew; 0: never
 

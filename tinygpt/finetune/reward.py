@@ -52,6 +52,10 @@ class Settings(runs.Settings):
 
     stage: str = "reward"
 
+    @property
+    def needs(self) -> set[str]:
+        return {self.init_from}  # the author
+
 
 class Comparison(NamedTuple):
     """An answer that was preferred to another one, as `{"prompt", "chosen", "rejected"}` in a file."""

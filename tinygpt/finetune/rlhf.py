@@ -49,7 +49,7 @@ class Config:
     """How to sample and to learn from samples, under the names of TRL."""
 
     algo: str = "rloo"  # or reinforce, ppo, grpo, dpo
-    beta: float = 0.05  # how much a nat of KL costs
+    beta: float = 0.4  # how much a nat of KL costs
     num_prompts: int = 16  # of an update
     num_generations: int = 8  # answers to each
     max_new_tokens: int = 16
@@ -379,12 +379,15 @@ class Trainer:
         """For `train.train`: the gradients of one update, and what there is to watch."""
         (r,), config = batches, self.config
         mask, N = r.samples.mask, len(r.scores)
+        b, t = np.nonzero(mask)
         record = {"train_loss": 0.0, "reward": float(r.scores.mean())}
 
         def loss(logp: Array, logits: Array) -> tuple[float, Array]:
             if self.experience is None:  # the policy has not changed since it sampled
                 self.experience = experience(r.samples, logp, r.ref, r.scores, config, r.values)
-            kl, entropy = exact_kl(logits[mask > 0], r.ref_logits)
+            parts = (exact_kl(logits[b[i : i + 64], t[i : i + 64]], r.ref_logits[i : i + 64])
+                     for i in range(0, len(b), 64))  # a copy of all logits would be the largest thing here
+            kl, entropy = map(np.concatenate, zip(*parts, strict=True))
             record.update(
                 kl=float(kl.sum() / N), kl_k1=float((self.experience.old - r.ref).sum() / N),
                 entropy=float(entropy.mean()),
@@ -451,6 +454,10 @@ class Settings(runs.Settings):
     reward_from: str = ""  # the folder of the judge
     reward_hash: str = ""  # of its weights
     ptx_data: tuple[str, ...] = ()  # examples that are learned beside: files of pairs, or a world
+
+    @property
+    def needs(self) -> set[str]:
+        return {self.init_from, self.reward_from}  # the reference and the judge
 
 
 class Run(NamedTuple):
