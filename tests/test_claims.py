@@ -164,8 +164,11 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     monkeypatch.setattr(memory, "induction_scores", lambda model, words: scores)
     monkeypatch.setattr(memory, "previous_scores", lambda model, words: 1 - scores)
     names = {(): "base", ((1, 0), (1, 1)): "cut", ((0, 1),): "before", ((1, 1),): "one"}
-    monkeypatch.setattr(memory, "without", lambda model, heads: names.get(tuple(heads), "other"))
-    right = {"base": 1.0, "cut": 0.1, "other": 0.9, "before": 0.2, "one": 0.8}
+    names |= {((0, 0), (0, 1)): "two"}
+    monkeypatch.setattr(memory, "without", lambda model, heads: names.get(tuple(sorted(heads)), "other"))
+    others = lambda shape, heads, sets, spared: [[(0, 0)] if spared else [(0, 0), (0, 1)]]  # noqa: E731
+    monkeypatch.setattr(memory, "others", others)
+    right = {"base": 1.0, "cut": 0.1, "other": 0.9, "before": 0.2, "one": 0.8, "two": 0.6}
     told = lambda model, *given, own, rival=False: SimpleNamespace(  # noqa: E731
         prompt=rate(right[model] - rival / 2)
     )
@@ -174,7 +177,8 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     monkeypatch.setattr(fewshot, "accuracy", lambda model, *given: rate(right[model]))
     found = CLAIMS[19].measure(lab)
     assert found["induction heads, of 16"] == 2
-    assert found["damage by the induction heads over that by as many others"] == pytest.approx(9)
+    assert found["damage by the induction heads over that by as many others"] == pytest.approx(2.25)
+    assert found["damage by the induction heads over that by these"] == pytest.approx(9)
     assert found["the same without the induction heads"] == pytest.approx(0.1)
     assert found["the same where it tells of somebody else too"] == 0.5
     assert found["mappings without one induction head, the worst"] == 0.8

@@ -621,7 +621,8 @@ def each_stage(lab: Lab) -> Numbers:
 )  # fmt: skip
 def non_parametric_memory(lab: Lab) -> Numbers:
     """The prompt tells of one person, or also of another. Heads are cut out: those that look at what followed
-    the same word before, as many others, and each head alone."""
+    the same word before (induction heads), as many others, and each head alone. A head that looks at the
+    token before is half of the same circuit: that it is among the others makes these look important."""
     people, prompts = lab.world.people("never", "eval")[:250], fewshot.mappings(lab.world, 8, 500)
     known, scores = lab.world.people("known"), memory.induction_scores(lab.base, lab.words)
     heads = memory.strongest(scores)
@@ -632,8 +633,12 @@ def non_parametric_memory(lab: Lab) -> Numbers:
         return np.array([right, fewshot.accuracy(model, lab.tokenizer, prompts[: 2 * n]).rate])
 
     whole, cut = measured([]), measured(heads)
-    other = np.mean([measured(some) for some in memory.others(scores.shape, heads, 10)], axis=0)
-    facts, mapping = (whole - cut) / np.maximum(whole - other, 0.005)  # nothing is less than half a point
+    previous = memory.previous_scores(lab.base, lab.words)
+    other, apart = (
+        np.mean([measured(some) for some in memory.others(scores.shape, heads, 10, spared)], axis=0)
+        for spared in ((), memory.strongest(previous))
+    )
+    by_other, by_apart = ((whole - cut) / np.maximum(whole - x, 0.005) for x in (other, apart))  # not by zero
     alone = {head: measured([head], 100)[1] for head in np.ndindex(scores.shape)}
     worst = min(alone, key=alone.get)
     rival = memory.told(lab.base, lab.tokenizer, lab.world, people, own=True, rival=True).prompt.rate
@@ -642,16 +647,17 @@ def non_parametric_memory(lab: Lab) -> Numbers:
         "the same where it tells of somebody else too": rival,
         "the same without the induction heads": cut[0],
         "the same without as many others, mean of 10 sets": other[0],
-        "damage by the induction heads over that by as many others": facts,
+        "damage by the induction heads over that by as many others": by_other[0],
+        "the same without others of which none looks at the token before": apart[0],
+        "damage by the induction heads over that by these": by_apart[0],
         "mappings by 8 examples: right": whole[1],
         "mappings without the induction heads": cut[1],
         "mappings without as many others": other[1],
-        "damage to mappings, over that by as many others": mapping,
+        "mappings without others of which none looks at the token before": apart[1],
+        "damage to mappings, over that by as many others": by_other[1],
         "mappings without one induction head, the worst": min(alone[head] for head in heads),
         "mappings without one head, the worst of all": alone[worst],
-        "attention of that head to the token before": float(
-            memory.previous_scores(lab.base, lab.words)[worst]
-        ),
+        "attention of that head to the token before": float(previous[worst]),
         "induction heads, of 16": len(heads),
         "facts recalled without the induction heads": lab.recall(memory.without(lab.base, heads), known),
         "facts recalled": lab.recall(lab.base, known),

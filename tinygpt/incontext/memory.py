@@ -131,12 +131,11 @@ def without(model: GPT, heads: Iterable[Head]) -> GPT:
     return found
 
 
-def others(shape: tuple[int, int], heads: Sequence[Head], sets: int) -> list[list[Head]]:
-    """`sets` random choices of as many heads that are none of these, or of all others where there are fewer.
-
-    shape: n_layer, n_head.
-    """
-    rest = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
-    rest = [head for head in rest if head not in heads]
+def others(
+    shape: tuple[int, int], heads: Sequence[Head], sets: int, spared: Sequence[Head] = ()
+) -> list[list[Head]]:
+    """`sets` random choices of as many heads that are none of these nor spared, or of all such where there
+    are fewer. shape: n_layer, n_head."""
+    rest = [head for head in np.ndindex(shape) if head not in {*heads, *spared}]
     rng = np.random.default_rng(0)
     return [[rest[i] for i in rng.permutation(len(rest))[: len(heads)]] for _ in range(sets)]
