@@ -62,6 +62,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
         print(f"  > {item['prompt']}\n    {answer}    (true: {item['meta']['answer']})")
     changed, followed = evaluate.corrupted(model, tokenizer, world, problems[3] + problems[4] + problems[5])
     print(f"\nWith a false step: the answer changes {changed}; it is what follows from that step {followed}.")
+    print("Next: demos/4_reward_model.py")
 
 
 if __name__ == "__main__":

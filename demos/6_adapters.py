@@ -70,6 +70,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     same = (base.forward(question)[0] == untuned).all()
     print(f"\nSHA-256 of the base before {mark[:16]}..., after {adapters.fingerprint(base)[:16]}...")
     print(f"With the adapters off its logits are {'the same, bit for bit' if same else 'DIFFERENT'}.")
+    print("Next: demos/7_in_context.py")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 "hat dax, dog wug, fox wug, skirt" - what follows? Which label stands for which kind of thing is drawn anew
 for each prompt, so nothing in the weights can know it; the best possible predictor is exactly known. Facts
-that the prompt tells are used in the same way, also where they contradict the weights. All of it is read by a
-few attention heads, which can be found and knocked out.
+that the prompt tells are used in the same way, also where they contradict the weights; but not whose they
+are. All of it is read by a few attention heads, which can be found and knocked out.
 """
 
 import sys
@@ -47,20 +47,26 @@ def main(folder: Path = pretrained.FOLDER) -> None:
         told = memory.told(model, tokenizer, world, people, repeats)
         note = f"{repeats} x, {kind}"
         print(f"{note:18}{told.prompt.rate:15.3f}{told.weights.rate:16.3f}{told.nats:13.2f}")
+    never = world.people("never", "eval")[:50]
+    alone, both = (memory.told(model, tokenizer, world, never, own=True, rival=rival).prompt
+                   for rival in (False, True))  # fmt: skip
+    print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right. Where it tells the same")
+    print(f"kind of somebody else: {both.rate:.0%}. It copies a city that was named, and does not read whose.")
 
-    # 3. Who reads the prompt: heads that look at what followed the same word before.
+    # 3. Who reads the prompt: heads that look at what followed the same word before (induction heads), and
+    # those of an earlier layer that look at the token before, and so tell them what a word followed.
     words = [int(tokenizer.encode(f" {word}")[0]) for word in world.things]
     scores = memory.induction_scores(model, words)
     print("\nAttention to what followed the same word before, by layer and head:")
     for layer, row in enumerate(scores):
         print(f"  layer {layer}" + "".join(f"{score:8.2f}" for score in row))
-    heads = memory.strongest(scores)
-    others = memory.others(scores.shape, heads, 1)[0]
+    heads, before = memory.strongest(scores), memory.strongest(memory.previous_scores(model, words))
+    others = memory.others(scores.shape, heads, 1, before)[0]
     eight, known = fewshot.mappings(world, 8, COUNT), world.people("known")
-    never = world.people("never", "eval")[:50]
     print(f"\n{'':24}{'8 examples':>12}{'facts of the prompt':>21}{'facts of the weights':>22}")
     for note, removed in (
         ("all heads", []), (f"without these {len(heads)}", heads), (f"without {len(heads)} others", others),
+        (f"without {len(before)} that look back", before),
     ):  # fmt: skip
         cut = memory.without(model, removed)
         cells = f"{fewshot.accuracy(cut, tokenizer, eight).rate:12.3f}"

@@ -30,6 +30,10 @@ from .errors import UserError
 class Commands(click.Group):
     """Turns a user's mistake into one line and exit status 2, and a warning into one line."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The story, then the others in the order of a life, which is that of this file."""
+        return sorted(self.commands, key=lambda name: name != "story")
+
     def invoke(self, ctx: click.Context):
         warnings.showwarning = lambda message, *_: click.echo(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
