@@ -52,7 +52,7 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     instructions.main()  # makes the model that it needs
     output = capsys.readouterr().out
     assert "loss above it" in output and "recalled" in output and "Saved in" in output
-    assert output.count("majority") == 2 and re.search(r"moved by \d+\.\d% of", output)
+    assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
     model, tokenizer = checkpoint.load(pretrain.FOLDER)
     assert model.config.vocab_size == tokenizer.vocab_size
     chain.main()
@@ -63,7 +63,7 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     output = capsys.readouterr().out
     assert "(it would say: " in output and "shuffled" in output and "Saved in" in output
     assert len(re.findall(r"\n +\d+( +-?\d+\.\d\d){4}", output)) == 1
-    assert output.count("majority") == 2 and re.search(r"moved by \d+\.\d% of", output)
+    assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
     assert judges.load(pretrain.FOLDER).own == {}  # from the folder: it has answered nothing yet
     adapters.main()
     output = capsys.readouterr().out
