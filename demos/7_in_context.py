@@ -50,8 +50,8 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     never = world.people("never", "eval")[:50]
     alone, both = (memory.told(model, tokenizer, world, never, own=True, rival=rival).prompt
                    for rival in (False, True))  # fmt: skip
-    print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right; {both.rate:.0%} where")
-    print("it tells them of somebody else too: it copies a city that was named, and does not read whose.")
+    print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right; {both.rate:.0%}")
+    print("where it tells them of somebody else too: it copies a city that was named, not whose it is.")
 
     # 3. Who reads the prompt: heads that look at what followed the same word before (induction heads), and
     # those of an earlier layer that look at the token before, and so tell them what a word followed.
