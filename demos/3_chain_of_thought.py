@@ -3,9 +3,10 @@
     .venv/bin/python demos/3_chain_of_thought.py [FOLDER]
 
 "You start at Ashford and take the red line, then the blue line. Where do you arrive?" The model of demo 1
-knows every single ride. Tuned on answers alone it cannot put rides together; tuned on answers with their
-steps it can, also on problems it never saw. It is the steps that do it: as many full stops do not help, nor
-the steps in another order, nor more training. And when a step is false, the answer follows from that.
+knows every ride, as its text tells of journeys ride by ride. Tuned on answers alone it cannot put rides
+together; tuned on answers with their steps, which call up what it has read, it can, also where no example has
+the problem. It is the steps that do it: as many full stops do not help, nor the steps in another order, nor
+more training. And when a step is false, the answer follows from that.
 """
 
 import dataclasses

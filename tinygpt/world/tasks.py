@@ -6,7 +6,8 @@ How prompt and completion are put together is the consumer's matter; a completio
 as words begin with one in the corpus. meta has the task, the split and the `answer` in the completion, and
 what a table of results is made by (`exposure`, `steps`). What an item is about (meta["about"]: people,
 phrases, a problem, a review) belongs to one split, wherever it occurs: `World.people`, `World.phrases` and
-`World.split_of` say to which.
+`World.split_of` say to which. But journeys are also in the corpus, ride by ride, from all stations by all
+lines: to learn to answer them step by step is to learn when to do what pre-training has taught.
 """
 
 from __future__ import annotations
