@@ -298,9 +298,9 @@ def two_memories(lab: Lab) -> dict:
             f"{against.weights.rate:.0%}.",
             f"Facts of the prompt about people never seen: {own.rate:.0%} right; without the {len(heads)} "
             f"heads that look at what followed the same word before (induction heads), {cut.rate:.0%}.",
-            f"Mappings of the prompt: {alone[worst]:.0%} right without head {worst[1]} of layer {worst[0]}, "
-            f"by which they find it ({back:.0%} of its attention goes to the word before); without any other "
-            f"head {min(right for head, right in alone.items() if head != worst):.0%} at least.",
+            f"Mappings of the prompt: {alone[worst]:.0%} right without head {worst[1]} of layer {worst[0]} "
+            f"alone ({back:.0%} of its attention goes to the token before), without any other head "
+            f"{min(right for head, right in alone.items() if head != worst):.0%} at least.",
         ],
     }  # fmt: skip
 
