@@ -11,11 +11,13 @@ model learns to copy. Takes about four minutes; all other demos begin with the m
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tinygpt import GPT, GPTConfig, checkpoint, data, report
+from tinygpt.errors import UserError
 from tinygpt.generate import encode_prompt, generate
 from tinygpt.optim import AdamW, learning_rate
 from tinygpt.storage import Workspace
@@ -77,5 +79,21 @@ def main(folder: Path = FOLDER) -> None:
     print(f"Saved in {folder}. Next: demos/2_instructions.py")
 
 
+def run(main: Callable, about: str) -> None:
+    """What each demo does with a command line: `main` in the folder that it names, or about for --help."""
+    given = sys.argv[1:]
+    if len(given) > 1 or given and given[0].startswith("-"):
+        print(about)
+        sys.exit(0 if given in (["-h"], ["--help"]) else 2)
+    sys.stdout.reconfigure(line_buffering=True)  # through a pipe too
+    try:
+        main(*map(Path, given))
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. What was saved is kept; what this demo was training is lost.")
+
+
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    run(main, __doc__)

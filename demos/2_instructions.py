@@ -7,7 +7,6 @@ alone. Fine-tuning is a fine adjustment: the form of its answers changes altoget
 answers zero-shot about people who are in no tuning example; and where it knows nothing, as confidently.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -65,4 +64,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

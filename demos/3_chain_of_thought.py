@@ -10,7 +10,6 @@ more training. And when a step is false, the answer follows from that.
 """
 
 import dataclasses
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -67,4 +66,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

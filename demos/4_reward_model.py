@@ -8,7 +8,6 @@ is the same model with one number as its result. It first says what it thinks it
 answer: what it learns is to compare, and when not to trust itself. It is tested on other people.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -67,4 +66,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

@@ -8,7 +8,6 @@ language: what the judge likes is not all that people like. Nobody whom it is as
 its tuning, in a comparison, or in RLHF.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -59,4 +58,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

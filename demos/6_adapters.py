@@ -7,7 +7,6 @@ the text like words that no vocabulary has. No gradient of the base is computed,
 are the same before and after, and with the adapter off it answers as it always did.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -74,4 +73,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

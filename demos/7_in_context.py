@@ -8,7 +8,6 @@ that the prompt tells are used in the same way, also where they contradict the w
 are. All of it is read by a few attention heads, which can be found and knocked out.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -79,4 +78,4 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    pretrained.run(main, __doc__)

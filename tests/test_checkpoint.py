@@ -289,8 +289,10 @@ def test_a_run_that_is_none(tmp_path, state, words):
     assert tracemalloc.get_traced_memory()[1] < 1 << 23  # of which 4 MB are the table of a CharTokenizer
     tracemalloc.stop()
     assert all(word in str(error.value) for word in words), str(error.value)
-    with pytest.raises(UserError, match="nothing to resume"):
-        checkpoint.read_run(tmp_path / "nowhere", Settings)
+    path.unlink()
+    for where, words in ((tmp_path, "nothing to resume"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(UserError, match=words):
+            checkpoint.read_run(where, Settings)
 
 
 # --- mutated files ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinygpt import checkpoint, recipes
+from tinygpt.errors import UserError
 from tinygpt.finetune import reward
 from tinygpt.train import TrainConfig
 from tinygpt.world import corpus, evaluate, tasks
@@ -73,3 +74,19 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     output = capsys.readouterr().out
     assert output.count("\n  layer ") == 4 and "the same, bit for bit" in output
     assert len(re.findall(r"(?: +\d\.\d{3}){6}", output)) == 4
+
+
+def test_a_demo_says_what_it_is_and_refuses_what_it_does_not_know(demos, monkeypatch, capsys):
+    """Guards: minutes of pre-training in a folder called --help."""
+    def main(folder=None) -> None:
+        raise UserError(f"{folder}: is no model")
+
+    for given, status, words in (
+        (["--help"], 0, "Demo 9"), (["--quick"], 2, "Demo 9"), (["a", "b"], 2, "Demo 9"),
+        (["a"], 2, "a: is no model"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["demo", *given])
+        with pytest.raises(SystemExit) as ended:
+            demos[0].run(main, "Demo 9")
+        out, err = capsys.readouterr()
+        assert ended.value.code == status and words in out + err, (given, out, err)

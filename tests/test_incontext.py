@@ -209,7 +209,7 @@ def test_the_command(made, tmp_path):
     result = ask("--data", "world:7", "--shots", "0", "--shots", "2")
     assert result.exit_code == 0, result.output
     first, *rows = result.output.splitlines()[:3]
-    assert first.split() == ["examples", "right", "95%", "interval", "best", "possible"]
+    assert first.split() == ["examples", "right", "95%", "interval", "of", "best", "possible"]
     best = np.mean([p.optimal for p in fewshot.mappings(WORLD, 2, 20)])
     rate = fewshot.accuracy(model, tokenizer, fewshot.mappings(WORLD, 2, 20)).rate
     assert rows[1].split()[:2] == ["2", f"{rate:.3f}"] and rows[1].endswith(f"{best:.3f}")

@@ -256,12 +256,19 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     command = ["label", str(tmp_path / "tuned"), "--data", str(tmp_path / "prompts.jsonl"), "--out", str(out)]
     result = CliRunner().invoke(main, command, input="1x2sq")
     assert result.exit_code == 0 and "2 comparisons in" in result.output, result.output
+    assert result.output.startswith("1 or 2: the better one; s: skip; q: stop\n")
+    assert result.output.count("q: stop") == 2  # once more after the x
     shown = re.findall(r"\n\d\. (.*)\n  1  (.*)\n  2  (.*)\n", result.output)
     assert len(shown) == 4
     found = reward.read_file(out)
     assert [tuple(c[:3]) for c in found] == [shown[0], (shown[1][0], shown[1][2], shown[1][1])]
     CliRunner().invoke(main, command, input="1\x03")
     assert reward.read_file(out)[:2] == found and len(reward.read_file(out)) == 3
+
+    told = CliRunner().invoke(main, ["label", str(tmp_path / "tuned"), "--data", "world:5"], input="q")
+    true = {item["prompt"]: item["completion"] for item in rlhf.read_prompts("world:5")}
+    asked, said = re.search(r"\n1\. (.*)\n.*\n.*\n     \(true: (.*?\.)[ )]", told.output).groups()
+    assert true[asked] == said
 
     out.unlink()  # what was skipped makes it begin earlier than it came: nothing is asked for twice
     for keys in ("ss121q", "121q"):

@@ -620,11 +620,12 @@ def test_mistakes_of_the_command(folders):
     judge = ["--reward-model", str(folders / "judge")]
     for options, words in (
         ((), "give the judge as --reward-model"),
-        (("--algo", "dpo", *judge), "for dpo none"),
+        (("--algo", "dpo", *judge), "dpo learns from comparisons: leave out --reward-model"),
         (("--reward-model", str(folders / "tuned")), "here a reward model, which judges answers is needed"),
         ((*judge, "--init-from", str(folders / "judge")), "here a model that writes is needed"),
         ((*judge, "--data", str(folders / "none.jsonl")), "none.jsonl: no such file"),
         ((*judge, "--lora-rank", "2"), "--lora-rank"),
+        ((*judge, "--vf-coef", "0.2"), "only ppo has that setting: leave out --vf-coef"),
         ((*judge, "--num-generations", "1"), "rloo compares answers, so it needs two"),
         ((*judge, "--algo", "reinforce", "--num-iterations", "2"), "reinforce learns from its own"),
     ):

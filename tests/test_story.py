@@ -56,6 +56,13 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert all(f"\n{name}" in table for name in rows) and table in result.output
     assert all(row.get("shown", "") in table for row in rows.values())
 
+    for other in (["--seed", "6"], ["--quick", "--seed", "5"]):
+        refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)])
+        assert refused.exit_code == 2 and "has the story of --seed 5; --out takes another" in refused.output
+    refused = CliRunner().invoke(main, ["generate", str(out)])
+    base = out / told["folder"] / "base"
+    assert refused.exit_code == 2 and f"there are models in {base}, " in refused.output
+
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0 and table in again.output
@@ -133,9 +140,10 @@ def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
     [
         (["chat"], "say which model: FOLDER, or a story's"),
         (["chat", "x", "--story", "y"], "say which model: FOLDER, or a story's"),
-        (["chat", "x", "--compare", "base,sft"], "--stage and --compare are for --story"),
+        (["chat", "x", "--compare", "base,sft"], "--stage and --compare are of a story: name it"),
         (["chat", "--story", "x", "--adapter-folder", "y"], "--story has its own adapters"),
-        (["chat", "--story", "x", "--stage", "sft", "--compare", "base"], "takes --stage or --compare"),
+        (["chat", "--story", "x", "--stage", "sft", "--compare", "base"], "leave out --stage"),
+        (["chat", "--compare", "base,sft"], "--stage and --compare are of a story: name it"),
         (["chat", "--story", "nowhere"], "nowhere: has no story.json: tinygpt story --out nowhere tells one"),
     ],
 )

@@ -94,12 +94,16 @@ def read_config(folder: Path) -> GPTConfig:
     """The sizes in a folder's config.json. Raises UserError for one that describes another kind of model."""
     path = folder / CONFIG
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        name = folder.name
+        get = f": hf download openai-community/{name} --local-dir {folder}" * name.startswith("gpt2")
+        raise UserError(f"{folder}: no such folder{get}")
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
-        base = short(tokenizers.read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        base = str(tokenizers.read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
         raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
     if not path.is_file():
-        raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder")
+        found = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
+        inside = f"; there are models in {', '.join(str(p.parent) for p in found[:9])}" * bool(found)
+        raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder{inside}")
     raw = tokenizers.read_object(path)
     kind = raw.get("model_type")
     if kind not in list(_SUPPORTED):  # a list, as a forged kind may have no hash
@@ -291,7 +295,8 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
     """
     path = folder / TRAINER
     if not path.is_file():
-        raise UserError(f"{folder}: has no {TRAINER}, so there is nothing to resume")
+        what = f"has no {TRAINER}, so there is nothing to resume" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}")
     tensors, state = _read_trainer(path)
     stage = state["settings"].get("stage") if isinstance(state["settings"], dict) else None
     if isinstance(stage, str) and stage != getattr(cls, "stage", stage):

@@ -268,7 +268,8 @@ def _train(stage: Callable, run, data: str) -> None:
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
     click.echo(f"{total:,} weights{beside}{data}")
     if run.optimizer.steps >= settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. --init-from begins another.")
+        more = _command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
+        click.echo(f"All {run.optimizer.steps} updates of this run are made. To train on: {more}")
     try:
         stage(run, _progress(settings.train.max_iters))
     except KeyboardInterrupt:
@@ -370,7 +371,7 @@ def _begin(stage, *, preset, init_from, out, overwrite, **options):
     elif _names_world(options):
         if not init_from:
             options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
-        click.echo("Reading the world ...")
+        click.echo(f"Reading {options['data'][0]} ...")
     tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
     if tokenizer != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
@@ -553,14 +554,18 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     from . import checkpoint, instructions
     from .finetune import reward as judging
     from .finetune import rlhf as stage
+    from .world import corpus
 
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)
     data = data or _world_of(folder, "prompts")
     before = judging.read_file(out) if out.exists() else []
     done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
-    prompts = [item["prompt"] for item in stage.read_prompts(data)]
+    items = stage.read_prompts(data)
+    prompts = [item["prompt"] for item in items]
     order = np.random.default_rng(seed).permutation(len(prompts))
+    keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
+    click.echo(keys)
     asked = done
     for n in itertools.count(done):
         if n - asked > len(prompts):  # to each it says one thing, or what was compared before
@@ -575,8 +580,14 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
         known.add((prompt, frozenset(pair)))
         asked = n
         click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
+        if in_world:
+            meta = items[order[n % len(prompts)]]["meta"]
+            told = "" if meta["exposure"] else " But no text told the model."
+            click.echo(f"     (true: {meta['answer']}.{told})")
         key = ""
         while key not in ("1", "2", "s", "q", "\x03", "\x04"):
+            if key.strip():
+                click.echo(f"     {keys}")
             key = click.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key in ("q", "\x03", "\x04"):
             break
@@ -721,8 +732,12 @@ def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
     from .checkpoint import read_config
     from .world.corpus import is_source
 
-    if (options["algo"] == "dpo") == bool(reward_model):
-        raise click.UsageError("give the judge as --reward-model, for dpo none: it learns from comparisons")
+    if options["algo"] != "dpo" and not reward_model:
+        raise click.UsageError("give the judge as --reward-model")
+    if options["algo"] == "dpo":
+        _refuse(_given() & {"reward_model"}, "dpo learns from comparisons")
+    if options["algo"] != "ppo":
+        _refuse(_given() & {"cliprange_value", "vf_coef", "gamma", "lam"}, "only ppo has that setting")
     model = read_config(init_from)
     adapter = _adapter_config(options, model.n_embd)
     if options["algo"] == "dpo":
@@ -836,15 +851,17 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     """
     from . import story
 
-    if (folder is None) == (told is None):
-        raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
     chose = "stage" in _given()
+    if (folder is None) == (told is None) and not (compare or chose):
+        raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
     if told is None:
         if compare or chose:
-            raise click.UsageError("--stage and --compare are for --story")
+            raise click.UsageError("--stage and --compare are of a story: name it as --story FOLDER")
         partners = {"": _talker(folder, adapter_folder, stop, False, **options)}
-    elif adapter_folder or (compare and chose):
-        raise click.UsageError("--story has its own adapters, and takes --stage or --compare")
+    elif adapter_folder:
+        raise click.UsageError("--story has its own adapters: leave out --adapter-folder")
+    elif compare and chose:
+        raise click.UsageError("--compare names the stages: leave out --stage")
     else:
         names = [name.strip() for name in compare.split(",")] if compare else [stage]
         partners = {name: _talker(*story.where(told, name), stop, True, **options) for name in names}
@@ -957,11 +974,12 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
         else:
             prompts = stage.from_world(world, task, k, count)
         rate = stage.accuracy(model, tokenizer, prompts, style, free)
-        if not n:
-            click.echo(f"{'examples':>8} {'right':>9}  95% interval    best possible")
         best = sum(prompt.optimal for prompt in prompts) / len(prompts)
-        best = "" if math.isnan(best) else f"  {best:.3f}"
-        click.echo(f"{k:8} {report.interval(rate)}{best}")
+        known = not math.isnan(best)
+        if not n:
+            head = f"{'examples':>8} {'right':>9}  95% interval {'of':>8}"
+            click.echo(head + "  best possible" * known)
+        click.echo(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
     shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
     click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
 
@@ -1039,8 +1057,14 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     from . import kernels, page, report
     from . import story as stages
     from .lab import Lab
+    from .tokenizer import read_object
 
     _check_out(out)
+    if (out / stages.FILE).exists():
+        there = read_object(out / stages.FILE)
+        if (there.get("seed"), there.get("quick")) != (seed, quick):
+            which = f"--seed {there.get('seed')}" + " --quick" * bool(there.get("quick"))
+            raise UserError(f"{out}: has the story of {which}; --out takes another folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
         click.echo("Without the C core this takes well over an hour; --quick takes a quarter of that.")
     began = time.perf_counter()

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Sequence
 from html import escape
 
-from .report import COLUMNS, cells
+from .report import COLUMNS, KEY, cells
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
@@ -22,7 +22,9 @@ h2 small { color: #777 }
 
 def html(story: dict) -> str:
     """The page of what `story.tell` returned. Raises ImportError without matplotlib."""
-    parts = [f"<h1>A GPT's life, in world {story['seed']}</h1>", _table(story["stages"])]
+    quick = " (--quick: too short for steps and RLHF to show what they do)" * story["quick"]
+    parts = [f"<h1>A GPT's life, in world {story['seed']}{quick}</h1>", _table(story["stages"])]
+    parts.append(f"<p>{escape(KEY)}</p>")
     for name, found in story["stages"].items():
         parts.append(f"<h2>{escape(name)} <small>{escape(found['term'])}</small></h2>")
         parts.append(f"<p>{escape(found['says'])}</p>")
@@ -40,7 +42,7 @@ def html(story: dict) -> str:
 
 
 def _table(stages: dict) -> str:
-    names = ("stage", "data", "trained", "change", "seconds", *COLUMNS, "base intact")
+    names = ("stage", "data", "trained", "change", "s", *COLUMNS.values(), "base intact")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
     for name, found in stages.items():
         row = [f"<td>{escape(name)}</td>"]
@@ -110,7 +112,7 @@ def _head(axes, found: dict) -> None:
 def _alone(axes, found: dict) -> None:
     names, lost = list(found["alone"]), found["alone"].values()
     axes.bar(names, lost, color=["tab:red" if name in found["heads"] else "tab:blue" for name in names])
-    axes.set(xlabel="layer.head that is cut out (red: an induction head)", ylabel="right", ylim=(0, 1))
+    axes.set(xlabel="layer.head that is cut out (red: induction)", ylabel="mappings: right", ylim=(0, 1))
 
 
 def _rewards(axes, found: dict) -> None:

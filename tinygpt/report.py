@@ -61,13 +61,15 @@ def interval(rate: Rate) -> str:
     return f"{rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}"
 
 
-_KEY = """
+KEY = """
 trained: weights; change: of the model's, over their norm, from where it began; s: seconds to train. Rates of
 at most 300 questions (--quick: 100): form and known, about people told of often (the base knows them, but
 goes on with a text instead of answering); false, made-up answers about people never seen; reason, journeys of
 3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is in the model,
 unchanged to the byte."""
-COLUMNS = ("form", "known", "falsehoods", "reasoning", "few-shot")
+COLUMNS = {  # of a row: as the table calls them
+    "form": "form", "known": "known", "falsehoods": "false", "reasoning": "reason", "few-shot": "few-shot",
+}  # fmt: skip
 
 
 def cells(row: Mapping) -> list[str]:
@@ -94,4 +96,4 @@ def story(stages: Mapping[str, dict]) -> str:
             rates = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
         lines.append(f"{name:24} {data:24} {weights:>9}  {change:>6} {seconds:>4}  "
                      f"{'  '.join(rates):36}  {intact}")  # fmt: skip
-    return "\n".join([*lines, _KEY])
+    return "\n".join([*lines, KEY])

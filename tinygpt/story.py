@@ -152,7 +152,7 @@ def in_context(lab: Lab) -> dict:
     }
     best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
     last = list(right.values())[-1]
-    one = prompts[4][0]
+    one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # which an example tells
     both = [one._replace(examples=()), one]
     said = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
     asked = fewshot.text(one, "table")
@@ -228,7 +228,7 @@ def reward_model(lab: Lab) -> dict:
 @stage(
     "RLHF", "인간 피드백 기반 강화학습",
     "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
-    "without going far from where it was (KL). All weights move, very little; invented answers become rare. "
+    "without going far from where it was (KL). All weights move, very little; invented answers get rarer. "
     "Shown below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in "
     "nats; the entropy; the share of answers that are distinct.",
 )  # fmt: skip
