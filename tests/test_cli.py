@@ -106,3 +106,17 @@ def test_every_package_is_installed():
     package = Path(tinygpt.__file__).parent  # in the sources, or where it was installed without them
     found = [path.parent.relative_to(package.parent) for path in package.rglob("__init__.py")]
     assert set(re.findall(r'"([^"]+)"', listed)) == {".".join(path.parts) for path in found}
+
+
+def test_documents_name_commands_and_options_that_there_are():
+    """Guards: an option that was renamed, and goes on living in a README."""
+    root, seen = Path(__file__).parents[1], 0
+    for file in ("README.md", "README.ko.md", "demos/README.md"):
+        for code in re.findall(r"```.*?```|`[^`\n]+`", (root / file).read_text(encoding="utf-8"), re.DOTALL):
+            for name, rest in re.findall(r"\btinygpt ([a-z]+)\b([^#\n]*)", code):
+                command = main.commands[name]
+                parts = [command, *getattr(command, "commands", {}).values()]
+                known = {option for part in parts for param in part.params for option in param.opts}
+                assert set(re.findall(r"--[a-z][a-z-]+", rest)) <= known, (file, name, rest)
+                seen += 1
+    assert seen > 30
