@@ -167,16 +167,20 @@ static void free_slots(void *slots)
     free(slots);
 }
 
-static void make_key(void) { pthread_key_create(&key, free_slots); }
+static int no_key;
+static void make_key(void) { no_key = pthread_key_create(&key, free_slots); }
 
 static struct slot *own_slots(void)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, make_key);
-    struct slot *slots = pthread_getspecific(key);
-    if (!slots && (slots = calloc(SCRATCH_SLOTS, sizeof *slots)))
-        pthread_setspecific(key, slots);
-    return slots;
+    struct slot *slots = no_key ? NULL : pthread_getspecific(key);
+    if (slots || no_key || !(slots = calloc(SCRATCH_SLOTS, sizeof *slots)))
+        return slots;
+    if (!pthread_setspecific(key, slots))
+        return slots;
+    free(slots);
+    return NULL;
 }
 
 void *scratch(int slot, size_t bytes)

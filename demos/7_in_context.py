@@ -50,7 +50,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     alone, both = (memory.told(model, tokenizer, world, never, own=True, rival=rival).prompt
                    for rival in (False, True))  # fmt: skip
     print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right; {both.rate:.0%}")
-    print("where it tells them of somebody else too: it copies a city that was named, not whose it is.")
+    print("where it tells them of somebody else too (to copy either gives 50%): is it read whose they are?")
 
     # 3. Who reads the prompt: heads that look at what followed the same word before (induction heads), and
     # those of an earlier layer that look at the token before, and so tell them what a word followed.
@@ -64,7 +64,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     eight, known = fewshot.mappings(world, 8, COUNT), world.people("known")
     print(f"\n{'':24}{'8 examples':>12}{'facts of the prompt':>21}{'facts of the weights':>22}")
     for note, removed in (
-        ("all heads", []), (f"without these {len(heads)}", heads), (f"without {len(heads)} others", others),
+        ("all heads", []), (f"without these {len(heads)}", heads), (f"without {len(others)} others", others),
         (f"without {len(before)} that look back", before),
     ):  # fmt: skip
         cut = memory.without(model, removed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import claims, report
+from tinygpt import claims, recipes, report
 from tinygpt.claims import CLAIMS, Claim, Estimate, estimate, verdict
 from tinygpt.cli import main
 from tinygpt.finetune import reward
@@ -111,8 +111,13 @@ def test_a_claim_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch
     assert "98. fails once (one seed" in result.output and "99. holds (two seeds" in result.output
     assert CliRunner().invoke(main, [*command, "--seed", "2"]).exit_code == 0
     assert CliRunner().invoke(main, ["claims", "99", "--seed", "1", "--out", str(tmp_path)]).exit_code == 0
-    saved = json.loads((tmp_path / "claims.json").read_text())  # the last time that each was measured
-    assert {number: list(saved[number]["seeds"]) for number in saved} == {"98": ["2"], "99": ["1"]}
+    saved = json.loads((tmp_path / "claims.json").read_text())  # of all seeds that were ever measured
+    assert {number: list(saved[number]["seeds"]) for number in saved} == {"98": ["2"], "99": ["1", "2"]}
+    assert saved["99"]["estimates"]["effect"]["n"] == 2
+    monkeypatch.setattr(claims.Lab, "kept", lambda lab, name, *how: {"effect": 3.0})
+    monkeypatch.setattr(recipes, "SFT", recipes.SFT | {"max_iters": 7})  # of another recipe
+    CliRunner().invoke(main, ["claims", "99", "--seed", "5", "--out", str(tmp_path)])
+    assert list(json.loads((tmp_path / "claims.json").read_text())["99"]["seeds"]) == ["5"]
     assert CliRunner().invoke(main, [*command, "--seed", "1", "--seeds", "3"]).exit_code == 2
 
 

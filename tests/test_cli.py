@@ -112,8 +112,11 @@ def test_documents_name_commands_and_options_that_there_are():
     """Guards: an option that was renamed, and goes on living in a README."""
     root, seen = Path(__file__).parents[1], 0
     for file in ("README.md", "README.ko.md", "demos/README.md"):
-        for code in re.findall(r"```.*?```|`[^`\n]+`", (root / file).read_text(encoding="utf-8"), re.DOTALL):
-            for name, rest in re.findall(r"\btinygpt ([a-z]+)\b([^#\n]*)", code):
+        text = (root / file).read_text(encoding="utf-8")
+        fence = re.compile(r"^```\w*$(.*?)^```$", re.DOTALL | re.MULTILINE)
+        fenced, spans = "\n".join(fence.findall(text)), re.findall(r"`([^`]+)`", fence.sub("", text))
+        for code in [*fenced.splitlines(), *(span.replace("\n", " ") for span in spans)]:
+            for name, rest in re.findall(r"\btinygpt ([a-z]+)\b([^#]*)", code):
                 command = main.commands[name]
                 parts = [command, *getattr(command, "commands", {}).values()]
                 known = {option for part in parts for param in part.params for option in param.opts}

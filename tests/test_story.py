@@ -54,7 +54,9 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         assert rows[name].keys() >= set(report.COLUMNS)
     table = report.story(told["stages"])
     assert all(f"\n{name}" in table for name in rows) and table in result.output
-    assert all(row.get("shown", "") in table for row in rows.values())
+    shown = {name: row["shown"] for name, row in rows.items() if "shown" in row}
+    assert list(shown) == ["in-context learning", "reward model", "two memories"]
+    assert all(text in table and len(text) <= 36 for text in shown.values())
 
     for other in (["--seed", "6"], ["--quick", "--seed", "5"]):
         refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)])
@@ -140,6 +142,7 @@ def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
     [
         (["chat"], "say which model: FOLDER, or a story's"),
         (["chat", "x", "--story", "y"], "say which model: FOLDER, or a story's"),
+        (["chat", "x", "--story", "y", "--compare", "base"], "say which model: FOLDER, or a story's"),
         (["chat", "x", "--compare", "base,sft"], "--stage and --compare are of a story: name it"),
         (["chat", "--story", "x", "--adapter-folder", "y"], "--story has its own adapters"),
         (["chat", "--story", "x", "--stage", "sft", "--compare", "base"], "leave out --stage"),

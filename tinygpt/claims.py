@@ -23,6 +23,7 @@ import numpy as np
 
 from . import instructions
 from .atomic import replacing
+from .errors import UserError
 from .evaluate import Estimate, estimate, verdict
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
@@ -748,39 +749,45 @@ def run(
 ) -> dict[int, dict[str, Estimate]]:
     """Measures the claims, seed by seed: number -> name of what was measured -> its Estimate, over the seeds
     that have it. What `folder` has is not measured again. A measurement that fails says why, and the others
-    go on.
+    go on; not what a user can mend, which UserError and OSError are.
 
-    claims.json has the values of each seed, the estimates and the verdicts, of what was measured before too.
+    claims.json has the values of all seeds that were ever measured by these recipes, estimates and verdicts.
     """
-    measured: dict[int, dict[int, Numbers]] = {number: {} for number in numbers}
-    found: dict[int, dict[str, Estimate]] = {}
+    measured: dict[int, dict[str, Numbers]] = {number: {} for number in numbers}
     for seed in seeds:
         lab = Lab(folder, seed, say)
         for number, by_seed in measured.items():
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
             try:
-                by_seed[seed] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+                by_seed[str(seed)] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+            except (UserError, OSError):
+                raise
             except Exception as error:
                 say(f"seed {seed}: claim {number} failed: {type(error).__name__}: {error}")
                 continue
-            names = dict.fromkeys(name for numbers in by_seed.values() for name in numbers)
-            found[number] = {
-                name: estimate([numbers[name] for numbers in by_seed.values() if name in numbers])
-                for name in names
-            }
-            _write(folder / "claims.json", claim, by_seed, found[number])
-    return found
+            _write(folder / "claims.json", claim, by_seed, lab.recipe)
+    return {number: _estimates(by_seed) for number, by_seed in measured.items() if by_seed}
 
 
-def _write(path: Path, claim: Claim, by_seed: dict[int, Numbers], found: dict[str, Estimate]) -> None:
+def _estimates(by_seed: dict[str, Numbers]) -> dict[str, Estimate]:
+    rows = by_seed.values()
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: estimate([row[name] for row in rows if name in row]) for name in names}
+
+
+def _write(path: Path, claim: Claim, by_seed: dict[str, Numbers], recipe: str) -> None:
     known = read_object(path) if path.exists() else {}
+    before = known.get(str(claim.number), {})
+    all_seeds = (before["seeds"] if before.get("recipe") == recipe else {}) | by_seed
+    found = _estimates(all_seeds)
     known[str(claim.number)] = {
         "says": claim.says,
         "verdicts": [f"{name} {sign} {limit:g}: {verdict(found[name], sign, limit)}"
                      for name, sign, limit in claim.needs],
         "estimates": {name: e._asdict() for name, e in found.items()},
-        "seeds": by_seed,
+        "recipe": recipe,
+        "seeds": all_seeds,
     }  # fmt: skip
     with replacing(path) as beside:
         beside.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -268,8 +268,10 @@ def _train(stage: Callable, run, data: str) -> None:
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
     click.echo(f"{total:,} weights{beside}{data}")
     if run.optimizer.steps >= settings.train.max_iters:
-        more = _command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
-        click.echo(f"All {run.optimizer.steps} updates of this run are made. To train on: {more}")
+        click.echo(f"All {run.optimizer.steps} updates of this run are made.")
+        if settings.stage in ("pretrain", "sft") and settings.has_model:
+            more = _command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
+            click.echo(f"To train on: {more}")
     try:
         stage(run, _progress(settings.train.max_iters))
     except KeyboardInterrupt:
@@ -655,7 +657,7 @@ def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite,
     from . import checkpoint, instructions, runs
     from .world import corpus
 
-    runs.check_folder(out, overwrite)
+    runs.check_folder(out, overwrite, needed=(init_from,))
     config = dataclasses.replace(checkpoint.read_config(init_from), dropout=options["dropout"])
     if data == ("world",):
         data = (_world_of(init_from, "" if Path("world").exists() else "comparisons") or "world",)
@@ -852,7 +854,7 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     from . import story
 
     chose = "stage" in _given()
-    if (folder is None) == (told is None) and not (compare or chose):
+    if (folder and told) or not (folder or told or compare or chose):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
     if told is None:
         if compare or chose:
@@ -977,8 +979,8 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
         best = sum(prompt.optimal for prompt in prompts) / len(prompts)
         known = not math.isnan(best)
         if not n:
-            head = f"{'examples':>8} {'right':>9}  95% interval {'of':>8}"
-            click.echo(head + "  best possible" * known)
+            head = f"{'examples':>8} {'right':>9}  95% interval {'of':>9}"
+            click.echo(head + f"  {'best possible':>13}" * known)
         click.echo(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
     shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
     click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
@@ -1144,7 +1146,8 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
         sys.exit(130)
     for number, numbers_found in found.items():
         click.echo(f"\n{report.claim(stage.CLAIMS[number], numbers_found)}")
-    click.echo(f"\nSaved in {out / 'claims.json'}.")
+    if found:
+        click.echo(f"\nSaved in {out / 'claims.json'}.")
     whole = (max(e.n for e in estimates.values()) == len(wanted) for estimates in found.values())
     sys.exit(not all(whole) or len(found) < len(set(chosen)))
 

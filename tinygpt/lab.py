@@ -45,8 +45,9 @@ class Lab:
         if quick:
             stages = [stage | less for stage, less in zip(stages, recipes.QUICK, strict=True)]
         self.pretraining, self.tuning, self.judging, self.steering = stages
-        recipe = sha256(repr((stages, PRESETS["nano"], rlhf.Config(), SNAPSHOTS)).encode()).hexdigest()[:6]
-        self.folder = folder / f"world-{VERSION}-recipe-{recipe}-seed-{seed}"  # nothing of another recipe
+        how = stages, PRESETS["nano"], rlhf.Config(), SNAPSHOTS
+        self.recipe = f"world-{VERSION}-recipe-{sha256(repr(how).encode()).hexdigest()[:6]}"
+        self.folder = folder / f"{self.recipe}-seed-{seed}"  # nothing of another recipe
         self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,11 +72,6 @@ class Settings:
         return sum(map(math.prod, self.adapter.shapes(self.model).values()))
 
     @property
-    def needs(self) -> set[str]:
-        """Folders of models that the run, or what it trains, cannot do without."""
-        return set() if self.has_model else {self.init_from}
-
-    @property
     def has_model(self) -> bool:
         """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
         nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
@@ -86,8 +81,13 @@ class Settings:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError unless a run can be written here; what is written first makes the folder."""
+def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
+    """Raises UserError unless a run can be written here; what is written first makes the folder.
+
+    needed: folders of models that the run, or what it trains, cannot do without.
+    """
+    if folder.resolve() in {Path(other).resolve() for other in needed if other}:
+        raise UserError(f"{folder}: has a model that this run needs as it is; --out takes another folder")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"{there}: is a file, and a run needs a folder")
@@ -135,8 +135,8 @@ def check_data(folder: Path, settings: Settings, mark: str, beside: tuple[str, .
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
-    if str(folder.resolve()) in settings.needs:
-        raise UserError(f"{folder}: has a model that this run needs as it is; --out takes another folder")
+    if not settings.has_model:
+        check_folder(folder, True, needed=(settings.init_from,))
     folder.mkdir(parents=True, exist_ok=True)
     _save_trainer(folder, optimizer, tokenizer, settings)
     _export(folder, optimizer.model, tokenizer, settings)

@@ -218,7 +218,7 @@ def reward_model(lab: Lab) -> dict:
     return {
         "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
                 "change": moved, "seconds": lab.seconds("judge"),
-                "shown": f"the better answer scores higher: {found.right.rate:.2f}",
+                "shown": f"prefers the better answer: {found.right.rate:.2f}",
                 "base": adapters.fingerprint(judge.model) == adapters.fingerprint(lab.base)},
         "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
                   f"taught nothing: {kinds}."],

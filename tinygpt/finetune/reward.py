@@ -52,10 +52,6 @@ class Settings(runs.Settings):
 
     stage: str = "reward"
 
-    @property
-    def needs(self) -> set[str]:
-        return {self.init_from}  # the author
-
 
 class Comparison(NamedTuple):
     """An answer that was preferred to another one, as `{"prompt", "chosen", "rejected"}` in a file."""
@@ -250,7 +246,7 @@ def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
 
 def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
     """A new run from a model that was tuned to instructions, or another one."""
-    runs.check_folder(folder, overwrite)
+    runs.check_folder(folder, overwrite, needed=(init_from,))  # the author
     author, tokenizer = checkpoint.load(init_from)
     tokenizer.chat_template = instructions.TEMPLATE
     model = with_head(author, settings.train.seed)

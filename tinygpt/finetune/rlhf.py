@@ -455,10 +455,6 @@ class Settings(runs.Settings):
     reward_hash: str = ""  # of its weights
     ptx_data: tuple[str, ...] = ()  # examples that are learned beside: files of pairs, or a world
 
-    @property
-    def needs(self) -> set[str]:
-        return {self.init_from, self.reward_from}  # the reference and the judge
-
 
 class Run(NamedTuple):
     """A run that is ready to go on from update `optimizer.steps`."""
@@ -476,7 +472,7 @@ class Run(NamedTuple):
 
 def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
     """A new run from a model that was tuned to instructions; all its weights are trained, or an adapter."""
-    runs.check_folder(folder, overwrite)
+    runs.check_folder(folder, overwrite, needed=(init_from, settings.reward_from))
     model, tokenizer = checkpoint.load(init_from)
     instructions.check_tuned(tokenizer, init_from)
     c = settings.rl
@@ -497,6 +493,9 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
     )  # fmt: skip
     run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
+    if run.judge:
+        taught, _ = checkpoint.read_run(Path(settings.reward_from), reward.Settings)
+        runs.check_folder(folder, overwrite, needed=(taught.init_from,))  # what it reads before an answer
     hashes = {"reward_hash": adapters.fingerprint(run.judge.model) if run.judge else ""}
     run = run._replace(settings=dataclasses.replace(settings, fingerprint=_fingerprint(run), **hashes))
     runs.first_save(folder, run.optimizer, tokenizer, run.settings)
