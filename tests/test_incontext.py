@@ -230,8 +230,9 @@ def test_the_command(made, tmp_path):
 
 
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("rival", [False, True])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatch, own, repeats):
+def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatch, own, repeats, rival):
     """Guards: a wording that was used already, which is copying; an own value beside the false one."""
     asked, people = [], WORLD.people("known", "eval")[:20]
     noted = lambda tokenizer, text: asked.append(text) or np.zeros(1, int)  # noqa: E731
@@ -239,23 +240,30 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
     monkeypatch.setattr(
         memory, "likelihoods", lambda m, prompts, options: [np.arange(len(o)) * 1.0 for o in options]
     )
-    found = memory.told(*made, WORLD, people, repeats, own=own)
+    found = memory.told(*made, WORLD, people, repeats, own=own, rival=rival)
     attributes = WORLD.lexicon.attributes
     assert len(asked) == found.prompt.n == 20 * len(attributes)
-    nats = 0.0
+    nats, places = 0.0, set()
     for n, text in enumerate(asked):
         person, a = people[n // len(attributes)], n % len(attributes)
         *facts, last = text.split(". ")
-        assert all(fact.startswith(f"{person.name} ") for fact in facts)
+        others = [fact for fact in facts if not fact.startswith(f"{person.name} ")]
+        facts = [fact for fact in facts if fact not in others]
+        places.add(text.split(". ").index(others[0]) if rival else 0)
         words = last.removeprefix(f"{person.name} ")
         assert words in attributes[a].told and not any(f" {words} " in fact for fact in facts)
         told = [fact for fact in facts if any(f" {t} " in fact for t in attributes[a].told)]
         values = {next(v for v in attributes[a].values if fact.endswith(f" {v}")) for fact in told}
         mine = attributes[a].values[person.values[a]]
         assert len(told) == repeats and len(facts) == repeats + 2 and len(values) == 1
-        assert (values == {mine}) == own
+        assert (values == {mine}) == own and len(others) == rival
+        for other in others:  # the same kind of fact about somebody else, with another value
+            assert any(other.startswith(f"{p.name} ") for p in people)
+            (value,) = (v for v in attributes[a].values if other.endswith(f" {v}"))
+            assert any(f" {t} " in other for t in attributes[a].told) and value not in values
         nats += attributes[a].values.index(*values) - person.values[a]
     assert found.nats == pytest.approx(nats / len(asked))
+    assert len(places) == (repeats + 3 if rival else 1)  # it stands anywhere before the question
     last = [len(attribute.values) - 1 for attribute in attributes]
     share = np.mean([value == last[a] for person in people for a, value in enumerate(person.values)])
     assert found.weights.rate == pytest.approx(share) and (not own or found.prompt == found.weights)
@@ -295,10 +303,13 @@ def test_a_head_that_looks_where_induction_looks_has_the_score_one(monkeypatch, 
     for t in range(25, 50):
         maps[1, :, 3, t] = np.eye(50)[t - 24]  # what followed the same token
         maps[0, :, 1, t] = np.eye(50)[t - 25]  # the same token
+        maps[0, :, 2, t] = np.eye(50)[t - 1]  # the token before
     seen = []
     monkeypatch.setattr(memory, "attention", lambda model, ids: seen.append(ids) or maps)
     scores = memory.induction_scores(model, range(100, 200))
     assert scores.shape == (2, 4) and scores[1, 3] == 1 and np.count_nonzero(scores) == 1
+    back = memory.previous_scores(model, range(100, 200))
+    assert back[0, 2] == 1 and np.count_nonzero(back) == 1
     assert (seen[0][:, :25] == seen[0][:, 25:]).all() and seen[0].min() >= 100
     assert all(len(set(row)) == 25 for row in seen[0].tolist())
 
@@ -308,6 +319,8 @@ def test_other_heads_are_others():
     sets = memory.others((2, 4), heads, 30)
     assert len(sets) == 30 and all(len(set(some)) == 2 and not set(some) & set(heads) for some in sets)
     assert {head for some in sets for head in some} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2)}
+    spared = memory.others((2, 4), heads, 30, [(0, 0), (1, 2)])
+    assert {head for some in spared for head in some} == {(0, 1), (0, 2), (0, 3), (1, 1)}
 
 
 def test_a_choice_that_begins_with_another_can_be_chosen(made, monkeypatch):
