@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -632,6 +633,12 @@ def test_mistakes_of_the_command(folders):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and words in result.output, (options, result.output)
         assert not (folders / "out").exists()
+    shutil.copytree(folders / "tuned", folders / "same")  # whose judge was made from "tuned"
+    before = {path: path.read_bytes() for path in folders.rglob("*.safetensors")}
+    for policy, out in (("tuned", "tuned"), ("tuned", "judge"), ("same", "tuned")):
+        over = ("--init-from", str(folders / policy), "--out", str(folders / out), "--overwrite")
+        assert "has a model that this run needs as it is" in run_command(folders, *judge, *over).output
+    assert before == {path: path.read_bytes() for path in before}
     long = {"prompt": "What? " * 200, "chosen": "red", "rejected": "blue"}  # 603 tokens, and 256 positions
     (folders / "rows.jsonl").write_text(json.dumps(long))
     for options in (judge, ["--algo", "dpo"]):
