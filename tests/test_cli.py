@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import tinygpt
 from tinygpt import bench, kernels
 from tinygpt.cli import main
+from tinygpt.model import AdapterConfig, GPTConfig
 
 TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
 
@@ -88,6 +89,17 @@ def test_bench_reports_each_job(run):
         assert row["ms"] > 0 and row["tokens_per_s"] > 0 and 0 < row["share_of_peak"] < 1.5
         assert 20 < row["peak_rss_mib"] < 1000
     assert set(bench.SLOW) < set(bench.JOBS)
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="bench measures the C core")
+def test_the_operations_of_a_token_grow_with_its_context_by_attention_alone():
+    """Guards: the table of positions, which is looked up, among the multiply-adds."""
+    config = GPTConfig(50, 128, n_layer=2, n_head=2, n_embd=32)
+    for adapter in (None, AdapterConfig("lora", rank=2)):
+        short, long = (ops / tokens for _, tokens, ops in (
+            bench._training(config, 3, T, adapter=adapter) for T in (64, 128)
+        ))  # fmt: skip
+        assert long - short == 6 * 2 * 32 * 64
 
 
 def test_a_closed_pipe_is_no_error(run):

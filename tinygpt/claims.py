@@ -463,18 +463,22 @@ def few_weights(lab: Lab) -> Numbers:
     config, rates = ARMS["p-tuning, 16 tokens"]
     model, found = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=rates[1]), {}
 
-    def right(model: GPT, shots: int, style: str, split: str) -> float:
+    def fitting(model: GPT, shots: int, style: str, split: str) -> list[fewshot.Prompt]:
+        """None at all where most do not fit."""
         prompts = fewshot.from_world(lab.world, "questions", shots, 1000, split)
         fit = [prompt for prompt in prompts if fewshot.fits(model, lab.tokenizer, prompt, style)]
-        return fewshot.accuracy(model, lab.tokenizer, fit, style).rate if 2 * len(fit) > len(prompts) else 0.0
+        return fit if 2 * len(fit) > len(prompts) else []
+
+    def right(model: GPT, shots: int, style: str, split: str) -> float:
+        prompts = fitting(model, shots, style, split)
+        return fewshot.accuracy(model, lab.tokenizer, prompts, style).rate if prompts else 0.0
 
     forms = [(shots, style) for shots in (0, 1, 2, 4, 8) for style in ("table", "arrow", "colon", "lines")]
     best = max(forms, key=lambda form: right(lab.base, *form, "val"))
     for shots in (0, 1, 2, 4, 8):
         found[f"right: base, {shots} examples, {best[1]}"] = right(lab.base, shots, best[1], "eval")
     tuned, most = right(model, 0, "chat", "eval"), right(lab.base, *best, "eval")
-    eight = fewshot.from_world(lab.world, "questions", 8, 1000)
-    eight = [prompt for prompt in eight if fewshot.fits(lab.base, lab.tokenizer, prompt, best[1])]
+    eight = fitting(lab.base, 8, best[1], "eval")
     said = zip(fewshot.chosen(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
     wrong = [any(a == answer for _, answer in p.examples) for a, p in said if a != p.answer]
     return found | {
