@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from tinygpt import exercises, ops
 from tinygpt.cli import main
+from tinygpt.contract import is_float
 from tinygpt.exercises import EXERCISES
 from tinygpt.finetune import adapters, rlhf
-from tinygpt.gradcheck import is_float
 from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 
 

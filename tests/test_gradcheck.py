@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -21,7 +22,7 @@ from tinygpt.gradcheck import gradcheck
 
 def test_the_documented_example_runs():
     module = importlib.import_module("tinygpt.gradcheck")  # `tinygpt.gradcheck` is the function
-    outcome = doctest.testmod(module)
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert outcome.attempted > 0
     assert outcome.failed == 0
 
@@ -65,7 +66,8 @@ def test_one_wrong_element_is_found(rng, index, small):
     wrong = wrong_ones(ops.linear_forward, backward, [x, w, b], small=small)
     assert list(wrong) == ["dw"]
     assert wrong["dw"].index == index
-    assert wrong["dw"].analytic == pytest.approx(1.001 * wrong["dw"].numeric, rel=1e-6)
+    assert wrong["dw"].backward == pytest.approx(1.001 * wrong["dw"].differences, rel=1e-6)
+    assert wrong["dw"].extent == f"{32 if small else 1} of 32 elements one by one"
 
 
 def test_upstream_gradients_are_not_uniform(rng):
@@ -111,14 +113,14 @@ def keys_with_a_bias(dbias):
 
 
 def test_a_gradient_of_zero_passes():
-    results = {r.name: r for r in gradcheck(*keys_with_a_bias(0), tol=1e-7)}
+    results = {r.name: r for r in gradcheck(*keys_with_a_bias(0), rtol=1e-7)}
     assert all(r.ok for r in results.values())
-    assert 0 < abs(results["dbias"].analytic) < 1e-15  # rounding, against rounding: both count as zero
+    assert 0 < abs(results["dbias"].backward) < 1e-15  # rounding, against rounding: both count as zero
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-6, 1e-9])
 def test_a_gradient_that_should_be_zero_fails(size):
-    assert list(wrong_ones(*keys_with_a_bias(size), tol=1e-7)) == ["dbias"]
+    assert list(wrong_ones(*keys_with_a_bias(size), rtol=1e-7)) == ["dbias"]
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1, 1e3, 1e8])
@@ -132,7 +134,7 @@ def test_the_scale_of_the_input_does_not_matter(rng, scale):
         return factor * dout * (1 - np.tanh(x / scale) ** 2) / scale
 
     x = scale * rng.standard_normal((3, 4))
-    tinygpt.assert_gradients(forward, backward, [x], tol=1e-9)
+    tinygpt.assert_gradients(forward, backward, [x], rtol=1e-9)
     assert wrong_ones(forward, lambda d, x: backward(d, x, 1.00001), [x])
 
 
@@ -147,6 +149,252 @@ def test_no_false_alarm_at_a_far_away_mean(rng):
     """Where the size of x says little about the step it needs: layernorm of 1000 + noise."""
     x, g, b = 1000 + rng.standard_normal((3, 5)), rng.standard_normal(5), rng.standard_normal(5)
     tinygpt.assert_gradients(ops.layernorm_forward, ops.layernorm_backward, (x, g, b))
+
+
+# --- planted bugs that an earlier judgement let pass, and right gradients that it called wrong --------------
+
+VISIBLE = np.tril(np.ones((4, 4))) > 0
+
+
+def normal(*shape):
+    return lambda rng: rng.standard_normal(shape)
+
+
+def filled(value):
+    """Scores with `value` where a query does not see a key, and the right backward."""
+    return lambda x: (np.where(VISIBLE, x, value), None), lambda dout, cache: dout * VISIBLE
+
+
+def steps_of(x):
+    """Twenty numbers from 1e-9 to 1e10."""
+    return np.sign(x) * 10.0 ** np.linspace(-9, 10, x.size)
+
+
+SQUARE = (lambda x, w: (x @ w, (x, w)), lambda dout, c: (dout @ c[1].T, dout.T @ c[0]),
+          lambda rng: [rng.standard_normal((5, 4)), rng.standard_normal((4, 4))])  # fmt: skip
+RELU = lambda x: (np.maximum(x, 0), x)  # noqa: E731
+ZEROS = lambda rng: np.where(rng.random((4, 5)) < 0.3, 0, rng.standard_normal((4, 5)))  # noqa: E731
+
+WRONG = {
+    "dout.T x for x.T dout, dout of x's shape": SQUARE,
+    "x for dout": (lambda x: (np.tanh(x), x), lambda dout, x: x * (1 - np.tanh(x) ** 2), normal(3, 4)),
+    "a factor of 3 beside an element of 1e7": (
+        lambda x: (x * [1e7, 1], None), lambda dout, c: dout * [1e7, 3], normal(4, 2)),
+    "a factor of 3 beside an element of 1e11": (
+        lambda x: (x * [1e11, 1], None), lambda dout, c: dout * [1e11, 3], normal(4, 2)),
+    "a mask of -1e30 forgotten": (filled(-1e30)[0], lambda dout, c: dout, normal(4, 4)),
+    "a mask of -1e9 forgotten": (filled(-1e9)[0], lambda dout, c: dout, normal(4, 4)),
+    "5 % too much beside a mask of -1e30": (
+        filled(-1e30)[0], lambda dout, c: 1.05 * dout * VISIBLE, normal(4, 4)),
+    "nothing beside an added mask of -1e9": (
+        lambda x: (x + np.where(VISIBLE, 0, -1e9), None), lambda dout, c: 0 * dout, normal(4, 4)),
+    "5e-5 too much, 1e6 added": (lambda x: (x + 1e6, None), lambda dout, c: 1.00005 * dout, normal(3)),
+    "a factor of 7, 1e10 added": (lambda x: (x + 1e10, None), lambda dout, c: 7 * dout, normal(3)),
+    "2 for 3 in the small one of two outputs": (
+        lambda x: ((1e8 * x[:2].sum(), 3 * x[2:]), None),
+        lambda dout, c: np.array([1e8 * dout[0], 1e8 * dout[0], *2 * dout[1]]), normal(4)),
+    "a factor of 7 where all is tiny": (
+        lambda x: (1e-30 * np.sum(x**2), x), lambda dout, x: 7e-30 * x * dout, normal(3)),
+    "straight through a rounding": (lambda x: (np.round(x, 2), None), lambda dout, c: dout, normal(20)),
+    "outside a kink's two slopes": (RELU, lambda dout, x: dout * np.where(x == 0, 1.5, x > 0), ZEROS),
+    "a factor of 1.00001 in a large tensor": (
+        lambda x: (np.tanh(x), x), lambda dout, x: 1.00001 * dout * (1 - np.tanh(x) ** 2), normal(30, 40)),
+    "a factor of 1.01, in float32": (
+        lambda x: (np.tanh(x.astype(np.float32)).astype(np.float64), x),
+        lambda dout, x: 1.01 * dout * (1 - np.tanh(x) ** 2), normal(20)),
+}  # fmt: skip
+RIGHT = {
+    "a mask of -inf": (*filled(-np.inf), normal(4, 4)),
+    "a mask of -1e30": (*filled(-1e30), normal(4, 4)),
+    "a mask of -1e30 subtracted": (
+        lambda x: (x - 1e30 * ~VISIBLE, None), lambda dout, c: dout * VISIBLE, normal(4, 4)),
+    "a logarithm of 1e6 to 0.5": (
+        lambda x: (np.log(x), x), lambda dout, x: dout / x, lambda rng: np.array([1e6, 2e5, 3, 1, 0.5])),
+    "kinks at 1e-9 to 1e10": (
+        lambda x: (np.abs(x), x), lambda dout, x: dout * np.sign(x),
+        lambda rng: steps_of(rng.standard_normal(20))),
+    "a square root of 1e-9 to 1e10": (
+        lambda x: (np.sqrt(x), x), lambda dout, x: dout / np.sqrt(4 * x), lambda rng: steps_of(np.ones(20))),
+    "relu at 0": (RELU, lambda dout, x: dout * (x > 0), ZEROS),
+    "relu at 0, half the slope": (RELU, lambda dout, x: dout * np.heaviside(x, 0.5), ZEROS),
+    "layer normalisation at a mean of 1e5": (
+        lambda x: ops.layernorm_forward(x, np.ones(7), np.zeros(7)),
+        lambda dout, c: ops.layernorm_backward(dout, c)[0], lambda rng: 1e5 + rng.standard_normal((3, 7))),
+    "a variance that cancels": (
+        lambda x: ((x * x).mean(-1) - x.mean(-1) ** 2, x),
+        lambda dout, x: 2 * dout[:, None] * (x - x.mean(-1, keepdims=True)) / 6,
+        lambda rng: 100 + rng.standard_normal((4, 6))),
+    "a step that is a millionth wide": (
+        lambda x: (np.tanh(1e6 * (x - 1)), x), lambda dout, x: 1e6 * dout / np.cosh(1e6 * (x - 1)) ** 2,
+        lambda rng: 1 + 2e-6 * rng.standard_normal(20)),
+    "1e-9 to 1e10 in a large tensor": (
+        lambda x: (np.sqrt(x), x), lambda dout, x: dout / np.sqrt(4 * x), lambda rng: steps_of(np.ones(300))),
+    "1e10 added": (lambda x: (x + 1e10, None), lambda dout, c: dout, normal(3)),
+    "bumps far from zero": (
+        lambda x: (np.exp(-50 * (x - np.round(x)) ** 2), x - np.round(x)),
+        lambda dout, r: -100 * dout * r * np.exp(-50 * r**2),
+        lambda rng: np.round(50 * rng.standard_normal(20)) + 0.1 * rng.standard_normal(20)),
+    "a forward that insists on its domain": (
+        lambda x: (np.log(x), x) if (x > 0).all() else 1 / 0, lambda dout, x: dout / x,
+        lambda rng: rng.random(9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_gradient_is_caught_with_every_seed(name):
+    for seed in range(10):
+        assert any(r.verdict == "wrong" for r in gradcheck(*WRONG[name], seed=seed)), seed
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_gradient_is_no_false_alarm(name):
+    for seed in range(10):
+        assert all(r.ok for r in gradcheck(*RIGHT[name], seed=seed)), seed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dout_shares_no_random_stream_with_the_inputs(seed):
+    """Guards: inputs drawn from the checker's seed, as in most tests. dout was then the first of them."""
+    forward, backward, inputs = SQUARE
+    for rng in np.random.default_rng(seed), np.random.default_rng([seed, 1]):
+        with pytest.raises(AssertionError, match="^dw: relative error"):
+            tinygpt.assert_gradients(forward, backward, inputs(rng), seed=seed)
+
+
+def test_a_layer_that_keeps_its_first_input_is_caught():
+    """Guards: a judgement at one point, where the first input is the right one."""
+    kept = []
+
+    def forward(x):
+        kept.append(x.copy())
+        return x**2, None
+
+    for inputs in np.arange(1.0, 4.0), lambda rng: rng.standard_normal(3):
+        kept.clear()
+        wrong = wrong_ones(forward, lambda dout, c: 2 * dout * kept[0], inputs)
+        assert list(wrong) == ["dx"]
+
+
+def test_a_second_point_outside_the_domain_is_said():
+    """Guards: silence where only one point was judged, and an exception of a user's own check."""
+    forward = lambda p: (np.log(p) if abs(p.sum() - 1) < 1e-4 else 1 / 0, p)  # noqa: E731
+    (result,) = gradcheck(forward, lambda dout, p: dout / p, np.array([0.2, 0.3, 0.5]))
+    assert result.ok and "judged at one point alone" in result.notes[0] and "ZeroDivision" in result.notes[0]
+
+
+def test_what_is_hidden_is_not_judged():
+    """Guards: an offset that certifies anything; differences that are no numbers."""
+    forward, backward = lambda x: (x + 1e14, None), lambda dout, c: 1.01 * dout
+    (hidden,) = gradcheck(forward, backward, np.ones(3))
+    assert hidden.verdict == "not judged" and "outputs as large as 1e+14 hide it" in hidden.problem
+    with pytest.raises(AssertionError, match="1e\\+14"):
+        tinygpt.assert_gradients(forward, backward, np.ones(3))
+    assert wrong_ones(forward, lambda dout, c: 2 * dout, np.ones(3))
+    nowhere = lambda x: (x if (x == 1).all() else x + np.nan, None)  # noqa: E731
+    (outside,) = gradcheck(nowhere, lambda dout, c: dout, np.ones(3))
+    assert (outside.verdict, outside.problem) == ("not judged", "forward is not finite beside it")
+    raises = lambda x: (x if (x == 1).all() else 1 / 0, None)  # noqa: E731
+    (outside,) = gradcheck(raises, lambda dout, c: dout, np.ones(3))
+    assert outside.verdict == "not judged" and "forward raises ZeroDivisionError" in outside.problem
+
+
+@pytest.mark.parametrize("seed", [8, 83, 196, 285, 337, 368])
+def test_no_false_alarm_where_noise_is_a_millionth_and_bends_are_near(seed):
+    """Guards: two safeguards, without which one of these seeds is called wrong. A step that is larger than a
+    bend contradicts smaller steps; before something is called wrong, other steps must say the same."""
+    inputs = lambda rng: 1e6 + rng.standard_normal((3, 7))  # noqa: E731
+    forward = lambda x: ops.layernorm_forward(x, np.ones(7), np.zeros(7))  # noqa: E731
+    (result,) = gradcheck(forward, lambda d, c: ops.layernorm_backward(d, c)[0], inputs, seed=seed)
+    assert result.verdict != "wrong"
+
+
+def test_float32_inside_is_no_false_alarm():
+    """Guards: rounding to float32 in the middle of a forward that returns float64."""
+    forward = lambda x: (np.tanh(x.astype(np.float32)).astype(np.float64), x)  # noqa: E731
+    backward = lambda dout, x: dout * (1 - np.tanh(x) ** 2)  # noqa: E731
+    for seed in range(20):
+        (result,) = gradcheck(forward, backward, normal(20), seed=seed)
+        assert result.ok or "does it compute in float32?" in result.problem
+
+
+def test_atol_lets_small_errors_pass():
+    backward = lambda dout, c: dout + 1e-4  # noqa: E731
+    assert wrong_ones(lambda x: (x + 0, None), backward, np.ones(3))
+    tinygpt.assert_gradients(lambda x: (x + 0, None), backward, np.ones(3), atol=1.1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (40, 50)])
+def test_a_kink_is_named_with_its_input(shape):
+    """Guards: relu at 0 called wrong without a word about the kink, one by one and in a large tensor."""
+    x = 1.0 + np.arange(np.prod(shape)).reshape(shape)
+    x[2, 3] = 0
+    for seed in range(5):
+        (result,) = gradcheck(RELU, lambda dout, x: dout * (x > 0), x, seed=seed)
+        assert result.verdict == ("ok" if x.size == 20 else "not judged")
+    assert re.match(r"kink at x\[2, 3\] = 0: left slope -?0, right slope -?\d+\.\d+$", result.notes[0])
+
+
+def test_notes_are_no_failures():
+    """A float32 gradient, and a shape in which exchanged axes do not show."""
+    x = np.random.default_rng(1).standard_normal((3, 3))
+    (result,) = gradcheck(lambda x: (2 * x, None), lambda dout, c: (2 * dout).astype(np.float32), x)
+    assert result.ok and 0 < result.rel_err < 1e-6
+    assert [note.split(":")[0] for note in result.notes] == ["backward returns float32 for x", "x is 3 x 3"]
+    assert not gradcheck(lambda x: (2 * x, None), lambda dout, c: 2 * dout, x[:2])[0].notes
+
+
+def test_one_wrong_element_of_a_million():
+    """An error of 1 % of an ordinary gradient; the report says how many elements were judged alone."""
+    x = np.random.default_rng(1).standard_normal((1000, 1000))
+
+    def backward(dout, x):
+        dx = 2 * x * dout
+        dx[777, 3] += 0.01 * np.sqrt(np.mean(dx**2))
+        return dx
+
+    (result,) = gradcheck(lambda x: (x * x, x), backward, x)
+    assert (result.verdict, result.index) == ("wrong", (777, 3))
+    assert result.extent == "1 of 1,000,000 elements one by one"
+    (result,) = gradcheck(lambda x: (x * x, x), lambda dout, x: 2 * x * dout, x[:100])
+    assert result.ok and result.extent == "4 directions in 100,000 elements, 0 elements one by one"
+
+
+def test_pytest_does_not_show_the_checkers_source(tmp_path):
+    """Guards: forty lines of this project above the one line that says what is wrong."""
+    (tmp_path / "test_mine.py").write_text(textwrap.dedent("""
+        import numpy as np, tinygpt
+
+        def test_it():
+            tinygpt.assert_gradients(lambda x: (2 * x, None), lambda dout, cache: dout, np.ones(2))
+    """), encoding="utf-8")  # fmt: skip
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_mine.py"],
+                         cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert "E       AssertionError: dx: relative error 5.0e-01" in run.stdout
+    assert "gradcheck.py" not in run.stdout and "failures :=" not in run.stdout
+
+
+def test_the_readmes_test_file(mine, tmp_path):
+    """Guards: an example that readers copy and that does not run, and an output that it no longer has."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    source = re.search(r"<!-- test file -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    file = tmp_path / "test_mine.py"
+    for right, passed in (False, "1 failed"), (True, "1 passed"):
+        if right:
+            right_one = "return p * (dout - (p * dout).sum(-1, keepdims=True)) "
+            source = source.replace("return p * dout ", right_one)
+        file.write_text(source, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file.name]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert passed in run.stdout
+        result = mine("test_mine.py:softmax")
+        assert result.exit_code == (0 if right else 1)
+        assert right or re.search(r"^WRONG  dx: .*$", readme, re.MULTILINE)[0] == result.output.strip()
+
+
+def test_a_backward_that_uses_up_its_cache_is_named():
+    """It works once; a second call raised KeyError, in a line of the checker's."""
+    (result,) = gradcheck(lambda x: (2 * x, {"y": 1}), lambda dout, c: dout * 2 * c.pop("y"), np.ones(2))
+    assert str(result) == "cache: backward raises KeyError when it is called again: 'y'"
 
 
 # --- what may go in and out --------------------------------------------------------------------------------
@@ -169,8 +417,8 @@ def test_outputs_may_be_a_number_or_several(rng):
 
 
 def test_what_is_not_a_float_array_is_passed_on(rng):
-    """Ids and switches are not differentiated; None and False say that a gradient is not to be checked, which
-    is reported, and is no mistake."""
+    """Ids and switches are not differentiated. None and False leave out a gradient, which is a failure unless
+    the caller allows it."""
 
     def forward(ids, w, half, unused):
         assert ids.dtype == np.int64 and half is True and unused.dtype == np.float64
@@ -184,9 +432,12 @@ def test_what_is_not_a_float_array_is_passed_on(rng):
 
     inputs = np.array([0, 2, 2]), rng.standard_normal((3, 4)).astype(np.float32), True, np.ones(2)
     dw, left_out = gradcheck(forward, backward, inputs)
-    assert (dw.name, dw.ok, left_out.ok) == ("dw", True, True)
-    assert str(left_out) == "dunused: backward returns None for it" and np.isnan(left_out.rel_err)
-    tinygpt.assert_gradients(forward, lambda dout, cache: (backward(dout, cache)[0], False), inputs)
+    assert (dw.name, dw.ok, left_out.verdict) == ("dw", True, "missing")
+    assert str(left_out) == "dunused: backward returns no gradient for it" and np.isnan(left_out.rel_err)
+    with_false = lambda dout, cache: (backward(dout, cache)[0], False)  # noqa: E731
+    tinygpt.assert_gradients(forward, with_false, inputs, allow_missing=True)
+    with pytest.raises(AssertionError, match="^dunused: backward returns no gradient for it$"):
+        tinygpt.assert_gradients(forward, with_false, inputs)
 
 
 def test_the_users_arrays_are_not_touched(rng):
@@ -311,6 +562,19 @@ def mine(tmp_path, monkeypatch):
         def wrong_inputs(rng):
             return rng.standard_normal((3, 4))
 
+        def hidden_forward(x):
+            return x + 1e14, x
+
+        def hidden_backward(dout, x):
+            return 1.01 * dout
+
+        def noisy_forward(x):
+            print("hello from forward")
+            return 2 * x, x
+
+        def noisy_backward(dout, x):
+            return 2 * dout
+
         def lonely_forward(x):
             return x, x
 
@@ -351,6 +615,25 @@ def mine(tmp_path, monkeypatch):
 
         layer = Linear()
 
+        class Listed(Linear):
+            def __init__(self):
+                self.params, self.grads = [np.ones(3)], [np.zeros(3)]
+
+        class Nested(Linear):
+            def __init__(self):
+                self.params, self.grads = {"fc": {"w": np.ones(3)}}, {}
+
+        class Sized(Linear):
+            def __init__(self, size):
+                super().__init__()
+
+        class Keeps(Linear):
+            def backward(self, dout):
+                self.first = getattr(self, "first", self.x)
+                self.grads["w"] += self.first.T @ dout  # of the first call for ever
+                self.grads["b"] += dout.sum(0)
+                return dout @ self.params["w"].T
+
         class Half(Linear):
             backward = None
             def __init__(self):
@@ -380,16 +663,33 @@ def test_a_users_bug_is_named_with_its_element(mine):
     assert mine("mine:wrong", "--tol", "0.5").exit_code == 0
 
 
-def test_what_is_left_out_is_said(mine):
+def test_what_is_left_out_is_a_failure(mine):
     """Half an exercise must not look like a whole one."""
     shapes = "--shape", "x=3,4", "--shape", "g=4"
-    result = mine("mine:half", *shapes)
-    assert result.exit_code == 0, result.output
-    dx, dg = result.output.splitlines()
-    assert dx.startswith("ok     dx: ") and dg == "skip   dg: backward returns None for it"
-    dx, dg = json.loads(mine("mine:half", *shapes, "--json").output)
-    assert dx["ok"] is True
-    assert dg == {"name": "dg", "backend": "user", "rel_err": None, "ok": None}
+    for extra, status, ok in ((), 1, False), (("--allow-missing",), 0, None):
+        result = mine("mine:half", *shapes, *extra)
+        assert result.exit_code == status, result.output
+        dx, dg = result.output.splitlines()
+        assert dx.startswith("ok     dx: ") and dg == "MISSING dg: backward returns no gradient for it"
+        dx, dg = json.loads(mine("mine:half", *shapes, *extra, "--json").output)
+        assert dx["ok"] is True
+        assert (dg["name"], dg["rel_err"], dg["ok"], dg["verdict"]) == ("dg", None, ok, "missing")
+
+
+def test_what_is_not_judged_is_said(mine):
+    """Guards: an exit status of 0 for a gradient that the differences cannot see."""
+    for extra, status in ((), 0), (("--strict",), 1):
+        result = mine("mine:hidden", "--shape", "x=3", *extra)
+        assert result.exit_code == status
+        assert result.output.startswith("NOT JUDGED dx: outputs as large as 1e+14 hide it")
+    assert json.loads(mine("mine:hidden", "--shape", "x=3", "--json").output)[0]["ok"] is None
+
+
+def test_json_is_alone_on_standard_output(mine):
+    """Guards: what forward prints in the middle of the JSON that another program reads."""
+    result = mine("mine:noisy", "--shape", "x=3", "--json")
+    assert json.loads(result.stdout)[0]["ok"] is True
+    assert "hello from forward" in result.stderr
 
 
 @pytest.mark.parametrize("target", ["mine:axis", "mine.py:axis"])
@@ -409,7 +709,9 @@ def test_a_users_layer(mine, target):
     rows = json.loads(mine(target, "--shape", "x=3,4", "--json").output)
     found = [(row["name"], row["ok"]) for row in rows]
     assert found == [("dx", True), ("grads['w']", True), ("grads['b']", False)]
-    assert all(set(row) == {"name", "backend", "rel_err", "ok"} for row in rows)
+    assert all({"name", "backend", "rel_err", "ok", "verdict", "notes"} <= set(row) for row in rows)
+    rows = json.loads(mine("mine:Keeps", "--shape", "x=3,4", "--json").output)
+    assert [row["name"] for row in rows if row["ok"] is False] == ["grads['w']"]
 
 
 def test_the_lines_to_add_are_printed(mine):
@@ -432,6 +734,9 @@ def test_the_lines_to_add_are_printed(mine):
     (["mine:scael"], "mine has no scael_forward; is it scale_forward?"),
     (["mine:lonely"], "mine has no lonely_backward"),
     (["mine:Half"], "mine:Half has forward, but not grads"),
+    (["mine:Listed", "--shape", "x=3"], "params is a list: params must be a dict of float64 arrays"),
+    (["mine:Nested", "--shape", "x=3"], "params['fc'] is dict: params must be a dict of float64 arrays"),
+    (["mine:Sized", "--shape", "x=3"], "mine:Sized cannot be made without arguments"),
     (["mine:crash", "--shape", "x=2,3"], "mine:crash raised ValueError: cannot reshape"),
     (["mine:scale", "--shape", "x=2,3"], "missing 1 required positional argument: 'g'"),
     (["mine:scale", "--shape", "y=2,3"], "unexpected keyword argument 'y'"),

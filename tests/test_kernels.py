@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tinygpt import kernels, ops
+from tinygpt.contract import is_float
 from tinygpt.errors import UserError
-from tinygpt.gradcheck import is_float
 
 SIZES = [1, 3, 7, 17, 33, 65, 129, 257]
 LIMIT = {np.float32: 1e-5, np.float64: 1e-12}  # of max|C - NumPy| / max|NumPy|

@@ -37,8 +37,8 @@ returns the gradients of what the forward takes; any way to the right numbers wi
 
     {command}
 
-says ok, or which gradient is wrong and at which element. None in place of a gradient leaves it out for now.
-When all are ok, compare with the project's own,
+says ok, or which gradient is wrong and at which element. Return None in place of a gradient that you leave
+for later: the others are checked. When all are ok, compare with the project's own,
 {solution}.
 """
 

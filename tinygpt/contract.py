@@ -1,0 +1,220 @@
+"""Calls a forward/backward pair for `gradcheck.py`, and holds the pair to the contract of `ops.py`.
+
+The contract: forward returns (out, cache) and is deterministic; backward called twice gives the same answer;
+neither writes to the arrays that it is given. This file does not judge any number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from .errors import UserError
+
+Array = np.ndarray
+Inputs = dict | list | tuple | Array  # by name, in order, or a single one
+MakeInputs = Callable[[np.random.Generator], Inputs]
+
+
+def named(forward: Callable, inputs: Inputs) -> dict:
+    """The inputs by name: their own in a dict, those of forward's parameters in a sequence."""
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    inputs = as_tuple(inputs)
+    names = parameters(forward) + [f"input {i}" for i in range(len(inputs))]  # numbers for forward(*args)
+    return dict(zip(names, inputs, strict=False))
+
+
+def parameters(forward: Callable, required: bool = False) -> list[str]:
+    """Names of a function's positional parameters; of those without a default if `required`."""
+    every = inspect.signature(forward).parameters.values()
+    positional = [p for p in every if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in positional if p.default is p.empty or not required]
+
+
+def is_float(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def arrays(value: object, name: str = "") -> Iterator[tuple[str, Array]]:
+    """Every array in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]"."""
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for i, v in enumerate(value):
+            yield from arrays(v, f"{name}[{i}]")
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            yield from arrays(v, f"{name}[{key!r}]" if name else key)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from arrays(vars(value), name)
+
+
+def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
+    """A function from the inputs by name to (out, cache). It refuses all outputs but float64."""
+    name = getattr(forward, "__name__", "forward")
+
+    def call(values: dict) -> tuple:
+        result = forward(**values) if by_name else forward(*values.values())
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise UserError(f"{name} must return (out, cache); the cache is what backward needs")
+        for out in as_tuple(result[0]):
+            if (kind := np.asarray(out).dtype) != np.float64:
+                raise UserError(f"{name} returns {kind} for float64 inputs: differences need float64")
+        return result
+
+    return call
+
+
+def results(call: Callable, values: dict) -> tuple:
+    """(out, cache) at a point, and the rules that forward breaks, as (array, rule)."""
+    before, first = snapshot(values), vector(call(values)[0])
+    out, cache = call(values)
+    broken = [(name, "forward writes to it") for name in changed(before)]
+    if not broken and not same(first, vector(out)):
+        broken = [("out", "forward called twice gives two answers: fix its random seed")]
+    return out, cache, broken
+
+
+def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dict, list[tuple[str, str]]]:
+    """The gradients by input name, one for each of `douts`, and the rules that backward breaks.
+
+    A gradient is an array (K, *shape) of backward's own dtype, or None where backward leaves it out. Backward
+    is called twice with the first dout. Where backward writes to what it is given there are no gradients:
+    differences would be taken with what was written.
+    """
+    watched = [array for dout in douts for array in snapshot({"dout": dout})]
+    watched += snapshot({"cache": cache, **values})
+    answers, broken = [], []
+    for dout in (douts[0], *douts):
+        try:
+            answer = backward(dout, cache)
+        except Exception as error:
+            if not answers:
+                raise
+            problem = f"backward raises {type(error).__name__} when it is called again: {error}"
+            return {}, [("cache", problem)]
+        answers.append(_by_name(answer, values))
+        if names := changed(watched):
+            return {}, [(name, "backward writes to it") for name in names]
+    first, *answers = answers
+    grads = {}
+    for name, grad in first.items():
+        row = [answer[name] for answer in answers]
+        if any(g is None for g in (grad, *row)):
+            grads[name] = None
+            continue
+        if any(g.shape != values[name].shape for g in row):
+            problem = f"its shape is {grad.shape}, that of {name} is {values[name].shape}"
+            broken.append((grad_name(name), problem))
+            continue
+        if not same(np.float64(grad), np.float64(row[0]), rel=1e-12):
+            broken.append((grad_name(name), "backward called twice gives two answers"))
+        grads[name] = np.stack(row)
+    return grads, broken
+
+
+def _by_name(result, values: dict) -> dict[str, Array | None]:
+    """What backward returned, by input name: copies, and None where backward left one out."""
+    names = [name for name, value in values.items() if is_float(value)]
+    if result is None:
+        grads = ", ".join(map(grad_name, names))
+        raise UserError(f"backward returns None, there is nothing to check: end it with `return {grads}`")
+    if not isinstance(result, dict):
+        result = as_tuple(result)
+        if len(result) != len(names):
+            raise UserError(
+                f"backward returns {len(result)} gradient{'s' * (len(result) != 1)}; float arrays: "
+                f"{', '.join(names)} (None in place of a gradient leaves it out)"
+            )
+        result = dict(zip(names, result, strict=True))
+    for name in sorted(set(names) ^ set(result)):
+        count = "a" if name in result else "no"
+        raise UserError(f"backward returns {count} gradient for {name!r}; float arrays: {', '.join(names)}")
+    grads = {name: None if g is None or g is False else np.array(g) for name, g in result.items()}
+    for name, g in grads.items():
+        if g is not None and g.dtype.kind not in "fiu":
+            raise UserError(f"backward returns {g.dtype} for {name!r}: a gradient is an array of numbers")
+    return grads
+
+
+class Outputs:
+    """All outputs of a pair in one vector (N,), as a function of one input, given flat.
+
+    An output that is infinite or nan, and stays so, does not move: it is 0 here. If it does not stay so, or
+    if forward raises an exception, it is nan.
+    """
+
+    def __init__(self, call: Callable, values: dict, name: str) -> None:
+        self.call, self.values, self.name = call, values, name
+        self.error = ""  # what forward raised last: a step may lead out of its domain
+        out = vector(call(values)[0])
+        self.odd = ~np.isfinite(out)
+        self.odd_values, self.base = out[self.odd], np.where(self.odd, 0.0, out)
+
+    def __call__(self, x: Array) -> Array:
+        x = x.reshape(self.values[self.name].shape)
+        try:
+            out = vector(self.call({**self.values, self.name: x})[0])
+        except Exception as error:
+            self.error = f"forward raises {type(error).__name__} beside it ({error})"
+            return np.full(self.base.shape, np.nan)
+        odd = out[self.odd]
+        stays = (odd == self.odd_values) | (np.isnan(odd) & np.isnan(self.odd_values))
+        out[self.odd] = np.where(stays, 0.0, np.nan)
+        return out
+
+
+def outside(call: Callable, first: dict, second: dict) -> str:
+    """Why the second point is not in the domain of forward; empty if it is."""
+    try:
+        out = vector(call(second)[0])
+    except Exception as error:
+        return f"forward raises {type(error).__name__} ({error})"
+    leaves = np.isfinite(vector(call(first)[0])) & ~np.isfinite(out)
+    return "forward is not finite" if leaves.any() else ""
+
+
+def snapshot(values: dict) -> list[tuple[str, Array, Array]]:
+    """Name, array and a copy of every array in `values`, for `changed`."""
+    return [(name, array, array.copy()) for name, array in arrays(values)]
+
+
+def changed(snapshot: list[tuple[str, Array, Array]]) -> list[str]:
+    """The names of the arrays that are no longer what they were."""
+    return [name for name, now, then in snapshot if not same(now, then)]
+
+
+def same(a: Array, b: Array, rel: float = 0.0) -> bool:
+    """Whether a and b are equal, up to `rel` of the largest: two BLAS calls may round differently."""
+    if a.shape != b.shape:
+        return False
+    with np.errstate(invalid="ignore"):
+        near = rel > 0 and a.size > 0 and np.abs(a - b).max() <= rel * np.abs(a).max()
+    return bool(near) or np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def vector(out) -> Array:
+    """All outputs in one new vector, (N,)."""
+    return np.concatenate([np.ravel(np.asarray(o)) for o in as_tuple(out)])
+
+
+def like(out, vector: Array):
+    """The numbers of a vector (N,) in the form of `out`: an array, a number or a tuple of these."""
+    parts, at = [], 0
+    for o in as_tuple(out):
+        shape, size = np.shape(o), np.size(o)
+        parts.append(vector[at : at + size].reshape(shape)[()])  # [()]: a number, where out is one
+        at += size
+    return tuple(parts) if isinstance(out, tuple | list) else parts[0]
+
+
+def as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def grad_name(name: str) -> str:
+    return f"d{name}" if name.isidentifier() else name
