@@ -5,8 +5,8 @@
    double: every kernel is compiled for both, and for each instruction set (see variants/). Results come
    first. What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
 
-   Three readers share this file: the kernels, variants/dispatch.c, and setup.py, which hands it to cffi
-   with pointers to numbers read as void * and lines that begin with # left out. */
+   Three readers share this file: the kernels, variants/dispatch.c, and setup.py, which makes the bridge to
+   Python from it, with void * for each pointer to numbers. */
 #ifndef TINYGPT_H
 #define TINYGPT_H
 #include <stddef.h>

@@ -513,3 +513,17 @@ def test_without_the_c_core_it_works_and_says_so_once():
     assert run.stdout == "numpy\n", run.stderr
     assert run.stderr.count("no C core here") == 1
     assert python(program, TINYGPT_BACKEND="numpy").stderr == ""
+
+
+def test_a_build_that_failed_is_said(tmp_path, monkeypatch):
+    """Guards: "install a C compiler" where there is one, and the build failed (GCC 14, current clang)."""
+    monkeypatch.setattr(kernels, "lib", None)
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    monkeypatch.delenv("TINYGPT_BACKEND", raising=False)
+    with pytest.warns(UserWarning, match="no C core here.*install a C compiler"):
+        kernels.backend()
+    (tmp_path / "_build_error.txt").write_text("gcc", encoding="utf-8")
+    with pytest.warns(UserWarning, match="no C core here.*gcc failed to build it.*pip install -v"):
+        kernels.backend()
+    with pytest.raises(UserError, match="gcc failed to build it"):
+        kernels.backend("c")

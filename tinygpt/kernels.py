@@ -46,14 +46,23 @@ def backend(name: str | None = None) -> ModuleType:
     if name not in ("c", "numpy"):
         raise UserError(f"backend {name!r}: TINYGPT_BACKEND is c or numpy")
     if name == "c" and not lib:
-        raise UserError("backend c: the C core is not built here; install a C compiler, then tinygpt again")
+        raise UserError(f"backend c: the C core is not built here; {_remedy()}")
     if not lib and not wanted:
         warnings.warn(
-            "no C core here, running on NumPy, which is slower: install a C compiler, then tinygpt again; "
+            f"no C core here, running on NumPy, which is slower: {_remedy()}; "
             "TINYGPT_BACKEND=numpy silences this",
             stacklevel=2,
         )
     return sys.modules[__name__] if name == "c" else ops
+
+
+def _remedy() -> str:
+    """How to get the C core: setup.py leaves a file where there was a compiler and the build failed."""
+    try:
+        compiler = (Path(__file__).parent / "_build_error.txt").read_text(encoding="utf-8")
+    except OSError:
+        return "install a C compiler, then tinygpt again"
+    return f"{compiler} failed to build it; install tinygpt again with pip install -v, which shows why"
 
 
 def set_threads(n: int) -> None:
