@@ -170,6 +170,7 @@ def steps_of(x):
     return np.sign(x) * 10.0 ** np.linspace(-9, 10, x.size)
 
 
+FAR = 1e5 + np.random.default_rng(5).standard_normal((3, 7))
 SQUARE = (lambda x, w: (x @ w, (x, w)), lambda dout, c: (dout @ c[1].T, dout.T @ c[0]),
           lambda rng: [rng.standard_normal((5, 4)), rng.standard_normal((4, 4))])  # fmt: skip
 RELU = lambda x: (np.maximum(x, 0), x)  # noqa: E731
@@ -220,6 +221,15 @@ RIGHT = {
     "layer normalisation at a mean of 1e5": (
         lambda x: ops.layernorm_forward(x, np.ones(7), np.zeros(7)),
         lambda dout, c: ops.layernorm_backward(dout, c)[0], lambda rng: 1e5 + rng.standard_normal((3, 7))),
+    "a bias of zeros behind a mean of 1e5": (
+        lambda b: ops.layernorm_forward(FAR + b, np.ones(7), np.zeros(7)),
+        lambda dout, c: ops.layernorm_backward(dout, c)[0].sum(0), lambda rng: np.zeros(7)),
+    "a small bias behind a mean of 1e5": (
+        lambda b: ops.layernorm_forward(FAR + b, np.ones(7), np.zeros(7)),
+        lambda dout, c: ops.layernorm_backward(dout, c)[0].sum(0), lambda rng: 1e-3 * rng.random(7)),
+    "zeros beside 3e8": (
+        lambda x: (np.tanh(x), x), lambda dout, x: dout / np.cosh(np.clip(x, -300, 300)) ** 2,
+        lambda rng: np.array([0, 0, 3e8, -3e8, 0])),
     "a variance that cancels": (
         lambda x: ((x * x).mean(-1) - x.mean(-1) ** 2, x),
         lambda dout, x: 2 * dout[:, None] * (x - x.mean(-1, keepdims=True)) / 6,
@@ -279,15 +289,15 @@ def test_a_second_point_outside_the_domain_is_said():
     """Guards: silence where only one point was judged, and an exception of a user's own check."""
     forward = lambda p: (np.log(p) if abs(p.sum() - 1) < 1e-4 else 1 / 0, p)  # noqa: E731
     (result,) = gradcheck(forward, lambda dout, p: dout / p, np.array([0.2, 0.3, 0.5]))
-    assert result.ok and "judged at one point alone" in result.notes[0] and "ZeroDivision" in result.notes[0]
+    assert result.ok and "only one point is judged" in result.notes[0] and "ZeroDivision" in result.notes[0]
 
 
 def test_what_is_hidden_is_not_judged():
     """Guards: an offset that certifies anything; differences that are no numbers."""
     forward, backward = lambda x: (x + 1e14, None), lambda dout, c: 1.01 * dout
     (hidden,) = gradcheck(forward, backward, np.ones(3))
-    assert hidden.verdict == "not judged" and "outputs as large as 1e+14 hide it" in hidden.problem
-    with pytest.raises(AssertionError, match="1e\\+14"):
+    assert hidden.verdict == "not judged" and "outputs round by up to 0.02" in hidden.problem
+    with pytest.raises(AssertionError, match="round by up to 0.02"):
         tinygpt.assert_gradients(forward, backward, np.ones(3))
     assert wrong_ones(forward, lambda dout, c: 2 * dout, np.ones(3))
     nowhere = lambda x: (x if (x == 1).all() else x + np.nan, None)  # noqa: E731
@@ -298,14 +308,14 @@ def test_what_is_hidden_is_not_judged():
     assert outside.verdict == "not judged" and "forward raises ZeroDivisionError" in outside.problem
 
 
-@pytest.mark.parametrize("seed", [8, 83, 196, 285, 337, 368])
-def test_no_false_alarm_where_noise_is_a_millionth_and_bends_are_near(seed):
-    """Guards: two safeguards, without which one of these seeds is called wrong. A step that is larger than a
-    bend contradicts smaller steps; before something is called wrong, other steps must say the same."""
+def test_no_false_alarm_where_noise_is_a_millionth_and_bends_are_near():
+    """Guards two safeguards. A step that is larger than a bend contradicts smaller steps. Before something is
+    called wrong, other steps must say the same. Without one of the two some of these seeds are wrong."""
     inputs = lambda rng: 1e6 + rng.standard_normal((3, 7))  # noqa: E731
     forward = lambda x: ops.layernorm_forward(x, np.ones(7), np.zeros(7))  # noqa: E731
-    (result,) = gradcheck(forward, lambda d, c: ops.layernorm_backward(d, c)[0], inputs, seed=seed)
-    assert result.verdict != "wrong"
+    for seed in range(100):
+        (result,) = gradcheck(forward, lambda d, c: ops.layernorm_backward(d, c)[0], inputs, seed=seed)
+        assert result.verdict != "wrong", seed
 
 
 def test_float32_inside_is_no_false_alarm():
@@ -314,7 +324,7 @@ def test_float32_inside_is_no_false_alarm():
     backward = lambda dout, x: dout * (1 - np.tanh(x) ** 2)  # noqa: E731
     for seed in range(20):
         (result,) = gradcheck(forward, backward, normal(20), seed=seed)
-        assert result.ok or "does it compute in float32?" in result.problem
+        assert result.ok or "outputs round by up to 1e-07" in result.problem or "2e-07" in result.problem
 
 
 def test_atol_lets_small_errors_pass():
@@ -324,14 +334,79 @@ def test_atol_lets_small_errors_pass():
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (40, 50)])
-def test_a_kink_is_named_with_its_input(shape):
+@pytest.mark.parametrize("seed", range(5))
+def test_a_kink_is_named_with_its_input(shape, seed):
     """Guards: relu at 0 called wrong without a word about the kink, one by one and in a large tensor."""
     x = 1.0 + np.arange(np.prod(shape)).reshape(shape)
     x[2, 3] = 0
-    for seed in range(5):
-        (result,) = gradcheck(RELU, lambda dout, x: dout * (x > 0), x, seed=seed)
-        assert result.verdict == ("ok" if x.size == 20 else "not judged")
-    assert re.match(r"kink at x\[2, 3\] = 0: left slope -?0, right slope -?\d+\.\d+$", result.notes[0])
+    (result,) = gradcheck(RELU, lambda dout, x: dout * (x > 0), x, seed=seed)
+    assert result.ok
+    assert re.match(r"x\[2, 3\] = 0 is a kink: slopes -?0 and -?\d+\.\d+$", result.notes[0])
+    assert ("1 of 2,000 elements one by one" in result.extent) == (x.size == 2000)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kinks_in_a_large_tensor_hide_nothing(seed):
+    """relu of a relu: half of 2,000 inputs are 0. A wrong element is found, be it 0 or not."""
+    inputs = lambda rng: np.maximum(rng.standard_normal((40, 50)), 0) + np.eye(40, 50, 4)  # noqa: E731
+    spoiled = np.ones((40, 50))
+    spoiled[3, 7] = 1.01
+    (right,) = gradcheck(RELU, lambda dout, x: dout * (x > 0), inputs, seed=seed)
+    assert right.ok and right.notes and "4 random directions, 65 of 2,000 elements" in right.extent
+    (wrong,) = gradcheck(RELU, lambda dout, x: dout * (x > 0) * spoiled, inputs, seed=seed)
+    assert (wrong.verdict, wrong.index) == ("wrong", (3, 7))
+    (wrong,) = gradcheck(RELU, lambda dout, x: dout * np.where(x == 0, 1.5, x > 0), inputs, seed=seed)
+    assert wrong.verdict == "wrong"
+
+
+def test_a_kink_at_one_of_two_points_is_noted():
+    """Guards: a note that is lost when the worse of two points is reported."""
+    points = iter([np.array([1.0, 0.0]), np.array([1.0, 2.0])] * 4)
+    for _ in range(4):
+        (result,) = gradcheck(RELU, lambda dout, x: dout * (x > 0), lambda rng: next(points))
+        assert result.ok and "x[1] = 0 is a kink" in result.notes[0]
+
+
+def test_two_sets_of_steps_that_disagree_do_not_judge():
+    """Guards: an element whose error was set to 0 because a second judgement did not confirm the first."""
+    x = np.array([0.0, 0.0, 1e8, -1e8])
+    for factor in (1.05, 1.01):
+        backward = lambda dout, x, f=factor: f * dout / np.cosh(np.clip(x, -300, 300)) ** 2  # noqa: E731
+        for seed in range(5):
+            assert not gradcheck(lambda x: (np.tanh(x), x), backward, x, seed=seed)[0].ok
+
+
+def test_the_rule_that_is_broken_is_not_lost():
+    """Guards: two results of one name, a broken rule and an ok, of which only the last was kept."""
+    calls = []
+
+    def backward(dout, x):
+        calls.append(None)
+        return 2 * x * dout * (1 + 1e-9 * (len(calls) == 7))  # the second call at the second point
+
+    (result,) = gradcheck(lambda x: (x * x, x), backward, np.array([1.0, 2.0]))
+    assert str(result) == "dx: backward called twice gives two answers"
+
+
+@pytest.mark.parametrize("x", [[1e-310, 1], [5e-324, 1], [1e200, 1], [1e-200, 1e-200], [np.inf, 1, -np.inf]])
+def test_no_number_is_too_large_or_too_small(x):
+    """Guards: an OverflowError of the checker's own, which the command line blamed on the user's line."""
+    forward = lambda x: (2 * np.clip(x, -9e307, 9e307), x)  # noqa: E731
+    assert gradcheck(forward, lambda dout, x: 2.0 * dout * np.isfinite(x), np.array(x))[0].ok
+
+
+def test_arrays_without_axes_and_without_elements():
+    inputs = {"x": np.ones(2), "t": np.array(3.0), "none": np.ones((0, 3))}
+    forward = lambda x, t, none: (x * t, (x, t, none))  # noqa: E731
+    backward = lambda dout, c: (dout * c[1], np.sum(dout * c[0]), c[2].copy())  # noqa: E731
+    assert [r.verdict for r in gradcheck(forward, backward, inputs)] == ["ok"] * 3
+    assert gradcheck(lambda x: (x[:0], x), lambda dout, x: 0 * x, np.ones(3))[0].ok
+
+
+def test_tolerances_must_be_positive():
+    for options in ({"rtol": 0}, {"rtol": np.nan}, {"atol": -1}):
+        with pytest.raises(UserError, match="must be more than 0"):
+            gradcheck(lambda x: (x + 0, None), lambda dout, c: dout, np.ones(2), **options)
 
 
 def test_notes_are_no_failures():
@@ -356,7 +431,7 @@ def test_one_wrong_element_of_a_million():
     assert (result.verdict, result.index) == ("wrong", (777, 3))
     assert result.extent == "1 of 1,000,000 elements one by one"
     (result,) = gradcheck(lambda x: (x * x, x), lambda dout, x: 2 * x * dout, x[:100])
-    assert result.ok and result.extent == "4 directions in 100,000 elements, 0 elements one by one"
+    assert result.ok and result.extent == "4 random directions, 0 of 100,000 elements one by one"
 
 
 def test_pytest_does_not_show_the_checkers_source(tmp_path):
@@ -681,7 +756,7 @@ def test_what_is_not_judged_is_said(mine):
     for extra, status in ((), 0), (("--strict",), 1):
         result = mine("mine:hidden", "--shape", "x=3", *extra)
         assert result.exit_code == status
-        assert result.output.startswith("NOT JUDGED dx: outputs as large as 1e+14 hide it")
+        assert result.output.startswith("NOT JUDGED dx: the differences are uncertain: outputs round")
     assert json.loads(mine("mine:hidden", "--shape", "x=3", "--json").output)[0]["ok"] is None
 
 
@@ -755,9 +830,10 @@ def test_mistakes_give_one_line(mine, arguments, message):
 
 def test_the_projects_own_table(monkeypatch):
     """Every operation in every backend; one that fails turns the exit status to 1."""
-    result = CliRunner().invoke(main, ["gradcheck", "--json"])
+    result = CliRunner().invoke(main, ["gradcheck", "--strict", "--json"])
     assert result.exit_code == 0
     rows = json.loads(result.output)
+    assert all(row["ok"] for row in rows)
     for backend in kernels.available():
         names = {row["name"] for row in rows if row["backend"] == backend}
         for function in dir(ops):

@@ -1,11 +1,11 @@
-"""A sample of the mutants: `python tests/mutants.py 20` judges all of them at 20 seeds."""
+"""A sample of the mutants, and of the right backwards: `python tests/mutants.py` judges them all."""
 
 import inspect
 import sys
 
 import numpy as np
 import pytest
-from mutants import judge, judged_elsewhere, mutants, own_pairs, reason, targets
+from mutants import false_alarms, judge, judged_elsewhere, mutants, own_pairs, reason, targets
 
 SAMPLE = 25  # mutants of each function
 
@@ -19,7 +19,7 @@ def test_every_mutant_is_caught(name):
         change, mutant = made[n]
         verdict = judge(name, mutant, seed=int(n) % 20)
         assert verdict != "missed", change
-        assert verdict == "caught" or reason(change) or judged_elsewhere(name), change
+        assert verdict != "equal" or reason(change) or judged_elsewhere(name), change
 
 
 @pytest.mark.parametrize("name", [name for name in targets() if not name.startswith("exercise")])
@@ -36,10 +36,17 @@ def test_every_line_of_a_backward_runs_in_its_rows(name):
     for forward, backward, inputs in own_pairs(name, function, 0):
         out, cache = forward(**inputs)
         dout = tuple(map(np.ones_like, out)) if isinstance(out, tuple) else np.ones_like(out)
+        tracer = sys.gettrace()
         sys.settrace(trace)
-        backward(dout, cache)
-        sys.settrace(None)
+        try:
+            backward(dout, cache)
+        finally:
+            sys.settrace(tracer)
     source, first = inspect.getsourcelines(function)
     code = {line for _, _, line in function.__code__.co_lines() if line is not None and line > first}
     missing = [source[line - first].strip() for line in sorted(code - lines)]
     assert not missing
+
+
+def test_the_right_backwards_are_no_false_alarm():
+    assert not list(false_alarms(range(2), models=False))
