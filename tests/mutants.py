@@ -227,7 +227,7 @@ def changes_a_result(right: list[tuple], wrong: list[tuple], seed: int) -> bool:
 
 
 def judge(name: str, mutant: Callable, seed: int) -> str:
-    """"caught" or "missed" by the checker; "raises", if the mutant does; "equal", if its results are right."""
+    """Says "caught" or "missed"; "raises", if the mutant does; "equal", if its results are right."""
     right, wrong = (own_pairs(name, function, seed) for function in (targets()[name], mutant))
     with np.errstate(all="ignore"):
         try:

@@ -8,6 +8,9 @@ import json
 import os
 import random
 import re
+import secrets
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pytest
 
 from tinygpt import checkpoint, tensorfile
 from tinygpt import tokenizer as tokenizers
-from tinygpt.atomic import replacing
+from tinygpt.atomic import lock, replacing, unlock
 from tinygpt.errors import UserError
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.optim import AdamW
@@ -391,6 +394,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         beside.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and locks are POSIX's here")
+def test_no_link_leads_a_writer_out_of_the_folder(tmp_path, monkeypatch):
+    """Guards: a link under a temporary name in a downloaded folder, through which a save wrote elsewhere."""
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("precious")
+    (folder / ".file.part").symlink_to(outside)
+    (folder / "file").symlink_to(outside)
+    with replacing(folder / "file") as beside:
+        beside.write_text("new")
+    assert outside.read_text() == "precious" and (folder / "file").read_text() == "new"
+    with replacing(folder / "file") as one, replacing(folder / "file") as other:  # never the same name
+        assert one != other
+        one.write_text("1")
+        other.write_text("2")
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "0a")  # a name that an attacker has guessed
+    (folder / ".file.0a.part").symlink_to(outside)
+    with pytest.raises(UserError, match="cannot be written"), replacing(folder / "file") as beside:
+        beside.write_text("spoiled")
+    assert outside.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and locks are POSIX's here")
+def test_a_folder_has_one_writer(tmp_path):
+    """Guards: two processes in one folder, one deleting the other's files. A kill gives up the lock."""
+    (tmp_path / ".model.safetensors.0a.part").write_text("half")  # what a kill left
+    program = "import sys; from pathlib import Path; from tinygpt import atomic\n"
+    program += "atomic.lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(UserError, match="another process is writing there; wait for it"):
+            lock(tmp_path)
+        first.kill()
+    lock(tmp_path)
+    lock(tmp_path)  # this process has it
+    unlock()
+    assert subprocess.run(command, input="", capture_output=True, text=True).stdout == "locked\n"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(folder):

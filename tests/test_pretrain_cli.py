@@ -414,3 +414,23 @@ def test_ctrl_c_says_how_to_go_on(folder):
     assert output.splitlines()[-1].endswith("tinygpt pretrain --resume out")
     state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
     assert 1 <= state["step"] == len(records()) < 10000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_a_second_process_in_one_folder_is_refused(folder):
+    """Guards: two processes in one folder. Each deleted what the other wrote, and the run was lost."""
+    command = [sys.executable, "-c", "from tinygpt.cli import main; main()", "pretrain"]
+    options = ["--data", "text.txt", *TINY, "--max-iters", "3000", "--eval-interval", "500"]
+    subprocess.run([*command, *options, "--out", "alone"], capture_output=True, check=True)
+    with subprocess.Popen([*command, *options, "--out", "out"], stdout=subprocess.DEVNULL) as first:
+        while not Path("out", "metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        for more in (["--resume", "out"], [*options, "--out", "out", "--overwrite"]):
+            second = subprocess.run([*command, *more], capture_output=True, text=True)
+            assert second.returncode == 2 and second.stderr.count("\n") == 1
+            assert "another process is writing there" in second.stderr
+        assert first.poll() is None  # it was there all the time
+    assert first.returncode == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path("out", name).read_bytes() == Path("alone", name).read_bytes()

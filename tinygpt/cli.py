@@ -45,6 +45,9 @@ class Commands(click.Group):
         except (UserError, OSError, MemoryError) as error:
             click.echo(f"tinygpt: {_one_line(error)}", err=True)
             sys.exit(2)
+        finally:
+            if atomic := sys.modules.get("tinygpt.atomic"):
+                atomic.unlock()
 
 
 def _one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import checkpoint, train
-from .atomic import sync, writing
+from .atomic import lock, sync, writing
 from .checkpoint import Tokenizer
 from .errors import UserError
 from .finetune import adapters
@@ -82,7 +82,8 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
-    """Raises UserError unless a run can be written here; what is written first makes the folder.
+    """Raises UserError unless a run can be written here. If the folder exists, it is locked from now on; if
+    not, `first_save` makes it.
 
     needed: folders of models that the run, or what it trains, cannot do without.
     """
@@ -98,6 +99,8 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
                         "another folder")  # fmt: skip
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there}: this folder is read-only")
+    if folder.exists():
+        lock(folder)
 
 
 def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
@@ -114,10 +117,13 @@ def from_model(settings: AnySettings, model: GPT, folder: Path, **more) -> AnySe
 
 
 def read(folder: Path, kind: type[AnySettings], **paths: Sequence[str]) -> tuple[AnySettings, Tokenizer]:
-    """Settings and tokenizer of the run in `folder`. paths: fields that say where data is now, if given any.
+    """Settings and tokenizer of the run in `folder`, which is locked from now on. paths: fields that say
+    where data is now, if given any.
 
-    Raises UserError where there is no run of that stage.
+    Raises UserError where there is no run of that stage, or another process goes on with it.
     """
+    if folder.is_dir():
+        lock(folder)
     settings, tokenizer = checkpoint.read_run(folder, kind)
     moved = {name: absolute(found) for name, found in paths.items() if found}
     return dataclasses.replace(settings, **moved), tokenizer
@@ -138,6 +144,7 @@ def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: S
     if not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     _save_trainer(folder, optimizer, tokenizer, settings)
     _export(folder, optimizer.model, tokenizer, settings)
     tidy(folder, settings.has_model)
