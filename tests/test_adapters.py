@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -380,6 +381,24 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, field, value, says):
         adapters.load(tmp_path, model)
 
 
+@pytest.mark.parametrize("kind, field, value", [
+    ("lora", "r", 20_000_000), ("lora", "r", 2**60), ("prompt", "num_virtual_tokens", 2**60),
+    ("ptuning", "encoder_hidden_size", 10**8),
+])  # fmt: skip
+def test_a_hostile_number_takes_no_memory(tmp_path, kind, field, value):
+    """Guards: arrays of the sizes in a config, made before these are compared with the tensors' own."""
+    model = make(KINDS[kind])
+    adapters.save(tmp_path, model, TOKENIZER, "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="it is for another model|the model has 16 positions"):
+        adapters.load(tmp_path, model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
 def test_a_wrong_base_is_refused(config, tmp_path):
     model = make(config)
     adapters.save(tmp_path, model, TOKENIZER, "base")
@@ -589,3 +608,25 @@ def test_evaluations_take_an_adapter(folder):
     run(*SFT, "--adapter", "lora", "--out", "tuned")
     model, tokenizer = adapters.load_model("base", "tuned")
     assert len(evaluate.answers(model, tokenizer, ["a?", "b?"], 4)) == 2
+
+
+def test_a_run_whose_settings_lie_takes_no_memory(folder):
+    """Guards: a base as large as the settings say, made before this is compared with the file."""
+    run(*PRETRAIN, "--merge-every", "3", "--out", "whole")
+    path = folder / "whole" / "trainer.safetensors"
+    tensors, metadata = tensorfile.tensors(path)
+    arrays = {name: np.empty(tensor.shape, np.float32) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        tensor.read(arrays[name])
+    state = json.loads(metadata["tinygpt"])
+    for change in ({"vocab_size": 30_000_000}, {"block_size": 2**20}):
+        lie = state | {"settings": state["settings"] | {"model": state["settings"]["model"] | change}}
+        for base in (arrays["base"], arrays["base"][:-1]):
+            tensorfile.write(path, arrays | {"base": base}, {"tinygpt": json.dumps(lie)})
+            tracemalloc.start()
+            result = run("pretrain", "--resume", "whole", status=2)
+            assert tracemalloc.get_traced_memory()[1] < 64 << 20
+            tracemalloc.stop()
+            assert result.stderr.count("\n") == 1 and "in its settings" in result.stderr
+    tensorfile.write(path, arrays | {"base": arrays["base"][:-1]}, metadata)
+    assert "base of" in run("pretrain", "--resume", "whole", status=2).stderr

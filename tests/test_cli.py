@@ -73,7 +73,8 @@ def test_help_is_quick():
     code = "import sys; from tinygpt.cli import main; main(['--help'], standalone_mode=False); "
     code += "print(*sys.modules, file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded, needed = set(result.stderr.split()), {"tinygpt", "cli", "contract", "errors", "gradcheck", "recipes"}
+    loaded = set(result.stderr.split())
+    needed = {"tinygpt", "cli", "contract", "errors", "gradcheck", "recipes"}
     assert {name.removeprefix("tinygpt.") for name in loaded if name.startswith("tinygpt")} <= needed
     assert not loaded & {"safetensors", "_cffi_backend"}
     assert "pretrain" in result.stdout

@@ -305,6 +305,10 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
     size = math.prod(tensors["weights"].shape)
     if getattr(settings, "size", settings.model.size) != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
+    if getattr(settings, "has_base", False):
+        size = math.prod(tensors["base"].shape) if "base" in tensors else 0
+        if size != settings.model.size:
+            raise UserError(f"{path}: its base of {size} weights is not the model in its settings")
     try:
         tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"], state.get("chat_template"))
     except UserError as error:

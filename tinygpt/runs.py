@@ -77,6 +77,11 @@ class Settings:
         nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
         return bool(not self.adapter.kind or self.train.merge_every or not self.init_from)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the run's own file has the weights of the model too, beside those of its adapter."""
+        return bool(self.adapter.kind) and self.has_model
+
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -157,8 +162,7 @@ def tidy(folder: Path, has_model: bool) -> None:
 
 
 def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    base = bool(settings.adapter.kind) and settings.has_model
-    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, base)
+    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.has_base)
 
 
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:

@@ -182,7 +182,11 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
 
 def _torch(name: str, p: Array) -> Array:
     """As PyTorch has it, or back: weights of linear layers (out, in), A and embeddings as they are."""
-    return p if name.endswith(("lora_A", "embedding.weight")) else p.T
+    return p if _lies_alike(name) else p.T
+
+
+def _lies_alike(name: str) -> bool:
+    return name.endswith(("lora_A", "embedding.weight"))
 
 
 def _config_json(config: AdapterConfig, model: GPT, base: str) -> dict:
@@ -258,31 +262,35 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, 
         targets = sorted({name[: -len(".lora_A")] for name in tensors})
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind, targets=sorted(targets))
-    adapter = Adapter(config, model.config, model.flat.dtype)
-    _check(tensors, {n: _torch(n, p).shape for n, p in adapter.params.items()}, folder / WEIGHTS)
-    for name, p in adapter.params.items():
-        p[:] = _torch(name, _read(tensors[name]))
-    return adapter
+    return _read_into(config, model, tensors, folder / WEIGHTS)
 
 
 def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapter:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
+    _check(found, {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}, folder / WEIGHTS)
     plain = Adapter(config, model.config, model.flat.dtype)
-    wanted = {"prompt_embeddings": plain.params["embedding.weight"].shape}
-    _check(found, wanted, folder / WEIGHTS)
     found["prompt_embeddings"].read(plain.params["embedding.weight"])
     if not (folder / ENCODER).is_file():
         return plain
     tensors, _ = tensorfile.tensors(folder / ENCODER)
     names |= {"encoder_hidden_size": "hidden"}
-    adapter = Adapter(_config(raw, folder / ADAPTER_CONFIG, names, kind=kind), model.config, model.flat.dtype)
-    _check(tensors, {n: _torch(n, p).shape for n, p in adapter.params.items()}, folder / ENCODER)
-    for name, p in adapter.params.items():
-        p[:] = _torch(name, _read(tensors[name]))
+    config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
+    adapter = _read_into(config, model, tensors, folder / ENCODER)
     prompt, baked = adapter.prompt(model.ops)[0], plain.params["embedding.weight"]
     if not np.allclose(prompt, baked, rtol=1e-4, atol=1e-5):
         raise UserError(f"{folder}: {ENCODER} does not give the prompt in {WEIGHTS}: one of them is old")
+    return adapter
+
+
+def _read_into(config: AdapterConfig, model: GPT, tensors: dict[str, Tensor], where: Path) -> Adapter:
+    """The adapter with these tensors. Their shapes are compared first: a config may ask for any amount of
+    memory."""
+    shapes = config.shapes(model.config).items()
+    _check(tensors, {n: shape if _lies_alike(n) else shape[::-1] for n, shape in shapes}, where)
+    adapter = Adapter(config, model.config, model.flat.dtype)
+    for name, p in adapter.params.items():
+        p[:] = _torch(name, _read(tensors[name]))
     return adapter
 
 
