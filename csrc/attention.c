@@ -116,6 +116,8 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
     const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
     const real scale = 1 / (real)sqrt(D);
     real *k = scratch(SCRATCH_PRIVATE, ((2 * Sp + 2 * QUERIES) * Dp + Sp * QUERIES) * sizeof(real));
+    if (!k)
+        return;
     real *v = k + Sp * Dp, *q_t = v + Sp * Dp, *out = q_t + QUERIES * Dp, *strip = out + QUERIES * Dp;
     for (size_t bh = begin; bh < end; bh++) {
         const size_t b = bh / a->H, h = bh % a->H;
@@ -149,6 +151,8 @@ INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, 
     const real scale = 1 / (real)sqrt(D), *q = a->q + b * a->q_batch + h0 * D;
     const real *k = a->k + b * a->k_batch + h0 * D, *v = a->v + b * a->v_batch + h0 * D;
     vec *restrict products = scratch(SCRATCH_PRIVATE, heads * (LANES * LANES + Sp) * sizeof(real));
+    if (!products)
+        return;
     real *probs = (real *)(products + heads * LANES), *restrict out = a->out + (b * a->H + h0) * D;
     for (size_t j = begin; j < S; j += LANES) {
         for (size_t l = 0; l < LANES; l++) {
@@ -221,6 +225,8 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
     const size_t D = a->D, T = a->T, S = a->S, Dp = up(D, COLS), Sp = up(S, LINES);
     const real scale = 1 / (real)sqrt(D);
     real *k = scratch(SCRATCH_PRIVATE, ((4 * Sp + 5 * QUERIES) * Dp + 2 * Sp * QUERIES) * sizeof(real));
+    if (!k)
+        return;
     real *v = k + Sp * Dp, *dk = v + Sp * Dp, *dv = dk + Sp * Dp, *q = dv + Sp * Dp, *q_t = q + QUERIES * Dp;
     real *dout = q_t + QUERIES * Dp, *dout_t = dout + QUERIES * Dp, *dq = dout_t + QUERIES * Dp;
     real *probs = dq + QUERIES * Dp, *dscores = probs + Sp * QUERIES;

@@ -143,6 +143,8 @@ static void pieces_of_c(const void *args, size_t begin, size_t end)
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
     const size_t slices = (g->K + DEPTH - 1) / DEPTH, depth = (g->K + slices - 1) / slices;
     real *packed_b = scratch(SCRATCH_PRIVATE, (WIDTH + HEIGHT) * depth * sizeof(real));
+    if (!packed_b)
+        return;
     real *packed_a = packed_b + WIDTH * depth;
     for (size_t piece = begin; piece < end; piece++) {
         const size_t r = piece / t->col_pieces, s = piece % t->col_pieces;
@@ -181,6 +183,8 @@ static void panels_by_tiles(const void *args, size_t begin, size_t end)
         size_t b_row = g->packed ? COLS : g->b_row;
         if (width < COLS && !g->packed) {
             real *packed = scratch(SCRATCH_PRIVATE, g->K * COLS * sizeof(real));
+            if (!packed)
+                return;
             pack(packed, b, width, COLS, g->K, 1, b_row);
             b = packed, b_row = COLS;
         }

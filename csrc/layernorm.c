@@ -78,7 +78,10 @@ static void layernorm_backward(const void *args)
     const struct layernorm_backward *a = args;
     const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS; /* in a part */
     const size_t parts = rows ? up(a->rows, rows) / rows : 0;
-    real *dg = scratch(SCRATCH_SHARED, 2 * MOST_PARTS * C * sizeof(real)), *db = dg + MOST_PARTS * C;
+    real *dg = scratch(SCRATCH_SHARED, 2 * MOST_PARTS * C * sizeof(real));
+    if (!dg)
+        return;
+    real *db = dg + MOST_PARTS * C;
     const struct layernorm_parts t = {a, dg, db, rows};
     parallel(layernorm_backward_parts, &t, parts, 1 + 4096 / (rows * C + 1));
     for (size_t c = 0; c < C; c++) {

@@ -79,7 +79,10 @@ static void sample_rows(const void *args, size_t begin, size_t end)
     const struct sample *a = args;
     const size_t V = a->V;
     const real temperature = a->temperature > 1e-6 ? a->temperature : 1e-6;
-    real *p = scratch(SCRATCH_PRIVATE, 2 * up(V, LANES) * sizeof(real)), *copy = p + up(V, LANES);
+    real *p = scratch(SCRATCH_PRIVATE, 2 * up(V, LANES) * sizeof(real));
+    if (!p)
+        return;
+    real *copy = p + up(V, LANES);
     for (size_t row = begin; row < end; row++) {
         const real *x = a->logits + row * a->logits_row;
         vec tops = all(-INFINITY);

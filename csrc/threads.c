@@ -19,7 +19,6 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 enum { MOST_THREADS = 256, LOOKS = 20000 };
@@ -183,6 +182,8 @@ static struct slot *own_slots(void)
     return NULL;
 }
 
+static atomic_size_t failures; /* of all threads: a caller sees whether one came in its time */
+
 void *scratch(int slot, size_t bytes)
 {
     struct slot *slots = own_slots();
@@ -191,12 +192,16 @@ void *scratch(int slot, size_t bytes)
     if (slots)
         free(slots[slot].memory);
     if (!slots || posix_memalign(&slots[slot].memory, 64, bytes)) {
-        fprintf(stderr, "tinygpt: no memory for %zu bytes of scratch\n", bytes);
-        abort();
+        if (slots)
+            slots[slot].memory = NULL, slots[slot].bytes = 0;
+        atomic_fetch_add(&failures, 1);
+        return NULL;
     }
     slots[slot].bytes = bytes;
     return slots[slot].memory;
 }
+
+size_t memory_failures(void) { return atomic_load(&failures); }
 
 size_t thread_count(void) { return pool.threads; }
 

@@ -8,8 +8,9 @@ void parallel(void (*work)(const void *args, size_t begin, size_t end), const vo
               size_t grain);
 
 /* Memory of the calling thread, on a cache line, kept until the next call with the same slot; slots do not
-   overlap. */
+   overlap. NULL where there is none: the kernel then returns at once, and `memory_failures` has grown. */
 enum { SCRATCH_SHARED, SCRATCH_PRIVATE, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
+size_t memory_failures(void);
 
 size_t thread_count(void);

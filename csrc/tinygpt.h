@@ -172,15 +172,16 @@ struct read_memory {
     size_t tasks, n;
 };
 
-/* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. */
-void tinygpt_run(int op, int is_double, const void *args);
+/* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. Returns
+   1 if memory ended: the results are then none. */
+int tinygpt_run(int op, int is_double, const void *args);
 
-/* Many of them, one after the other. */
+/* Many of them, one after the other, up to one that returns 1. */
 struct call {
     int op, is_double;
     const void *args;
 };
-void tinygpt_run_all(const struct call *calls, size_t n);
+int tinygpt_run_all(const struct call *calls, size_t n);
 
 /* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns
    its name, or NULL where the machine lacks the one asked for. */

@@ -237,8 +237,8 @@ def judge(name: str, mutant: Callable, seed: int) -> str:
             return "raises"
         if not changes_a_result(right, wrong, seed):
             return "equal"
-    results = [result for pair in wrong for result in gradcheck(*pair, 1e-7, seed=seed)]
-    return "caught" if any(result.verdict == "wrong" for result in results) else "missed"
+    caught = (result.verdict == "wrong" for pair in wrong for result in gradcheck(*pair, 1e-7, seed=seed))
+    return "caught" if any(caught) else "missed"
 
 
 def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:

@@ -527,3 +527,36 @@ def test_a_build_that_failed_is_said(tmp_path, monkeypatch):
         kernels.backend()
     with pytest.raises(UserError, match="gcc failed to build it"):
         kernels.backend("c")
+
+
+@needs_c
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_without_memory_there_is_a_memory_error():
+    """Guards: a process that is aborted, with its last save, where a kernel finds no memory of its own."""
+    run = python("""
+        import resource, numpy as np
+        from tinygpt import kernels
+        logits, uniform = np.zeros((1, 50_000_000), np.float32), np.zeros(1)
+        kernels.sample(logits[:, :1000], uniform)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+        for _ in range(2):
+            try:
+                kernels.sample(logits, uniform)
+            except MemoryError as error:
+                print(error)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(kernels.sample(logits, uniform))
+    """, TINYGPT_THREADS="1")  # fmt: skip
+    assert run.stdout == "the C core's sample\nthe C core's sample\n[0]\n", run.stderr
+    assert run.returncode == 0
+
+
+@needs_c
+def test_an_axis_of_one_may_have_any_stride(rng):
+    """Guards: a negative stride handed to C as a huge positive one."""
+    x, w = rng.standard_normal((1, 3, 4))[::-1], rng.standard_normal((4, 5))
+    np.testing.assert_allclose(kernels.linear_forward(x, w)[0], x @ w)
+    q = rng.standard_normal((1, 3, 4))[::-1]
+    out, _ = kernels.attention_forward(q, q, q, 2)
+    np.testing.assert_allclose(out, ops.attention_forward(q, q, q, 2)[0])

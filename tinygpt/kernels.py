@@ -111,9 +111,15 @@ def _run(op: str, dtype: np.dtype, *fields) -> None:
     number, struct = _OPS[op]
     values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
     args = ffi.new(struct, values)
-    lib.tinygpt_run(number, dtype.char == "d", args)
+    if lib.tinygpt_run(number, dtype.char == "d", args):
+        raise MemoryError(f"the C core's {op}")
     if (tape := getattr(_recording, "tape", None)) is not None:
         tape.append((op, (number, dtype.char == "d", args), fields))
+
+
+def _run_all(structs) -> None:
+    if lib.tinygpt_run_all(structs, len(structs)):
+        raise MemoryError("the C core")
 
 
 def _numpy(function: Callable, *args) -> None:
@@ -149,7 +155,7 @@ class Recording:
         for in_c, part in itertools.groupby(tape, key=lambda entry: isinstance(entry, tuple)):
             if in_c:
                 structs = ffi.new("struct call[]", [call for _, call, _ in part])
-                part = [functools.partial(lib.tinygpt_run_all, structs, len(structs))]
+                part = [functools.partial(_run_all, structs)]
             self._parts += part
         self._calls, self._packed = calls, []  # they keep the structs and the arrays that these point to
 
@@ -179,7 +185,9 @@ def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
 def _strided(a: Array, dtype: np.dtype) -> Array:
     """`a` in this type and with strides that count elements forwards, copied only where it is not so."""
     a = np.asarray(a, dtype)
-    return np.ascontiguousarray(a) if any(s < 0 or s % a.itemsize for s in a.strides) else a
+    if any(s < 0 or s % a.itemsize for s in a.strides):
+        return np.array(a, order="C")  # ascontiguousarray keeps an odd stride of an axis of length 1
+    return a
 
 
 def _rows(a: Array, dtype: np.dtype) -> Array:

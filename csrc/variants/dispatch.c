@@ -2,6 +2,7 @@
 #include <string.h>
 
 typedef void real;
+#include "../threads.h"
 #include "../tinygpt.h"
 
 typedef void (*const kernel)(const void *args);
@@ -35,10 +36,17 @@ const char *tinygpt_choose_isa(const char *name)
     return use(name, "base", 1, tinygpt_f32_base, tinygpt_f64_base) ? "base" : NULL;
 }
 
-void tinygpt_run(int op, int is_double, const void *args) { tables[is_double][op](args); }
+int tinygpt_run(int op, int is_double, const void *args)
+{
+    const size_t before = memory_failures();
+    tables[is_double][op](args);
+    return memory_failures() != before;
+}
 
-void tinygpt_run_all(const struct call *calls, size_t n)
+int tinygpt_run_all(const struct call *calls, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        tinygpt_run(calls[i].op, calls[i].is_double, calls[i].args);
+        if (tinygpt_run(calls[i].op, calls[i].is_double, calls[i].args))
+            return 1;
+    return 0;
 }
