@@ -4,6 +4,7 @@ Those of pretrain, generate, chat and gradcheck have their tests beside their mo
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 import tinygpt
-from tinygpt import bench, kernels
+from tinygpt import bench, checkpoint, kernels
 from tinygpt.cli import main
-from tinygpt.model import AdapterConfig, GPTConfig
+from tinygpt.model import GPT, AdapterConfig, GPTConfig
+from tinygpt.tokenizer import CharTokenizer
 
 TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
 
@@ -110,6 +112,18 @@ def test_a_closed_pipe_is_no_error(run):
     words = " ".join(["word"] * 3000)
     result = subprocess.run(f"{command} tok '{words}' | head -1", shell=True, capture_output=True, text=True)
     assert result.stdout == "'word'\n" and not result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors as a POSIX shell does")
+def test_a_closed_standard_input_is_one_line(tmp_path):
+    """Guards: an AttributeError of None, in a traceback."""
+    tokenizer = CharTokenizer.train("hello")
+    checkpoint.save(tmp_path, GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, 4)), tokenizer)
+    for command in f"generate {tmp_path} --prompt -", f"chat {tmp_path}":
+        shell = f"{sys.executable} -m tinygpt {command} <&-"
+        result = subprocess.run(shell, shell=True, capture_output=True, text=True)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert result.stderr.splitlines()[-1] == "tinygpt: standard input is closed: there is no text to read"
 
 
 def test_every_package_is_installed():

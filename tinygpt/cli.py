@@ -813,6 +813,8 @@ def _speaker(folder: Path, adapter_folder: Path | None, seed: int, **sampling):
 
 
 def _from_stdin(read: Callable[[], str]) -> str:
+    if sys.stdin is None:  # `<&-` in a shell
+        raise UserError("standard input is closed: there is no text to read")
     try:
         return read()
     except UnicodeDecodeError:
@@ -833,7 +835,7 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
 
     _, tokenizer, continuation = _speaker(**options)
     if prompt == "-":
-        prompt = _from_stdin(sys.stdin.read).removesuffix("\n")
+        prompt = _from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
     ids = encode_prompt(tokenizer, prompt)
     for n in range(num_samples):
         click.echo("-" * 15 + "\n" + prompt if n else prompt, nl=False)
@@ -870,7 +872,7 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     else:
         names = [name.strip() for name in compare.split(",")] if compare else [stage]
         partners = {name: _talker(*story.where(told, name), stop, True, **options) for name in names}
-    person = sys.stdin.isatty()
+    person = sys.stdin is not None and sys.stdin.isatty()
     if told and person:
         click.echo("Each question stands alone. Ask for example, or begin a sentence for the base:")
         click.echo("\n".join(f"  {asked}" for asked in story.questions(told)))
@@ -1194,6 +1196,8 @@ def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
         name, _, sizes = value.partition("=")
         if not name or not all(size.strip().isdecimal() and int(size) for size in sizes.split(",")):
             raise click.BadParameter(f"{value!r} is not name=sizes, such as x=4,8")
+        if name in shapes:
+            raise click.BadParameter(f"{name} has two shapes")
         shapes[name] = tuple(map(int, sizes.split(",")))
     return shapes
 
@@ -1258,7 +1262,7 @@ def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -
         sys.exit(2)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         module = sys.modules.get(Path(target.rpartition(":")[0]).name.removesuffix(".py"))
         frames = traceback.extract_tb(error.__traceback__)
         frame = ([f for f in frames if f.filename == getattr(module, "__file__", None)] or frames)[-1]

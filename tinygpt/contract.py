@@ -39,18 +39,24 @@ def is_float(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def arrays(value: object, name: str = "") -> Iterator[tuple[str, Array]]:
-    """Every array in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]"."""
+def arrays(value: object, name: str = "", above: tuple = ()) -> Iterator[tuple[str, Array]]:
+    """Every array in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]".
+    `above`: what the value is inside of, as a nest may contain itself."""
     if isinstance(value, np.ndarray):
-        yield name, value
-    elif isinstance(value, tuple | list):
+        if value.dtype.kind != "O":
+            yield name, value
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if any(value is other for other in above):
+        return
+    above = (*above, value)
+    if isinstance(value, tuple | list):
         for i, v in enumerate(value):
-            yield from arrays(v, f"{name}[{i}]")
+            yield from arrays(v, f"{name}[{i}]", above)
     elif isinstance(value, dict):
         for key, v in value.items():
-            yield from arrays(v, f"{name}[{key!r}]" if name else key)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from arrays(vars(value), name)
+            yield from arrays(v, f"{name}[{key!r}]" if name else str(key), above)
 
 
 def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
@@ -61,7 +67,10 @@ def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
         result = forward(**values) if by_name else forward(*values.values())
         if not (isinstance(result, tuple) and len(result) == 2):
             raise UserError(f"{name} must return (out, cache); the cache is what backward needs")
-        for out in as_tuple(result[0]):
+        outs = as_tuple(result[0])
+        if not outs or any(isinstance(out, tuple | list | dict) or out is None for out in outs):
+            raise UserError(f"{name}: out must be an array, a number or a tuple of these, and no nest")
+        for out in outs:
             if (kind := np.asarray(out).dtype) != np.float64:
                 raise UserError(f"{name} returns {kind} for float64 inputs: differences need float64")
         return result
@@ -71,6 +80,8 @@ def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
 
 def run_twice(call: Callable, values: dict) -> tuple:
     """(out, cache) at a point, and the rules that forward breaks, as (array, rule)."""
+    if not any(map(is_float, values.values())):
+        raise UserError("no input is a float array: there is nothing to differentiate")
     before, first = snapshot(values), vector(call(values)[0])
     out, cache = call(values)
     broken = [(name, "forward writes to it") for name in changed(before)]
@@ -83,8 +94,8 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
     """The gradients by input name, one for each of `douts`, and the rules that backward breaks.
 
     A gradient is an array (K, *shape) of backward's own dtype, or None where backward leaves it out. Backward
-    is called twice with the first dout. Where backward writes to what it is given there are no gradients:
-    differences would be taken with what was written.
+    is called twice with the first dout, and with multiples of it. Where backward writes to what it is given
+    there are no gradients: differences would be taken with what was written.
     """
     watched = [array for dout in douts for array in snapshot({"dout": dout})]
     watched += snapshot({"cache": cache, **values})
@@ -101,7 +112,8 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
         if names := changed(watched):
             return {}, [(name, "backward writes to it") for name in names]
     first, *answers = answers
-    grads = {}
+    grads, factors = {}, (1024, 2**-20)  # powers of 2: rounding is multiplied too
+    scaled = [_by_name(backward(_scaled(douts[0], factor), cache), values) for factor in factors]
     for name, grad in first.items():
         row = [answer[name] for answer in answers]
         if any(g is None for g in (grad, *row)):
@@ -114,7 +126,15 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
         if not same(np.float64(grad), np.float64(row[0]), rel=1e-12):
             broken.append((grad_name(name), "backward called twice gives two answers"))
             continue
+        if grad.dtype.itemsize >= 4 and not all(
+            same(np.float64(other[name]), factor * np.float64(grad), rel=1e-6)
+            for factor, other in zip(factors, scaled, strict=True)
+        ):
+            broken.append((grad_name(name), "backward is not linear: a large or small dout is cut off"))
+            continue
         grads[name] = np.stack(row)
+    if not broken and all(g is None for g in grads.values()):
+        raise UserError("backward returns no gradient: there is nothing to check")
     return grads, broken
 
 
@@ -129,9 +149,10 @@ def _by_name(result, values: dict) -> dict[str, Array | None]:
         if len(result) != len(names):
             raise UserError(
                 f"backward returns {len(result)} gradient{'s' * (len(result) != 1)}; float arrays: "
-                f"{', '.join(names)} (None in place of a gradient leaves it out)"
+                f"{', '.join(names)} (None in place of a gradient leaves it out; a number is no array)"
             )
         result = dict(zip(names, result, strict=True))
+    result = {name: g for name, g in result.items() if name not in values or name in names or g is not None}
     for name in sorted(set(names) ^ set(result)):
         count = "a" if name in result else "no"
         raise UserError(f"backward returns {count} gradient for {name!r}; float arrays: {', '.join(names)}")
@@ -163,6 +184,9 @@ class Outputs:
         except Exception as error:
             self.error = f"forward raises {type(error).__name__} beside it ({error})"
             return np.full(self.base.shape, np.nan)
+        if out.size != self.base.size:
+            self.error = "forward returns another number of outputs beside it"
+            return np.full(self.base.shape, np.nan)
         now = out[self.infinite]
         stays = (now == self.infinities) | (np.isnan(now) & np.isnan(self.infinities))
         out[self.infinite] = np.where(stays, 0.0, np.nan)
@@ -173,11 +197,12 @@ class Outputs:
 
         Over a step of 1e-10 a smooth function bends by 1e-20 only. An output that mostly stays where it is
         rounds more coarsely (float32 inside forward, a large number added): longer steps measure it again.
+        Beside 0 steps may be shorter, as 0 + h does not round: a small number may be added to x.
         After More and Wild, Estimating computational noise, 2011.
         """
         noise = np.finfo(np.float64).eps * np.abs(self.base)
         coarse = self(x + 1e-3 * d) != self.base
-        for step in (1e-10, 1e-8, 1e-6, 1e-4):
+        for step in 10.0 ** np.arange(-10 if x.all() else -18, -3, 2):
             line, bend, moves = self(x + step * d) - self.base, 0 * noise, 0 * noise
             for t in rng.uniform(0, 1, 12):  # on one side of x: a kink at x is no noise
                 change = self(x + t * step * d) - self.base
@@ -215,7 +240,7 @@ def same(a: Array, b: Array, rel: float = 0.0) -> bool:
         return False
     with np.errstate(invalid="ignore"):
         near = rel > 0 and a.size > 0 and np.abs(a - b).max() <= rel * np.abs(a).max()
-    return bool(near) or np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return bool(near) or np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
 
 
 def vector(out) -> Array:
@@ -231,6 +256,10 @@ def like(out, vector: Array):
         parts.append(vector[at : at + size].reshape(shape)[()])  # [()]: a number, where out is one
         at += size
     return tuple(parts) if isinstance(out, tuple | list) else parts[0]
+
+
+def _scaled(dout, factor: float):
+    return tuple(factor * d for d in dout) if isinstance(dout, tuple) else factor * dout
 
 
 def as_tuple(value) -> tuple:

@@ -62,7 +62,7 @@ def find(target: str, shapes: dict[str, tuple[int, ...]]) -> Pair:
         forward = layer.forward
     elif forward is None or backward is None:
         lacks = f"{name}_{'forward' if forward is None else 'backward'}"
-        close = difflib.get_close_matches(lacks, dir(module), 1)
+        close = difflib.get_close_matches(lacks, set(dir(module)) - {lacks}, 1)
         raise UserError(f"{where} has no {lacks}" + (f"; is it {close[0]}?" if close else ""))
     if shapes:
 
@@ -131,7 +131,11 @@ def layer_pair(layer: object, make_inputs: MakeInputs) -> Pair:
         if missing := set(layer.params) - set(layer.grads):
             raise UserError(f"after backward, grads has no {min(missing)!r}, but params has")
         floats = [n for n, x in names.items() if is_float(x)]
-        grads = dict(zip(floats, dx if isinstance(dx, tuple | list) else (dx,), strict=False))
+        dx = dx if isinstance(dx, tuple | list) else (dx,)
+        if len(dx) != len(floats):
+            listed = ", ".join(floats)
+            raise UserError(f"the layer's backward returns {len(dx)} gradients; float inputs: {listed}")
+        grads = dict(zip(floats, dx, strict=True))
         return grads | {f"grads[{n!r}]": layer.grads[n] for n in layer.params}
 
     return forward, backward, inputs
