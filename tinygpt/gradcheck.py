@@ -149,8 +149,8 @@ def assert_gradients(
     """
     __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
     bad = {"wrong", "missing" * (not allow_missing), "not judged" * strict}
-    if failures := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
-        raise AssertionError("\n".join(line for r in failures for line in (str(r), *r.notes)))
+    if wrong := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
+        raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.notes)))
 
 
 def _check(call: Callable, backward: Callable, values: dict, rtol, atol, small, dout_rng, rng) -> list:
