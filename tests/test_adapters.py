@@ -630,3 +630,18 @@ def test_a_run_whose_settings_lie_takes_no_memory(folder):
             assert result.stderr.count("\n") == 1 and "in its settings" in result.stderr
     tensorfile.write(path, arrays | {"base": arrays["base"][:-1]}, metadata)
     assert "base of" in run("pretrain", "--resume", "whole", status=2).stderr
+
+
+def test_merging_leaves_one_model_and_no_older_run(folder):
+    """Guards: an older run's file in the folder of a merged model, from which --resume put back the old model;
+    a base that was replaced by the merged model, while the adapter needs it."""
+    run(*SFT, "--adapter", "lora", "--out", "tuned")
+    run(*PRETRAIN, "--out", "old")
+    run("merge", "base", "--adapter-folder", "tuned", "--out", "old", "--overwrite")
+    assert {path.name for path in Path("old").iterdir()} == {path.name for path in Path("base").iterdir()}
+    assert "nothing to resume" in run("pretrain", "--resume", "old", status=2).stderr
+    for needed in "base", "tuned":
+        before = {path.name: path.read_bytes() for path in Path(needed).iterdir()}
+        result = run("merge", "base", "--adapter-folder", "tuned", "--out", needed, "--overwrite", status=2)
+        assert "--out takes another folder" in result.stderr
+        assert {path.name: path.read_bytes() for path in Path(needed).iterdir()} == before

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt import checkpoint, tensorfile
+from tinygpt import checkpoint, runs, tensorfile
 from tinygpt import tokenizer as tokenizers
-from tinygpt.atomic import lock, replacing, unlock
+from tinygpt.atomic import finish, lock, replacing, unlock
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 from tinygpt.optim import AdamW
+from tinygpt.train import TrainConfig
 
 FUZZ = int(os.environ.get("TINYGPT_FUZZ", 400))
 TOKENIZER = tokenizers.CharTokenizer.train("abcdefghijk\n")
@@ -459,19 +461,68 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder):
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_saving_the_same_model_again_never_leaves_the_folder_without_its_config(tmp_path, monkeypatch):
-    """Guards: a kill while a run is resumed, after which the model cannot be loaded."""
-    tokenizer = tokenizers.CharTokenizer.train("hello")
-    model = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, 4), np.random.default_rng(0))
-    checkpoint.save(tmp_path, model, tokenizer)
-    replace, seen = os.replace, []
+def kinds(folder):
+    """What a folder holds, and functions that put it there: one tokenizer and one size of model for each."""
+    def one(text, size):
+        tokenizer = tokenizers.CharTokenizer.train(text)
+        return GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, size), np.random.default_rng(size)), tokenizer
 
-    def look_and_replace(source, target):
-        checkpoint.load(tmp_path)
-        replace(source, target)
-        seen.append(Path(target).name)
-        checkpoint.load(tmp_path)
+    model, tokenizer = one("hello", 4)
+    run = AdamW(one("good day", 8)[0])
+    adapted, words = one("good bye", 12)
+    adapted.adapter = Adapter(AdapterConfig("lora", rank=1), adapted.config)
+    settings = runs.Settings(run.model.config, TrainConfig(), block_size=8)
+    beside = runs.Settings(adapted.config, TrainConfig(), block_size=8, init_from="base",
+                           adapter=adapted.adapter.config)  # fmt: skip
+    return {
+        "nothing": lambda: folder.mkdir(exist_ok=True),
+        "model": lambda: runs.save_model(folder, model, tokenizer),
+        "run": lambda: runs.first_save(folder, run, one("good day", 8)[1], settings),
+        "adapter": lambda: runs.first_save(folder, AdamW(adapted), words, beside),
+    }
 
-    monkeypatch.setattr(os, "replace", look_and_replace)
-    checkpoint.save(tmp_path, model, tokenizer)
-    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(seen)
+
+def holds(folder):
+    """The files that are seen when the folder is opened, as what was interrupted is finished then."""
+    finish(folder)
+    parts = {path for path in folder.iterdir() if path.suffix == ".part"}
+    return {path.name: path.read_bytes() for path in set(folder.iterdir()) - parts}
+
+
+@pytest.mark.parametrize("new", ["model", "run", "adapter"])
+@pytest.mark.parametrize("old", ["nothing", "model", "run", "adapter"])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, old, new):
+    """Guards: a folder without a model, with two, or with the weights of one and the tokenizer of another."""
+    folder, states = tmp_path / "folder", []
+    kinds(folder)[old]()
+    before = holds(folder)
+
+    def watched(function):
+        def call(*arguments, **how):
+            states.append(tmp_path / f"state {len(states)}")
+            shutil.copytree(folder, states[-1])
+            return function(*arguments, **how)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in "fsync", "replace", "unlink":
+            patch.setattr(os, name, watched(getattr(os, name)))
+        kinds(folder)[new]()
+    after, seen = holds(folder), set()
+    assert len(states) > 10
+    for state in states:
+        found = holds(state)
+        assert found in (before, after), state
+        seen.add(found == after)
+    assert before == after or seen == {False, True}
+    assert ("model.safetensors" in after) != ("adapter_model.safetensors" in after)
+    assert ("trainer.safetensors" in after) == (new != "model")
+
+
+@pytest.mark.parametrize("to_do", ["[", '[["a", "b"]]', '[["", "../b"]]', '[[".a.part", "/b"]]', "[[1, 2]]"])
+def test_a_forged_list_of_things_to_do_is_refused(tmp_path, to_do):
+    """Guards: a downloaded folder that renames or removes files elsewhere when it is opened."""
+    (tmp_path / ".to-do.json").write_text(to_do)
+    with pytest.raises(UserError, match="remove it"):
+        finish(tmp_path)

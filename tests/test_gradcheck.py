@@ -92,7 +92,8 @@ def test_a_gradient_that_is_not_a_number_is_wrong(value):
     wrong = wrong_ones(lambda x: (x.copy(), None), backward, {"x": np.ones(2)})
     assert "at [1]" in str(wrong["dx"])
     with np.errstate(invalid="ignore"):
-        assert wrong_ones(lambda x: (x * value, None), lambda dout, c: dout, {"x": np.ones(2)})
+        out = np.array([value, 1])
+        assert wrong_ones(lambda x: (x * out, None), lambda dout, c: dout, {"x": np.ones(2)})
 
 
 # --- no false alarms, and no false passes, at zero ---------------------------------------------------------
@@ -583,6 +584,7 @@ def test_the_users_arrays_are_not_touched(rng):
     (lambda x: x, lambda d, c: d, r"must return \(out, cache\)"),
     (lambda x: (x.astype(np.float32), None), lambda d, c: d, "float32"),
     (lambda x: (x > 0, None), lambda d, c: d, "bool"),
+    (lambda x: (x * np.nan, None), lambda d, c: 0 * d, "nan everywhere"),
     (lambda x: (x + 0, None), lambda d, c: (d, d), "2 gradients; float arrays: x "),
     (lambda x: (x + 0, None), lambda d, c: {"y": d}, "no gradient for 'x'"),
     (lambda x: (x + 0, None), lambda d, c: (None,), "nothing to check"),

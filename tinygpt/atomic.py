@@ -1,11 +1,14 @@
 """Files that nobody sees half written, and folders that one process at a time writes to.
 
-Whoever opens a file sees the old content or the new, also after a crash. Not here: replacing several files
-together; what must not fall apart goes into one file.
+Whoever opens a file sees the old content or the new, also after a crash. `together` does the same for several
+files of a folder: a list of what is still to be renamed and removed is on the disk before the first of it
+happens, and who opens the folder after a crash calls `finish`.
 """
 
 import contextlib
+import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,10 @@ except ImportError:  # Windows: folders are not locked there
 
 from .errors import UserError
 
+TO_DO = ".to-do.json"  # [[new name, name], ...]: renames, or removals where the new name is ""
+PART = re.compile(r"(\.[^/\\]+\.part)?")
 _locks: dict[Path, int] = {}  # the folders that this process has locked, and their open descriptors
+_steps: dict[Path, list[tuple[str, str]]] = {}  # what each open `together` has to do
 
 
 @contextlib.contextmanager
@@ -27,18 +33,75 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block raises, `path` stays as it was and what was written is removed. What a kill leaves behind,
     `.NAME.*.part`, the next process that locks the folder removes. Raises what `writing` raises.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    beside, kept = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"), False
+    steps = _steps.get(path.parent.resolve())
     try:
         with writing(path):
             # O_EXCL: a new file, neither somebody else's nor a link that leads out of the folder
             os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield beside
             sync(beside)
-            os.replace(beside, path)
-            if os.name == "posix":  # elsewhere a folder cannot be opened
+            if kept := steps is not None:
+                steps.append((beside.name, path.name))
+            else:
+                os.replace(beside, path)
                 sync(path.parent)  # the new name itself
     finally:
-        beside.unlink(missing_ok=True)
+        if not kept:
+            beside.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there; at the end of `together`, if that is open for its folder."""
+    if (steps := _steps.get(path.parent.resolve())) is not None:
+        steps.append(("", path.name))
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """All files of `folder` that the block replaces or removes change at its end, or after a crash none does.
+
+    Until then readers see the old files. If the block raises, they stay.
+    """
+    folder = folder.resolve()
+    if folder in _steps:  # within another block: that one's end is the moment
+        yield
+        return
+    steps = _steps[folder] = []
+    try:
+        yield
+        del _steps[folder]
+        with replacing(folder / TO_DO) as beside:
+            beside.write_text(json.dumps(steps), encoding="utf-8")
+        with writing(folder):
+            finish(folder)
+    finally:
+        _steps.pop(folder, None)
+        if not (folder / TO_DO).exists():
+            for beside, _ in steps:
+                (folder / (beside or TO_DO)).unlink(missing_ok=True)
+
+
+def finish(folder: Path) -> None:
+    """Does what a crash has left to do in a folder. Raises UserError if `together` did not write the list."""
+    to_do = folder / TO_DO
+    try:
+        steps = json.loads(to_do.read_text(encoding="utf-8"))
+        right = all(PART.fullmatch(new) and Path(name).name == name for new, name in steps)
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, RecursionError):
+        right = False
+    if not right:
+        raise UserError(f"{to_do}: is not a list of what is left to do here: remove it")
+    for new, name in steps:
+        with contextlib.suppress(FileNotFoundError):  # done before the crash
+            os.replace(folder / new, folder / name) if new else (folder / name).unlink()
+    sync(folder)
+    to_do.unlink(missing_ok=True)
+    sync(folder)
 
 
 @contextlib.contextmanager
@@ -54,6 +117,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Waits until the disk has what was written to this file or folder."""
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -65,7 +130,7 @@ def lock(folder: Path) -> None:
     """Keeps other processes from writing to a folder, until `unlock` or the end of this one, kills included.
 
     The folder itself is locked (flock), so no file tells of it. Raises UserError where another process has
-    the lock. Removes what a kill left half written.
+    the lock. Finishes what a kill interrupted, and removes what it left half written.
     """
     folder = folder.resolve()
     if fcntl is None or folder in _locks:
@@ -81,6 +146,7 @@ def lock(folder: Path) -> None:
         os.close(descriptor)
         return
     _locks[folder] = descriptor
+    finish(folder)
     for part in folder.glob(".*.part"):
         part.unlink()
 

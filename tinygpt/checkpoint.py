@@ -26,7 +26,7 @@ from typing import TypeVar, get_type_hints
 
 from . import tensorfile
 from . import tokenizer as tokenizers
-from .atomic import replacing
+from .atomic import finish, replacing, together
 from .errors import UserError
 from .model import GPT, GPTConfig
 from .optim import AdamW
@@ -97,6 +97,7 @@ def read_config(folder: Path) -> GPTConfig:
         name = folder.name
         get = f": hf download openai-community/{name} --local-dir {folder}" * name.startswith("gpt2")
         raise UserError(f"{folder}: no such folder{get}")
+    finish(folder)
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
         base = str(tokenizers.read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
         raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
@@ -155,32 +156,16 @@ def from_json(cls: type[T], values: object, where: str) -> T:
 
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Writes the whole folder; `transformers` loads it with from_pretrained.
-
-    The weights come first: where there is no room for them, a model that was there before stays as it was.
-    From then on until all is written there is no config.json, unless it stays the same: a kill leaves the old
-    model, the new one or one that `load` refuses, never the weights of one with the tokenizer of the other.
-    """
+    """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
+    folder has the model that was there before, whole, or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config_json(model.config, tokenizer.eos_id)
-    with replacing(folder / WEIGHTS) as beside:
-        _write_weights(beside, model)
-        if not _describes(folder, config, tokenizer):
-            (folder / CONFIG).unlink(missing_ok=True)
-    tokenizer.save(folder, model_max_length=model.config.block_size)
-    with replacing(folder / CONFIG) as beside:
-        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _describes(folder: Path, config: dict, tokenizer: Tokenizer) -> bool:
-    """Whether the folder already has this config and this tokenizer, as when a run is resumed."""
-    try:
-        found = [tokenizers.read_object(folder / name) for name in (CONFIG, "tokenizer.json")]
-        return found == [config, tokenizer.to_spec()] and (
-            tokenizers.load(folder).chat_template == tokenizer.chat_template
-        )
-    except (UserError, OSError):
-        return False
+    with together(folder):
+        with replacing(folder / WEIGHTS) as beside:
+            _write_weights(beside, model)
+        tokenizer.save(folder, model_max_length=model.config.block_size)
+        with replacing(folder / CONFIG) as beside:
+            beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_weights(folder: Path, model: GPT) -> None:

@@ -769,16 +769,15 @@ _adapter_folder = click.option(
 @_out("merged")
 def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
     """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, as fast as that one."""
-    from . import checkpoint, runs
+    from . import runs
     from .finetune import adapters
 
     if adapter_folder is None:
         raise click.UsageError("say which adapter, as --adapter-folder")
-    runs.check_folder(out, overwrite)
+    runs.check_folder(out, overwrite, needed=(folder, adapter_folder))
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     adapters.merge(model)
-    checkpoint.save(out, model, tokenizer)
-    runs.tidy(out, has_model=True)
+    runs.save_model(out, model, tokenizer)
     click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 

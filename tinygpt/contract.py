@@ -84,6 +84,8 @@ def run_twice(call: Callable, values: dict) -> tuple:
         raise UserError("no input is a float array: there is nothing to differentiate")
     before, first = snapshot(values), vector(call(values)[0])
     out, cache = call(values)
+    if first.size and np.isnan(first).all():
+        raise UserError("forward returns nan everywhere: there is nothing to compare")
     broken = [(name, "forward writes to it") for name in changed(before)]
     if not broken and not same(first, vector(out)):
         broken = [("out", "forward called twice gives two answers: fix its random seed")]

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import checkpoint, train
-from .atomic import lock, sync, writing
+from .atomic import lock, remove, sync, together, writing
 from .checkpoint import Tokenizer
 from .errors import UserError
 from .finetune import adapters
@@ -145,20 +145,22 @@ def check_data(folder: Path, settings: Settings, mark: str, beside: tuple[str, .
 
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes a new run, its largest file first: a full disk, or a kill, leaves what was there before."""
+    """Writes a new run. After a full disk or a kill the folder has what was there before, or the new run."""
     if not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    _save_trainer(folder, optimizer, tokenizer, settings)
-    _export(folder, optimizer.model, tokenizer, settings)
-    tidy(folder, settings.has_model)
+    with together(folder):
+        _save_trainer(folder, optimizer, tokenizer, settings)
+        _export(folder, optimizer.model, tokenizer, settings)
 
 
-def tidy(folder: Path, has_model: bool) -> None:
-    """Removes an adapter from a folder that now has a model, or the other way round."""
-    for name in adapters.FILES if has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
+def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Writes a model that is not a run's: what an older run or an adapter left in the folder goes."""
+    with together(folder):
+        checkpoint.save(folder, model, tokenizer)
+        for name in (*adapters.FILES, checkpoint.TRAINER, METRICS):
+            remove(folder / name)
 
 
 def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -166,14 +168,17 @@ def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings
 
 
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes the folder that others read: a model's, or an adapter's."""
-    if model.adapter is None:
-        checkpoint.save(folder, model, tokenizer)
-    elif settings.has_model:
-        with adapters.merged(model):
+    """Writes the folder that others read: a model's, or an adapter's, and removes the files of the other."""
+    with together(folder):
+        if model.adapter is None:
             checkpoint.save(folder, model, tokenizer)
-    else:
-        adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
+        elif settings.has_model:
+            with adapters.merged(model):
+                checkpoint.save(folder, model, tokenizer)
+        else:
+            adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
+        for name in adapters.FILES if settings.has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
+            remove(folder / name)
 
 
 def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:

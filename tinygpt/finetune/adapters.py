@@ -26,7 +26,7 @@ import numpy as np
 
 from .. import checkpoint, tensorfile
 from .. import tokenizer as tokenizers
-from ..atomic import replacing
+from ..atomic import finish, remove, replacing, together
 from ..checkpoint import ADAPTER_CONFIG, Tokenizer
 from ..errors import UserError
 from ..generate import KVCache
@@ -166,18 +166,20 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
         tensors = {f"base_model.model.transformer.{name}.weight": p for name, p in params.items()}
     else:
         tensors = {"prompt_embeddings": adapter.prompt(model.ops)[0]}
-    with replacing(folder / WEIGHTS) as beside:
-        metadata = {"format": "pt", "base_sha256": base_hash or fingerprint(model)}
-        tensorfile.write(beside, tensors, metadata)
-    if adapter.layers:
-        with replacing(folder / ENCODER) as beside:
-            encoder = {name: _torch(name, p) for name, p in adapter.params.items()}
-            tensorfile.write(beside, encoder, {"format": "pt"})
-    else:
-        (folder / ENCODER).unlink(missing_ok=True)
-    tokenizer.save(folder, model_max_length=model.context)
-    with replacing(folder / ADAPTER_CONFIG) as beside:
-        beside.write_text(json.dumps(_config_json(config, model, base), indent=2) + "\n", encoding="utf-8")
+    with together(folder):
+        with replacing(folder / WEIGHTS) as beside:
+            metadata = {"format": "pt", "base_sha256": base_hash or fingerprint(model)}
+            tensorfile.write(beside, tensors, metadata)
+        if adapter.layers:
+            with replacing(folder / ENCODER) as beside:
+                encoder = {name: _torch(name, p) for name, p in adapter.params.items()}
+                tensorfile.write(beside, encoder, {"format": "pt"})
+        else:
+            remove(folder / ENCODER)
+        tokenizer.save(folder, model_max_length=model.context)
+        with replacing(folder / ADAPTER_CONFIG) as beside:
+            text = json.dumps(_config_json(config, model, base), indent=2) + "\n"
+            beside.write_text(text, encoding="utf-8")
 
 
 def _torch(name: str, p: Array) -> Array:
@@ -225,6 +227,7 @@ def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Ada
     names and shapes. A tensor that belongs nowhere, or one that is missing, is an error too.
     """
     folder = Path(folder)
+    finish(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: has no {ADAPTER_CONFIG}: it is not an adapter's folder")
     raw = tokenizers.read_object(folder / ADAPTER_CONFIG)
