@@ -633,7 +633,7 @@ def test_a_run_whose_settings_lie_takes_no_memory(folder):
 
 
 def test_merging_leaves_one_model_and_no_older_run(folder):
-    """Guards: an older run's file in the folder of a merged model, from which --resume put back the old model;
+    """Guards: an older run's file in the folder of a merged model, from which --resume put back the old one;
     a base that was replaced by the merged model, while the adapter needs it."""
     run(*SFT, "--adapter", "lora", "--out", "tuned")
     run(*PRETRAIN, "--out", "old")

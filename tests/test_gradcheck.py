@@ -91,9 +91,6 @@ def test_a_gradient_that_is_not_a_number_is_wrong(value):
 
     wrong = wrong_ones(lambda x: (x.copy(), None), backward, {"x": np.ones(2)})
     assert "at [1]" in str(wrong["dx"])
-    with np.errstate(invalid="ignore"):
-        out = np.array([value, 1])
-        assert wrong_ones(lambda x: (x * out, None), lambda dout, c: dout, {"x": np.ones(2)})
 
 
 # --- no false alarms, and no false passes, at zero ---------------------------------------------------------
@@ -321,8 +318,8 @@ def test_what_is_hidden_is_not_judged():
     """Guards: an offset that certifies anything; differences that are no numbers."""
     forward, backward = lambda x: (x + 1e14, None), lambda dout, c: 1.01 * dout
     (hidden,) = gradcheck(forward, backward, np.ones(3))
-    assert hidden.verdict == "not judged" and "outputs round by up to 0.02" in hidden.problem
-    with pytest.raises(AssertionError, match="round by up to 0.02"):
+    assert hidden.verdict == "not judged" and "outputs round by 0.02" in hidden.problem
+    with pytest.raises(AssertionError, match="outputs round by 0.02"):
         tinygpt.assert_gradients(forward, backward, np.ones(3))
     assert wrong_ones(forward, lambda dout, c: 2 * dout, np.ones(3))
     nowhere = lambda x: (x if (x == 1).all() else x + np.nan, None)  # noqa: E731
@@ -349,7 +346,7 @@ def test_float32_inside_is_no_false_alarm():
     backward = lambda dout, x: dout * (1 - np.tanh(x) ** 2)  # noqa: E731
     for seed in range(20):
         (result,) = gradcheck(forward, backward, normal(20), seed=seed)
-        assert result.ok or "outputs round by up to 1e-07" in result.problem or "2e-07" in result.problem
+        assert result.ok or re.search("outputs round by [12]e-07", result.problem)
 
 
 def test_atol_lets_small_errors_pass():
@@ -424,7 +421,20 @@ def test_a_backward_that_is_not_linear_is_caught():
     """Guards: gradients that are cut off above a limit that no ordinary dout reaches, or below one."""
     for cut in (lambda d: np.clip(d, -9, 9), lambda d: d * (np.abs(d) > 1e-4)):
         (result,) = gradcheck(lambda x: (2 * x, x), lambda d, x, cut=cut: 2 * cut(d), np.ones(4))
-        assert str(result) == "dx: backward is not linear: a large or small dout is cut off"
+        assert "dx: backward is not linear in dout: 1024 dout must give 1024 gradients" in str(result)
+
+
+def test_a_backward_without_dout_is_named():
+    """Guards: "is dout cut off?" for the most usual mistake in a loss."""
+    (result,) = gradcheck(lambda x: (np.sum(x * x), x), lambda dout, x: 2 * x, np.ones(4))
+    assert str(result) == "dx: backward does not depend on dout: multiply by it (chain rule)"
+
+
+def test_the_order_of_a_dict_does_not_matter(rng):
+    """Guards: right gradients called wrong, as the inputs are listed in another order than forward's."""
+    inputs = {"w": rng.standard_normal((4, 2)), "x": rng.standard_normal((3, 4))}
+    backward = lambda dout, c: (dout @ c[1].T, c[0].T @ dout)  # noqa: E731
+    tinygpt.assert_gradients(lambda x, w: (x @ w, (x, w)), backward, inputs)
 
 
 def test_zeros_move_at_the_second_point():
@@ -527,7 +537,7 @@ def test_the_readmes_test_file(mine, tmp_path):
 def test_a_backward_that_uses_up_its_cache_is_named():
     """It works once; a second call raised KeyError, in a line of the checker's."""
     (result,) = gradcheck(lambda x: (2 * x, {"y": 1}), lambda dout, c: dout * 2 * c.pop("y"), np.ones(2))
-    assert str(result) == "cache: backward raises KeyError when it is called again: 'y'"
+    assert str(result).startswith("cache: backward raises KeyError when it is called again ('y'): keep what")
 
 
 # --- what may go in and out --------------------------------------------------------------------------------
@@ -584,7 +594,7 @@ def test_the_users_arrays_are_not_touched(rng):
     (lambda x: x, lambda d, c: d, r"must return \(out, cache\)"),
     (lambda x: (x.astype(np.float32), None), lambda d, c: d, "float32"),
     (lambda x: (x > 0, None), lambda d, c: d, "bool"),
-    (lambda x: (x * np.nan, None), lambda d, c: 0 * d, "nan everywhere"),
+    (lambda x: (x * [1, np.nan, 1], None), lambda d, c: 0 * d, "nan for these inputs"),
     (lambda x: (x + 0, None), lambda d, c: (d, d), "2 gradients; float arrays: x "),
     (lambda x: (x + 0, None), lambda d, c: {"y": d}, "no gradient for 'x'"),
     (lambda x: (x + 0, None), lambda d, c: (None,), "nothing to check"),
@@ -631,7 +641,7 @@ def test_broken_rules_are_named():
     assert in_place == {"x": "forward writes to it"}
     rng = np.random.default_rng(0)
     unseeded = broken_rules(lambda x: (x * rng.random(3), None), lambda d, c: d, x)
-    assert unseeded == {"out": "forward called twice gives two answers: fix its random seed"}
+    assert unseeded == {"out": "forward called twice gives two answers: make its random numbers from a seed"}
 
 
 def test_what_is_right_is_not_called_wrong(rng):
@@ -663,7 +673,7 @@ def test_what_is_right_is_not_called_wrong(rng):
 def test_one_gradient_for_several_is_counted(rng):
     x, w, b = rng.standard_normal((3, 2)), rng.standard_normal((2, 4)), rng.standard_normal(4)
     for backward, says in (
-        (lambda dout, cache: dout, r"^backward returns 1 gradient; float arrays: x, w, b \(None"),
+        (lambda dout, cache: dout, r"^backward returns 1 gradient; float arrays: x, w, b \(write None"),
         (lambda dout, cache: None, r"^backward returns None, .*: end it with `return dx, dw, db`$"),
         (lambda dout, cache: (None, None, False), "nothing to check"),
     ):
@@ -815,7 +825,7 @@ def test_what_is_not_judged_is_said(mine):
     for extra, status in ((), 0), (("--strict",), 1):
         result = mine("mine:hidden", "--shape", "x=3", *extra)
         assert result.exit_code == status
-        assert result.output.startswith("NOT JUDGED dx: the differences are uncertain: outputs round")
+        assert result.output.startswith("NOT JUDGED dx: uncertain differences: outputs round")
     assert json.loads(mine("mine:hidden", "--shape", "x=3", "--json").output)[0]["ok"] is None
 
 

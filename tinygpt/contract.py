@@ -14,18 +14,36 @@ import numpy as np
 
 from .errors import UserError
 
+__tracebackhide__ = True  # for pytest, as in gradcheck.py
 Array = np.ndarray
 Inputs = dict | list | tuple | Array  # by name, in order, or a single one
 MakeInputs = Callable[[np.random.Generator], Inputs]
 
 
 def named(forward: Callable, inputs: Inputs) -> dict:
-    """The inputs by name: their own in a dict, those of forward's parameters in a sequence."""
+    """The inputs by name, in the order of forward's parameters; a sequence gets their names."""
     if isinstance(inputs, dict):
-        return dict(inputs)
+        return {name: inputs[name] for name in parameters(forward) if name in inputs} | inputs
     inputs = as_tuple(inputs)
     names = parameters(forward) + [f"input {i}" for i in range(len(inputs))]  # numbers for forward(*args)
     return dict(zip(names, inputs, strict=False))
+
+
+def point(forward: Callable, inputs: Inputs) -> dict:
+    """The inputs by name, float arrays as float64 copies."""
+    values = named(forward, inputs)
+    return {n: np.array(x, np.float64) if is_float(x) else x for n, x in values.items()}
+
+
+def moved(values: dict, rng: np.random.Generator, zeros_alone: bool) -> dict:
+    """Float arrays at a second point: x (1 + 0.05 r), r uniform in [-1, 1). Zeros, behind which a term may
+    hide, become 0.05 r; `zeros_alone`: nothing else moves."""
+    r = {n: 0.05 * rng.uniform(-1, 1, x.shape) for n, x in values.items() if is_float(x)}
+    return {
+        n: np.array(values[n] + (values[n] if values[n].any() else 1) * step)
+        for n, step in r.items()
+        if not (zeros_alone and values[n].any())
+    }
 
 
 def parameters(forward: Callable, required: bool = False) -> list[str]:
@@ -84,11 +102,11 @@ def run_twice(call: Callable, values: dict) -> tuple:
         raise UserError("no input is a float array: there is nothing to differentiate")
     before, first = snapshot(values), vector(call(values)[0])
     out, cache = call(values)
-    if first.size and np.isnan(first).all():
-        raise UserError("forward returns nan everywhere: there is nothing to compare")
+    if np.isnan(first).any():
+        raise UserError("forward returns nan for these inputs: choose inputs in its domain")
     broken = [(name, "forward writes to it") for name in changed(before)]
     if not broken and not same(first, vector(out)):
-        broken = [("out", "forward called twice gives two answers: fix its random seed")]
+        broken = [("out", "forward called twice gives two answers: make its random numbers from a seed")]
     return out, cache, broken
 
 
@@ -108,7 +126,8 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
         except Exception as error:
             if not answers:
                 raise
-            problem = f"backward raises {type(error).__name__} when it is called again: {error}"
+            problem = f"backward raises {type(error).__name__} when it is called again ({error}): keep what "
+            problem += "forward saved, the checker calls backward several times"
             return {}, [("cache", problem)]
         answers.append(_by_name(answer, values))
         if names := changed(watched):
@@ -132,7 +151,10 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
             same(np.float64(other[name]), factor * np.float64(grad), rel=1e-6)
             for factor, other in zip(factors, scaled, strict=True)
         ):
-            broken.append((grad_name(name), "backward is not linear: a large or small dout is cut off"))
+            problem = "backward is not linear in dout: 1024 dout must give 1024 gradients (is dout cut off?)"
+            if all(same(np.float64(other[name]), np.float64(grad)) for other in scaled):
+                problem = "backward does not depend on dout: multiply by it (chain rule)"
+            broken.append((grad_name(name), problem))
             continue
         grads[name] = np.stack(row)
     if not broken and all(g is None for g in grads.values()):
@@ -151,13 +173,14 @@ def _by_name(result, values: dict) -> dict[str, Array | None]:
         if len(result) != len(names):
             raise UserError(
                 f"backward returns {len(result)} gradient{'s' * (len(result) != 1)}; float arrays: "
-                f"{', '.join(names)} (None in place of a gradient leaves it out; a number is no array)"
+                f"{', '.join(names)} (write None for one that you leave out; a number is no array)"
             )
         result = dict(zip(names, result, strict=True))
     result = {name: g for name, g in result.items() if name not in values or name in names or g is not None}
     for name in sorted(set(names) ^ set(result)):
         count = "a" if name in result else "no"
-        raise UserError(f"backward returns {count} gradient for {name!r}; float arrays: {', '.join(names)}")
+        keys = f"the keys must be the inputs' names: {', '.join(names)}"
+        raise UserError(f"backward returns {count} gradient for {name!r}; {keys}")
     grads = {name: None if g is None or g is False else np.array(g) for name, g in result.items()}
     for name, g in grads.items():
         if g is not None and g.dtype.kind not in "fiu":
@@ -222,7 +245,7 @@ def outside(call: Callable, first: dict, second: dict) -> str:
         out = vector(call(second)[0])
     except Exception as error:
         return f"forward raises {type(error).__name__} ({error})"
-    leaves = np.isfinite(vector(call(first)[0])) & ~np.isfinite(out)
+    leaves = np.isnan(out) | (np.isfinite(vector(call(first)[0])) & ~np.isfinite(out))
     return "forward is not finite" if leaves.any() else ""
 
 

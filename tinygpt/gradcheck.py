@@ -7,27 +7,30 @@ For a fixed random `dout`, L = sum(dout * out) is a number. Backward claims the 
 measures the slope of L along d: one element of x after the other, or random directions in a large tensor.
 
     D(h) = (L(x + h d) - L(x - h d)) / 2h             its error has the order h^2
-    T(h) = D(h) + (D(h) - D(4h)) / 15                 the order h^4; the same again gives h^6, and so on
+    T(h) = D(h) + (D(h) - D(4h)) / 15                 the order h^4; T(h) and T(4h), with 255, give h^6; ...
 
-Each estimate combines a finer and a coarser one (Ridders 1982; Numerical Recipes, 5.7). Its uncertainty is
+Each T combines a finer estimate, that of the smaller step, and a coarser one (Ridders 1982; Numerical
+Recipes, 5.7). Its uncertainty is
 
     u = 8 sum_j |dout_j| noise_j / h  +  max(|T - finer|, |T - coarser|)
 
 noise_j is the rounding of output j, measured. The sum is over the outputs that move. An output that moves
-only for other elements may hide a slope: it counts, with the largest h. The steps are 1e-3 of the element's
-size, then smaller and larger ones, by factors of 4, until u is a tenth of what is allowed. The estimate with
-the least u is the slope D. If G is the largest |g| of the tensor, the gradient g of an element is
+only when another element changes may still have a slope here, too small to see: its rounding counts too,
+divided by the largest step. The steps are 1e-3 of the element's size, then smaller and larger ones, by
+factors of 4, until u <= rtol |D| / 10. The T with the least u is the slope, called D from here on. If G is
+the largest |g| of the tensor, the gradient g of an element is
 
     wrong         if |g - D| > rtol max(|g|, |D|) + u + 1e-12 G + atol
     not judged    else, if u exceeds 1e-3 |D| and 1e-6 G and atol, and g and D are not both 0
     ok            else
 
-This is done for four `dout`, which share no random stream with the inputs, and at two points. An element is
-wrong if one `dout` says so and steps of another size confirm it. It is not judged if they do not, or if no
-`dout` can judge it: a large number added to the outputs must not certify anything. If |g| <= u for a whole
-tensor, its gradient is zero as far as the outputs show, and G is that of the other inputs (each |g| times
-the size of its input). At a kink, such as relu at 0, left and right slope stay apart as h shrinks. A value
-between the two is accepted. Behind a kink of several outputs that are mixed, nothing is judged.
+This is done for four `dout`, so that no mistake fits them all, and at two points. No `dout` equals an input:
+their random streams differ. An element is wrong if one `dout` says so with steps of three sizes. It is not
+judged if no `dout` can judge it. Otherwise a large constant that is added to the outputs would make every
+gradient ok. If |g| <= u in a whole tensor, as for a bias before a batch norm,
+then G is that of the other inputs (each |g| times the size of its input). At a kink, such as relu at 0, the
+left and the right slope stay apart as h shrinks. A gradient between the two is accepted. If it is not between
+them and several outputs have the kink, then the element is not judged.
 
 What this does not do: second derivatives; float32, whose rounding hides bugs. Inputs are converted to
 float64, and a forward that returns float32 is refused.
@@ -42,9 +45,10 @@ from collections.abc import Callable
 import numpy as np
 
 from . import contract
-from .contract import Array, Inputs, MakeInputs, grad_name, is_float
+from .contract import Array, Inputs, MakeInputs, grad_name
 from .errors import UserError
 
+__tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
 DOUTS = 4  # upstream gradients at each point; each costs one backward
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
@@ -73,12 +77,17 @@ class Result:
     def badness(self) -> tuple[int, float]:
         return SEVERITY.index(self.verdict), self.rel_err
 
+    def worse(self, other: Result) -> Result:
+        """The worse of two points, with the notes of both: one for each element."""
+        notes = {note.split(": ")[0]: note for note in other.notes + self.notes}
+        return dataclasses.replace(max(self, other, key=Result.badness), notes=tuple(notes.values()))
+
     def __str__(self) -> str:
         text, u = f"{self.name}: {self.problem or f'relative error {self.rel_err:.1e}'}", self.uncertainty
         if self.index is not None:
             text += f" at {list(self.index)}: backward {self.backward:.6g}, "
             text += f"differences {self.differences:.6g}" + f" +- {u:.1g}" * (self.verdict == "not judged")
-        return text + f" ({self.extent})" * bool(self.extent)
+        return text + f" (checked: {self.extent})" * bool(self.extent)
 
 
 def gradcheck(
@@ -103,28 +112,18 @@ def gradcheck(
     points, *rngs = (np.random.default_rng([seed, stream]) for stream in STREAMS)
     given = inputs(points) if callable(inputs) else inputs
     call = contract.caller(forward, isinstance(given, dict))
-
-    def point(given: Inputs, second: bool) -> dict:
-        values = contract.named(forward, given)
-        floats = {n: np.array(x, np.float64) for n, x in values.items() if is_float(x)}
-        for n, x in floats.items():
-            if second and not (x.any() and callable(inputs)):  # a tensor of zeros may hide a term
-                floats[n] = np.array(x + (x if x.any() else 1) * 0.05 * points.uniform(-1, 1, x.shape))
-        return values | floats
-
     with np.errstate(all="ignore"):
-        first = point(given, False)
+        first = contract.point(forward, given)
         results = _check(call, backward, first, rtol, atol, small, *rngs)
         if any(r.verdict == "wrong" for r in results):
             return results
-        second = point(inputs(points) if callable(inputs) else given, True)
+        second = contract.point(forward, inputs(points) if callable(inputs) else given)
+        second |= contract.moved(second, points, zeros_alone=callable(inputs))
         if why := contract.outside(call, first, second):
             note = f"only one point is judged: at a second one {why}"
             return [dataclasses.replace(results[0], notes=(*results[0].notes, note)), *results[1:]]
         again = {r.name: r for r in _check(call, backward, second, rtol, atol, small, *rngs)}
-    pairs = [(r, again.pop(r.name, r)) for r in results]
-    return [dataclasses.replace(max(a, b, key=Result.badness), notes=tuple(dict.fromkeys(a.notes + b.notes)))
-            for a, b in pairs] + list(again.values())  # fmt: skip
+    return [r.worse(again.pop(r.name, r)) for r in results] + list(again.values())
 
 
 def assert_gradients(
@@ -147,7 +146,6 @@ def assert_gradients(
     Traceback (most recent call last):
     AssertionError: db: relative error 7.0e-01 at [0, 0]: backward -0.482453, differences -0.144712 ...
     """
-    __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
     bad = {"wrong", "missing" * (not allow_missing), "not judged" * strict}
     if wrong := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
         raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.notes)))
@@ -237,25 +235,26 @@ class _Judge:
             sizes, d = np.sort((self.sizes[chosen[n]], self.scale)), np.eye(1, self.x.size, chosen[n])[0]
             D[:, n], u[:, n] = self.slope(d, *(factor * sizes), 1e-12 * G + self.atol)
 
+        def result(verdict: str, n: int) -> Result:
+            extent = f"{len(chosen):,} of {self.x.size:,} elements one by one"
+            return self.result(verdict, g[:, n], D[:, n], u[:, n], score[:, n], extent, chosen[n])
+
         for n in range(len(chosen)):
             measure(n, 1)
         score, uncertain = self.compare(g, D, u, G)
         for n in [n for n in np.argsort(-score.max(0)) if score[:, n].max() > 1]:
-            measure(n, 0.6)
-            score[:, n], _ = self.compare(g[:, n], D[:, n], u[:, n], G)
-            kink = self.kink(chosen[n], g[:, n])
-            if kink == "inside":
-                score[:, n] = uncertain[n] = 0
-            elif score[:, n].max() > 1 and kink != "mixed":
-                verdict = "wrong"
-                break
+            for factor in (0.6, 0.36):
+                measure(n, factor)
+                score[:, n], uncertain[n] = self.compare(g[:, n], D[:, n], u[:, n], G)
+                if score[:, n].max() <= 1:
+                    break
             else:
-                uncertain[n] = True  # two sets of steps disagree
-        else:
-            verdict = "not judged" if uncertain.any() else "ok"
-            n = int(np.argmax(uncertain if uncertain.any() else score.max(0)))
-        extent = f"{len(chosen):,} of {self.x.size:,} elements one by one"
-        return self.result(verdict, g[:, n], D[:, n], u[:, n], score[:, n], extent, chosen[n])
+                if (kink := self.kink(chosen[n], g[:, n])) not in ("inside", "mixed"):
+                    return result("wrong", n)
+                score[:, n], uncertain[n] = 0, kink == "mixed"
+        if uncertain.any():
+            return result("not judged", int(np.argmax(uncertain)))
+        return result("ok", int(np.argmax(score.max(0))))
 
     def directions(self, small: int) -> Result:
         """Judges random directions. A wrong one is bisected down to an element, which is judged alone. If it
@@ -266,11 +265,10 @@ class _Judge:
             if len(results) % 2 and self.x.any():
                 d, size = d * self.x, 1.0  # each element moves by its own size
             g, G = self.grads @ d, np.linalg.norm(self.grads * d, axis=1).max()
-            for factor in (1, 0.6):
+            for factor in (1, 0.6, 0.36):
                 D, u = self.slope(d, factor * size, factor * size, 1e-12 * G + self.atol)
                 score, uncertain = self.compare(g, D, u, G)
                 if score.max() <= 1:
-                    verdict = "not judged" if uncertain or factor < 1 else "ok"
                     break
             else:
                 k, kinks = int(score.argmax()), len(self.notes)
@@ -284,8 +282,8 @@ class _Judge:
                         continue
                 if result.verdict == "wrong":
                     return result
-                return self.result("wrong", g, D, u, score, "along a random direction")
-            results.append(self.result(verdict, g, D, u, score, ""))
+                return self.result("wrong", g, D, u, score, "a random direction")
+            results.append(self.result("not judged" if uncertain else "ok", g, D, u, score, ""))
         judged = [r for r in results if r.ok]
         extent = f"{len(judged)} random directions, {alone:,} of {self.x.size:,} elements one by one"
         return dataclasses.replace(max(judged or results, key=Result.badness), extent=extent)
@@ -325,7 +323,7 @@ class _Judge:
         numbers = [float(a[k]) for a in (g, D, u)]
         error = abs(g[k] - D[k]) / max(abs(g[k]), abs(D[k])) if verdict == "wrong" else self.rtol * score[k]
         if verdict == "not judged":
-            problem = f"the differences are uncertain: outputs round by up to {self.noise.max():.1g}, or bend"
+            problem = f"uncertain differences: outputs round by {self.noise.max():.1g}, or bend; worst"
             if not math.isfinite(u[k]):
                 problem = self.outputs.error or "forward is not finite beside it"
         index = None if i is None else tuple(int(n) for n in np.unravel_index(i, self.shape))
