@@ -403,12 +403,13 @@ def test_a_killed_run_comes_out_the_same(folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_ctrl_c_says_how_to_go_on(folder):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_says_how_to_go_on(folder, name):
     """Guards: a traceback, and the work since the last save lost."""
     options = ["--data", "text.txt", *TINY, "--eval-interval", "10000", "--max-iters", "10000"]
     run = start(*options)
     wait_for_iterations(run)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(getattr(signal, name))
     output, _ = run.communicate()
     assert run.returncode == 130 and "Traceback" not in output
     assert output.splitlines()[-1].endswith("tinygpt pretrain --resume out")
@@ -434,3 +435,14 @@ def test_a_second_process_in_one_folder_is_refused(folder):
     assert first.returncode == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert Path("out", name).read_bytes() == Path("alone", name).read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_closed_pipe_saves(folder):
+    """Guards: `pretrain | head -1`, after which all since the last evaluation was lost."""
+    options = " ".join(["--data", "text.txt", *TINY, "--eval-interval", "10000", "--max-iters", "10000"])
+    shell = f"{sys.executable} -m tinygpt pretrain {options} | head -2"
+    result = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr
+    state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
+    assert 1 <= state["step"] == len(records()) < 10000

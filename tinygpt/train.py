@@ -109,8 +109,8 @@ def train(
     batches(n, rng) gives the batches of update n (from 0): one, or several whose gradients are added up.
     `report` gets a record of each update: iter (from 1), train_loss, lr, grad_norm, tokens_per_s, elapsed_s
     (to which the argument is added), and every eval_interval updates and after the last what `evaluate`
-    returns. `save` is called after each such report, and on Ctrl-C when the update is done, after which
-    KeyboardInterrupt is raised.
+    returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
+    update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
 
     compute(optimizer, batches, ws, rng) puts gradients into `optimizer.flat` and returns the loss, or a
     record with it as train_loss; by default it is `accumulate`.
@@ -127,10 +127,16 @@ def train(
             found = evaluate() if due else {}
             for name, value in found.items():
                 _check_finite(value, name, n, saved)
-            report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | found)
-            if due or interrupted:
+            closed = None
+            try:
+                report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | found)
+            except OSError as error:  # nobody reads the output any more: `| head -1`, a terminal that is gone
+                closed = error
+            if due or interrupted or closed:
                 save()
                 saved = n
+            if closed:
+                raise closed
             if interrupted:
                 raise KeyboardInterrupt
 
@@ -245,21 +251,25 @@ def _check_finite(value: float, what: str, n: int, saved: int) -> None:
 
 @contextlib.contextmanager
 def _first_interrupt_waits() -> Iterator[list]:
-    """Yields a list that is empty until Ctrl-C; a second Ctrl-C raises KeyboardInterrupt on the spot."""
-    pressed = []
+    """Yields a list that is empty until a signal asks to stop: Ctrl-C, SIGTERM, or SIGHUP when a terminal
+    closes. A second one raises KeyboardInterrupt on the spot. A signal that is ignored (nohup) stays so."""
+    pressed, before = [], {}
 
     def note(number: int, frame: object) -> None:
         pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
 
-    if threading.current_thread() is not threading.main_thread():  # signals only ever reach the main thread
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, note)
+    if threading.current_thread() is threading.main_thread():  # signals only ever reach the main thread
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- metrics.jsonl ------------------------------------------------------------------------------------------
