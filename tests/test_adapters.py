@@ -645,3 +645,12 @@ def test_merging_leaves_one_model_and_no_older_run(folder):
         result = run("merge", "base", "--adapter-folder", "tuned", "--out", needed, "--overwrite", status=2)
         assert "--out takes another folder" in result.stderr
         assert {path.name: path.read_bytes() for path in Path(needed).iterdir()} == before
+
+
+def test_targets_that_are_no_names_are_ignored_as_a_pattern_is(tmp_path):
+    """Guards: a TypeError of sorted, in a traceback. The tensors say which maps have a branch."""
+    model = make(KINDS["lora"])
+    adapters.save(tmp_path, model, TOKENIZER, "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["c_attn", 1]}))
+    assert adapters.load(tmp_path, model).config.targets

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, cli, instructions, report, story
 from tinygpt.cli import main
+from tinygpt.errors import UserError
 from tinygpt.finetune import adapters
 from tinygpt.generate import encode_prompt
 
@@ -161,3 +162,17 @@ def test_every_number_is_finite_in_json(toy, tmp_path):
     text = (tmp_path / "story.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert all(math.isfinite(x) for x in found["stages"]["pre-training"]["change"].values())
+
+
+DAMAGES = [], {}, {"instruction tuning": []}, {"instruction tuning": {"samples": 1}}
+
+
+@pytest.mark.parametrize("stages", DAMAGES)
+def test_a_damaged_story_is_one_line(tmp_path, stages):
+    """Guards: a KeyError in a traceback."""
+    (tmp_path / story.FILE).write_text(json.dumps({"stages": stages, "folder": "seed-1"}))
+    with pytest.raises(UserError, match="tell the story again"):
+        story.questions(tmp_path)
+    (tmp_path / "seed-1" / "sft").mkdir(parents=True)
+    with pytest.raises(UserError, match="tell the story again"):
+        story.world_of(tmp_path / "seed-1" / "sft")

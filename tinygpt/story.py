@@ -35,6 +35,7 @@ from .world import evaluate, tasks
 from .world.corpus import DOCUMENTS
 
 FILE = "story.json"
+DAMAGED = "is not what tinygpt story wrote, or damaged: tell the story again"
 SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # samples are one of each
 
 
@@ -332,8 +333,11 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
 
 def questions(folder: Path) -> list[str]:
     """What the samples of the story in this folder ask."""
-    found = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
-    return [asked for asked, *_ in found]
+    try:
+        samples = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
+        return [question for question, *_ in samples]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / FILE}: {DAMAGED}") from None
 
 
 def world_of(folder: Path) -> str | None:
@@ -341,7 +345,9 @@ def world_of(folder: Path) -> str | None:
     told = folder.resolve().parent.parent / FILE
     if not told.is_file() or (found := read_object(told)).get("folder") != folder.resolve().parent.name:
         return None
-    return f"world:{found['seed']}" + ":small" * bool(found["quick"])
+    if type(found.get("seed")) is not int or not isinstance(found.get("quick"), bool):
+        raise UserError(f"{told}: {DAMAGED}")
+    return f"world:{found['seed']}" + ":small" * found["quick"]
 
 
 def where(folder: Path, name: str) -> tuple[Path, Path | None]:

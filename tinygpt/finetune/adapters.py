@@ -261,7 +261,8 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, 
     if not tensors:
         raise UserError(f"{folder / WEIGHTS}: holds no tensor: the adapter would do nothing")
     targets = raw.get("target_modules")
-    if not isinstance(targets, list) or raw.get("layers_to_transform") is not None:  # a pattern, some layers
+    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not named or raw.get("layers_to_transform") is not None:  # a pattern, some layers
         targets = sorted({name[: -len(".lora_A")] for name in tensors})
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind, targets=sorted(targets))
