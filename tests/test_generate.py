@@ -92,7 +92,8 @@ def test_cached_logits_are_the_uncached(backend, dtype, tolerance, post_norm):
     kv, ws, done = g.KVCache(model, 3, 16), storage.Workspace(), 0
     for chunk in (5, 1, 1, 3, 1, 5):
         got, _ = model.forward(ids[:, done : done + chunk], ws, kv=kv, keep=False)
-        np.testing.assert_allclose(got, expected[:, done : done + chunk], rtol=tolerance, atol=tolerance)
+        wanted, atol = expected[:, done : done + chunk], tolerance * np.abs(expected).max()
+        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=atol)  # a sum rounds as its largest term
         done += chunk
 
 

@@ -420,21 +420,20 @@ def test_a_signal_saves_and_says_how_to_go_on(folder, name):
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
 def test_a_second_process_in_one_folder_is_refused(folder):
     """Guards: two processes in one folder. Each deleted what the other wrote, and the run was lost."""
-    command = [sys.executable, "-c", "from tinygpt.cli import main; main()", "pretrain"]
-    options = ["--data", "text.txt", *TINY, "--max-iters", "3000", "--eval-interval", "500"]
-    subprocess.run([*command, *options, "--out", "alone"], capture_output=True, check=True)
-    with subprocess.Popen([*command, *options, "--out", "out"], stdout=subprocess.DEVNULL) as first:
-        while not Path("out", "metrics.jsonl").exists():
-            assert first.poll() is None
-            time.sleep(0.01)
-        for more in (["--resume", "out"], [*options, "--out", "out", "--overwrite"]):
-            second = subprocess.run([*command, *more], capture_output=True, text=True)
-            assert second.returncode == 2 and second.stderr.count("\n") == 1
-            assert "another process is writing there" in second.stderr
-        assert first.poll() is None  # it was there all the time
-    assert first.returncode == 0
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert Path("out", name).read_bytes() == Path("alone", name).read_bytes()
+    begin("--out", "out")
+    before = content("out")
+    program = "import sys; from tinygpt import pretrain; from pathlib import Path\n"
+    program += "pretrain.resume(Path('out')); print('resumed', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as first:
+        assert first.stdout.readline() == "resumed\n"
+        for more in (["--resume", "out"], ["--data", "text.txt", *TINY, "--out", "out", "--overwrite"]):
+            output = pretrain(*more, status=2)
+            assert "another process is writing there" in output and output.count("\n") == 1
+        first.stdin.close()
+        assert first.wait() == 0
+    assert content("out") == before
+    pretrain("--resume", "out")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
