@@ -407,9 +407,12 @@ def test_a_killed_run_comes_out_the_same(folder):
 def test_a_signal_saves_and_says_how_to_go_on(folder, name):
     """Guards: a traceback, and the work since the last save lost."""
     options = ["--data", "text.txt", *TINY, "--eval-interval", "10000", "--max-iters", "10000"]
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)  # or a child of nohup ignores it
     run = start(*options)
+    signal.signal(number, before)
     wait_for_iterations(run)
-    run.send_signal(getattr(signal, name))
+    run.send_signal(number)
     output, _ = run.communicate()
     assert run.returncode == 130 and "Traceback" not in output
     assert output.splitlines()[-1].endswith("tinygpt pretrain --resume out")
