@@ -526,3 +526,7 @@ def test_a_forged_list_of_things_to_do_is_refused(tmp_path, to_do):
     (tmp_path / ".to-do.json").write_text(to_do)
     with pytest.raises(UserError, match="remove it"):
         finish(tmp_path)
+    if hasattr(os, "mkfifo"):
+        (tmp_path / ".to-do.json").unlink()
+        os.mkfifo(tmp_path / ".to-do.json")
+        finish(tmp_path)  # and it ends

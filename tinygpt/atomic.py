@@ -87,10 +87,12 @@ def together(folder: Path) -> Iterator[None]:
 def finish(folder: Path) -> None:
     """Does what a crash has left to do in a folder. Raises UserError if `together` did not write the list."""
     to_do = folder / TO_DO
+    if not to_do.is_file():  # a pipe would never end
+        return
     try:
         steps = json.loads(to_do.read_text(encoding="utf-8"))
         right = all(PART.fullmatch(new) and Path(name).name == name for new, name in steps)
-    except FileNotFoundError:
+    except FileNotFoundError:  # somebody else has done it
         return
     except (ValueError, TypeError, RecursionError):
         right = False
