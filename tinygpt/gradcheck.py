@@ -27,10 +27,10 @@ the largest |g| of the tensor, the gradient g of an element is
 This is done for four `dout`, so that no mistake fits them all, and at two points. No `dout` equals an input:
 their random streams differ. An element is wrong if one `dout` says so with steps of three sizes. It is not
 judged if no `dout` can judge it. Otherwise a large constant that is added to the outputs would make every
-gradient ok. If |g| <= u in a whole tensor, as for a bias before a batch norm,
-then G is that of the other inputs (each |g| times the size of its input). At a kink, such as relu at 0, the
-left and the right slope stay apart as h shrinks. A gradient between the two is accepted. If it is not between
-them and several outputs have the kink, then the element is not judged.
+gradient ok. If |g| <= u in a whole tensor, as for a bias before a batch norm, then G is that of the other
+inputs (each |g| times the size of its input). At a kink, such as relu at 0, the left and the right slope stay
+apart as h shrinks. A gradient between the two is accepted. If it is not between them and several outputs have
+the kink, then the element is not judged.
 
 What this does not do: second derivatives; float32, whose rounding hides bugs. Inputs are converted to
 float64, and a forward that returns float32 is refused.
@@ -203,7 +203,8 @@ class _Judge:
         return 8 * (np.abs(self.douts[:, moved]) @ self.noise[moved])
 
     def slope(self, d: Array, size: float, most: float, enough: float) -> tuple[Array, Array]:
-        """D and u along d, (K,) each. Steps: 1e-3 of `size`, smaller ones, then larger ones up to `most`."""
+        """D and u along d, (K,) each. Steps: 1e-3 of `size`, smaller ones, then larger ones up to `most`, until
+        u <= enough or u <= rtol |D| / 10."""
         slopes, first, top = {}, 1e-3 * size, 3 + math.ceil(math.log(max(1, 60 * most / size), 4))
         moved, low = np.any(self.sides(most * d), 0), -9 if (self.x * d).any() else -24  # 0 + h is exact
         for levels in (range(3), range(low, 3), range(low, top)):
