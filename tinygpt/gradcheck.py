@@ -203,8 +203,8 @@ class _Judge:
         return 8 * (np.abs(self.douts[:, moved]) @ self.noise[moved])
 
     def slope(self, d: Array, size: float, most: float, enough: float) -> tuple[Array, Array]:
-        """D and u along d, (K,) each. Steps: 1e-3 of `size`, smaller ones, then larger ones up to `most`, up to
-        where u <= enough or u <= rtol |D| / 10."""
+        """D and u along d, (K,) each. Steps: 1e-3 of `size`, smaller ones, then larger ones up to `most`; no
+        more of them once u <= enough or u <= rtol |D| / 10."""
         slopes, first, top = {}, 1e-3 * size, 3 + math.ceil(math.log(max(1, 60 * most / size), 4))
         moved, low = np.any(self.sides(most * d), 0), -9 if (self.x * d).any() else -24  # 0 + h is exact
         for levels in (range(3), range(low, 3), range(low, top)):
