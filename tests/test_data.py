@@ -236,3 +236,25 @@ def test_packing_wastes_little_and_keeps_neighbours_together():
 def test_an_example_that_fits_no_row_is_refused(n):
     with pytest.raises(ValueError, match=f"of {n} ids"):
         data.pack([(np.ones(n), np.ones(n))], 8)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "odd", "larger id", "older form", "a pipe"])
+def test_a_damaged_file_of_ids_is_made_again(tmp_path, damage):
+    """Guards: training on other text without a word, after a copy that was cut short; a traceback; a hang."""
+    tokenizer = CharTokenizer.train(TEXT)
+    arguments = [[[TEXT]], tokenizer, tmp_path, "mark", 10]
+    right = np.array(data.stream(*arguments))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    if damage == "a pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("no pipes here")
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        file.write_bytes({
+            "cut": whole[: len(whole) // 2], "empty": b"", "odd": whole[:-1],
+            "larger id": whole[:-2] + b"\xff\xff", "older form": whole[16:],
+        }[damage])  # fmt: skip
+    np.testing.assert_array_equal(data.stream(*arguments), right)
+    assert file.read_bytes() == whole

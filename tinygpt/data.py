@@ -35,6 +35,7 @@ Document = Iterable[str]
 SUFFIXES = (".txt", ".md", ".rst")  # what a folder is searched for
 CHUNK = 1 << 22  # bytes read at a time
 IN_MEMORY = 1 << 28  # bytes of ids; a longer stream goes to a file
+HEADER = 16  # bytes of a file of ids: how many, and the largest
 
 # --- documents ----------------------------------------------------------------------------------------------
 
@@ -180,13 +181,13 @@ def stream(
 ) -> Array:
     """What `encode` gives, as one array (N,), uint16 or uint32 as the vocabulary needs.
 
-    A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped; the next call finds it
-    there by `mark`, the documents' fingerprint.
+    A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped. The next call finds it
+    there by `mark`, the documents' fingerprint. A file that is damaged is made again.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     file = folder / f"tokens-{mark[:16]}.bin"
-    if file.exists():
-        return np.memmap(file, dtype, "r")
+    if (tokens := _mapped(file, dtype)) is not None:
+        return tokens
     parts = (ids.astype(dtype) for ids in encode(documents, tokenizer))
     head, size = [], 0
     for ids in parts:
@@ -199,10 +200,26 @@ def stream(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("tokens-*.bin"):
         old.unlink()
+    count = largest = 0
     with replacing(file) as beside, open(beside, "wb") as out:
+        out.write(bytes(HEADER))
         for ids in itertools.chain(head, parts):
             out.write(ids)
-    return np.memmap(file, dtype, "r")
+            count, largest = count + ids.size, max(largest, int(ids.max(initial=0)))
+        out.seek(0)
+        out.write(np.array([count, largest], "<u8"))
+    return np.memmap(file, dtype, "r", HEADER)
+
+
+def _mapped(file: Path, dtype: np.dtype) -> Array | None:
+    """The ids in a file that `stream` wrote, if it has as many as its header says, and none larger."""
+    if not file.is_file() or file.stat().st_size <= HEADER:
+        return None
+    count, largest = map(int, np.fromfile(file, "<u8", 2))
+    if file.stat().st_size != HEADER + count * dtype.itemsize:
+        return None
+    tokens = np.memmap(file, dtype, "r", HEADER)
+    return tokens if tokens.max() == largest else None
 
 
 def split(tokens: Array, block_size: int) -> tuple[Array, Array]:
