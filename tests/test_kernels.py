@@ -531,6 +531,7 @@ def test_a_build_that_failed_is_said(tmp_path, monkeypatch):
 
 @needs_c
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer takes all addresses")
 def test_without_memory_there_is_a_memory_error():
     """Guards: a process that is aborted, with its last save, where a kernel finds no memory of its own."""
     run = python("""
