@@ -20,7 +20,7 @@ import pytest
 
 from tinygpt import checkpoint, runs, tensorfile
 from tinygpt import tokenizer as tokenizers
-from tinygpt.atomic import finish, lock, replacing, unlock
+from tinygpt.atomic import finish, lock, replacing, together, unlock
 from tinygpt.errors import UserError
 from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 from tinygpt.optim import AdamW
@@ -530,3 +530,13 @@ def test_a_forged_list_of_things_to_do_is_refused(tmp_path, to_do):
         (tmp_path / ".to-do.json").unlink()
         os.mkfifo(tmp_path / ".to-do.json")
         finish(tmp_path)  # and it ends
+
+
+def test_a_save_finishes_what_was_interrupted_before(tmp_path):
+    """Guards: a list of things to do that is lost under a new one, and with it half of an older save."""
+    for name, text in ((".a.1.part", "new a"), ("a", "old a"), ("b", "old b")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".to-do.json").write_text('[[".a.1.part", "a"], ["", "b"]]')
+    with together(tmp_path), replacing(tmp_path / "c") as beside:
+        beside.write_text("c")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new a", "c": "c"}

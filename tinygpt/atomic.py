@@ -69,6 +69,7 @@ def together(folder: Path) -> Iterator[None]:
     if folder in _steps:  # within another block: that one's end is the moment
         yield
         return
+    finish(folder)  # or its list would be lost under the new one
     steps = _steps[folder] = []
     try:
         yield
@@ -80,8 +81,8 @@ def together(folder: Path) -> Iterator[None]:
     finally:
         _steps.pop(folder, None)
         if not (folder / TO_DO).exists():
-            for beside, _ in steps:
-                (folder / (beside or TO_DO)).unlink(missing_ok=True)
+            for new in filter(None, (new for new, _ in steps)):
+                (folder / new).unlink(missing_ok=True)
 
 
 def finish(folder: Path) -> None:
