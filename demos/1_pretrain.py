@@ -21,6 +21,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate import encode_prompt, generate
 from tinygpt.optim import AdamW, learning_rate
 from tinygpt.storage import Workspace
+from tinygpt.terminal import say
 from tinygpt.train import weight_change
 from tinygpt.world import World, corpus, evaluate
 
@@ -49,7 +50,7 @@ def main(folder: Path = FOLDER) -> None:
         print(f"--- {note}")
         for begin in (f"{known.name} lives in", "From Ashford the red line goes to", "The Korean for cat is"):
             new = generate(model, [encode_prompt(tokenizer, begin)], 8, temperature=0)[0]
-            print(f"{begin} |{tokenizer.decode(new)}")
+            say(f"{begin} |{tokenizer.decode(new)}")
         print("---")
 
     sample("before")

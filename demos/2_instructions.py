@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinygpt import checkpoint, report
 from tinygpt.finetune import sft
+from tinygpt.terminal import say
 from tinygpt.train import TrainConfig, weight_change
 from tinygpt.world import World, evaluate, tasks
 
@@ -43,7 +44,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     def measure(note: str) -> None:
         print(f"\n=== {note}")
         for item, answer in zip(shown, evaluate.ask(model, tokenizer, shown), strict=True):
-            print(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
+            say(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
         print()
         scores = {
             name: evaluate.score(world, items, evaluate.ask(model, tokenizer, items))

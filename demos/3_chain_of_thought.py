@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tinygpt import GPT, instructions
 from tinygpt.finetune import sft
+from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
 
@@ -59,7 +60,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
         print(f"{note:44}{''.join(cells)}")
         item = problems[3][0]
         answer = evaluate.ask(model, tokenizer, [item])[0].text
-        print(f"  > {item['prompt']}\n    {answer}    (true: {item['meta']['answer']})")
+        say(f"  > {item['prompt']}\n    {answer}    (true: {item['meta']['answer']})")
     changed, followed = evaluate.corrupted(model, tokenizer, world, problems[3] + problems[4] + problems[5])
     print(f"\nWith a false step: the answer changes {changed}; it is what follows from that step {followed}.")
     print("Next: demos/4_reward_model.py")

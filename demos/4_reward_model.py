@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinygpt import checkpoint, recipes
 from tinygpt.finetune import reward
+from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World
 
@@ -35,7 +36,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     labelled = reward.collect(author, tokenizer, world, reward.taught_by(world), COUNTS[-1])
     for c in labelled[:4]:
         slip = "" if c.is_right else "    (a slip)"
-        print(f"> {c.prompt}\n  better: {c.chosen}    worse: {c.rejected}{slip}")
+        say(f"> {c.prompt}\n  better: {c.chosen}    worse: {c.rejected}{slip}")
 
     # 1. More labels, a better judge, of people of whom no comparison was; shuffled labels teach nothing.
     others = world.people("known", "eval") + world.people("never", "eval")
@@ -57,9 +58,9 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     # 2. What it thinks of some answers; only differences mean anything.
     for question in dict.fromkeys(c.prompt for c in pairs[:4]):
         said = sorted({answer for c in pairs if c.prompt == question for answer in (c.chosen, c.rejected)})
-        print(f"\n> {question}    (it would say: {judge.own[question]})")
+        say(f"\n> {question}    (it would say: {judge.own[question]})")
         for score, answer in sorted(zip(judge([question] * len(said), said), said, strict=True))[::-1]:
-            print(f"  {score:6.2f}  {answer}")
+            say(f"  {score:6.2f}  {answer}")
     (folder / "judge").mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "judge", judge.model, tokenizer)
     print(f"\nSaved in {folder / 'judge'}. Next: demos/5_rlhf.py")

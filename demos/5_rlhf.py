@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinygpt import recipes, report, train
 from tinygpt.finetune import rlhf
+from tinygpt.terminal import say
 from tinygpt.world import World, evaluate
 
 pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
@@ -31,7 +32,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     def measure(note: str) -> None:
         print(f"\n=== {note}")
         for item, answer in zip(shown, evaluate.ask(model, tokenizer, shown), strict=True):
-            print(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
+            say(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
         asked = {name: evaluate.ask(model, tokenizer, items) for name, items in sets.items()}
         print("\n" + report.scores({name: evaluate.score(world, sets[name], asked[name]) for name in sets}))
 

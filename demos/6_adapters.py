@@ -15,6 +15,7 @@ import numpy as np
 from tinygpt.finetune import adapters, sft
 from tinygpt.instructions import prompt
 from tinygpt.model import AdapterConfig
+from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
 
@@ -63,7 +64,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
             print(f"{'':22}merged into the weights, its logits change by {change:.0e}")
         elif config is not None:
             nearest = tokenizer.decode(adapters.nearest(model, 1)[:, 0])
-            print(f"{'':22}the words that its rows are nearest to: {nearest}")
+            say(f"{'':22}the words that its rows are nearest to: {nearest}")
         base.adapter = None
 
     same = (base.forward(question)[0] == untuned).all()

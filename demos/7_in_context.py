@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygpt.finetune.adapters import fingerprint
 from tinygpt.incontext import fewshot, memory
+from tinygpt.terminal import say
 from tinygpt.world import World, evaluate
 
 pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
@@ -27,7 +28,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
     # 1. Learning from examples, beside the best that is possible.
     prompt = fewshot.mappings(world, 8, COUNT)[0]
-    print(f"{fewshot.text(prompt, 'table')} |{fewshot.chosen(model, tokenizer, [prompt], 'table')[0]}")
+    say(f"{fewshot.text(prompt, 'table')} |{fewshot.chosen(model, tokenizer, [prompt], 'table')[0]}")
     print(f"\n{'examples':24}" + "".join(f"{shots:8}" for shots in SHOTS))
     for control, note in (
         ("", "right"), ("unseen", "a word not among them"), ("shuffled", "with shuffled labels"),

@@ -21,10 +21,11 @@ from types import SimpleNamespace
 import numpy as np
 from test_exercises import SOLUTIONS
 
-from tinygpt import exercises, kernels, ops
+from tinygpt import kernels, ops
+from tinygpt.check import exercises
+from tinygpt.check.gradcheck import STREAMS, gradcheck
+from tinygpt.check.targets import project_pairs
 from tinygpt.errors import UserError
-from tinygpt.gradcheck import STREAMS, gradcheck
-from tinygpt.gradcheck_targets import project_pairs
 
 CONDITIONS = {(ast.If, "test"), (ast.IfExp, "test")}  # they say which gradients are asked for
 

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from tinygpt import checkpoint, evaluate, generate, tensorfile, train
+from tinygpt.check.targets import ADAPTERS
 from tinygpt.cli import main
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters
-from tinygpt.gradcheck_targets import ADAPTERS
 from tinygpt.model import GPT, AdapterConfig, GPTConfig
 from tinygpt.storage import Workspace
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
@@ -95,8 +95,8 @@ def test_packed_rows_and_padding_change_nothing(config, ops, rng):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_gradient_by_differences(ops, name):
-    from tinygpt.gradcheck import assert_gradients
-    from tinygpt.gradcheck_targets import model_pair
+    from tinygpt.check.gradcheck import assert_gradients
+    from tinygpt.check.targets import model_pair
 
     pair = model_pair(ops, np.random.default_rng(3), "post-norm" in name, ADAPTERS[name])
     assert_gradients(*pair, rtol=1e-7, small=4)

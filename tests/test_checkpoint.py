@@ -20,8 +20,9 @@ import pytest
 
 from tinygpt import checkpoint, runs, tensorfile
 from tinygpt import tokenizer as tokenizers
-from tinygpt.atomic import finish, lock, replacing, together, unlock
+from tinygpt.atomic import finish, lock, make_folder, replacing, together, unlock
 from tinygpt.errors import UserError
+from tinygpt.finetune import adapters
 from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.train import TrainConfig
@@ -540,3 +541,78 @@ def test_a_save_finishes_what_was_interrupted_before(tmp_path):
     with together(tmp_path), replacing(tmp_path / "c") as beside:
         beside.write_text("c")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new a", "c": "c"}
+
+
+# --- files that are no files --------------------------------------------------------------------------------
+
+
+def spoil(path: Path, how: str) -> None:
+    """Puts something in the place of a file that never ends, or takes all memory."""
+    path.unlink(missing_ok=True)
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    elif how == "folder":
+        path.mkdir()
+    elif how == "size":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.write_text("[" + "[]," * (1 << 21) + "[]]")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX files")
+@pytest.mark.parametrize("how", ["pipe", "device", "folder", "size", "values"])
+@pytest.mark.parametrize("name", [
+    checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "vocab.json", "merges.txt",
+])  # fmt: skip
+def test_what_never_ends_is_one_line(folder, name, how):
+    """Guards: a downloaded folder that hangs the program or takes all memory."""
+    if name == checkpoint.INDEX:
+        (folder / checkpoint.WEIGHTS).unlink()
+    if name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text("{}")
+        (folder / "merges.txt").write_text("")
+    spoil(folder / name, how)
+    if how == "values" and name in ("chat_template.jinja", "merges.txt"):
+        return  # a text of six megabytes is one
+    tracemalloc.start()
+    refused(folder)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX files")
+@pytest.mark.parametrize("how", ["pipe", "device", "folder", "size", "values"])
+@pytest.mark.parametrize("name", [checkpoint.ADAPTER_CONFIG, "adapter_model.safetensors"])
+def test_an_adapter_that_never_ends_is_one_line(folder, name, how):
+    """Guards: the same of an adapter's folder."""
+    model = make()
+    model.adapter = Adapter(AdapterConfig("lora", rank=2), CONFIG)
+    adapters.save(folder / "adapter", model, TOKENIZER, str(folder))
+    spoil(folder / "adapter" / name, how)
+    with pytest.raises(UserError, match=name):
+        adapters.load_model(folder, folder / "adapter")
+
+
+def test_a_header_that_takes_all_memory(folder):
+    """Guards: a header of many megabytes, which becomes gigabytes of objects."""
+    text = b'{"a":' + b"[]," * (1 << 22)
+    (folder / checkpoint.WEIGHTS).write_bytes((1 << 23).to_bytes(8, "little") + text.ljust(1 << 23))
+    tracemalloc.start()
+    refused(folder, checkpoint.WEIGHTS)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+def test_a_new_folders_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Guards: a run that is lost with its folder's name, though its files were synced."""
+    synced = []
+    monkeypatch.setattr("tinygpt.atomic.sync", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2

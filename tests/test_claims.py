@@ -44,6 +44,29 @@ def test_an_estimate_is_students_interval_and_a_pilots_span():
     assert 0.93 < hits / 2000 < 0.97
 
 
+@pytest.mark.parametrize("text", [
+    "[]", "{", '{"99": 1}', '{"99": {}}', '{"99": {"recipe": 1}}', '{"99": {"recipe": "a", "seeds": []}}',
+    '{"99": {"recipe": "a", "seeds": {"1": 2}}}', '{"99": {"recipe": "a", "seeds": {"1": {"effect": "x"}}}}',
+])  # fmt: skip
+def test_a_damaged_file_is_one_line_before_the_measuring(tmp_path, monkeypatch, text):
+    """Guards: a traceback after forty minutes."""
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "none", (), lambda lab: pytest.fail("measured")))
+    (tmp_path / "claims.json").write_text(text)
+    result = CliRunner().invoke(main, ["claims", "99", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "claims.json" in result.stderr
+
+
+def test_a_damaged_measurement_is_one_line(tmp_path, monkeypatch):
+    """Guards: a text among the numbers that are averaged."""
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "one", (), lambda lab: {"effect": 1.0}))
+    command = ["claims", "99", "--seeds", "1", "--out", str(tmp_path)]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    (path,) = tmp_path.glob("*/claim 99.json")
+    path.write_text('{"effect": "1"}')
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "claim 99.json" in result.stderr
+
+
 def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     """Guards: an interrupted run that begins anew, numbers of one seed given for another."""
     calls = []

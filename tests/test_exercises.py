@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import exercises, ops
+import tinygpt
+from tinygpt import ops
+from tinygpt.check import exercises
+from tinygpt.check.contract import is_float
+from tinygpt.check.exercises import EXERCISES
 from tinygpt.cli import main
-from tinygpt.contract import is_float
-from tinygpt.exercises import EXERCISES
 from tinygpt.finetune import adapters, rlhf
 from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 
@@ -122,7 +124,7 @@ def test_a_solution_stands_where_the_file_says():
     """Guards: a reader who is sent to a function that was renamed."""
     for name in EXERCISES:
         function, file = re.search(r"(\w+) in tinygpt/(\S+\.py)", exercises.text(name, "")).groups()
-        source = (Path(exercises.__file__).parent / file).read_text(encoding="utf-8")
+        source = (Path(tinygpt.__file__).parent / file).read_text(encoding="utf-8")
         assert f"def {function}(" in source
 
 

@@ -15,14 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 import tinygpt
-from tinygpt import gradcheck_targets, kernels, ops
+from tinygpt import kernels, ops
+from tinygpt.check import targets
+from tinygpt.check.gradcheck import gradcheck
 from tinygpt.cli import main
 from tinygpt.errors import UserError
-from tinygpt.gradcheck import gradcheck
 
 
 def test_the_documented_example_runs():
-    module = importlib.import_module("tinygpt.gradcheck")  # `tinygpt.gradcheck` is the function
+    module = importlib.import_module("tinygpt.check.gradcheck")
     outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert outcome.attempted > 0
     assert outcome.failed == 0
@@ -914,7 +915,7 @@ def test_the_projects_own_table(monkeypatch):
     def spoiled(ops, rng):
         yield "gelu", (ops.gelu_forward, lambda dout, cache: dout, {"x": rng.standard_normal(5)})
 
-    monkeypatch.setattr(gradcheck_targets, "project_pairs", spoiled)
+    monkeypatch.setattr(targets, "project_pairs", spoiled)
     result = CliRunner().invoke(main, ["gradcheck"])
     assert result.exit_code == 1
     assert "WRONG  numpy  gelu" in result.output

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tinygpt import kernels, ops
-from tinygpt.contract import is_float
+from tinygpt.check.contract import is_float
 from tinygpt.errors import UserError
 
 SIZES = [1, 3, 7, 17, 33, 65, 129, 257]

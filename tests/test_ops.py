@@ -5,7 +5,7 @@ import pytest
 
 from tinygpt import assert_gradients
 from tinygpt import ops as reference
-from tinygpt.gradcheck_targets import model_pair, project_pairs
+from tinygpt.check.targets import model_pair, project_pairs
 
 TOL = 1e-7
 NAMES = [name for name, _ in project_pairs(reference, np.random.default_rng(0)) if "model" not in name]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -448,3 +449,42 @@ def test_a_closed_pipe_saves(folder):
     assert "Traceback" not in result.stderr
     state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
     assert 1 <= state["step"] == len(records()) < 10000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_run_whose_folder_is_removed_writes_it_again(folder):
+    """Guards: hours of training that end in "no such file", or in a folder without a config."""
+    process = start("--data", "text.txt", *TINY, "--eval-interval", "100000", "--max-iters", "100000")
+    wait_for_iterations(process)
+    Path("out").rename("removed")
+    wait_for_iterations(process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "To go on" in output, output
+    step = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])["step"]
+    assert step == records()[-1]["iter"] > 1
+    before = checkpoint.load("out")[0].flat
+    settings, tokenizer = checkpoint.read_run(Path("out"), stage.Settings)
+    optimizer = settings.train.optimizer(GPT(settings.model))
+    checkpoint.load_trainer(Path("out"), optimizer)
+    assert (optimizer.model.flat == before).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX files")
+@pytest.mark.parametrize("how", ["pipe", "device", "long line"])
+def test_records_that_never_end_are_left_out(folder, how):
+    """Guards: a run that waits for ever for its own records, or takes all memory."""
+    begin()
+    path = Path("out/metrics.jsonl")
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text("[" * (1 << 26))
+    tracemalloc.start()
+    pretrain("--resume", "out", "--data", "text.txt")
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert path.is_file() and not path.is_symlink() and not path.read_bytes()

@@ -322,6 +322,6 @@ def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
         f'{second}\n{{"iter": 3, "elapsed_s": 0.5}}\n{{"iter": 4, "tr',
         encoding="utf-8",
     )
-    assert train.resume_metrics(path, 2) == [json.loads(first), json.loads(second)]
+    assert train.resume_metrics(path, 2) == json.loads(second)
     assert path.read_text(encoding="utf-8") == f"{first}\n{second}\n"
-    assert train.resume_metrics(tmp_path / "new.jsonl", 0) == []
+    assert train.resume_metrics(tmp_path / "new.jsonl", 0) == {}

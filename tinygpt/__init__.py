@@ -1,15 +1,19 @@
 """tinygpt: a GPT's whole life in NumPy, with every gradient written by hand and a small C core."""
 
-from .gradcheck import assert_gradients, gradcheck
+import importlib
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "assert_gradients", "gradcheck"]
+_MODULES = {
+    "GPT": "model",
+    "GPTConfig": "model",
+    "assert_gradients": "check.gradcheck",
+    "gradcheck": "check.gradcheck",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    """`tinygpt.GPT` and `tinygpt.GPTConfig`, imported at first use: they load the C core."""
-    if name in ("GPT", "GPTConfig"):
-        from . import model
-
-        return getattr(model, name)
+    """`tinygpt.GPT` and the others, imported at first use: they load NumPy and the C core."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -129,6 +129,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it. Their names are on the disk before any file is in them."""
+    if not folder.is_dir():
+        make_folder(folder.absolute().parent)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            sync(folder.absolute().parent)
+
+
 def lock(folder: Path) -> None:
     """Keeps other processes from writing to a folder, until `unlock` or the end of this one, kills included.
 
@@ -136,8 +145,12 @@ def lock(folder: Path) -> None:
     the lock. Finishes what a kill interrupted, and removes what it left half written.
     """
     folder = folder.resolve()
-    if fcntl is None or folder in _locks:
+    if fcntl is None:
         return
+    if folder in _locks:
+        if os.path.samestat(os.fstat(_locks[folder]), os.stat(folder)):
+            return
+        os.close(_locks.pop(folder))  # the folder was removed and made anew
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,8 +26,9 @@ from typing import TypeVar, get_type_hints
 
 from . import tensorfile
 from . import tokenizer as tokenizers
-from .atomic import finish, replacing, together
+from .atomic import finish, make_folder, replacing, together
 from .errors import UserError
+from .jsonfile import parse, read_object
 from .model import GPT, GPTConfig
 from .optim import AdamW
 from .tensorfile import Tensor
@@ -99,13 +100,13 @@ def read_config(folder: Path) -> GPTConfig:
         raise UserError(f"{folder}: no such folder{get}")
     finish(folder)
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
-        base = str(tokenizers.read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
+        base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
         raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
     if not path.is_file():
         found = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
         inside = f"; there are models in {', '.join(str(p.parent) for p in found[:9])}" * bool(found)
         raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder{inside}")
-    raw = tokenizers.read_object(path)
+    raw = read_object(path)
     kind = raw.get("model_type")
     if kind not in list(_SUPPORTED):  # a list, as a forged kind may have no hash
         raise UserError(f"{path}: model_type is {short(kind)}; supported are {' and '.join(_SUPPORTED)}")
@@ -158,7 +159,7 @@ def from_json(cls: type[T], values: object, where: str) -> T:
 def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
     folder has the model that was there before, whole, or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = _config_json(model.config, tokenizer.eos_id)
     with together(folder):
         with replacing(folder / WEIGHTS) as beside:
@@ -226,7 +227,7 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
             )
         if not (folder / INDEX).exists():
             raise UserError(f"{folder}: has no {WEIGHTS}")
-        names = tokenizers.read_object(folder / INDEX).get("weight_map")
+        names = read_object(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(map(_is_name, names.values())):
             raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
         files = [folder / name for name in sorted(set(names.values()))]
@@ -317,9 +318,9 @@ def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors, and the rest as `save_trainer` has it, of which only step and eos are checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
-        state = json.loads(metadata["tinygpt"])
+        state = parse(metadata["tinygpt"])
         step, eos, _, _ = (state[name] for name in ("step", "eos", "settings", "tokenizer"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         step, eos = None, None
     right = type(step) is int and step >= 0 and isinstance(eos, str | None)
     if not right or tensors.keys() - {"base"} != {"weights", "m", "v"}:

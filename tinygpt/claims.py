@@ -27,9 +27,9 @@ from .errors import UserError
 from .evaluate import Estimate, estimate, verdict
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
-from .lab import Lab, Numbers
+from .jsonfile import read_object
+from .lab import Lab, Numbers, damaged
 from .model import GPT, AdapterConfig
-from .tokenizer import read_object
 from .train import weight_change
 from .world import World, evaluate, tasks
 
@@ -758,13 +758,17 @@ def run(
     claims.json has the values of all seeds that were ever measured by these recipes, estimates and verdicts.
     """
     measured: dict[int, dict[str, Numbers]] = {number: {} for number in numbers}
+    _read(folder / "claims.json")  # before the measuring, if it is damaged
     for seed in seeds:
         lab = Lab(folder, seed, say)
         for number, by_seed in measured.items():
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
             try:
-                by_seed[str(seed)] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+                values = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+                if not all(isinstance(value, int | float) for value in values.values()):
+                    raise damaged(lab.folder / f"claim {number}.json")
+                by_seed[str(seed)] = values
             except (UserError, OSError):
                 raise
             except Exception as error:
@@ -780,8 +784,21 @@ def _estimates(by_seed: dict[str, Numbers]) -> dict[str, Estimate]:
     return {name: estimate([row[name] for row in rows if name in row]) for name in names}
 
 
-def _write(path: Path, claim: Claim, by_seed: dict[str, Numbers], recipe: str) -> None:
+def _read(path: Path) -> dict[str, dict]:
+    """What claims.json has of each claim. Raises UserError where that is not what `_write` writes."""
     known = read_object(path) if path.exists() else {}
+    try:
+        rows = [row for claim in known.values() if claim["recipe"] for row in claim["seeds"].values()]
+        right = all(isinstance(value, int | float) for row in rows for value in row.values())
+    except (TypeError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise UserError(f"{path}: is damaged: remove it, and the same command writes it again")
+    return known
+
+
+def _write(path: Path, claim: Claim, by_seed: dict[str, Numbers], recipe: str) -> None:
+    known = _read(path)
     before = known.get(str(claim.number), {})
     all_seeds = (before["seeds"] if before.get("recipe") == recipe else {}) | by_seed
     found = _estimates(all_seeds)

@@ -25,6 +25,7 @@ from click.core import ParameterSource
 
 from . import __version__, recipes
 from .errors import UserError
+from .terminal import can_renew, is_terminal, printable, renew, say
 
 
 class Commands(click.Group):
@@ -35,15 +36,26 @@ class Commands(click.Group):
         return sorted(self.commands, key=lambda name: name != "story")
 
     def invoke(self, ctx: click.Context):
-        warnings.showwarning = lambda message, *_: click.echo(f"tinygpt: {message}", err=True)
+        warnings.showwarning = lambda message, *_: say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # `tinygpt generate | head`: click ends quietly
             raise
+        except click.ClickException as error:  # click prints it
+            error.message = printable(error.message)
+            raise
+        except KeyboardInterrupt:  # where a command has nothing to save
+            say(err=True)
+            sys.exit(130)
+        except ImportError as error:
+            if "failed to map" not in str(error):
+                raise
+            say("tinygpt: not enough memory to load NumPy", err=True)
+            sys.exit(2)
         except (UserError, OSError, MemoryError) as error:
-            click.echo(f"tinygpt: {_one_line(error)}", err=True)
+            say(f"tinygpt: {_one_line(error)}", err=True)
             sys.exit(2)
         finally:
             if atomic := sys.modules.get("tinygpt.atomic"):
@@ -203,7 +215,7 @@ _WATCHED = ("reward", "gold", "kl", "entropy", "distinct", "val_right", "val_rig
 
 def _progress(max_iters: int) -> Callable[[dict], None]:
     """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
-    terminal, every = sys.stdout.isatty(), max(1, max_iters // 20)
+    renews, every = can_renew(), max(1, max_iters // 20)
     first, began, shown = None, time.perf_counter(), 0.0
 
     def report(record: dict) -> None:
@@ -218,14 +230,14 @@ def _progress(max_iters: int) -> Callable[[dict], None]:
         loss = f"  loss {record['train_loss']:.4f}" * ("reward" not in record)  # RLHF's is near 0 always
         text = f"{n:{len(str(max_iters))}}/{max_iters}{loss}{watched}{val}"
         text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left} left"
-        if not terminal:
+        if not renews:
             if val or n % every == 0:
-                click.echo(text)
+                say(text)
         elif val or n == max_iters:
-            click.echo(f"\r\033[K{text}")
+            renew(text, nl=True)
         elif now - shown > 0.1:
             shown, done = now, 20 * n // max_iters
-            click.echo(f"\r\033[K[{'#' * done}{'-' * (20 - done)}] {text}", nl=False)
+            renew(text, before=f"[{'#' * done}{'-' * (20 - done)}] ")
 
     return report
 
@@ -269,16 +281,16 @@ def _train(stage: Callable, run, data: str) -> None:
     model, settings = run.optimizer.model, run.settings
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
-    click.echo(f"{total:,} weights{beside}{data}")
+    say(f"{total:,} weights{beside}{data}")
     if run.optimizer.steps >= settings.train.max_iters:
-        click.echo(f"All {run.optimizer.steps} updates of this run are made.")
+        say(f"All {run.optimizer.steps} updates of this run are made.")
         if settings.stage in ("pretrain", "sft") and settings.has_model:
             more = _command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
-            click.echo(f"To train on: {more}")
+            say(f"To train on: {more}")
     try:
         stage(run, _progress(settings.train.max_iters))
     except KeyboardInterrupt:
-        click.echo(f"\nStopped. To go on: {_command(settings.stage, '--resume', str(run.folder))}")
+        say(f"\nStopped. To go on: {_command(settings.stage, '--resume', str(run.folder))}")
         sys.exit(130)
 
 
@@ -292,7 +304,7 @@ def _command(*words: str) -> str:
 def _saved(run, command: str) -> None:
     """Says where a run is, and how to take up what it has trained."""
     base = [] if run.settings.has_model else [run.settings.init_from, "--adapter-folder"]
-    click.echo(f"\nSaved in {run.folder}. Next: {_command(command, *base, str(run.folder))}")
+    say(f"\nSaved in {run.folder}. Next: {_command(command, *base, str(run.folder))}")
 
 
 def _check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
@@ -357,11 +369,11 @@ def pretrain(**options) -> None:
     if world is None:  # a sample, which goes on from the first of the validation tokens
         rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
         text = "".join(stream(model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
-        click.echo(f"\nA sample:\n{text.strip()}")
+        say(f"\nA sample:\n{text.strip()}")
     else:  # loss above the floor by kind of document, and recall by how often a fact was told
-        click.echo(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
+        say(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
         recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
-        click.echo(f"\n{report.recall(recalled, evaluate.chance(world))}")
+        say(f"\n{report.recall(recalled, evaluate.chance(world))}")
     _saved(run, "generate")
 
 
@@ -372,11 +384,11 @@ def _begin(stage, *, preset, init_from, out, overwrite, **options):
 
     given = _given()
     if not options["data"]:
-        click.echo("Reading Python's own documentation ...")
+        say("Reading Python's own documentation ...")
     elif _names_world(options):
         if not init_from:
             options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
-        click.echo(f"Reading {options['data'][0]} ...")
+        say(f"Reading {options['data'][0]} ...")
     tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
     if tokenizer != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
@@ -423,11 +435,11 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     for kind, document in itertools.islice(found.world.documents(), 1000):
         samples.setdefault(kind, []).append(document)
     for kind, texts in samples.items():
-        click.echo("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
-    click.echo("entropy of    documents  nats each  tokens each  nats/token")
+        say("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    say("entropy of    documents  nats each  tokens each  nats/token")
     for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, found.world).items():
-        click.echo(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
-    click.echo(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
+        say(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
+    say(f"\nSaved in {out}. Next: {_command('pretrain', '--data', str(out))}")
 
 
 @main.command()
@@ -480,18 +492,18 @@ def sft(**options) -> None:
     _train(stage.sft, run, data)
     model, asked = run.optimizer.model, [example.messages for example in questions[:3]]
     if run.before is not None:
-        click.echo(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
+        say(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
     if run.settings.adapter.kind in ("ptuning", "prompt"):
-        click.echo("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
+        say("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
         for i, ids in enumerate(nearest(model).tolist()):
             shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
-            click.echo(f"  {i:3}  {shown}")
+            say(f"  {i:3}  {shown}")
     _show_tasks(run)
     found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
     for (*before, expected), answer in zip(asked, found, strict=True):
         question = before[-1]["content"].strip() if before else ""
-        click.echo(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
-        click.echo(f"  (in the data: {expected['content'].strip()})")
+        say(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
+        say(f"  (in the data: {expected['content'].strip()})")
     _saved(run, "chat")
 
 
@@ -526,9 +538,9 @@ def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
     found = tokenizer.load(init_from)
     for where, messages in read_examples(data)[:count]:
         ids, learned = instructions.encode(found, messages)
-        click.echo(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
+        say(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
         for i, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):
-            click.echo(f"  {'learned' if is_learned else '-':8}{i:6}  {_shown(found.tokens[i])}")
+            say(f"  {'learned' if is_learned else '-':8}{i:6}  {_shown(found.tokens[i])}")
 
 
 def _show_tasks(run) -> None:
@@ -538,7 +550,7 @@ def _show_tasks(run) -> None:
 
     for source in filter(corpus.is_source, run.settings.data):
         found = evaluate.task_scores(run.optimizer.model, run.tokenizer, corpus.world_of(source))
-        click.echo(f"\n{report.scores(found)}")
+        say(f"\n{report.scores(found)}")
 
 
 @main.command()
@@ -570,11 +582,11 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     prompts = [item["prompt"] for item in items]
     order = np.random.default_rng(seed).permutation(len(prompts))
     keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
-    click.echo(keys)
+    say(keys)
     asked = done
     for n in itertools.count(done):
         if n - asked > len(prompts):  # to each it says one thing, or what was compared before
-            click.echo("There is nothing left to compare: another --seed or other prompts may give more.")
+            say("There is nothing left to compare: another --seed or other prompts may give more.")
             break
         prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
         ids = instructions.prompt(tokenizer, prompt)
@@ -584,16 +596,16 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             continue
         known.add((prompt, frozenset(pair)))
         asked = n
-        click.echo(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
+        say(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
         if in_world:
             meta = items[order[n % len(prompts)]]["meta"]
             told = "" if meta["exposure"] else " But no text told the model."
-            click.echo(f"     (true: {meta['answer']}.{told})")
+            say(f"     (true: {meta['answer']}.{told})")
         key = ""
         while key not in ("1", "2", "s", "q", "\x03", "\x04"):
             if key.strip():
-                click.echo(f"     {keys}")
-            key = click.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
+                say(f"     {keys}")
+            key = click.getchar() if is_terminal(sys.stdin) else _from_stdin(lambda: sys.stdin.read(1)) or "q"
         if key in ("q", "\x03", "\x04"):
             break
         if key != "s":
@@ -602,9 +614,9 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             done += 1
-    click.echo(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
+    say(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
     for words in (["reward"], ["rlhf", "--algo", "dpo"]) if done else ():
-        click.echo("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
+        say("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
 
 
 @main.command()
@@ -639,21 +651,21 @@ def reward(**options) -> None:
     _train(stage.reward, run, f"; {len(run.train):,} comparisons, {len(run.val):,} to evaluate on")
     found = stage.judged(run.judge, run.val)
     in_world = any(found.by_kind)
-    click.echo(f"\nThe preferred answer has the higher score: {found.right}.")
+    say(f"\nThe preferred answer has the higher score: {found.right}.")
     if in_world:
-        click.echo(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
-    click.echo(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
+        say(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
+    say(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
     source = _world_of(Path(run.settings.init_from)) if in_world else None
     if source:
         world = corpus.world_of(source)
         people = world.people("known", "eval") + world.people("never", "eval")
         pairs = stage.collect(run.judge.author, run.tokenizer, world, people, 2000, error=0)
         others = stage.judged(run.judge, pairs)
-        click.echo(f"About people of whom no comparison was: {others.right}.")
+        say(f"About people of whom no comparison was: {others.right}.")
         for kind, rate in others.by_kind.items():
-            click.echo(f"  {kind}: {rate}")
+            say(f"  {kind}: {rate}")
     words = ["--init-from", run.settings.init_from, "--reward-model", str(run.folder), "--data"]
-    click.echo(f"\nSaved in {run.folder}. Next: {_command('rlhf', *words, 'world' if source else 'FILE')}")
+    say(f"\nSaved in {run.folder}. Next: {_command('rlhf', *words, 'world' if source else 'FILE')}")
 
 
 def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
@@ -671,7 +683,7 @@ def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite,
         model, tokenizer = checkpoint.load(init_from)
         instructions.check_tuned(tokenizer, init_from)
         world = corpus.world_of(data[0])
-        click.echo("Asking the model, and simulated people ...")
+        say("Asking the model, and simulated people ...")
         people = stage.taught_by(world)
         found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
         out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
@@ -728,7 +740,7 @@ def rlhf(**options) -> None:
     asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows[:3]]
     found = stage.sample(run.optimizer.model, run.tokenizer, asked, 2, 24, np.random.default_rng(0))
     for n, row in enumerate(rows[:3]):
-        click.echo(f"\n> {row['prompt']}\n" + "\n".join(found.answers[2 * n : 2 * n + 2]))
+        say(f"\n> {row['prompt']}\n" + "\n".join(found.answers[2 * n : 2 * n + 2]))
     _show_tasks(run)
     _saved(run, "chat")
 
@@ -778,7 +790,7 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     adapters.merge(model)
     runs.save_model(out, model, tokenizer)
-    click.echo(f"Saved in {out}. Next: {_command('generate', str(out))}")
+    say(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 
 # --- a trained model: generate, chat, fewshot; tokenizer ----------------------------------------------------
@@ -837,10 +849,10 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
         prompt = _from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
     ids = encode_prompt(tokenizer, prompt)
     for n in range(num_samples):
-        click.echo("-" * 15 + "\n" + prompt if n else prompt, nl=False)
+        say("-" * 15 + "\n" + prompt if n else prompt, nl=False)
         for piece in continuation(ids, stop):
-            click.echo(piece, nl=False)
-        click.echo()
+            say(piece, nl=False)
+        say()
 
 
 @main.command()
@@ -871,10 +883,10 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     else:
         names = [name.strip() for name in compare.split(",")] if compare else [stage]
         partners = {name: _talker(*story.where(told, name), stop, True, **options) for name in names}
-    person = sys.stdin is not None and sys.stdin.isatty()
+    person = is_terminal(sys.stdin)
     if told and person:
-        click.echo("Each question stands alone. Ask for example, or begin a sentence for the base:")
-        click.echo("\n".join(f"  {asked}" for asked in story.questions(told)))
+        say("Each question stands alone. Ask for example, or begin a sentence for the base:")
+        say("\n".join(f"  {asked}" for asked in story.questions(told)))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = _from_stdin(lambda: input("> " if person else ""))
@@ -884,14 +896,14 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
                 except UserError as error:
                     if not person:
                         raise
-                    click.echo(f"tinygpt: {_one_line(error)}", err=True)  # a slip does not end it
+                    say(f"tinygpt: {_one_line(error)}", err=True)  # a slip does not end it
                     continue
-                click.echo(f"{name + ':':9}" if compare else "", nl=False)
+                say(f"{name + ':':9}" if compare else "", nl=False)
                 for piece in pieces:
-                    click.echo(piece, nl=False)
-                click.echo()
+                    say(piece, nl=False)
+                say()
     if person:
-        click.echo()
+        say()
 
 
 def _talker(
@@ -984,10 +996,10 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
         known = not math.isnan(best)
         if not n:
             head = f"{'examples':>8} {'right':>9}  95% interval {'of':>9}"
-            click.echo(head + f"  {'best possible':>13}" * known)
-        click.echo(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
+            say(head + f"  {'best possible':>13}" * known)
+        say(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
     shown = tokenizer.decode(stage.encoded(tokenizer, prompts[0], style))
-    click.echo(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
+    say(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
 
 
 @main.group()
@@ -1013,8 +1025,8 @@ def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite
     out.mkdir(parents=True, exist_ok=True)
     found.save(out)
     longest = sorted(set(found.tokens) - {name.encode() for name in found.special}, key=len)[-5:]
-    click.echo(f"{found.vocab_size} tokens, the longest {' '.join(map(_shown, longest))}")
-    click.echo(f"Saved in {out}. Next: {_command('tokenizer', 'show', str(out), 'some text')}")
+    say(f"{found.vocab_size} tokens, the longest {' '.join(map(_shown, longest))}")
+    say(f"Saved in {out}. Next: {_command('tokenizer', 'show', str(out), 'some text')}")
 
 
 @tokenizer.command("show")
@@ -1030,13 +1042,13 @@ def tokenizer_show(folder: Path, text: str) -> None:
     found = tokenizers.load(folder)
     count = 0
     for piece, steps, ids in found.explain(text):
-        click.echo(repr(piece))
+        say(repr(piece))
         for rank, tokens in steps:
             name = "bytes" if rank is None else f"merge {rank}"
-            click.echo(f"  {name:>12}  {' '.join(map(_shown, tokens))}")
-        click.echo(f"  {'ids':>12}  {' '.join(map(str, ids))}")
+            say(f"  {name:>12}  {' '.join(map(_shown, tokens))}")
+        say(f"  {'ids':>12}  {' '.join(map(str, ids))}")
         count += len(ids)
-    click.echo(f"{count} tokens for {len(text)} characters")
+    say(f"{count} tokens for {len(text)} characters")
 
 
 def _shown(token: bytes) -> str:
@@ -1062,8 +1074,8 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     """
     from . import kernels, page, report
     from . import story as stages
+    from .jsonfile import read_object
     from .lab import Lab
-    from .tokenizer import read_object
 
     _check_out(out)
     if (out / stages.FILE).exists():
@@ -1072,43 +1084,43 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
             which = f"--seed {there.get('seed')}" + " --quick" * bool(there.get("quick"))
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
-        click.echo("Without the C core this takes well over an hour; --quick takes a quarter of that.")
+        say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
     began = time.perf_counter()
 
     def told(n: int, stage, found: dict | None) -> None:
         if found is None:
             at = _clock(time.perf_counter() - began)
-            click.echo(f"\n--- {n}/{len(stages.STAGES)} {stage.name} ({stage.term}), at {at}")
-            click.echo(textwrap.fill(stage.says, 100))
+            say(f"\n--- {n}/{len(stages.STAGES)} {stage.name} ({stage.term}), at {at}")
+            say(textwrap.fill(stage.says, 100))
             return
         if "failed" in found:
-            click.echo(f"This stage failed: {found['failed']}", err=True)
+            say(f"This stage failed: {found['failed']}", err=True)
         names = [*found.get("compares", ("before", "after")), "true"]
         for asked, *said in found.get("samples", ()):
-            click.echo(f"\n  > {asked}")
+            say(f"\n  > {asked}")
             for name, text in zip(names, said, strict=True):
-                click.echo(f"  {name + ':':13} {text}")
+                say(f"  {name + ':':13} {text}")
         for note in found.get("notes", ()):
-            click.echo(textwrap.fill(note, 100))
+            say(textwrap.fill(note, 100))
 
     out.mkdir(parents=True, exist_ok=True)
     try:
         found = stages.tell(Lab(out, seed, quick=quick, progress=_progress), told)
     except KeyboardInterrupt:
-        click.echo("\nStopped. The same command goes on.")
+        say("\nStopped. The same command goes on.")
         sys.exit(130)
-    click.echo(f"\n{report.story(found['stages'])}\n\nIn {_clock(time.perf_counter() - began)}.")
+    say(f"\n{report.story(found['stages'])}\n\nIn {_clock(time.perf_counter() - began)}.")
     if quick:
-        click.echo("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
+        say("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
     if not no_report:
         try:
             (out / "report.html").write_text(page.html(found), encoding="utf-8")
-            click.echo(f"The curves are in {out / 'report.html'}.")
+            say(f"The curves are in {out / 'report.html'}.")
         except ImportError:
             install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
-            click.echo(f"The curves, report.html, need matplotlib: {install}; then the same command.")
-    click.echo(f"Its models, for generate, label and fewshot, are in {out / found['folder']}.")
-    click.echo(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+            say(f"The curves, report.html, need matplotlib: {install}; then the same command.")
+    say(f"Its models, for generate, label and fewshot, are in {out / found['folder']}.")
+    say(f"Saved in {out}. Next: {_command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
     sys.exit(any("failed" in one for one in found["stages"].values()))
 
 
@@ -1132,7 +1144,7 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
 
     if listed:
         for number, claim in stage.CLAIMS.items():
-            click.echo(f"{number:3}{'  core' if number in stage.CORE else '':6}  {claim.says}")
+            say(f"{number:3}{'  core' if number in stage.CORE else '':6}  {claim.says}")
         sys.exit()
     _check_out(out)
     chosen = numbers or (tuple(stage.CLAIMS) if every else stage.CORE)
@@ -1144,14 +1156,14 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
         _refuse(_given() & {"seeds"}, "--seed says which worlds")
     wanted = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
-        found = stage.run(out, chosen, wanted, click.echo)
+        found = stage.run(out, chosen, wanted, say)
     except KeyboardInterrupt:
-        click.echo("\nStopped. The same command goes on.")
+        say("\nStopped. The same command goes on.")
         sys.exit(130)
     for number, numbers_found in found.items():
-        click.echo(f"\n{report.claim(stage.CLAIMS[number], numbers_found)}")
+        say(f"\n{report.claim(stage.CLAIMS[number], numbers_found)}")
     if found:
-        click.echo(f"\nSaved in {out / 'claims.json'}.")
+        say(f"\nSaved in {out / 'claims.json'}.")
     whole = (max(e.n for e in estimates.values()) == len(wanted) for estimates in found.values())
     sys.exit(not all(whole) or len(found) < len(set(chosen)))
 
@@ -1167,12 +1179,12 @@ def exercise(name: str | None, out: Path | None) -> None:
 
     `tinygpt gradcheck` then says whether your gradients are right. Without a NAME: list the exercises.
     """
-    from . import exercises
+    from .check import exercises
 
     if name is None:
         for known, about in exercises.EXERCISES.items():
-            click.echo(f"{known:16} {about}")
-        click.echo(f"\nNext: {_command('exercise', 'linear')}")
+            say(f"{known:16} {about}")
+        say(f"\nNext: {_command('exercise', 'linear')}")
         sys.exit()
     if name not in exercises.EXERCISES:
         raise UserError(f"there is no exercise {name}: known are {', '.join(exercises.EXERCISES)}")
@@ -1186,7 +1198,7 @@ def exercise(name: str | None, out: Path | None) -> None:
             file.write(text)
     except FileExistsError:
         raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
-    click.echo(f"Saved {out}. Fill in {name}_backward. Next: {command}")
+    say(f"Saved {out}. Fill in {name}_backward. Next: {command}")
 
 
 def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict:
@@ -1223,7 +1235,7 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
     uncertain to say). Exit status 1 if one is wrong or missing. In JSON, ok is null for what is neither right
     nor a failure.
     """
-    from . import gradcheck_targets as targets
+    from .check import targets
 
     if target is None:
         if shapes:
@@ -1236,28 +1248,28 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
     for name, backend, result in checks:
         word = result.verdict if result.ok else result.verdict.upper()
         if not as_json:
-            click.echo(f"{word:6} {backend:6} {name:23} {result}" if target is None else f"{word:6} {result}")
+            say(f"{word:6} {backend:6} {name:23} {result}" if target is None else f"{word:6} {result}")
             for note in result.notes:
-                click.echo(f"note   {note}")
+                say(f"note   {note}")
         rel_err = result.rel_err if math.isfinite(result.rel_err) else None  # JSON has no infinity
         ok = None if result.verdict not in ("ok", *failing) else result.ok
         rows.append({"name": name, "backend": backend, "rel_err": rel_err, "ok": ok})
         rows[-1] |= {"verdict": result.verdict, "problem": result.problem, "notes": result.notes}
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
     sys.exit(any(row["verdict"] in failing for row in rows))
 
 
 def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -> list[tuple]:
     """Name, "user" and result of each gradient; what the user's code raises is reported in one line."""
-    from . import gradcheck_targets as targets
-    from .gradcheck import gradcheck
+    from .check import targets
+    from .check.gradcheck import gradcheck
 
     try:
         pair = targets.find(target, shapes)
         return [(result.name, "user", result) for result in gradcheck(*pair, rtol, atol, seed=seed)]
     except targets.MissingInputsError as error:
-        click.echo(f"tinygpt: {error}: {error.remedy}", err=True)
+        say(f"tinygpt: {error}: {error.remedy}", err=True)
         sys.exit(2)
     except UserError:
         raise
@@ -1282,18 +1294,18 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plo
     as train/nano or generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the
     median of a training step, or of a token for each prompt.
     """
-    from . import bench as benchmarks
+    from .check import bench as benchmarks
 
     rows, draw = [], benchmarks.plotter(plot, jobs) if plot else None
     for row in benchmarks.run(list(jobs), 0.2 if quick else seconds):
         cells = ["" if value is None else f"{value:,}" for name, value in row.items() if name != "job"]
         if not as_json:
             if not rows:
-                click.echo(f"{'':21}" + "".join(f"{name:>19}" for name in row if name != "job"))
-            click.echo(f"{row['job']:21}" + "".join(f"{cell:>19}" for cell in cells))
+                say(f"{'':21}" + "".join(f"{name:>19}" for name in row if name != "job"))
+            say(f"{row['job']:21}" + "".join(f"{cell:>19}" for cell in cells))
         rows.append(row)
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
     if plot:
         draw(rows)
-        click.echo(f"Drawn in {plot}.", err=True)
+        say(f"Drawn in {plot}.", err=True)

@@ -18,9 +18,11 @@ import numpy as np
 
 from . import checkpoint, instructions, pretrain, recipes, runs
 from .atomic import replacing
+from .errors import UserError
 from .finetune import adapters, reward, rlhf, sft
+from .jsonfile import parse, read_object, read_text
 from .model import GPT, PRESETS, AdapterConfig, GPTConfig
-from .tokenizer import BPETokenizer, read_object
+from .tokenizer import BPETokenizer
 from .train import TrainConfig
 from .train import train as run_training
 from .world import VERSION, Person, World, evaluate, tasks
@@ -130,15 +132,16 @@ class Lab:
 
     def seconds(self, name: str) -> float:
         """How long the training of a model took, in this run or an earlier one."""
-        folder = self.folder / name
-        if (folder / SECONDS).exists():
-            return float((folder / SECONDS).read_text())
+        if (path := self.folder / name / SECONDS).exists():
+            try:
+                return float(read_text(path))
+            except ValueError:
+                raise damaged(path) from None
         return self.records(name)[-1]["elapsed_s"]
 
     def records(self, name: str) -> list[Numbers]:
         """Of the updates of a model that `pretrained` made."""
-        lines = (self.folder / name / runs.METRICS).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return records(self.folder / name / runs.METRICS, "elapsed_s")
 
     def beside(self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes) -> GPT:
         """The base with an adapter that is tuned to these items, kept in the folder of that name."""
@@ -210,7 +213,8 @@ class Lab:
 
         def make() -> GPT:
             model, records = self.steer(self.judge)
-            (self.folder / "rlhf" / "records.json").write_text(json.dumps(records))
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (self.folder / "rlhf" / "records.jsonl").write_text(lines)
             return model
 
         return checkpoint.load(self._model("rlhf", make))[0]
@@ -254,7 +258,7 @@ class Lab:
         known = tasks.questions(self.world, self.world.people("known", "eval"))
         return evaluate.named_tasks(self.world) | {"questions, known": tasks.some(self.world, known, 1000)}
 
-    def kept(self, name: str, measure: Callable[[], Numbers], needed: set[str] = frozenset()) -> Numbers:
+    def kept(self, name: str, measure: Callable[[], dict], needed: set[str] = frozenset()) -> dict:
         """What was measured under this name before, with all that is needed, or is now."""
         path = self.folder / f"{name}.json"
         if not path.exists() or not needed <= read_object(path).keys():
@@ -270,3 +274,19 @@ class Lab:
 
     def recall(self, model: GPT, people: Iterable[Person]) -> float:
         return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
+
+
+def records(path: Path, *names: str) -> list[Numbers]:
+    """Of the updates of a training, a line each, all with numbers of these names. Raises UserError."""
+    try:
+        rows = [parse(line) for line in read_text(path, most=1 << 28).splitlines()]
+        right = rows and all(isinstance(row[name], int | float) for row in rows for name in names)
+    except (ValueError, TypeError, KeyError):
+        right = False
+    if not right:
+        raise damaged(path)
+    return rows
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged: remove {path.parent}, and the same command makes it again")

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import checkpoint, train
-from .atomic import lock, remove, sync, together, writing
+from .atomic import lock, make_folder, remove, sync, together, writing
 from .checkpoint import Tokenizer
 from .errors import UserError
 from .finetune import adapters
@@ -148,7 +148,7 @@ def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: S
     """Writes a new run. After a full disk or a kill the folder has what was there before, or the new run."""
     if not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock(folder)
     with together(folder):
         _save_trainer(folder, optimizer, tokenizer, settings)
@@ -219,6 +219,9 @@ def run(
     metrics = folder / METRICS
 
     def save() -> None:
+        if not (folder / checkpoint.TRAINER).exists():  # somebody removed the folder, or its files
+            first_save(folder, optimizer, tokenizer, settings)
+            return
         sync(metrics)  # the record of an update is on the disk before the update is
         _save_trainer(folder, optimizer, tokenizer, settings)
         if settings.adapter.kind:
@@ -233,12 +236,12 @@ def run(
         return batches(n, rng)
 
     def log(record: train.Record) -> None:
+        make_folder(folder)  # it is there, unless somebody has removed it
         with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         report(record)
 
-    records = train.resume_metrics(metrics, optimizer.steps)
-    elapsed_s = records[-1]["elapsed_s"] if records else 0.0
+    elapsed_s = train.resume_metrics(metrics, optimizer.steps).get("elapsed_s", 0.0)
     train.train(
         optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s,
         **how,

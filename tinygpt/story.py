@@ -27,9 +27,10 @@ from .atomic import replacing
 from .errors import UserError
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
-from .lab import Lab
+from .jsonfile import read_object
+from .lab import Lab, damaged, records
 from .model import GPT, AdapterConfig
-from .tokenizer import read_object
+from .report import cells
 from .train import weight_change
 from .world import evaluate, tasks
 from .world.corpus import DOCUMENTS
@@ -236,9 +237,9 @@ def reward_model(lab: Lab) -> dict:
 def rlhf(lab: Lab) -> dict:
     model = lab.steered
     found = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
-    records = json.loads((lab.folder / "rlhf" / "records.json").read_text())
     names = ("iter", "reward", "gold", "kl", "entropy")
-    curves = {name: [record[name] for record in records] for name in names}
+    rows = records(lab.folder / "rlhf" / "records.jsonl", *names)
+    curves = {name: [row[name] for row in rows] for name in names}
     strangers = lab.sets[SHOWN[1]][:50]
     said = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
     changed = [[item["prompt"], a.text, b.text, item["completion"]]
@@ -324,11 +325,23 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
             if n == 1:
                 raise
             one = {"failed": f"{type(error).__name__}: {error}"}
+        if "failed" not in one and not _is_told(one):
+            raise damaged(lab.folder / f"story {stage.name}.json")
         found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
         told(n, stage, one)
         with replacing(lab.folder.parent / FILE) as beside:
             beside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     return found
+
+
+def _is_told(one: dict) -> bool:
+    """Whether a stage's row, samples and notes can be shown: their file may be damaged."""
+    try:
+        cells(one["row"])
+        texts = [*one.get("notes", ()), *(text for sample in one.get("samples", ()) for text in sample)]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return all(isinstance(text, str) for text in texts)
 
 
 def questions(folder: Path) -> list[str]:

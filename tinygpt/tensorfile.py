@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+from .jsonfile import MOST_BYTES, parse
 
 Array = np.ndarray
 
@@ -66,12 +67,14 @@ def tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with safe_open(path, "np"):
-            pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, ValueError, RecursionError) as error:
+            if length > MOST_BYTES:
+                raise ValueError(f"a header of {length:,} bytes")
+            header = parse(file.read(length).decode())
+        with safe_open(path, "np"):
+            pass
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: is no safetensors file, or damaged ({str(error)[:80]})") from None
     metadata = header.pop("__metadata__", None) or {}
     offsets = {name: 8 + length + t["data_offsets"][0] for name, t in header.items()}

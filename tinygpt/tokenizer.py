@@ -22,6 +22,7 @@ import numpy as np
 from .atomic import replacing
 from .bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, pieces
 from .errors import UserError
+from .jsonfile import read_object, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 TEMPLATE = "chat_template.jinja"              # where transformers puts a chat template of its own
@@ -338,11 +339,11 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
         path, merges = folder / "vocab.json", folder / "merges.txt"
         if not (path.exists() and merges.exists()):
             raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
-        vocab, lines = read_object(path), _read(merges).split("\n")
+        vocab, lines = read_object(path), read_text(merges).split("\n")
         added = [{"id": vocab[eos], "content": eos, "special": True}] if eos in vocab else []
         spec = _BYTE_LEVEL | {"added_tokens": added, "model": {
             "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
-    template = _read(folder / TEMPLATE) if (folder / TEMPLATE).exists() else said.get("chat_template")
+    template = read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else said.get("chat_template")
     try:
         return from_spec(spec, eos, template)
     except UserError as error:
@@ -426,25 +427,6 @@ def _at(spec: object, name: str) -> object:
     for key in name.split("."):
         spec = spec.get(key) if isinstance(spec, dict) else None
     return spec
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError."""
-    text = _read(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:    # RecursionError: brackets nested too deeply
-        raise UserError(f"{path}: is not JSON ({error}); it may be incomplete, get it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {short(value)}")
-    return value
 
 
 def _write_json(path: Path, value: dict) -> None:

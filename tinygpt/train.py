@@ -31,6 +31,7 @@ from .storage import Workspace
 Array = np.ndarray
 Record = dict[str, float]  # what a report tells of one update
 MOST_RECORDS = 16  # of shapes of batches, see `_loss`
+MOST_RECORD = 1 << 16  # characters in a line of metrics.jsonl
 
 
 class Batch(NamedTuple):
@@ -153,7 +154,8 @@ def _update(
     lr = config.learning_rate_at(n)
     norm = optimizer.step(lr)
     _check_finite(norm, "gradient's norm", n + 1, saved)
-    rate = sum(batch.ids.size for batch in todo) / (time.perf_counter() - began)
+    seconds = max(time.perf_counter() - began, 1e-9)  # a clock may stand still
+    rate = sum(batch.ids.size for batch in todo) / seconds
     return {"iter": n + 1, **found, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1)}
 
 
@@ -275,16 +277,23 @@ def _first_interrupt_waits() -> Iterator[list]:
 # --- metrics.jsonl ------------------------------------------------------------------------------------------
 
 
-def resume_metrics(path: Path, step: int) -> list[Record]:
-    """Cuts a file of records back to those of the first `step` updates, and returns them."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def resume_metrics(path: Path, step: int) -> Record:
+    """Cuts a file of records back to those of the first `step` updates, and returns the last, {} if none."""
+    last = {}
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as new:
+        for line in _lines(path):
             # A kill cuts a line short; whatever else is not a record of `train` goes too.
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 record = json.loads(line)
                 if record["iter"] <= step and type(record["elapsed_s"]) is float:
-                    records.append(record)
-    with replacing(path) as beside:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return records
+                    new.write(json.dumps(record) + "\n")
+                    last = record
+    return last
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a regular file; a line of more than a record's length comes in parts."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while line := file.readline(MOST_RECORD):
+                yield line

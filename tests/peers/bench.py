@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 
-from tinygpt.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, RLHF, TRAIN, median_ms, run
+from tinygpt.check.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, RLHF, TRAIN, median_ms, run
 from tinygpt.model import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")

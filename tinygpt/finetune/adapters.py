@@ -30,6 +30,7 @@ from ..atomic import finish, remove, replacing, together
 from ..checkpoint import ADAPTER_CONFIG, Tokenizer
 from ..errors import UserError
 from ..generate import KVCache
+from ..jsonfile import read_object
 from ..model import GPT, Adapter, AdapterConfig, Array
 from ..optim import AdamW
 from ..tensorfile import Tensor
@@ -230,7 +231,7 @@ def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Ada
     finish(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: has no {ADAPTER_CONFIG}: it is not an adapter's folder")
-    raw = tokenizers.read_object(folder / ADAPTER_CONFIG)
+    raw = read_object(folder / ADAPTER_CONFIG)
     kind = {theirs: ours for ours, theirs in TYPES.items()}.get(str(raw.get("peft_type")))
     where = folder / ADAPTER_CONFIG
     if kind is None:

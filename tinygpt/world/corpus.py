@@ -27,7 +27,8 @@ import numpy as np
 from ..atomic import replacing
 from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
-from ..tokenizer import BPETokenizer, read_object
+from ..jsonfile import read_object, read_text
+from ..tokenizer import BPETokenizer
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 
@@ -74,10 +75,7 @@ def load(source: str) -> Corpus:
     if (folder / MARK).is_file():
         texts = []
         for name in ("corpus.txt", "validation.txt"):
-            try:
-                texts.append((folder / name).read_text(encoding="utf-8").splitlines())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{folder / name}: cannot be read ({error}): write the world again") from None
+            texts.append(read_text(folder / name, most=1 << 28).splitlines())
         if not all(texts):
             raise UserError(f"{folder}: a text of this world is empty: write the world again")
         return Corpus(world_of(source), *texts)

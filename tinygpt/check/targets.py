@@ -15,12 +15,12 @@ from types import ModuleType
 
 import numpy as np
 
-from . import kernels
+from .. import kernels
+from ..errors import UserError
+from ..model import GPT, Adapter, AdapterConfig, GPTConfig
+from ..storage import Workspace
 from .contract import Inputs, MakeInputs, arrays, is_float, named, parameters
-from .errors import UserError
 from .gradcheck import Result, gradcheck
-from .model import GPT, Adapter, AdapterConfig, GPTConfig
-from .storage import Workspace
 
 Pair = tuple[Callable, Callable, Inputs | MakeInputs]  # forward, backward, inputs
 

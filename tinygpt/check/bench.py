@@ -17,7 +17,8 @@ Not here: other libraries; tests/peers/bench.py puts these figures beside theirs
 """
 
 import dataclasses
-import multiprocessing
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +27,14 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from . import kernels, ops, storage
-from .errors import UserError
-from .finetune import rlhf
-from .finetune.adapters import create
-from .generate import generate
-from .model import GPT, PRESETS, AdapterConfig, GPTConfig
-from .optim import AdamW
-from .train import Batch, accumulate
+from .. import kernels, ops, storage
+from ..errors import UserError
+from ..finetune import rlhf
+from ..finetune.adapters import create
+from ..generate import generate
+from ..model import GPT, PRESETS, AdapterConfig, GPTConfig
+from ..optim import AdamW
+from ..train import Batch, accumulate
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 LORA = ("small", "gpt2")
@@ -84,16 +85,30 @@ def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
             raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")
     if "c" not in kernels.available():
         raise UserError("bench measures the C core, which is not built here")
-    context = multiprocessing.get_context("spawn")
     for job in jobs or [job for job in JOBS if job not in SLOW]:
         parts = [job]
         if job == "scaling":
             threads = sorted({1, kernels.processors()})
             parts = [f"scaling/{axis}/{n}" for axis in SCALING for n in threads]
         for part in parts:
-            with context.Pool(1, maxtasksperchild=1) as process:  # a new process for each call
-                limits = process.apply(machine, (min(1.0, seconds / 4), _threads(part)))
-                yield from process.apply(_measure, (part, seconds, *limits))
+            limits = _apart("machine", min(1.0, seconds / 4), _threads(part))
+            yield from _apart("_measure", part, seconds, *limits)
+
+
+_CALL = """import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from tinygpt.check import bench
+print(json.dumps(getattr(bench, sys.argv[2])(*json.loads(sys.argv[3]))))"""
+
+
+def _apart(function: str, *args):
+    """What a function of this module returns in a new process: it has memory and threads of its own."""
+    command = [sys.executable, "-c", _CALL, json.dumps(sys.path), function, json.dumps(args)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise UserError(f"the process that measures has failed ({reason})")
+    return json.loads(result.stdout)
 
 
 def _threads(job: str) -> int | None:

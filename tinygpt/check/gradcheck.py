@@ -44,9 +44,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import UserError
 from . import contract
 from .contract import Array, Inputs, MakeInputs, grad_name
-from .errors import UserError
 
 __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
 DOUTS = 4  # upstream gradients at each point; each costs one backward

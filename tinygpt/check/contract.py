@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 Array = np.ndarray

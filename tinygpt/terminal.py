@@ -1,0 +1,50 @@
+"""What the program says: all output of the command line and of the demos goes through here.
+
+A text of a model, of a file or in a file's name may hold control characters. A terminal obeys them: they set
+its title, fill its clipboard, hide a line. On a terminal `say` shows them as \\x1b. Files and pipes get the
+text as it is.
+"""
+
+import os
+import re
+import shutil
+import sys
+from typing import TextIO
+
+import click
+
+# C0 without tab and newline, DEL, C1, and the marks that turn the direction of a text
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def say(text: object = "", nl: bool = True, err: bool = False) -> None:
+    """Prints a text to standard output, or with `err` to standard error. nl: with a newline at the end."""
+    click.echo(printable(text) if is_terminal(sys.stderr if err else sys.stdout) else text, nl=nl, err=err)
+
+
+def printable(text: object) -> str:
+    """A text with each control character as an escape sequence of Python."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal. A stream that was closed before the start is None."""
+    return stream is not None and stream.isatty()
+
+
+def can_renew() -> bool:
+    """Whether standard output is a terminal on which a line can be written anew."""
+    plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return is_terminal(sys.stdout) and not plain
+
+
+def renew(text: str, before: str = "", nl: bool = False) -> None:
+    """Writes a line over the last one. `before` stands before `text` where the terminal is wide enough.
+
+    With `nl` the line stays. Without `nl` the line is cut to the terminal's width: the next call could not
+    write over a line that goes on below.
+    """
+    columns = shutil.get_terminal_size().columns - 1
+    if not nl:
+        text = (before + text if len(before + text) <= columns else text)[:columns]
+    click.echo(f"\r\033[K{printable(text)}", nl=nl)
