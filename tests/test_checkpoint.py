@@ -27,6 +27,7 @@ from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
 from tinygpt.optim import AdamW
 from tinygpt.train import TrainConfig
 
+KINDS = "nothing", "model", "run", "adapter", "judge", "merged"  # of folders
 FUZZ = int(os.environ.get("TINYGPT_FUZZ", 400))
 TOKENIZER = tokenizers.CharTokenizer.train("abcdefghijk\n")
 CONFIG = GPTConfig(vocab_size=12, block_size=6, n_layer=2, n_head=2, n_embd=8, dropout=0.2)
@@ -464,9 +465,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder):
 
 def kinds(folder):
     """What a folder holds, and functions that put it there: one tokenizer and one size of model for each."""
-    def one(text, size):
+    def one(text, size, **more):
         tokenizer = tokenizers.CharTokenizer.train(text)
-        return GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, size), np.random.default_rng(size)), tokenizer
+        config = GPTConfig(tokenizer.vocab_size, 8, 1, 1, size, **more)
+        return GPT(config, np.random.default_rng(size)), tokenizer
 
     model, tokenizer = one("hello", 4)
     run = AdamW(one("good day", 8)[0])
@@ -475,11 +477,18 @@ def kinds(folder):
     settings = runs.Settings(run.model.config, TrainConfig(), block_size=8)
     beside = runs.Settings(adapted.config, TrainConfig(), block_size=8, init_from="base",
                            adapter=adapted.adapter.config)  # fmt: skip
+    judge, judged = one("good evening", 16, num_labels=1)
+    judging = runs.Settings(judge.config, TrainConfig(), block_size=8)
+    merged, _ = one("good bye", 12)
+    merged.adapter = adapters.create(merged, AdapterConfig("lora", rank=1), np.random.default_rng(0))
+    adapters.merge(merged)
     return {
         "nothing": lambda: folder.mkdir(exist_ok=True),
         "model": lambda: runs.save_model(folder, model, tokenizer),
         "run": lambda: runs.first_save(folder, run, one("good day", 8)[1], settings),
         "adapter": lambda: runs.first_save(folder, AdamW(adapted), words, beside),
+        "judge": lambda: runs.first_save(folder, AdamW(judge), judged, judging),
+        "merged": lambda: runs.save_model(folder, merged, words),
     }
 
 
@@ -490,8 +499,8 @@ def holds(folder):
     return {path.name: path.read_bytes() for path in set(folder.iterdir()) - parts}
 
 
-@pytest.mark.parametrize("new", ["model", "run", "adapter"])
-@pytest.mark.parametrize("old", ["nothing", "model", "run", "adapter"])
+@pytest.mark.parametrize("new", KINDS[1:])
+@pytest.mark.parametrize("old", KINDS)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, old, new):
     """Guards: a folder without a model, with two, or with the weights of one and the tokenizer of another."""
     folder, states = tmp_path / "folder", []
@@ -518,7 +527,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, o
         seen.add(found == after)
     assert before == after or seen == {False, True}
     assert ("model.safetensors" in after) != ("adapter_model.safetensors" in after)
-    assert ("trainer.safetensors" in after) == (new != "model")
+    assert ("trainer.safetensors" in after) == (new not in ("model", "merged"))
 
 
 @pytest.mark.parametrize("to_do", ["[", '[["a", "b"]]', '[["", "../b"]]', '[[".a.part", "/b"]]', "[[1, 2]]"])

@@ -19,7 +19,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def say(text: object = "", nl: bool = True, err: bool = False) -> None:
     """Prints a text to standard output, or with `err` to standard error. nl: with a newline at the end."""
-    click.echo(printable(text) if is_terminal(sys.stderr if err else sys.stdout) else text, nl=nl, err=err)
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None:  # `>&-` in a shell
+        click.echo(printable(text) if is_terminal(stream) else text, nl=nl, err=err)
 
 
 def printable(text: object) -> str:
@@ -28,7 +30,7 @@ def printable(text: object) -> str:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a standard stream is a terminal. A stream that was closed before the start is None."""
+    """Whether a standard stream is a terminal. A stream that the shell closed is None."""
     return stream is not None and stream.isatty()
 
 
