@@ -30,7 +30,7 @@ def core():
     ffi.set_source(
         "tinygpt._core",
         header + "#define ENTRY(op) OP_##op,\nenum { OPS(ENTRY) };",
-        sources=sorted(map(str, [CSRC / "threads.c", *(CSRC / "variants").glob("*.c")])),
+        sources=sorted(map(str, [CSRC / "memory.c", CSRC / "threads.c", *(CSRC / "variants").glob("*.c")])),
         depends=sorted(map(str, [*CSRC.glob("*"), CSRC / "variants" / "kernels.inc"])),
         include_dirs=[str(CSRC)],
         define_macros=[("Py_LIMITED_API", "0x030A0000")] if ABI3 else [],

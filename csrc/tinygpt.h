@@ -189,4 +189,7 @@ const char *tinygpt_choose_isa(const char *name);
 
 void tinygpt_set_threads(size_t n);
 
+/* See memory.c. */
+void tinygpt_keep_memory(void);
+
 #endif

@@ -20,7 +20,6 @@ from tinygpt import GPT, GPTConfig, checkpoint, data, report
 from tinygpt.errors import UserError
 from tinygpt.generate import encode_prompt, generate
 from tinygpt.optim import AdamW, learning_rate
-from tinygpt.storage import Workspace
 from tinygpt.terminal import say
 from tinygpt.train import weight_change
 from tinygpt.world import World, corpus, evaluate
@@ -56,12 +55,12 @@ def main(folder: Path = FOLDER) -> None:
     sample("before")
 
     # 3. The loop. Each target is the token that follows: the text is its own supervision.
-    optimizer, ws, began = AdamW(model, beta2=0.98), Workspace(), time.perf_counter()
+    optimizer, began = AdamW(model, beta2=0.98), time.perf_counter()
     for update in range(UPDATES):
         ids, targets, weights, start, positions = data.rows_in_order(rows, BATCH, update)
         weights /= weights.sum()  # padding has none
         packing = {"start": start, "positions": positions}  # what each token sees, and where it stands
-        loss = model.loss(ids, targets, weights, optimizer.grads, ws, **packing)  # forward and backward
+        loss = model.loss(ids, targets, weights, optimizer.grads, **packing)  # forward and backward
         lr = learning_rate(update, peak=2e-3, lowest=1e-4, warmup_iters=700, max_iters=UPDATES)
         norm = optimizer.step(lr)
         if update % 250 == 0 or update == UPDATES - 1:

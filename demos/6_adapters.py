@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygpt.config import AdapterConfig
 from tinygpt.finetune import adapters, sft
+from tinygpt.finetune.prompts import nearest
 from tinygpt.instructions import prompt
-from tinygpt.model import AdapterConfig
 from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
@@ -36,7 +37,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
     examples = tasks.conversations(world, tasks.tuning(world))
     question = prompt(tokenizer, sets["questions, known"][0]["prompt"])[None]
-    untuned, mark = base.forward(question)[0].copy(), adapters.fingerprint(base)
+    untuned, mark = base.forward(question)[0], adapters.fingerprint(base)
 
     def row(name: str, model, trained: str) -> None:
         formed, cells = [], ""
@@ -49,23 +50,20 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     print(f"{'':22}{'weights trained':>16}  well-formed" + "".join(f"  {name}" for name in sets))
     row("as it was", base, "")
     for name, config, rate in ARMS:
-        model = base.copy() if config is None else base
-        if config is not None:
-            model.adapter = adapters.create(model, config, np.random.default_rng(pretrained.SEED))
+        rng = np.random.default_rng(pretrained.SEED)
+        model = base.copy() if config is None else adapters.create(base, config, rng)
         train = TrainConfig(max_iters=UPDATES, learning_rate=rate, min_lr=rate / 10, warmup_iters=10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         sft.tune(model, tokenizer, examples, settings)
         size = model.trained.flat.size
         row(name, model, f"{size:,} {size / model.flat.size:.1%}")
         if config is not None and config.kind == "lora":
-            tuned = model.forward(question)[0].copy()
-            with adapters.merged(model):
-                change = abs(model.forward(question)[0] - tuned).max()
+            merged = adapters.merge(model)
+            change = abs(merged.forward(question)[0] - model.forward(question)[0]).max()
             print(f"{'':22}merged into the weights, its logits change by {change:.0e}")
         elif config is not None:
-            nearest = tokenizer.decode(adapters.nearest(model, 1)[:, 0])
-            say(f"{'':22}the words that its rows are nearest to: {nearest}")
-        base.adapter = None
+            words = tokenizer.decode(nearest(model, 1)[:, 0])
+            say(f"{'':22}the words that its rows are nearest to: {words}")
 
     same = (base.forward(question)[0] == untuned).all()
     print(f"\nSHA-256 of the base before {mark[:16]}..., after {adapters.fingerprint(base)[:16]}...")

@@ -18,10 +18,11 @@ from click.testing import CliRunner
 from tinygpt import checkpoint, evaluate, generate, tensorfile, train
 from tinygpt.check.targets import ADAPTERS
 from tinygpt.cli import main
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters
-from tinygpt.model import GPT, AdapterConfig, GPTConfig
-from tinygpt.storage import Workspace
+from tinygpt.finetune.prompts import nearest
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
 from tinygpt.train import Batch, TrainConfig
 
@@ -41,7 +42,7 @@ def make(config: AdapterConfig | None = None, ops=None, dtype=np.float32) -> GPT
     model = GPT(CONFIG, np.random.default_rng(0), dtype, ops)
     model.flat *= 1.9
     if config:
-        model.adapter = adapters.create(model, config, np.random.default_rng(1))
+        model = adapters.create(model, config, np.random.default_rng(1))
         for name, p in model.adapter.params.items():
             if name.endswith("lora_B"):
                 p[:] = np.random.default_rng(2).standard_normal(p.shape) * 0.3
@@ -108,17 +109,16 @@ def test_no_gradient_of_the_base_is_computed(monkeypatch, rng):
 
     asked, backward = [], ops.linear_backward
 
-    def spy(dout, cache, dx=None, dw=None, db=None, add=None):
-        asked.append((cache[1].shape, dw is not False, db is not False, dx is not False))
-        return backward(dout, cache, dx, dw, db, add)
+    def spy(dout, cache, dw=None, db=None, add=None):
+        asked.append((cache[1].shape, dw is not False, db is not False))
+        return backward(dout, cache, dw=dw, db=db, add=add)
 
     monkeypatch.setattr(ops, "linear_backward", spy)
     model = make(dataclasses.replace(KINDS["lora"], targets=("h.1.mlp.c_fc", "h.2.attn.c_attn")), ops)
     model.loss(*rng.integers(0, 13, (2, 2, 9)), None, model.adapter.gradients()[1])
-    assert not any(db for _, _, db, _ in asked)
-    assert [shape for shape, dw, _, _ in asked if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
-    assert len(asked) == 1 + 2 + 2 + 2 + 2 + 2  # head; block 2: MLP, attention, branch; block 1: MLP, branch
-    assert [dx for *_, dx in asked] == [True] * 9 + [False] * 2  # and nothing below that branch
+    assert not any(db for _, _, db in asked)
+    assert [shape for shape, dw, _ in asked if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
+    assert len(asked) == 1 + 4 + 2 + 4 + 2  # head; block 2 and a branch; block 1 and a branch; nothing below
 
 
 def test_generation_is_the_forward_token_by_token(config, ops, rng):
@@ -143,7 +143,7 @@ def test_there_are_fewer_positions_beside_a_prompt(config):
     with pytest.raises(UserError, match=f"{length + 1} tokens is longer"):
         logits(model, np.zeros((1, length + 1), int))
     with pytest.raises(UserError, match="num_virtual_tokens is 16: the model has 16"):
-        adapters.create(model, AdapterConfig("prompt", num_virtual_tokens=16), np.random.default_rng(0))
+        adapters.create(make(), AdapterConfig("prompt", num_virtual_tokens=16), np.random.default_rng(0))
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -156,42 +156,17 @@ def batch(rng, shape=(3, 8)) -> Batch:
     )
 
 
-def test_a_recorded_step_is_the_step(config, rng):
-    """Guards: arithmetic between the calls of the C core that a record leaves out."""
-    model, ws = make(config), Workspace()
-    optimizer = TrainConfig().optimizer(model)
-    for n in range(4):
-        todo = batch(rng, (3 + n % 2, 8))
-        loss = train.accumulate(optimizer, [todo], ws)
-        flat, grads = model.adapter.gradients()
-        more = {"start": todo.start, "positions": todo.positions}
-        assert loss == pytest.approx(model.loss(*todo[:3], grads, **more), rel=1e-7)
-        np.testing.assert_array_equal(optimizer.flat, flat)
-        optimizer.step(1e-2)
-
-
-def test_a_recorded_step_reads_no_position_beyond_the_prompt(rng):
-    model, ws = make(KINDS["prefix"]), Workspace()
-    optimizer, todo = TrainConfig().optimizer(model), batch(rng)
-    train.accumulate(optimizer, [todo], ws)
-    todo.positions[1, 2] = model.context
-    with pytest.raises(UserError, match="longer than block_size, 16, less a prompt of 3"):
-        train.accumulate(optimizer, [todo], ws)
-
-
 def test_training_leaves_the_base_as_it_was(config, rng):
     """Claim 11: the same bytes, and without the adapter the same logits; yet the loss falls."""
     model, ids = make(config), rng.integers(0, 13, (2, 9))
     before, without = hashlib.sha256(model.flat).hexdigest(), logits(make(), ids)
     optimizer, todo, losses = TrainConfig(weight_decay=0.0).optimizer(model), batch(rng), []
     for _ in range(30):
-        losses.append(train.accumulate(optimizer, [todo], Workspace()))
+        losses.append(train.accumulate(optimizer, [todo]))
         optimizer.step(1e-2)
     assert losses[-1] < 0.9 * losses[0]
-    assert hashlib.sha256(model.flat).hexdigest() == before == adapters.fingerprint(model)
-    adapter, model.adapter = model.adapter, None
-    np.testing.assert_array_equal(logits(model, ids), without)
-    model.adapter = adapter
+    assert hashlib.sha256(model.base.flat).hexdigest() == before == adapters.fingerprint(model)
+    np.testing.assert_array_equal(logits(model.base, ids), without)
     assert np.abs(logits(model, ids) - without).max() > 1e-2
 
 
@@ -200,7 +175,7 @@ def test_dropout_is_for_training_alone(rng):
     model, ids = make(dataclasses.replace(KINDS["lora"], dropout=0.5)), rng.integers(0, 13, (2, 9))
     np.testing.assert_array_equal(logits(model, ids), logits(make(KINDS["lora"]), ids))
     optimizer, todo = TrainConfig().optimizer(model), batch(rng)
-    a, b, c = (train.accumulate(optimizer, [todo], None, np.random.default_rng(seed)) for seed in (1, 2, 1))
+    a, b, c = (train.accumulate(optimizer, [todo], np.random.default_rng(seed)) for seed in (1, 2, 1))
     assert a == c != b
 
 
@@ -208,41 +183,36 @@ def test_a_new_lora_changes_nothing_and_a_prompt_is_words(rng):
     """Guards: B that is not zero at the start; A outside Kaiming's bound; a prompt of noise."""
     model = make()
     lora = adapters.create(model, KINDS["lora"], rng)
-    for name, p in lora.params.items():
+    for name, p in lora.adapter.params.items():
         if name.endswith("lora_B"):
             assert not p.any()
         else:
             assert 0.5 < np.abs(p).max() * math.sqrt(p.shape[1]) <= 1
     ids = rng.integers(0, 13, (2, 9))
-    before, model.adapter = logits(model, ids), lora
-    np.testing.assert_array_equal(logits(model, ids), before)
+    np.testing.assert_array_equal(logits(lora, ids), logits(model, ids))
     table = model.params["wte.weight"]
-    model.adapter = adapters.create(model, KINDS["prompt"], rng)
-    nearest = adapters.nearest(model, 2)
-    assert nearest.shape == (3, 2)
-    np.testing.assert_array_equal(table[nearest[:, 0]], model.adapter.params["embedding.weight"])
+    prompt = adapters.create(model, KINDS["prompt"], rng)
+    near = nearest(prompt, 2)
+    assert near.shape == (3, 2)
+    np.testing.assert_array_equal(table[near[:, 0]], prompt.adapter.params["embedding.weight"])
     noise = adapters.create(model, dataclasses.replace(KINDS["prompt"], init="random"), rng)
-    assert noise.params["embedding.weight"].std() == pytest.approx(table.std(), rel=0.5)
+    assert noise.adapter.params["embedding.weight"].std() == pytest.approx(table.std(), rel=0.5)
 
 
 # --- merging ------------------------------------------------------------------------------------------------
 
 
-def test_merged_is_unmerged(ops, rng):
-    """Claim 11: within 1e-5; and back again."""
+def test_merging_makes_a_new_model(ops, rng):
+    """Claim 11: within 1e-5; and the base stays as it was."""
     model, ids = make(KINDS["lora"], ops), rng.integers(0, 13, (2, 9))
     model.flat /= 5  # as after training: large weights would enlarge the rounding too
     model.adapter.flat *= 0.5
     with_adapter, base = logits(model, ids), model.flat.copy()
-    with adapters.merged(model):
-        assert model.adapter is None
-        np.testing.assert_allclose(logits(model, ids), with_adapter, atol=1e-5)
+    merged = adapters.merge(model)
+    np.testing.assert_allclose(logits(merged, ids), with_adapter, atol=1e-5)
+    assert np.abs(merged.flat - base).max() > 0.03 and merged.trained is merged
     np.testing.assert_array_equal(model.flat, base)
-    adapter = adapters.merge(model)
-    assert np.abs(model.flat - base).max() > 0.03
-    adapters.unmerge(model, adapter)
-    np.testing.assert_allclose(model.flat, base, atol=1e-6)
-    np.testing.assert_allclose(logits(model, ids), with_adapter, atol=1e-5)
+    np.testing.assert_array_equal(logits(model, ids), with_adapter)
 
 
 def test_a_prompt_cannot_be_merged():
@@ -250,31 +220,42 @@ def test_a_prompt_cannot_be_merged():
         adapters.merge(make(KINDS["prompt"]))
 
 
-def test_two_adapters_beside_one_base(rng):
-    """Guards: an adapter that leaves something of itself when another takes its place."""
-    model, ids = make(), rng.integers(0, 13, (2, 9))
-    found = {}
-    for name, config in KINDS.items():
-        found[name] = adapters.create(model, config, np.random.default_rng(1))
-        model.adapter = found[name]
-        found[name] = found[name], logits(model, ids)
-    for adapter, expected in found.values():
-        model.adapter = adapter
-        np.testing.assert_array_equal(logits(model, ids), expected)
+def test_many_adapters_beside_one_base(rng):
+    """Guards: an adapter that leaves something of itself in the base, or in another adapter."""
+    base, ids = make(), rng.integers(0, 13, (2, 9))
+    mark, alone = adapters.fingerprint(base), logits(base, ids)
+    views = [adapters.create(base, config, np.random.default_rng(1)) for config in KINDS.values()]
+    before = [logits(view, ids) for view in views]
+    todo = batch(rng)
+    for view in views:  # each learns while the others are there
+        optimizer = TrainConfig().optimizer(view)
+        train.accumulate(optimizer, [todo])
+        optimizer.step(1e-2)
+    after = [logits(view, ids) for view in views]
+    assert adapters.fingerprint(base) == mark
+    np.testing.assert_array_equal(logits(base, ids), alone)
+    for config, first, last in zip(KINDS.values(), before, after, strict=True):
+        view = adapters.create(make(), config, np.random.default_rng(1))
+        np.testing.assert_array_equal(logits(view, ids), first)
+        optimizer = TrainConfig().optimizer(view)
+        train.accumulate(optimizer, [todo])
+        optimizer.step(1e-2)
+        np.testing.assert_array_equal(logits(view, ids), last)
 
 
 def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
     """ReLoRA: after a merge the model computes what it did, with branches that are new."""
     config = AdapterConfig("lora", rank=2, targets=("mlp.c_fc",), full=True)
-    model, ids, ws = make(config), rng.integers(0, 13, (2, 9)), Workspace()
+    model, ids = make(config), rng.integers(0, 13, (2, 9))
+    first, mark = model.base, adapters.fingerprint(model)
     optimizer = TrainConfig(weight_decay=0.0).optimizer(model)
     for _ in range(3):
-        train.accumulate(optimizer, [batch(rng)], ws)
+        train.accumulate(optimizer, [batch(rng)])
         optimizer.step(1e-2)
     before, base, old = logits(model, ids), model.flat.copy(), model.adapter.flat.copy()
     adapters.restart(optimizer, rng)
     np.testing.assert_allclose(logits(model, ids), before, atol=1e-5)
-    assert (model.flat != base).mean() > 0.2
+    assert (model.flat != base).mean() > 0.2 and adapters.fingerprint(first) == mark
     assert not model.adapter.params["h.0.mlp.c_fc.lora_B"].any()
     a = model.adapter.params["h.0.mlp.c_fc.lora_A"]
     assert not np.isin(a, old).any()
@@ -283,7 +264,7 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
     for name, g in optimizer.grads.items():
         views[name], end = optimizer.m[end : end + g.size], end + g.size
     assert all(views[n].any() == (n in kept) for n in views)
-    train.accumulate(optimizer, [batch(rng)], ws)  # and it goes on: the record reads the new arrays
+    train.accumulate(optimizer, [batch(rng)])  # and it goes on
     assert optimizer.grads["h.0.mlp.c_fc.lora_B"].any()
 
 
@@ -308,9 +289,10 @@ def test_what_is_saved_comes_back(config, tmp_path):
     """PEFT 1247, 1607: the encoder is kept, not only the prompt that it gives."""
     model = make(config)
     adapters.save(tmp_path, model, TOKENIZER, "base")
-    found = adapters.load(tmp_path, model)
-    assert same(found, model.adapter) and found.config.kind == config.kind
-    assert (found.config.alpha, found.config.rank, found.config.hidden) == (
+    found = adapters.load(tmp_path, model.base)
+    loaded = found.adapter.config
+    assert same(found.adapter, model.adapter) and loaded.kind == config.kind
+    assert (loaded.alpha, loaded.rank, loaded.hidden) == (
         (config.alpha, config.rank, 0) if config.kind == "lora" else (8.0, 8, config.hidden)
     )
     assert (tmp_path / "encoder.safetensors").exists() == bool(config.hidden)
@@ -318,11 +300,9 @@ def test_what_is_saved_comes_back(config, tmp_path):
     assert metadata == {"format": "pt", "base_sha256": adapters.fingerprint(model)}
     if config.hidden:
         (tmp_path / "encoder.safetensors").unlink()  # as PEFT has it: the prompt alone
-        baked, ids = adapters.load(tmp_path, model), np.arange(6)[None]
-        assert baked.config.hidden == 0
-        with_encoder = logits(model, ids)
-        model.adapter = baked
-        np.testing.assert_allclose(logits(model, ids), with_encoder, atol=1e-5)
+        baked, ids = adapters.load(tmp_path, model.base), np.arange(6)[None]
+        assert baked.adapter.config.hidden == 0
+        np.testing.assert_allclose(logits(baked, ids), logits(model, ids), atol=1e-5)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -363,7 +343,7 @@ def test_what_matches_nothing_is_an_error(tmp_path, change, says):
     adapters.save(tmp_path, model, TOKENIZER, "base")
     rewrite(tmp_path, change)
     with pytest.raises(UserError, match=says):
-        adapters.load(tmp_path, model)
+        adapters.load(tmp_path, model.base)
 
 
 @pytest.mark.parametrize("field, value, says", [
@@ -378,7 +358,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, field, value, says):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=says):
-        adapters.load(tmp_path, model)
+        adapters.load(tmp_path, model.base)
 
 
 @pytest.mark.parametrize("kind, field, value", [
@@ -393,7 +373,7 @@ def test_a_hostile_number_takes_no_memory(tmp_path, kind, field, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     tracemalloc.start()
     with pytest.raises(UserError, match="it is for another model|the model has 16 positions"):
-        adapters.load(tmp_path, model)
+        adapters.load(tmp_path, model.base)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
@@ -404,7 +384,7 @@ def test_a_wrong_base_is_refused(config, tmp_path):
     adapters.save(tmp_path, model, TOKENIZER, "base")
     model.flat[3] += 1e-3
     with pytest.raises(UserError, match="not trained beside the model in other"):
-        adapters.load(tmp_path, model, "other")
+        adapters.load(tmp_path, model.base, "other")
 
 
 def test_an_encoder_of_another_prompt_is_refused(tmp_path):
@@ -412,7 +392,7 @@ def test_an_encoder_of_another_prompt_is_refused(tmp_path):
     adapters.save(tmp_path, model, TOKENIZER, "base")
     rewrite(tmp_path, lambda a: a["prompt_embeddings"].__iadd__(0.01))
     with pytest.raises(UserError, match="one of them is old"):
-        adapters.load(tmp_path, model)
+        adapters.load(tmp_path, model.base)
 
 
 @pytest.mark.parametrize("fields", [
@@ -541,7 +521,7 @@ def test_training_goes_on_from_an_adapter(folder):
     run(*SFT, "--adapter", "ptuning", "--num-virtual-tokens", "4", "--encoder-hidden", "6", "--out", "first")
     run(*SFT, "--adapter-folder", "first", "--learning-rate", "1e-9", "--out", "second")
     model, _ = checkpoint.load("base")
-    a, b = (adapters.load(name, model) for name in ("first", "second"))
+    a, b = (adapters.load(name, model).adapter for name in ("first", "second"))
     assert b.config.hidden == 6
     np.testing.assert_allclose(a.flat, b.flat, atol=1e-6)
 
@@ -581,8 +561,7 @@ def test_pretraining_with_low_rank_from_random_weights(folder, more):
     from tinygpt import pretrain
 
     found = pretrain.resume(folder / "whole")
-    with adapters.merged(found.optimizer.model):
-        np.testing.assert_array_equal(found.optimizer.model.flat, model.flat)
+    np.testing.assert_array_equal(adapters.merge(found.optimizer.model).flat, model.flat)
     run("generate", "whole", "--max-new-tokens", "5")
 
 
@@ -653,4 +632,4 @@ def test_targets_that_are_no_names_are_ignored_as_a_pattern_is(tmp_path):
     adapters.save(tmp_path, model, TOKENIZER, "base")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["c_attn", 1]}))
-    assert adapters.load(tmp_path, model).config.targets
+    assert adapters.load(tmp_path, model.base).adapter.config.targets

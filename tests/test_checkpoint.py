@@ -21,11 +21,13 @@ import pytest
 from tinygpt import checkpoint, runs, tensorfile
 from tinygpt import tokenizer as tokenizers
 from tinygpt.atomic import finish, lock, make_folder, replacing, together, unlock
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters
-from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW
 from tinygpt.train import TrainConfig
+from tinygpt.variants import build
 
 KINDS = "nothing", "model", "run", "adapter", "judge", "merged"  # of folders
 FUZZ = int(os.environ.get("TINYGPT_FUZZ", 400))
@@ -41,7 +43,7 @@ class Settings:
 
 
 def make(**changes) -> GPT:
-    return GPT(dataclasses.replace(CONFIG, **changes), np.random.default_rng(0))
+    return build(dataclasses.replace(CONFIG, **changes), np.random.default_rng(0))
 
 
 def write(path: Path, tensors: dict[str, tuple[str, tuple, bytes]], metadata: dict | None = None) -> None:
@@ -80,7 +82,7 @@ def refused(folder: Path, *words: str) -> None:
 def test_a_model_comes_back(tmp_path, post_norm, dtype):
     """Guards: tensors that change places, settings that are lost, weights rounded twice."""
     config = dataclasses.replace(CONFIG, post_norm=post_norm, layer_norm_epsilon=1e-6)
-    model = GPT(config, np.random.default_rng(0), dtype)
+    model = build(config, np.random.default_rng(0), dtype)
     checkpoint.save(tmp_path / "new" / "folder", model, TOKENIZER)
     again, tokenizer = checkpoint.load(tmp_path / "new" / "folder")
     assert again.config == config and again.flat.dtype == np.float32
@@ -148,7 +150,7 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path):
 def test_a_run_comes_back(tmp_path, tokenizer):
     """Guards: moments that change places, a step that is lost, settings or a tokenizer of another type."""
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
-    optimizer = AdamW(GPT(config, np.random.default_rng(0)))
+    optimizer = AdamW(build(config, np.random.default_rng(0)))
     for seed, part in enumerate((optimizer.m, optimizer.v)):
         part[:] = np.random.default_rng(seed).normal(size=part.shape)
     optimizer.steps = 41
@@ -157,7 +159,7 @@ def test_a_run_comes_back(tmp_path, tokenizer):
     found, again = checkpoint.read_run(tmp_path, Settings)
     assert found == settings and type(again) is type(tokenizer) and again.eos == tokenizer.eos
     assert again.tokens == tokenizer.tokens and again.to_spec() == tokenizer.to_spec()
-    again = AdamW(GPT(config))
+    again = AdamW(build(config))
     checkpoint.load_trainer(tmp_path, again)
     assert again.steps == 41 and again.model.flat.tobytes() == optimizer.model.flat.tobytes()
     assert again.m.tobytes() == optimizer.m.tobytes() and again.v.tobytes() == optimizer.v.tobytes()
@@ -369,7 +371,7 @@ def test_mutated_files_load_or_are_one_line(folder, name):
         try:
             if name == "trainer.safetensors":
                 settings, _ = checkpoint.read_run(folder, Settings)
-                checkpoint.load_trainer(folder, AdamW(GPT(settings.model)))
+                checkpoint.load_trainer(folder, AdamW(build(settings.model)))
             else:
                 checkpoint.load(folder)
             outcomes["loaded"] += 1
@@ -468,20 +470,19 @@ def kinds(folder):
     def one(text, size, **more):
         tokenizer = tokenizers.CharTokenizer.train(text)
         config = GPTConfig(tokenizer.vocab_size, 8, 1, 1, size, **more)
-        return GPT(config, np.random.default_rng(size)), tokenizer
+        return build(config, np.random.default_rng(size)), tokenizer
 
     model, tokenizer = one("hello", 4)
     run = AdamW(one("good day", 8)[0])
     adapted, words = one("good bye", 12)
-    adapted.adapter = Adapter(AdapterConfig("lora", rank=1), adapted.config)
+    adapted = adapters.beside(adapted, AdapterConfig("lora", rank=1))
     settings = runs.Settings(run.model.config, TrainConfig(), block_size=8)
     beside = runs.Settings(adapted.config, TrainConfig(), block_size=8, init_from="base",
                            adapter=adapted.adapter.config)  # fmt: skip
     judge, judged = one("good evening", 16, num_labels=1)
     judging = runs.Settings(judge.config, TrainConfig(), block_size=8)
     merged, _ = one("good bye", 12)
-    merged.adapter = adapters.create(merged, AdapterConfig("lora", rank=1), np.random.default_rng(0))
-    adapters.merge(merged)
+    merged = adapters.merge(adapters.create(merged, AdapterConfig("lora", rank=1), np.random.default_rng(0)))
     return {
         "nothing": lambda: folder.mkdir(exist_ok=True),
         "model": lambda: runs.save_model(folder, model, tokenizer),
@@ -599,8 +600,7 @@ def test_what_never_ends_is_one_line(folder, name, how):
 @pytest.mark.parametrize("name", [checkpoint.ADAPTER_CONFIG, "adapter_model.safetensors"])
 def test_an_adapter_that_never_ends_is_one_line(folder, name, how):
     """Guards: the same of an adapter's folder."""
-    model = make()
-    model.adapter = Adapter(AdapterConfig("lora", rank=2), CONFIG)
+    model = adapters.beside(make(), AdapterConfig("lora", rank=2))
     adapters.save(folder / "adapter", model, TOKENIZER, str(folder))
     spoil(folder / "adapter" / name, how)
     with pytest.raises(UserError, match=name):

@@ -17,7 +17,8 @@ import tinygpt
 from tinygpt import checkpoint, kernels
 from tinygpt.check import bench
 from tinygpt.cli import main
-from tinygpt.model import GPT, AdapterConfig, GPTConfig
+from tinygpt.config import AdapterConfig, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import CharTokenizer
 
 TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tinygpt import data
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
 
 SHAKESPEARE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"

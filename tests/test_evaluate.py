@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tinygpt import evaluate, instructions
+from tinygpt.config import GPTConfig
 from tinygpt.evaluate import Answer
 from tinygpt.generate import encode_prompt, generate
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer
 
 

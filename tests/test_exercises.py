@@ -19,8 +19,9 @@ from tinygpt.check import exercises
 from tinygpt.check.contract import is_float
 from tinygpt.check.exercises import EXERCISES
 from tinygpt.cli import main
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.finetune import adapters, rlhf
-from tinygpt.model import GPT, Adapter, AdapterConfig, GPTConfig
+from tinygpt.model import GPT
 
 
 @pytest.fixture
@@ -51,13 +52,11 @@ def lora_op(x, w, A, B, alpha):
     """x times the weight that the project merges from the same w, A and B."""
     config = AdapterConfig("lora", rank=len(B), alpha=alpha, targets=("attn.c_attn",))
     model = GPT(GPTConfig(3, block_size=2, n_layer=1, n_head=1, n_embd=len(w)), dtype=np.float64, ops=ops)
-    model.adapter = Adapter(config, model.config, np.float64)
-    name = "h.0.attn.c_attn"
+    model, name = adapters.beside(model, config), "h.0.attn.c_attn"
     model.params[f"{name}.weight"][:] = w
     model.adapter.params[f"{name}.lora_A"][:] = A.T
     model.adapter.params[f"{name}.lora_B"][:] = B
-    adapters.merge(model)
-    return ops.linear_forward(x, model.params[f"{name}.weight"])
+    return ops.linear_forward(x, adapters.merge(model).params[f"{name}.weight"])
 
 
 def lora_backward(dout, cache):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import checkpoint, kernels, ops, storage
+from tinygpt import checkpoint, kernels, ops
 from tinygpt import generate as g
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
+from tinygpt.variants import build
 
 CONFIG = GPTConfig(vocab_size=29, block_size=16, n_layer=2, n_head=2, n_embd=24)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [27], [18, 2, 8], [1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0], [18, 2, 8]]
@@ -22,7 +24,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [27], [18, 2, 8], [1, 8, 2, 8, 1, 8, 2, 
 
 def make(dtype=np.float32, backend="numpy", **changes) -> GPT:
     """A model whose weights are large enough that every token matters and greedy text wanders."""
-    model = GPT(GPTConfig(**(vars(CONFIG) | changes)), dtype=dtype, ops=kernels.backend(backend))
+    model = build(GPTConfig(**(vars(CONFIG) | changes)), dtype=dtype, ops=kernels.backend(backend))
     rng = np.random.default_rng(2)
     for name, p in model.params.items():
         gain = "ln_" in name and name.endswith("weight")
@@ -44,18 +46,6 @@ def uncached(model: GPT, prompt: list[int], count: int) -> list[int]:
         new.append(int(logits_after(model, text).argmax()))
         text = text + new[-1:]
     return new
-
-
-@pytest.mark.parametrize("backend", kernels.available())
-def test_a_second_generation_makes_no_buffers(backend):
-    """Guards: a cache as new memory each time, whose first use costs more than many steps."""
-    model, ws = make(backend=backend), storage.Workspace()
-    first = g.generate(model, PROMPTS, 6, temperature=0, ws=ws)
-    size = ws.nbytes
-    places = len(PROMPTS) * CONFIG.block_size * CONFIG.n_layer * CONFIG.n_embd
-    assert size > 2 * 4 * places  # the cache is in it
-    again = g.generate(model, PROMPTS, 6, temperature=0, ws=ws)
-    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first] and ws.nbytes == size
 
 
 @pytest.mark.parametrize("backend", kernels.available())
@@ -89,9 +79,9 @@ def test_cached_logits_are_the_uncached(backend, dtype, tolerance, post_norm):
     model = make(dtype, backend, post_norm=post_norm)
     ids = np.random.default_rng(2).integers(0, 29, (3, 16)).astype(np.int32)
     expected = model.forward(ids)[0]
-    kv, ws, done = g.KVCache(model, 3, 16), storage.Workspace(), 0
+    kv, done = g.KVCache(model, 3, 16), 0
     for chunk in (5, 1, 1, 3, 1, 5):
-        got, _ = model.forward(ids[:, done : done + chunk], ws, kv=kv, keep=False)
+        got, _ = model.forward(ids[:, done : done + chunk], past=kv, keep=False)
         wanted, atol = expected[:, done : done + chunk], tolerance * np.abs(expected).max()
         np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=atol)  # a sum rounds as its largest term
         done += chunk
@@ -101,9 +91,9 @@ def test_cached_logits_are_the_uncached(backend, dtype, tolerance, post_norm):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 def test_mixed_lengths_give_the_logits_of_one_by_one(backend, dtype, tolerance):
     """Guards: padding that is attended to, or counted in positions; a row left with another's cache."""
-    model, ws, texts = make(dtype, backend), storage.Workspace(), [list(p) for p in PROMPTS]
+    model, texts = make(dtype, backend), [list(p) for p in PROMPTS]
     kv = g.KVCache(model, len(texts), 16)
-    logits, pad = g._read(model, texts, kv, ws)
+    logits, pad = g._read(model, texts, kv)
     alive = np.array([True, False, True, True, False])
     for drop, token in ((False, 7), (True, 28), (False, 0)):
         for got, text in zip(logits[:, -1], texts, strict=True):
@@ -113,7 +103,7 @@ def test_mixed_lengths_give_the_logits_of_one_by_one(backend, dtype, tolerance):
             texts, pad = [texts[row] for row in rows], pad[rows]
         texts = [text + [token] for text in texts]
         ids = np.full((len(texts), 1), token, np.int32)
-        logits, _ = model.forward(ids, ws, positions=kv.length - pad, start=pad, kv=kv, keep=False)
+        logits, _ = model.forward(ids, positions=kv.length - pad, start=pad, past=kv, keep=False)
 
 
 def test_dropping_rows_keeps_the_others():
@@ -409,13 +399,13 @@ class Recital:
     """Stands in for a model: writes the given ids, whatever it reads."""
 
     config, flat, ops = CONFIG, np.zeros(1), kernels.backend("numpy")
-    context, prompt_length = CONFIG.block_size, 0
+    context, prefix = CONFIG.block_size, 0
 
     def __init__(self, ids, vocab_size: int) -> None:
         self.logits = iter(np.eye(vocab_size)[ids])
 
-    def forward(self, ids, ws, kv, **kwargs):
-        kv.length += ids.shape[1]
+    def forward(self, ids, past, **kwargs):
+        past.length += ids.shape[1]
         return next(self.logits)[None, None], None
 
 

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, cli, evaluate, instructions, ops
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.generate import encode_prompt
 from tinygpt.incontext import fewshot, memory
 from tinygpt.incontext.fewshot import Prompt
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.world import World
 
@@ -278,7 +279,7 @@ def test_attention_is_what_the_model_computes(made):
     np.testing.assert_allclose(maps.sum(-1), 1)
     assert not np.triu(maps, 1).any()
 
-    def uniform(q, k, v, n_head, *rest, out=None):
+    def uniform(q, k, v, n_head, *rest):
         """Attention in which one head of one layer looks at nothing."""
         out, cache = ops.attention_forward(q, k, v, n_head, *rest)
         calls.append(1)

@@ -227,12 +227,12 @@ def test_gelu_far_out(c, dtype):
 
 
 def test_queries_keys_and_values_are_views(c, rng, dtype):
-    """As in the model: three views of one (B, T, 3C) buffer, and their gradients written into another."""
+    """As in the model: three views of one (B, T, 3C) array, and so are their gradients."""
     C, dout = 34, rng.standard_normal((2, 9, 34)).astype(dtype)
-    qkv, dqkv = rng.standard_normal((2, 9, 3 * C)).astype(dtype), np.full((2, 9, 3 * C), np.nan, dtype)
-    views, grads = ([a[..., i * C : (i + 1) * C] for i in range(3)] for a in (qkv, dqkv))
-    out, cache = c.attention_forward(*views, 2, out=np.empty_like(dout))
-    c.attention_backward(dout, cache, *grads)
+    qkv = rng.standard_normal((2, 9, 3 * C)).astype(dtype)
+    views = [qkv[..., i * C : (i + 1) * C] for i in range(3)]
+    out, cache = c.attention_forward(*views, 2)
+    dqkv = c.attention_backward(dout, cache, packed=True)
     alone, cache = c.attention_forward(*(np.ascontiguousarray(v) for v in views), 2)
     np.testing.assert_array_equal(out, alone)
     np.testing.assert_array_equal(dqkv, np.concatenate(c.attention_backward(dout, cache), -1))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, PRESETS, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW
-from tinygpt.storage import Workspace
+from tinygpt.variants import build
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GPTConfig(vocab_size=13, block_size=9, n_layer=3, n_head=2, n_embd=12)
@@ -21,7 +22,7 @@ CONFIG = GPTConfig(vocab_size=13, block_size=9, n_layer=3, n_head=2, n_embd=12)
 @pytest.fixture(params=[False, True], ids=["pre-norm", "post-norm"])
 def model(request, ops, rng) -> GPT:
     """Three layers in float64, their weights large enough that every one matters."""
-    model = GPT(GPTConfig(**vars(CONFIG) | {"post_norm": request.param}), rng, np.float64, ops)
+    model = build(GPTConfig(**vars(CONFIG) | {"post_norm": request.param}), rng, np.float64, ops)
     model.flat += 0.3 * rng.standard_normal(model.flat.shape)
     return model
 
@@ -45,7 +46,7 @@ def hold_to(reference: dict, sizes: dict, steps: dict, post_norm: bool, dtype, o
     `reference` is as peers/make_golden.py has it. The loss is computed from the logits in float64.
     """
     sizes = {"block_size" if k == "n_positions" else k: v for k, v in sizes.items()}
-    model = GPT(GPTConfig(**sizes, post_norm=post_norm), None, dtype, ops)
+    model = build(GPTConfig(**sizes, post_norm=post_norm), None, dtype, ops)
     named = {n.removeprefix("weight."): a for n, a in reference.items() if n.startswith("weight.")}
     assert set(named) == set(model.params)
     for name, array in named.items():
@@ -111,7 +112,7 @@ def test_initial_weights_have_gpt2s_distribution():
     """Deviation 0.02 at 768 channels, so 0.04 at 192, and less by sqrt(2 layers) into the residual stream:
     without that factor a deep model's stream grows, with it on the wrong matrices training is slower and
     nothing else shows it."""
-    model = GPT(GPTConfig(300, 64, 8, 4, 192), np.random.default_rng(0))
+    model = build(GPTConfig(300, 64, 8, 4, 192), np.random.default_rng(0))
     for name, p in model.params.items():
         if p.ndim == 1:
             assert (p == (".ln_" in f".{name}" and name.endswith("weight"))).all(), name
@@ -167,15 +168,28 @@ def test_packed_documents_equal_each_alone(model, rng):
         np.testing.assert_allclose(packed[:, document], alone, rtol=1e-11, atol=1e-13)
 
 
-def test_shared_buffers_give_the_same_logits(model, rng):
-    """keep=False lets all layers share one's buffers: none may be overwritten while it is needed."""
+def test_a_forward_without_a_cache_gives_the_same_logits(model, rng):
+    """keep=False: no array outlives the block that needs it. last=True: one position's logits."""
     ids, _ = batch(rng)
-    kept, ws, small = model.forward(ids)[0].copy(), Workspace(), Workspace()
-    np.testing.assert_array_equal(model.forward(ids, small, keep=False)[0], kept)
-    last, _ = model.forward(ids, small, keep=False, last=True)
+    kept, cache = model.forward(ids)
+    logits, none = model.forward(ids, keep=False)
+    np.testing.assert_array_equal(logits, kept)
+    last, _ = model.forward(ids, keep=False, last=True)
     np.testing.assert_allclose(last, kept[:, -1:], rtol=1e-12, atol=1e-14)
-    model.forward(ids, ws)
-    assert small.nbytes < ws.nbytes / 2
+    assert cache and not none
+
+
+def test_results_stay_as_they_are(model, rng):
+    """Guards: memory that is used again while somebody still holds it."""
+    ids, targets = batch(rng)
+    logits, cache = model.forward(ids)
+    before, dlogits = logits.copy(), rng.standard_normal(logits.shape)
+    grads = [model.gradients() for _ in range(2)]
+    model.backward(dlogits, cache, grads[0][1])
+    model.loss(targets, ids, None, model.gradients()[1])
+    model.backward(dlogits, cache, grads[1][1])  # a second backward from one cache
+    np.testing.assert_array_equal(grads[0][0], grads[1][0])
+    np.testing.assert_array_equal(logits, before)
 
 
 def test_a_branch_joins_the_stream_in_one_operation(model, rng, monkeypatch):
@@ -187,27 +201,10 @@ def test_a_branch_joins_the_stream_in_one_operation(model, rng, monkeypatch):
     assert len(sums) == 1
 
 
-def test_a_workspace_is_used_again(model, rng):
-    """The second step allocates nothing, whatever the first left behind; and a smaller batch fits in."""
-    ws, (_, grads) = Workspace(), model.gradients()
-    ids, targets = batch(rng)
-    first = model.loss(ids, targets, None, grads, ws)
-    size, buffers = ws.nbytes, [id(b) for b in ws._buffers.values()]
-    kept = {name: g.copy() for name, g in grads.items()}
-    model.loss(ids[:1, :4], targets[:1, :4], None, grads, ws)
-    for buffer in ws._buffers.values():
-        buffer[:] = np.nan
-    assert model.loss(ids, targets, None, grads, ws) == first
-    assert ws.nbytes == size
-    assert [id(b) for b in ws._buffers.values()] == buffers
-    for name, g in grads.items():
-        np.testing.assert_array_equal(g, kept[name], name)
-
-
 def test_dropout_needs_a_generator_and_follows_it(model, rng):
     ids, _ = batch(rng)
     plain, _ = model.forward(ids)
-    dropping = GPT(GPTConfig(**vars(model.config) | {"dropout": 0.5}), None, np.float64, model.ops)
+    dropping = build(GPTConfig(**vars(model.config) | {"dropout": 0.5}), None, np.float64, model.ops)
     dropping.flat[:] = model.flat
     np.testing.assert_array_equal(dropping.forward(ids)[0], plain)  # evaluation
     runs = [dropping.forward(ids, rng=np.random.default_rng(seed))[0] for seed in (1, 1, 2)]
@@ -225,8 +222,8 @@ def test_the_tied_tables_gradient_is_the_sum_of_its_two_uses(model, rng):
     def head_only(dout, cache, dw=None, add=False):
         return dw
 
-    def table_only(dout, cache, dx=None, dw=None, db=None, add=None):
-        grads = ops.linear_backward(dout, cache, dx, dw, db, add)
+    def table_only(dout, cache, dw=None, db=None, add=None):
+        grads = ops.linear_backward(dout, cache, dw=dw, db=db, add=add)
         if dw is not False:  # the head's is the only one wanted
             dw[:] = 0
         return grads
@@ -260,15 +257,15 @@ def test_freezing_changes_no_gradient_that_is_computed(model, rng, names):
         np.testing.assert_array_equal(some[name], full[name], name)
 
 
-@pytest.mark.parametrize("lowest, halves", [("wpe.weight", 6), ("h.1.ln_2.bias", 3), ("h.2.ln_1.bias", 2)])
-def test_nothing_is_computed_below_the_lowest_name(model, rng, monkeypatch, lowest, halves):
+@pytest.mark.parametrize("lowest, blocks", [("wpe.weight", 3), ("h.1.ln_2.bias", 2), ("h.2.ln_1.bias", 1)])
+def test_nothing_is_computed_below_the_lowest_name(model, rng, monkeypatch, lowest, blocks):
     """Freezing the lower blocks must make a step faster, or nobody would freeze."""
     passed = []
-    below = model._sublayer_backward
-    monkeypatch.setattr(model, "_sublayer_backward", lambda *a: passed.append(a[1][0]) or below(*a))
+    below = model.block_backward
+    monkeypatch.setattr(model, "block_backward", lambda *a: passed.append(1) or below(*a))
     ids, targets = batch(rng)
     model.loss(ids, targets, None, model.gradients([lowest, "h.2.ln_2.weight"])[1])
-    assert len(passed) == halves
+    assert len(passed) == blocks
 
 
 @pytest.mark.parametrize("change", [{}, {"post_norm": True}, {"n_layer": 1, "n_embd": 64}], ids=str)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.config import GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW, learning_rate
 
 CONFIG = GPTConfig(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)

@@ -22,8 +22,9 @@ from click.testing import CliRunner
 from tinygpt import checkpoint, data, kernels, tensorfile
 from tinygpt import pretrain as stage
 from tinygpt.cli import main
+from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, PRESETS, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import CharTokenizer
 
 KILLS = int(os.environ.get("TINYGPT_KILLS", 4))
@@ -248,7 +249,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words
 
 def test_too_little_memory(folder, monkeypatch):
     """Guards: numpy's traceback where a model that could be is more than this machine holds."""
-    monkeypatch.setattr(stage, "GPT", lambda *_: np.empty(10**15))
+    monkeypatch.setattr(stage, "build", lambda *_: np.empty(10**15))
     (line,) = pretrain("--data", "text.txt", status=2).splitlines()
     assert line.startswith("tinygpt: not enough memory: choose smaller sizes. Unable to allocate")
 

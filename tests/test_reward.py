@@ -13,11 +13,12 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, instructions
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.evaluate import Answer
 from tinygpt.finetune import reward, rlhf
 from tinygpt.finetune.reward import Comparison, Judge, Settings
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, raw_integers, tasks
@@ -69,7 +70,7 @@ def test_the_gradient_of_the_loss(tokenizer):
     texts = judging(tokenizer).texts(["What is it?"] * 4, WORDS.split()[:4])
     rows = reward.marked(texts, 64)
     optimizer = TrainConfig().optimizer(model)
-    value = lambda: reward.loss(optimizer, [rows], reward.Workspace())  # noqa: E731
+    value = lambda: reward.loss(optimizer, [rows])  # noqa: E731
     value()
     grad, start = optimizer.flat.copy(), model.flat.copy()
     for direction in np.random.default_rng(0).standard_normal((3, model.flat.size)):

@@ -13,13 +13,15 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, cli, instructions, story, train
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters, reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import TrainConfig
+from tinygpt.variants import build
 from tinygpt.world import VERSION, World, tasks
 
 EOS, V, LONGEST = 0, 4, 3
@@ -212,7 +214,7 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
     by_answer = dict(zip(ALL.answers, REWARD, strict=True))
     wanted, directions = slopes(model, lambda: -(probabilities(model) * REWARD).sum())
     rng, found = np.random.default_rng(5), []
-    optimizer, ws = AdamW(model), rlhf.Workspace()
+    optimizer = AdamW(model)
     for _ in range(60):
         drawn = rlhf.sample(model, tokenizer, [np.array(PROMPT)] * 40, 4, LONGEST, rng)
         # The engine takes the end token off; a full-length answer has none.
@@ -220,7 +222,7 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
         score = np.array([by_answer[a + end] for a, end in zip(drawn.answers, ends, strict=True)])
         logp = rlhf.logprobs(model, drawn)
         e = rlhf.experience(drawn, logp, logp, score, config)
-        rlhf.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config), ws)
+        rlhf.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config))
         found.append(directions @ optimizer.flat)
     mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / math.sqrt(len(found))
     assert (abs(mean - wanted) < 4 * error).all() and (error < 0.3 * abs(wanted).max()).all()
@@ -366,7 +368,7 @@ def test_the_gradient_of_each_objective_as_it_runs(algo, rng):
     ref = rlhf.logprobs(make(1), few)
     e = rlhf.experience(few, old, ref, rng.standard_normal(4), config, rng.standard_normal(few.mask.shape))
     optimizer = AdamW(model)
-    rlhf.learn(optimizer, few, lambda logp, _: rlhf.objective(logp, e, config), rlhf.Workspace())
+    rlhf.learn(optimizer, few, lambda logp, _: rlhf.objective(logp, e, config))
     assert_gradient(
         model, optimizer.flat.copy(), lambda: rlhf.objective(rlhf.logprobs(model, few), e, config)[0]
     )
@@ -389,7 +391,7 @@ def test_samples_have_their_ends_and_nothing_after_them():
         assert found.mask[row].tolist() == [float(begin <= t < n) for t in range(found.mask.shape[1])]
         assert found.targets[row, begin:n].tolist() == ids
         assert found.ids[row, : n + 1].tolist()[: len(prompt)] == prompt.tolist()
-        alone = model.losses(found.ids[row : row + 1, :n], found.targets[row : row + 1, :n], np.ones((1, n)))
+        alone = model.losses(found.ids[row : row + 1, :n], found.targets[row : row + 1, :n])
         together = rlhf.logprobs(model, found)[row]
         np.testing.assert_allclose(together[begin:n], -alone[0, begin:], atol=1e-12)
         assert not together[:begin].any() and not together[n:].any()
@@ -415,7 +417,7 @@ def trainer(model: GPT, config: Config, judge, **more) -> rlhf.Trainer:
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     model = GPT(CONFIG, np.random.default_rng(0))
-    values = GPT(GPTConfig(**vars(CONFIG) | {"num_labels": 1}), np.random.default_rng(1))
+    values = build(GPTConfig(**vars(CONFIG) | {"num_labels": 1}), np.random.default_rng(1))
     config = Config(algo=algo, num_prompts=2, num_generations=4, num_iterations=3, max_new_tokens=LONGEST)
     judge = lambda questions, answers: np.array([len(a) * 1.0 for a in answers])  # noqa: E731
     t = trainer(model, config, judge, values=AdamW(values) if algo == "ppo" else None)
@@ -423,7 +425,7 @@ def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     for n in range(6):
         batches = t.batches(n, np.random.default_rng(n))
         seen.append(id(batches[0]))
-        record = t.compute(t.optimizer, batches, t.ws, np.random.default_rng(n))
+        record = t.compute(t.optimizer, batches, np.random.default_rng(n))
         ratios.append(record["ratio"])
         t.optimizer.step(1e-2)
     assert ratios[0] < 1e-5 and ratios[3] < 1e-5 and min(ratios[1], ratios[2], ratios[4]) > 1e-3
@@ -443,7 +445,7 @@ def test_the_gradient_of_examples_learned_beside_comes_on_top():
     for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
         t = trainer(model, config, judge, examples=examples)
         rng = np.random.default_rng(5)
-        record = t.compute(t.optimizer, t.batches(0, rng), t.ws, rng)
+        record = t.compute(t.optimizer, t.batches(0, rng), rng)
         found[name] = t.optimizer.flat.copy()
     loss = train.accumulate(t.optimizer, [batch])
     assert asked == [0] and record["ptx_loss"] == pytest.approx(loss)
@@ -481,13 +483,13 @@ def test_as_it_runs_each_finds_what_is_rewarded(algo):
     judge = lambda questions, answers: np.array(  # noqa: E731
         [a.count("3" if q == "second" else "1") * 1.0 for q, a in zip(questions, answers, strict=True)]
     )
-    values = GPT(GPTConfig(**vars(CONFIG) | {"num_labels": 1}), np.random.default_rng(1), np.float64)
+    values = build(GPTConfig(**vars(CONFIG) | {"num_labels": 1}), np.random.default_rng(1), np.float64)
     t = trainer(model, config, judge, gold=judge, values=AdamW(values) if algo == "ppo" else None)
     start = values.flat.copy()
     records = []
     for n in range(120):
         rng = np.random.default_rng(n)
-        records.append(t.compute(t.optimizer, t.batches(n, rng), t.ws, rng))
+        records.append(t.compute(t.optimizer, t.batches(n, rng), rng))
         t.optimizer.step(2e-2)
     rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
     before = rlhf.sample(make(0), Tok(), asked, 200, LONGEST, rng)
@@ -505,7 +507,7 @@ def test_one_answer_to_everything_is_told():
     (r,) = t.batches(0, np.random.default_rng(0))
     same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
-        record = t.compute(t.optimizer, [same], t.ws, np.random.default_rng(0))
+        record = t.compute(t.optimizer, [same], np.random.default_rng(0))
     assert record["distinct"] == 1 / 12
 
 

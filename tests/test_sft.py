@@ -11,10 +11,11 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, data, instructions, train
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.evaluate import Answer, answers
 from tinygpt.finetune import sft
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
 from tinygpt.train import TrainConfig
 

@@ -94,7 +94,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
     base, _ = adapters.load_model(*story.where(out, "base"))
     beside, _ = adapters.load_model(*story.where(out, "lora"))
-    assert one.exit_code == 0 and beside.adapter is not None
+    assert one.exit_code == 0 and beside.trained is not beside
     np.testing.assert_array_equal(base.flat, beside.flat)
     result = CliRunner().invoke(main, [*asked, "--stage", "dpo"], input="Where?\n")
     assert result.exit_code == 2 and "dpo: the story's models are base, sft" in result.output

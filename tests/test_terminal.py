@@ -10,7 +10,8 @@ import pytest
 
 from tinygpt import checkpoint
 from tinygpt.cli import main as cli_main
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.config import GPTConfig
+from tinygpt.model import GPT
 from tinygpt.terminal import printable
 from tinygpt.tokenizer import CharTokenizer
 

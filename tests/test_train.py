@@ -4,16 +4,15 @@ import json
 import math
 import os
 import signal
-import tracemalloc
 
 import numpy as np
 import pytest
 
-from tinygpt import data, kernels, train
+from tinygpt import data, train
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW
-from tinygpt.storage import Workspace
 
 CONFIG = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 TOKENS = (np.arange(400) ** 2 % 13).astype(np.uint16)
@@ -57,97 +56,16 @@ def test_accumulation_is_the_large_batch(rng):
     assert (whole.flat == before).all()  # and nothing of the last update is left in the next
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_recorded_step_is_the_step(rng, dtype):
-    """Guards: a record that keeps numbers of the batch that it was made from, or weights that have moved."""
-    optimizer, ws = make(dtype=dtype), Workspace()
-    for n in range(6):
-        ids, targets = data.random_blocks(TOKENS, 3 + n % 2, 8, rng)
-        weights, more = rng.random(ids.shape).astype(dtype), {}
-        if n > 2:
-            more["start"] = np.minimum(rng.integers(0, 4, ids.shape), np.arange(8)).astype(np.int32)
-            more["positions"] = rng.integers(0, 8, ids.shape)
-        loss = train.accumulate(optimizer, [train.Batch(ids, targets, weights, **more)], ws)
-        flat, grads = optimizer.model.gradients()
-        assert loss == optimizer.model.loss(ids, targets, weights, grads, **more)
-        assert (optimizer.flat == flat).all()
-        optimizer.step(1e-2)
-
-
-@pytest.mark.parametrize("change", [
-    lambda batch: train.Batch(*(np.asfortranarray(a) for a in batch)),
-    lambda batch: batch._replace(positions=batch.positions[0]),
-    lambda batch: batch._replace(positions=batch.positions[:1]),
-], ids=["columns first", "(T,)", "(1, T)"])  # fmt: skip
-def test_odd_batches_are_not_those_of_before(rng, change):
-    """Guards: a record that goes on with a copy of its first batch's arrays."""
-    optimizer, ws = make(), Workspace()
-    for _ in range(3):
-        ids, targets, start, positions = rng.integers(0, 8, (4, 3, 8)).astype(np.int32)
-        start = np.minimum(start, np.arange(8, dtype=np.int32))
-        batch = change(train.Batch(ids, targets, rng.random((3, 8)).astype(np.float32), start, positions))
-        loss = train.accumulate(optimizer, [batch], ws)
-        flat, grads = optimizer.model.gradients()
-        ids, targets, weights, start, positions = batch
-        more = {"start": start, "positions": positions}
-        assert loss == optimizer.model.loss(ids, targets, weights, grads, **more)
-        assert (optimizer.flat == flat).all()
-
-
-def test_a_record_is_of_one_optimizer_and_one_buffer(rng):
-    """Guards: another model's gradients, or the gradients in a buffer that was replaced."""
-    ids, targets = data.random_blocks(TOKENS, 4, 8, rng)
-    batch, ws = train.Batch(ids, targets, np.ones((4, 8), np.float32)), Workspace()
-    first, second = make(), make()
-    second.model.flat *= 2
-    losses = [train.accumulate(optimizer, [batch], ws) for optimizer in (first, second, first, second)]
-    assert losses[0] == losses[2] != losses[1] == losses[3]
-    before = first.flat.copy()
-    first.flat, first.grads = first.model.gradients()
-    assert train.accumulate(first, [batch], ws) == losses[0]
-    assert (first.flat == before).all() and before.any()
-
-
-@pytest.mark.skipif("c" not in kernels.available(), reason="the C core was not built")
-def test_steps_are_recorded(rng, monkeypatch):
-    """Guards: a step that Python makes again each time; records that keep memory which was replaced."""
-    replays, replay = [], kernels.Recording.replay
-    monkeypatch.setattr(kernels.Recording, "replay", lambda self: (replays.append(1), replay(self)))
-    optimizer, ws = make(), Workspace()
-    optimizer.model.ops = kernels
-    for rows in (1, 2, 3, 3, 2, 3):
-        ids, targets = data.random_blocks(TOKENS, rows, 8, rng)
-        train.accumulate(optimizer, [train.Batch(ids, targets, np.ones((rows, 8), np.float32))], ws)
-    assert len(replays) == 2 and len(ws.records) == 2
-    for rows in range(40):
-        ids, targets = data.random_blocks(TOKENS, 1 + rows % 3, 1 + rows % 8, rng)
-        train.accumulate(optimizer, [train.Batch(ids, targets, np.ones(ids.shape, np.float32))], ws)
-    assert len(ws.records) == train.MOST_RECORDS
-
-
 @pytest.mark.parametrize("field, value", [("ids", 13), ("ids", -1), ("targets", 13), ("positions", 8)])
-def test_a_recorded_step_reads_nothing_outside(field, value):
-    """Guards: a record that reads where an id of a later batch points, past the end of a table."""
-    optimizer, ws = make(), Workspace()
+def test_a_step_reads_nothing_outside(field, value):
+    """Guards: an id of a later batch that points past the end of a table."""
+    optimizer = make()
     fields = {name: np.zeros((2, 8), np.int32) for name in ("ids", "targets", "start", "positions")}
     fields["weights"] = np.ones((2, 8), np.float32)
-    train.accumulate(optimizer, [train.Batch(**fields)], ws)
+    train.accumulate(optimizer, [train.Batch(**fields)])
     fields[field][1, 3] = value
     with pytest.raises((IndexError, UserError)):
-        train.accumulate(optimizer, [train.Batch(**fields)], ws)
-
-
-def test_accumulation_makes_no_new_buffers(rng):
-    """Guards: memory of the gradients' size, half a gigabyte for GPT-2, taken anew at every update."""
-    config = GPTConfig(vocab_size=13, block_size=2, n_layer=2, n_head=2, n_embd=128)
-    optimizer, ws = AdamW(GPT(config, rng)), Workspace()
-    todo = [train.Batch(*np.zeros((2, 1, 2), np.int32), np.ones((1, 2), np.float32))] * 3
-    train.accumulate(optimizer, todo, ws)
-    tracemalloc.start()
-    train.accumulate(optimizer, todo, ws)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < optimizer.flat.nbytes / 4
+        train.accumulate(optimizer, [train.Batch(**fields)])
 
 
 def test_it_learns_and_tells_of_every_update():

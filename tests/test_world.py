@@ -18,10 +18,11 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, cli, data, instructions, recipes, train
 from tinygpt.cli import main
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.evaluate import Answer, wilson
 from tinygpt.finetune import sft
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.pretrain import Settings
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.world import CORPUS, VALIDATION, World, corpus, evaluate, preferences, tasks

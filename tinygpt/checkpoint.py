@@ -27,11 +27,13 @@ from typing import TypeVar, get_type_hints
 from . import tensorfile
 from . import tokenizer as tokenizers
 from .atomic import finish, make_folder, replacing, together
+from .config import GPTConfig
 from .errors import UserError
 from .jsonfile import parse, read_object
-from .model import GPT, GPTConfig
+from .model import GPT
 from .optim import AdamW
 from .tensorfile import Tensor
+from .variants import build
 
 Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
 T = TypeVar("T")
@@ -197,7 +199,7 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     _check_shapes(found, config, folder)
     tokenizer = tokenizers.load(folder)
     check_vocabulary(tokenizer, config, folder)
-    model = GPT(config)
+    model = build(config)
     for name, p in model.params.items():
         found[_their_name(name, config)].read(p)
     if head is not None and not head.equals(model.params["wte.weight"]):

@@ -23,13 +23,14 @@ import numpy as np
 
 from . import instructions
 from .atomic import replacing
+from .config import AdapterConfig
 from .errors import UserError
 from .evaluate import Estimate, estimate, verdict
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .jsonfile import read_object
 from .lab import Lab, Numbers, damaged
-from .model import GPT, AdapterConfig
+from .model import GPT
 from .train import weight_change
 from .world import World, evaluate, tasks
 
@@ -358,13 +359,11 @@ def base_untouched(lab: Lab) -> Numbers:
         changed += adapters.fingerprint(model) != before
         if config.kind == "lora":
             tuned = model.forward(ids)[0].copy()
-            with adapters.merged(model):
-                merged = model.forward(ids)[0]
+            merged = adapters.merge(model).forward(ids)[0]
             found["change of logits by merging, over the largest"] = float(
                 abs(merged - tuned).max() / abs(tuned).max()
             )
-        model.adapter = None
-        off = max(off, float(abs(model.forward(ids)[0] - untuned).max()))
+        off = max(off, float(abs(model.base.forward(ids)[0] - untuned).max()))
     return found | {
         "weights of the base that changed": changed, "change of logits with the adapter off": off
     }  # fmt: skip
@@ -383,7 +382,7 @@ ARMS = {  # and the peaks of the learning rate among which the people of "val" c
 
 def _sizes(model: GPT) -> tuple[float, float]:
     """Of the base's number of weights: how many are trained; how many are added when it answers."""
-    if model.adapter is None:
+    if model.trained is model:
         return 1.0, 0.0
     layers, params = tuple(model.adapter.config.encoder(model.config)), model.adapter.params
     encoder = sum(p.size for name, p in params.items() if name.startswith(layers))

@@ -156,7 +156,7 @@ _OF_PROMPT = {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden": "hid
 
 def _adapter_config(options: dict, n_embd: int):
     """What the options of `_adapter` say."""
-    from .model import PROJECTIONS, AdapterConfig
+    from .config import PROJECTIONS, AdapterConfig
 
     kind, names = options["adapter"] or "", _OF_LORA | _OF_PROMPT
     unused = {"": names, "lora": _OF_PROMPT}.get(kind, _OF_LORA)
@@ -280,7 +280,7 @@ def _train(stage: Callable, run, data: str) -> None:
     """Says what is trained, and on which data, and runs a stage to its end, or until Ctrl-C."""
     model, settings = run.optimizer.model, run.settings
     total, trained = model.flat.size, model.trained.flat.size
-    beside = f", {trained:,} trained ({trained / total:.2%})" if model.adapter else ""
+    beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
     say(f"{total:,} weights{beside}{data}")
     if run.optimizer.steps >= settings.train.max_iters:
         say(f"All {run.optimizer.steps} updates of this run are made.")
@@ -379,8 +379,8 @@ def pretrain(**options) -> None:
 
 def _begin(stage, *, preset, init_from, out, overwrite, **options):
     from .checkpoint import read_config
+    from .config import PRESETS, GPTConfig
     from .finetune.adapters import LEARNING_RATES
-    from .model import PRESETS, GPTConfig
 
     given = _given()
     if not options["data"]:
@@ -473,7 +473,7 @@ def sft(**options) -> None:
     """
     from .evaluate import answers
     from .finetune import sft as stage
-    from .finetune.adapters import nearest
+    from .finetune.prompts import nearest
     from .train import weight_change
 
     is_world = _names_world(options, options["resume"] or options["init_from"])
@@ -788,8 +788,7 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
         raise click.UsageError("say which adapter, as --adapter-folder")
     runs.check_folder(out, overwrite, needed=(folder, adapter_folder))
     model, tokenizer = adapters.load_model(folder, adapter_folder)
-    adapters.merge(model)
-    runs.save_model(out, model, tokenizer)
+    runs.save_model(out, adapters.merge(model), tokenizer)
     say(f"Saved in {out}. Next: {_command('generate', str(out))}")
 
 

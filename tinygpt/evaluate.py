@@ -16,7 +16,6 @@ from .data import Array, Tokenizer, pack
 from .generate import encode_prompt, generate
 from .instructions import Message
 from .model import GPT
-from .storage import Workspace
 
 BATCH = 64  # prompts at a time
 
@@ -40,11 +39,11 @@ def answers(
     """
     encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    stop, ws, found = {tokenizer.eos_id} - {None}, Workspace(), {}
+    stop, found = {tokenizer.eos_id} - {None}, {}
     for i in range(0, len(order), BATCH):
         batch = order[i : i + BATCH]
         new = generate(
-            model, [encoded[place] for place in batch], max_new_tokens, temperature=0, stop=stop, ws=ws,
+            model, [encoded[place] for place in batch], max_new_tokens, temperature=0, stop=stop,
             vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
         for place, ids in zip(batch, new, strict=True):
@@ -77,11 +76,11 @@ def likelihoods(
     for mark, (n, *begun) in enumerate(keys, 1):
         ids = np.concatenate([prompts[n], begun, [0]]).astype(np.int32)  # 0 makes the last token an input
         parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(begun) + 1])))
-    packed, ws = pack(parts, model.context), Workspace()
+    packed = pack(parts, model.context)
     found = [np.zeros(len(options)) for options in choices]
     for at in range(0, len(packed.ids), rows):
         ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
-        logits, _ = model.forward(ids, ws, start=start, positions=positions, keep=False)
+        logits, _ = model.forward(ids, start=start, positions=positions, keep=False)
         for b in range(len(ids)):
             for mark in np.unique(marks[b][marks[b] > 0]):
                 n = keys[int(mark) - 1][0]

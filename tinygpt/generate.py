@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import UserError
 from .model import GPT, Array
-from .storage import Workspace
+from .storage import empty
 from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 
 Ids = Sequence[int] | Array
@@ -32,14 +32,11 @@ PER_ROW = {  # the number in each recorded operation that is proportional to the
 
 
 class KVCache:
-    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model.
+    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model."""
 
-    They lie in buffers of `ws`, if it is given, which then serves one cache at a time.
-    """
-
-    def __init__(self, model: GPT, batch: int, capacity: int, ws: Workspace | None = None) -> None:
-        shape, ws = (model.config.n_layer, batch, capacity, model.config.n_embd), ws or Workspace()
-        self.keys, self.values = (ws(f"kv.{name}", shape, model.flat.dtype) for name in ("keys", "values"))
+    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
+        shape = model.config.n_layer, batch, capacity, model.config.n_embd
+        self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
         self.length, self.capacity, self._model = 0, capacity, model
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -75,7 +72,7 @@ class KVCache:
 def steps(
     model: GPT, prompts: Sequence[Ids], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, stop: Collection[int] = (), rng: np.random.Generator | None = None,
-    ws: Workspace | None = None, vocab_size: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:  # fmt: skip
     """Continues all prompts together, a token each a step: yields (which prompts, their new ids), both (B,).
 
@@ -90,8 +87,7 @@ def steps(
     outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
-    The weights must not change meanwhile: after a few steps they are read from copies. `ws` serves one
-    generation at a time; handed to the next one, it saves the time that new memory takes.
+    The weights must not change meanwhile: after a few steps they are read from copies.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
@@ -99,19 +95,18 @@ def steps(
     _check(temperature, top_k, top_p, max_new_tokens, rng)
     seen = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
     longest = max(map(len, seen), default=0)
-    stop, ws = np.array(sorted(stop), np.int64), ws or Workspace()
-    capacity = model.prompt_length + min(model.context, longest + max_new_tokens)
-    kv = KVCache(model, len(seen), capacity, ws)
+    stop = np.array(sorted(stop), np.int64)
+    kv = KVCache(model, len(seen), model.prefix + min(model.context, longest + max_new_tokens))
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
-    rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv, ws)
+    rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv)
     for step in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
             _append(seen, unread)
-            logits, pad = _read(model, [seen[row] for row in rows], kv, ws)
+            logits, pad = _read(model, [seen[row] for row in rows], kv)
         else:
             logits = decode(ids, pad)
         if temperature and step % DRAWN == 0:
@@ -156,7 +151,7 @@ def _append(texts: list[list[int]], new: list[tuple[Array, Array]]) -> None:
     new.clear()
 
 
-def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tuple[Array, Array]:
+def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array]:
     """Fills the cache with whole texts: the logits after each, (B, 1, V), and the padding before it, (B, 1).
 
     Cuts texts longer than the context, in place, to their last half context. Equal texts are read once.
@@ -172,7 +167,7 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     whole, kv.length = (kv.keys, kv.values), 0
     kv.keys, kv.values = (a[:, : len(first)] for a in whole)
     logits, _ = model.forward(
-        ids[first], ws, positions=at[first], start=start[first], kv=kv, keep=False, last=True
+        ids[first], positions=at[first], start=start[first], past=kv, keep=False, last=True
     )
     for a in whole:
         a[:, :, : kv.length] = a[:, rows.ravel(), : kv.length]
@@ -180,7 +175,7 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache, ws: Workspace) -> tup
     return logits[rows.ravel()], pad
 
 
-def _decoder(model: GPT, kv: KVCache, ws: Workspace) -> Callable[[Array, Array], Array]:
+def _decoder(model: GPT, kv: KVCache) -> Callable[[Array, Array], Array]:
     """A function from the newest ids (B,) and the padding (B, 1) to the logits (B, 1, V) after them: the
     forward pass of one token. B may become smaller, as `kv` does.
 
@@ -195,10 +190,10 @@ def _decoder(model: GPT, kv: KVCache, ws: Workspace) -> Callable[[Array, Array],
     def decode(ids: Array, pad: Array) -> Array:
         nonlocal recording, batch, replays
         B = len(ids)
-        token[:B, 0], position[:B], start[:B] = ids, kv.length - model.prompt_length - pad, pad
+        token[:B, 0], position[:B], start[:B] = ids, kv.length - model.prefix - pad, pad
 
         def forward() -> Array:
-            return model.forward(token[:B], ws, positions=position[:B], start=start[:B], kv=kv, keep=False)[0]
+            return model.forward(token[:B], positions=position[:B], start=start[:B], past=kv, keep=False)[0]
 
         if not hasattr(model.ops, "Recording"):
             return forward()

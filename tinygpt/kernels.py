@@ -81,6 +81,7 @@ def _configure() -> str:
     if threads is not None and not (threads.isdecimal() and int(threads) > 0):
         raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
     set_threads(int(threads or processors()))
+    lib.tinygpt_keep_memory()
     return ffi.string(isa).decode()
 
 
@@ -393,18 +394,18 @@ def attention_forward(
 
 
 def attention_backward(
-    dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
-) -> tuple[Array, Array, Array]:
+    dout: Array, cache: tuple, packed: bool = False
+) -> tuple[Array, Array, Array] | Array:
     q, k, v, start, sizes = cache
     dout = _like(dout, q.dtype, q.shape)
-    grads = []
-    for grad, x in ((dq, q), (dk, k), (dv, v)):
-        if grad is None:
-            grad = storage.empty(x.shape, x.dtype)
-        grads.append(_destination(grad, x.dtype, x.shape, _rows(grad, x.dtype) is grad))
+    if packed:
+        C, dqkv = q.shape[2], storage.empty((*q.shape[:2], 3 * q.shape[2]), q.dtype)
+        grads = [dqkv[..., :C], dqkv[..., C : 2 * C], dqkv[..., 2 * C :]]
+    else:
+        grads = [storage.empty(x.shape, x.dtype) for x in (q, k, v)]
     strides = *_strides(q, k, v), *_strides(*grads)
     _run("attention_backward", q.dtype, *grads, dout, q, k, v, start, *sizes, *strides)
-    return tuple(grads)
+    return dqkv if packed else tuple(grads)
 
 
 def append_rows(cache: Array, x: Array, at: int) -> None:

@@ -18,13 +18,15 @@ import numpy as np
 
 from . import checkpoint, instructions, pretrain, recipes, runs
 from .atomic import replacing
+from .config import PRESETS, AdapterConfig, GPTConfig
 from .errors import UserError
 from .finetune import adapters, reward, rlhf, sft
 from .jsonfile import parse, read_object, read_text
-from .model import GPT, PRESETS, AdapterConfig, GPTConfig
+from .model import GPT
 from .tokenizer import BPETokenizer
 from .train import TrainConfig
 from .train import train as run_training
+from .variants import build
 from .world import VERSION, Person, World, evaluate, tasks
 
 Numbers = dict[str, float]
@@ -114,7 +116,7 @@ class Lab:
     @cached_property
     def random(self) -> GPT:
         """The base as it was before its first update."""
-        return GPT(self.base.config, np.random.default_rng(self.seed))
+        return build(self.base.config, np.random.default_rng(self.seed))
 
     def _model(self, name: str, make: Callable[[], GPT]) -> Path:
         """The folder of a model or its adapter, made if it is not there, with the seconds that it took."""
@@ -124,7 +126,7 @@ class Lab:
             folder.mkdir(parents=True, exist_ok=True)
             began, model = time.perf_counter(), make()
             (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
-            if model.adapter is None:
+            if model.trained is model:
                 checkpoint.save(folder, model, self.tokenizer)
             else:
                 adapters.save(folder, model, self.tokenizer, str((self.folder / "base").resolve()))
@@ -159,10 +161,9 @@ class Lab:
         **changes,
     ) -> GPT:  # fmt: skip
         """A copy of the base, tuned to these items by the recipe with changes of its TrainConfig."""
-        model = (base or self.base).copy()
+        model = self._with(adapter, base or self.base)
         options = self.tuning | {"warmup_iters": 10} | changes
         self.say(f"seed {self.seed}: {options['max_iters']} updates of tuning")
-        self._with(adapter, model)
         train = self._training(options)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         examples = tasks.conversations(self.world, items)
@@ -170,9 +171,9 @@ class Lab:
         return model
 
     def _with(self, adapter: AdapterConfig | None, model: GPT) -> GPT:
-        if adapter:
-            model.adapter = adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
-        return model
+        if adapter is None:
+            return model.copy()
+        return adapters.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
 
     def _training(self, options: dict) -> TrainConfig:
         return TrainConfig(**options, min_lr=options["learning_rate"] / 10, seed=self.seed)
@@ -229,7 +230,7 @@ class Lab:
         config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & known.keys()})
         train = self._training(options)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
-        model = self._with(adapter, self.tuned.copy())
+        model = self._with(adapter, self.tuned)
         items = rlhf.read_prompts(self.source)
         learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world,
                                rlhf.world_examples(self.world))  # fmt: skip

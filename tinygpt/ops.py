@@ -247,9 +247,11 @@ def attention_forward(
 
 
 def attention_backward(
-    dout: Array, cache: tuple, dq: Out = None, dk: Out = None, dv: Out = None
-) -> tuple[Array, Array, Array]:
+    dout: Array, cache: tuple, packed: bool = False
+) -> tuple[Array, Array, Array] | Array:
     """The forward's three products in reverse order, with the softmax between them.
+
+    packed: the three gradients side by side, (B, T, 3C), as the queries, keys and values of a text lie.
 
     out = P v              dP = dout v^T,  dv = P^T dout
     P = softmax(scores)    dscores = P (dP - sum of P dP over the keys): they share one sum
@@ -261,10 +263,10 @@ def attention_backward(
     dout = _split(dout, n_head)
     dprobs = dout @ _split(v, n_head).swapaxes(2, 3)  # (B, H, T, S)
     dscores = scale * probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True))
-    dq = _write(dq, _merge(dscores @ _split(k, n_head)))
-    dk = _write(dk, _merge(dscores.swapaxes(2, 3) @ _split(q, n_head)))
-    dv = _write(dv, _merge(probs.swapaxes(2, 3) @ dout))
-    return dq, dk, dv
+    dq = _merge(dscores @ _split(k, n_head))
+    dk = _merge(dscores.swapaxes(2, 3) @ _split(q, n_head))
+    dv = _merge(probs.swapaxes(2, 3) @ dout)
+    return np.concatenate([dq, dk, dv], -1) if packed else (dq, dk, dv)
 
 
 def _split(x: Array, n_head: int) -> Array:

@@ -15,7 +15,8 @@ import math
 from collections.abc import Iterable
 
 from . import storage
-from .model import GPT, Parameters
+from .model import GPT
+from .storage import Parameters
 
 
 def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, max_iters: int) -> float:
@@ -34,7 +35,7 @@ def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, m
 class AdamW:
     """The gradients of a model's parameters `names` (all if None), their two moments, and the updates.
 
-    Where the model has an adapter, its parameters are meant and the model's own stay as they are.
+    Of a model with an adapter, these are the adapter's; the model's own stay as they are.
 
     `grads` (name -> array) is for `model.loss` to fill; `flat`, `m` and `v` are the buffers, `steps` the
     number of updates made. These, with the weights, are all that changes in training: a checkpoint holds

@@ -20,8 +20,8 @@ from . import checkpoint, data, runs, train
 from . import tokenizer as tokenizers
 from .errors import UserError
 from .finetune import adapters
-from .model import GPT
 from .optim import AdamW
+from .variants import build
 from .world import World, corpus
 
 Source = corpus.Corpus | list[data.Document]
@@ -77,10 +77,10 @@ def begin(
     else:
         tok = _tokenizer(tokenizer, vocab_size, source)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
-        model = GPT(config, np.random.default_rng(settings.train.seed))
+        model = build(config, np.random.default_rng(settings.train.seed))
     if settings.adapter.kind:
         rng = np.random.default_rng([settings.train.seed, 0, 3])
-        model.adapter = adapters.create(model, settings.adapter, rng)
+        model = adapters.create(model, settings.adapter, rng)
     mark = _fingerprint(source, tok)
     parts = _parts(source, tok, folder, mark, settings.block_size)
     paths = runs.absolute(settings.data)

@@ -20,10 +20,12 @@ import numpy as np
 from . import checkpoint, train
 from .atomic import lock, make_folder, remove, sync, together, writing
 from .checkpoint import Tokenizer
+from .config import AdapterConfig, GPTConfig
 from .errors import UserError
 from .finetune import adapters
-from .model import GPT, Adapter, AdapterConfig, GPTConfig
+from .model import GPT
 from .optim import AdamW
+from .variants import build
 
 METRICS = "metrics.jsonl"
 MOST_TOKENS = 10**9  # in a batch: no memory holds more
@@ -170,11 +172,9 @@ def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes the folder that others read: a model's, or an adapter's, and removes the files of the other."""
     with together(folder):
-        if model.adapter is None:
-            checkpoint.save(folder, model, tokenizer)
-        elif settings.has_model:
-            with adapters.merged(model):
-                checkpoint.save(folder, model, tokenizer)
+        if settings.has_model:
+            whole = adapters.merge(model) if settings.adapter.kind else model
+            checkpoint.save(folder, whole, tokenizer)
         else:
             adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
         for name in adapters.FILES if settings.has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
@@ -192,9 +192,9 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
         adapters.check_base(model, settings.init_hash, folder, settings.init_from)
         model.config = settings.model
     else:
-        model = GPT(settings.model)
+        model = build(settings.model)
     if settings.adapter.kind:
-        model.adapter = Adapter(settings.adapter, settings.model)
+        model = adapters.beside(model, settings.adapter)
     optimizer = settings.train.optimizer(model)
     checkpoint.load_trainer(folder, optimizer)
     _export(folder, model, tokenizer, settings)

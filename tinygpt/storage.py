@@ -1,12 +1,15 @@
-"""Memory: one flat buffer with named views, and buffers that are used again from step to step.
+"""Memory: one flat buffer with named views into it.
 
 Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its
 name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
+
+from .errors import UserError
 
 ALIGN = 64  # bytes: a cache line, and the widest vector of the C core
 
@@ -33,30 +36,17 @@ def flat(
     return buffer, views
 
 
-class Workspace:
-    """Named scratch arrays, made at first use and handed out again at the next.
+class Parameters:
+    """Named arrays, `params` (name -> view into the buffer `flat`)."""
 
-    `ws("fc", (B, T, 4 * C), dtype)` is the same memory each time: what a model's forward returned from a
-    workspace is valid until the next forward in that workspace. Two passes that must live side by side take
-    two workspaces.
-    """
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: type) -> None:
+        self.flat, self.params = flat(shapes, dtype)
 
-    def __init__(self) -> None:
-        self.records: dict[object, object] = {}  # of work in these buffers; gone when one is replaced
-        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
-        self._views: dict[tuple, np.ndarray] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        view = self._views.get((name, shape, dtype))
-        if view is None:
-            size, buffer = math.prod(shape), self._buffers.get((name, dtype))
-            if buffer is None or buffer.size < size:
-                self._views.clear()  # some are of the buffer that is replaced here
-                self.records.clear()  # and these would keep it alive
-                buffer = self._buffers[name, dtype] = empty(size, dtype)
-            view = self._views[name, shape, dtype] = buffer[:size].reshape(shape)
-        return view
-
-    @property
-    def nbytes(self) -> int:
-        return sum(b.nbytes for b in self._buffers.values())
+    def gradients(
+        self, names: Iterable[str] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A zeroed flat buffer and its named views for the gradients of `names` (all parameters if None)."""
+        names = set(self.params if names is None else names)
+        if unknown := names - set(self.params):
+            raise UserError(f"no parameter is called {sorted(unknown)[0]!r}; {min(self.params)} is one")
+        return flat({n: p.shape for n, p in self.params.items() if n in names}, self.flat.dtype)

@@ -24,12 +24,13 @@ import numpy as np
 
 from . import checkpoint
 from .atomic import replacing
+from .config import AdapterConfig
 from .errors import UserError
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .jsonfile import read_object
 from .lab import Lab, damaged, records
-from .model import GPT, AdapterConfig
+from .model import GPT
 from .report import cells
 from .train import weight_change
 from .world import evaluate, tasks

@@ -26,11 +26,9 @@ from .atomic import replacing
 from .errors import UserError
 from .model import GPT
 from .optim import AdamW, learning_rate
-from .storage import Workspace
 
 Array = np.ndarray
 Record = dict[str, float]  # what a report tells of one update
-MOST_RECORDS = 16  # of shapes of batches, see `_loss`
 MOST_RECORD = 1 << 16  # characters in a line of metrics.jsonl
 
 
@@ -113,16 +111,16 @@ def train(
     returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
     update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
 
-    compute(optimizer, batches, ws, rng) puts gradients into `optimizer.flat` and returns the loss, or a
+    compute(optimizer, batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a
     record with it as train_loss; by default it is `accumulate`.
 
     Raises NonFiniteError, before the update or the save in question.
     """
     compute = compute or accumulate
-    began, ws, saved = time.perf_counter() - elapsed_s, Workspace(), optimizer.steps
+    began, saved = time.perf_counter() - elapsed_s, optimizer.steps
     with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
         while optimizer.steps < config.max_iters:
-            record = _update(optimizer, batches, config, compute, ws, saved)
+            record = _update(optimizer, batches, config, compute, saved)
             n = optimizer.steps
             due = n % config.eval_interval == 0 or n == config.max_iters
             found = evaluate() if due else {}
@@ -143,12 +141,12 @@ def train(
 
 
 def _update(
-    optimizer: AdamW, batches: Callable, config: TrainConfig, compute: Callable, ws: Workspace, saved: int
+    optimizer: AdamW, batches: Callable, config: TrainConfig, compute: Callable, saved: int
 ) -> Record:
     n, began = optimizer.steps, time.perf_counter()
     rng = np.random.default_rng([config.seed, n])
     todo = batches(n, rng)
-    found = compute(optimizer, todo, ws, rng)
+    found = compute(optimizer, todo, rng)
     found = found if isinstance(found, dict) else {"train_loss": found}
     _check_finite(found["train_loss"], "loss", n + 1, saved)
     lr = config.learning_rate_at(n)
@@ -160,21 +158,16 @@ def _update(
 
 
 def accumulate(
-    optimizer: AdamW,
-    batches: Sequence[Batch],
-    ws: Workspace | None = None,
-    rng: np.random.Generator | None = None,
+    optimizer: AdamW, batches: Sequence[Batch], rng: np.random.Generator | None = None
 ) -> float:
     """Puts the gradients of the batches' summed loss into `optimizer.flat`; returns that loss, in nats.
 
     As the losses are sums, not means, this is what one large batch would give. rng: turns dropout on.
     """
-    loss, total, ws = 0.0, None, ws or Workspace()
-    if len(batches) > 1:
-        total = ws("summed gradients", optimizer.flat.shape, optimizer.flat.dtype)
-        total[:] = 0
-    for batch in batches:
-        loss += _loss(optimizer, batch, ws, rng)
+    loss, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
+    for ids, targets, weights, start, positions in batches:
+        more = {"start": start, "positions": positions, "rng": rng}
+        loss += optimizer.model.loss(ids, targets, weights, optimizer.grads, **more)
         if total is not None:
             total += optimizer.flat
     if total is not None:
@@ -182,49 +175,11 @@ def accumulate(
     return loss
 
 
-def _loss(optimizer: AdamW, batch: Batch, ws: Workspace, rng: np.random.Generator | None) -> float:
-    """The loss of a batch, its gradients in `optimizer.flat`.
-
-    With the C core the calls that the first batch of a shape makes are recorded, and later ones are made from
-    the record: Python's part of a small model's step is a tenth of its time. Dropout has other seeds in each
-    step and is not recorded; nor is a batch of odd shapes, or with ids out of range, which the model names.
-    """
-    model, (ids, targets, weights, start, positions) = optimizer.model, batch
-    bounds = (ids, model.config.vocab_size), (targets, model.config.vocab_size)
-    bounds += (start, math.inf), (positions, model.context)
-    usual = ids.size and weights.shape == ids.shape and hasattr(model.ops, "Recording")
-    for a, below in bounds:
-        if usual and a is not None:
-            usual = a.shape == ids.shape and a.dtype.kind in "iu" and a.min() >= 0 and a.max() < below
-    if not usual or (rng is not None and model.draws):
-        more = {"start": start, "positions": positions, "rng": rng}
-        return model.loss(ids, targets, weights, optimizer.grads, ws, **more)
-    given = tuple(a is not None for a in batch)
-    grads = optimizer.flat.ctypes.data
-    key = optimizer, grads, model.config, model.adapter, ids.shape, given  # what a record depends on
-    if key in ws.records:
-        held, recording = ws.records[key]
-        for mine, new in zip(held, batch, strict=True):
-            if mine is not None:
-                mine[:] = new
-        recording.replay()
-    else:
-        types = (np.int32, np.int32, model.flat.dtype, np.int32, np.int32)
-        arrays = (a if a is None else np.array(a, t, order="C") for a, t in zip(batch, types, strict=True))
-        held = Batch(*arrays)  # in the type and order in which C reads these very arrays
-        more = {"start": held.start, "positions": held.positions}
-        recording = model.ops.Recording(lambda: model.losses(*held[:3], optimizer.grads, ws, **more))
-        ws.records[key] = held, recording
-        if len(ws.records) > MOST_RECORDS:
-            del ws.records[next(iter(ws.records))]
-    return float((recording.result * held.weights).sum(dtype=np.float64))
-
-
 def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
     """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
-    total, count, ws = 0.0, 0.0, Workspace()
+    total, count = 0.0, 0.0
     for ids, targets, weights, start, positions in batches:
-        total += model.loss(ids, targets, weights, ws=ws, start=start, positions=positions)
+        total += model.loss(ids, targets, weights, start=start, positions=positions)
         count += float(weights.sum(dtype=np.float64))
     return total / max(count, 1e-30)
 

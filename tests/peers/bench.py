@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 from tinygpt.check.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, RLHF, TRAIN, median_ms, run
-from tinygpt.model import PRESETS
+from tinygpt.config import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
 

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tinygpt import checkpoint, train
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.finetune import adapters
 from tinygpt.generate import generate
-from tinygpt.model import GPT, AdapterConfig, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.optim import AdamW
 from tinygpt.tokenizer import BPETokenizer
 from tinygpt.train import Batch
@@ -61,7 +62,7 @@ def pair(request, base):
     config.task_type = "CAUSAL_LM"
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model, _ = checkpoint.load(base)
-    model.adapter = adapters.create(model, OURS[request.param], np.random.default_rng(0))
+    model = adapters.create(model, OURS[request.param], np.random.default_rng(0))
     params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     taken = set()
     for name, p in model.adapter.params.items():
@@ -96,14 +97,14 @@ def test_ten_steps(pair, rng):
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
-    other, ws = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)), train.Workspace()
+    other = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     theirs.eval()  # no dropout anywhere
     ours, expected = [], []
     for _ in range(10):
         ids = rng.integers(0, 262, (3, 12)).astype(np.int32)
         weights = np.full((3, 11), 1 / 33, np.float32)
         batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weights)
-        ours.append(train.accumulate(optimizer, [batch], ws))
+        ours.append(train.accumulate(optimizer, [batch]))
         optimizer.step(1e-2)
         found = theirs(input_ids=torch.tensor(ids[:, :-1]).long()).logits[:, -11:]
         loss = torch.nn.functional.cross_entropy(
@@ -151,9 +152,8 @@ def test_merged_weights(pair, rng):
     theirs, model = pair
     if model.adapter.config.kind != "lora":
         return
-    adapters.merge(model)
-    merged = theirs.merge_and_unload().state_dict()
-    for name, p in model.params.items():
+    ours, merged = adapters.merge(model), theirs.merge_and_unload().state_dict()
+    for name, p in ours.params.items():
         np.testing.assert_allclose(p, merged[f"transformer.{name}"], atol=1e-6, err_msg=name)
 
 
@@ -176,7 +176,7 @@ def test_kaiming_and_shares(base):
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     a = np.concatenate([p.detach().numpy().ravel() for n, p in theirs.named_parameters() if "lora_A" in n])
     model, _ = checkpoint.load(base)
-    model.adapter = adapters.create(
+    model = adapters.create(
         model, AdapterConfig("lora", 3, targets=("mlp.c_fc",)), np.random.default_rng(0)
     )
     b = np.concatenate([p.ravel() for n, p in model.adapter.params.items() if "lora_A" in n])

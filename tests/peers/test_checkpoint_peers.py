@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tinygpt import checkpoint
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
 
 torch = pytest.importorskip("torch")

@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from tinygpt import kernels, ops
+from tinygpt.config import GPTConfig
 from tinygpt.generate import generate
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tinygpt import checkpoint
+from tinygpt.config import GPTConfig
 from tinygpt.finetune import reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer
 
 torch = pytest.importorskip("torch")

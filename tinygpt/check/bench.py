@@ -28,11 +28,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from .. import kernels, ops, storage
+from ..config import PRESETS, AdapterConfig, GPTConfig
 from ..errors import UserError
 from ..finetune import rlhf
 from ..finetune.adapters import create
 from ..generate import generate
-from ..model import GPT, PRESETS, AdapterConfig, GPTConfig
+from ..model import GPT
 from ..optim import AdamW
 from ..train import Batch, accumulate
 
@@ -207,7 +208,7 @@ def _rloo(size: str) -> Callable[[], object]:
     )  # fmt: skip
 
     def step() -> None:
-        learner.compute(optimizer, learner.batches(optimizer.steps, rng), learner.ws, rng)
+        learner.compute(optimizer, learner.batches(optimizer.steps, rng), rng)
         optimizer.step(1e-5)
 
     return step
@@ -241,30 +242,30 @@ def _training(
 ) -> tuple[Callable[[], object], int, int]:
     """A training step, its tokens, its operations."""
     config = dataclasses.replace(config, block_size=T)
-    rng, ws = np.random.default_rng(0), storage.Workspace()
+    rng = np.random.default_rng(0)
     model = GPT(config, rng, ops=backend)
-    model.adapter = create(model, adapter, rng) if adapter else None
+    model = create(model, adapter, rng) if adapter else model
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
     batch = Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))
 
     def step() -> None:
-        accumulate(optimizer, [batch], ws)
+        accumulate(optimizer, [batch])
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T
     size = model.flat.size - model.params["wpe.weight"].size  # a position's row is looked up
-    weights = 4 * size + 6 * model.adapter.flat.size if adapter else 6 * size
+    weights = 4 * size + 6 * model.trained.flat.size if adapter else 6 * size
     return step, B * T, (weights + attention) * B * T
 
 
 def _generation(size: str, batch: int) -> tuple[Callable[[], object], int]:
     """Sampling NEW tokens for each of `batch` prompts, and the number of weights that a step reads."""
-    rng, ws = np.random.default_rng(0), storage.Workspace()
+    rng = np.random.default_rng(0)
     model = GPT(dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size)), rng)
     prompts = list(rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32))
     read = model.flat.size - model.params["wpe.weight"].size
-    return lambda: generate(model, prompts, NEW, rng=rng, ws=ws), read
+    return lambda: generate(model, prompts, NEW, rng=rng), read
 
 
 def plotter(path: Path, jobs: Sequence[str]) -> Callable[[Sequence[Row]], None]:

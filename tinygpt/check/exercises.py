@@ -22,7 +22,7 @@ EXERCISES = {  # in the order of learning
     "policy_gradient": "rewards become a gradient (REINFORCE)",
 }
 ELSEWHERE = {  # solutions that are not in ops.py under the exercise's name
-    "lora": "_low_rank_backward in tinygpt/model.py",
+    "lora": "linear_backward in tinygpt/finetune/lora.py",
     "policy_gradient": "policy_gradient in tinygpt/finetune/rlhf.py, a weighted cross_entropy_backward",
 }
 

@@ -16,9 +16,10 @@ from types import ModuleType
 import numpy as np
 
 from .. import kernels
+from ..config import AdapterConfig, GPTConfig
 from ..errors import UserError
-from ..model import GPT, Adapter, AdapterConfig, GPTConfig
-from ..storage import Workspace
+from ..finetune import adapters
+from ..variants import build
 from .contract import Inputs, MakeInputs, arrays, is_float, named, parameters
 from .gradcheck import Result, gradcheck
 
@@ -181,6 +182,7 @@ def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[s
     yield "attention, S > T", attention(3, 7)
     yield "attention, prefix", attention(5, 7, start=start, prefix=2)
     yield "attention, within a prefix", attention(5, 5, start=start[:, 2:], prefix=2)
+    yield "attention, side by side", _side_by_side(ops, normal((2, 5, 18)))
     yield pair("residual", x=x, branch=normal(x.shape))
     yield pair("dropout", x=x, rate=0.4, seed=7)
     yield pair("cross_entropy", logits=normal((2, 4, 7)), targets=ids)
@@ -190,6 +192,12 @@ def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[s
     yield "reward model", model_pair(ops, rng, num_labels=1)
     for name, config in ADAPTERS.items():
         yield f"model, {name}", model_pair(ops, rng, "post-norm" in name, config)
+
+
+def _side_by_side(ops: ModuleType, qkv: np.ndarray) -> Pair:
+    """Queries, keys and values as a model has them: three views of one array, and so are their gradients."""
+    forward = lambda qkv: ops.attention_forward(*(qkv[..., i : i + 6] for i in (0, 6, 12)), 2)  # noqa: E731
+    return forward, lambda dout, cache: ops.attention_backward(dout, cache, packed=True), {"qkv": qkv}
 
 
 def _tied_head(ops: ModuleType, x: np.ndarray, w: np.ndarray) -> Pair:
@@ -290,11 +298,11 @@ def model_pair(
     """
     config = GPTConfig(11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.2, post_norm=post_norm,
                        num_labels=num_labels)  # fmt: skip
-    model, ws = GPT(config, dtype=np.float64, ops=ops), Workspace()
+    model = build(config, dtype=np.float64, ops=ops)
     start = np.array([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]])
     ids, targets = rng.integers(config.vocab_size, size=(2, 2, 6))
     if adapter:
-        model.adapter = Adapter(adapter, config, np.float64)
+        model = adapters.beside(model, adapter)
     for params in (model.params, model.trained.params):
         weights = {n: 0.3 * rng.standard_normal(p.shape) for n, p in params.items()}
         for name, w in weights.items():
@@ -305,7 +313,7 @@ def model_pair(
         for name, w in weights.items():
             model.trained.params[name][:] = w
         dropout, positions = np.random.default_rng(1), np.arange(6) - start
-        logits, cache = model.forward(ids, ws, positions=positions, start=start, rng=dropout)
+        logits, cache = model.forward(ids, positions=positions, start=start, rng=dropout)
         if num_labels:
             return logits.copy(), (cache, None)
         nll, c_nll = ops.cross_entropy_forward(logits, targets)

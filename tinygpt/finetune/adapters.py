@@ -13,12 +13,10 @@ References: Hu et al. 2021 (LoRA), Liu et al. 2021 (p-tuning), Lester et al. 202
 Liang 2021 (prefix tuning), Lialin et al. 2023 (ReLoRA); https://huggingface.co/docs/peft for the folder.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 
@@ -28,12 +26,18 @@ from .. import checkpoint, tensorfile
 from .. import tokenizer as tokenizers
 from ..atomic import finish, remove, replacing, together
 from ..checkpoint import ADAPTER_CONFIG, Tokenizer
+from ..config import AdapterConfig
 from ..errors import UserError
 from ..generate import KVCache
 from ..jsonfile import read_object
-from ..model import GPT, Adapter, AdapterConfig, Array
+from ..model import GPT, Array
 from ..optim import AdamW
 from ..tensorfile import Tensor
+from ..variants import view
+from . import lora
+from .adapter import Adapted, Adapter
+from .lora import LoRA
+from .prompts import Prefix, Prompt
 
 WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
 FILES = (ADAPTER_CONFIG, WEIGHTS, ENCODER)
@@ -43,15 +47,33 @@ LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}
 # --- a new one ----------------------------------------------------------------------------------------------
 
 
-def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapter:
-    """A new adapter for a model, not yet on it. Raises UserError for a config that does not fit.
+VARIANTS = {"lora": LoRA, "ptuning": Prompt, "prompt": Prompt, "prefix": Prefix}
+
+
+def beside(model: GPT, config: AdapterConfig) -> Adapted:
+    """The model with a new adapter, whose weights are zero, as a view: the model itself stays as it is.
+
+    Raises UserError for a config that does not fit.
+    """
+    if isinstance(model, Adapted):
+        raise UserError("the model has an adapter already: give its base")
+    adapter = Adapter(config, model.config, model.flat.dtype)
+    other = view(VARIANTS[config.kind], model)
+    other.base, other.adapter, other.prefix = model, adapter, config.prompt_length
+    other.params = model.params | {name: p for name, p in adapter.params.items() if name in model.params}
+    return other
+
+
+def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapted:
+    """The model with a new adapter that can be trained. Raises UserError for a config that does not fit.
 
     LoRA's A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation), its B zero: the model computes
     what it did. A prompt begins as tokens drawn from the vocabulary: their embeddings, or for a prefix their
     keys and values. Random ones, and what goes into an MLP, are normal, with the token table's deviation and
     with 1; the MLP's layers are uniform in +-1 / sqrt(inputs), as PyTorch's.
     """
-    adapter = Adapter(config, model.config, model.flat.dtype)
+    other = beside(model, config)
+    adapter = other.adapter
     for name, p in adapter.params.items():
         if name.endswith(".lora_A") or name.startswith(tuple(adapter.layers)):
             shape = adapter.params[name.replace("bias", "weight")].shape
@@ -63,7 +85,7 @@ def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapt
             p[:] = rng.standard_normal(p.shape) * (1 if adapter.layers else model.params["wte.weight"].std())
         elif name == "embedding.weight":
             _put_words(p, model, config, rng.integers(model.config.vocab_size, size=(1, len(p))))
-    return adapter
+    return other
 
 
 def _put_words(p: Array, model: GPT, config: AdapterConfig, ids: Array) -> None:
@@ -71,71 +93,32 @@ def _put_words(p: Array, model: GPT, config: AdapterConfig, ids: Array) -> None:
     if config.kind != "prefix":
         p[:] = model.params["wte.weight"][ids[0]]
         return
-    before, model.adapter = model.adapter, None
-    kv = KVCache(model, 1, len(p))
-    model.forward(ids.astype(np.int32), kv=kv, keep=False)
-    model.adapter = before
-    for layer, sides in enumerate(zip(kv.keys, kv.values, strict=True)):
+    past = KVCache(model, 1, len(p))
+    model.forward(ids.astype(np.int32), past=past, keep=False)
+    for layer, sides in enumerate(zip(past.keys, past.values, strict=True)):
         for side, values in enumerate(sides):
             at = (2 * layer + side) * model.config.n_embd
             p[:, at : at + model.config.n_embd] = values[0]
 
 
-def nearest(model: GPT, count: int = 3) -> Array:
-    """Ids (P, count) of the tokens whose embeddings have the largest cosine with each row of the prompt that
-    `model.adapter` has learned (p-tuning, prompt tuning)."""
-    rows, table = model.adapter.prompt(model.ops)[0], model.params["wte.weight"]
-    cosines = rows @ table.T / np.maximum(np.linalg.norm(table, axis=1), 1e-30)  # times each row's length
-    return np.argsort(-cosines, axis=1)[:, :count]
-
-
 # --- merging ------------------------------------------------------------------------------------------------
 
 
-def merge(model: GPT) -> Adapter:
-    """w <- w + s A B: the model's own weights take the adapter in, which comes off and is returned.
-
-    Raises UserError for a prompt, which is no part of any weight.
-    """
-    adapter, model.adapter = _add(model, model.adapter, 1), None
-    return adapter
-
-
-def unmerge(model: GPT, adapter: Adapter) -> None:
-    """Takes an adapter that was merged out of the weights, to within rounding, and puts it on the model."""
-    model.adapter = _add(model, adapter, -1)
-
-
-@contextlib.contextmanager
-def merged(model: GPT) -> Iterator[None]:
-    """The model with its adapter merged, for a while; afterwards every bit is as it was before."""
-    before = model.flat.copy()
-    adapter = merge(model)
-    try:
-        yield
-    finally:
-        model.flat[:], model.adapter = before, adapter
-
-
-def _add(model: GPT, adapter: Adapter, sign: int) -> Adapter:
-    if adapter.config.kind != "lora":
-        raise UserError(f"an adapter of kind {adapter.config.kind} cannot be merged: only lora is of weights")
-    s = sign * adapter.config.alpha / adapter.config.rank
-    for name, p in adapter.params.items():
-        if name.endswith(".lora_A"):
-            w, b = model.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
-            model.ops.linear_forward(model.ops.scale(p, s).T, b, add=w, out=w)
-        elif name in model.params:
-            model.params[name][:] = p
-    return adapter
+def merge(model: Adapted) -> GPT:
+    """A new model, w + s A B in place of w. Raises UserError for a prompt, which is no part of any weight."""
+    if model.adapter.config.kind != "lora":
+        kind = model.adapter.config.kind
+        raise UserError(f"an adapter of kind {kind} cannot be merged: only lora is of weights")
+    return lora.merge(model)
 
 
 def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
-    """ReLoRA's step from one low-rank update to the next: merge, new A and B, no memory of their past."""
+    """ReLoRA's step from one low-rank update to the next: a merged base, new A and B without a past."""
     model, end = optimizer.model, 0
-    adapter = merge(model)
-    model.adapter, fresh = adapter, create(model, adapter.config, rng)
-    adapter.flat[:] = fresh.flat
+    fresh = create(merge(model), model.adapter.config, rng)
+    model.adapter.flat[:] = fresh.adapter.flat
+    model.base, model.flat, own = fresh.base, fresh.flat, model.adapter.params
+    model.params = fresh.params | {name: p for name, p in own.items() if name in fresh.params}
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:
@@ -166,7 +149,7 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
         params = {n: _torch(n, p) for n, p in adapter.params.items()}
         tensors = {f"base_model.model.transformer.{name}.weight": p for name, p in params.items()}
     else:
-        tensors = {"prompt_embeddings": adapter.prompt(model.ops)[0]}
+        tensors = {"prompt_embeddings": model.prompt()[0]}
     with together(folder):
         with replacing(folder / WEIGHTS) as beside:
             metadata = {"format": "pt", "base_sha256": base_hash or fingerprint(model)}
@@ -221,8 +204,8 @@ _SUPPORTED = {
 }
 
 
-def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Adapter:
-    """The adapter in a folder, tinygpt's or PEFT's, for a model (in `base`, for messages), not yet on it.
+def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Adapted:
+    """A model (in `base`, for messages) with the adapter in a folder, tinygpt's or PEFT's, as a view.
 
     Raises UserError where it is not for this model: by the hash of the base where the folder has it, else by
     names and shapes. A tensor that belongs nowhere, or one that is missing, is an error too.
@@ -251,7 +234,7 @@ def _config(raw: dict, where: Path, names: dict[str, str], **more) -> AdapterCon
     return checkpoint.from_json(AdapterConfig, values | more, str(where))
 
 
-def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapter:
+def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapted:
     pattern = r"(?:base_model\.model\.)?(?:transformer\.)?(.+\.lora_[AB])(?:\.default)?\.weight"
     tensors = {}
     for name, tensor in found.items():
@@ -270,33 +253,33 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, 
     return _read_into(config, model, tensors, folder / WEIGHTS)
 
 
-def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapter:
+def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapted:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
     _check(found, {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}, folder / WEIGHTS)
-    plain = Adapter(config, model.config, model.flat.dtype)
-    found["prompt_embeddings"].read(plain.params["embedding.weight"])
+    plain = beside(model, config)
+    found["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
     if not (folder / ENCODER).is_file():
         return plain
     tensors, _ = tensorfile.tensors(folder / ENCODER)
     names |= {"encoder_hidden_size": "hidden"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
-    adapter = _read_into(config, model, tensors, folder / ENCODER)
-    prompt, baked = adapter.prompt(model.ops)[0], plain.params["embedding.weight"]
+    other = _read_into(config, model, tensors, folder / ENCODER)
+    prompt, baked = other.prompt()[0], plain.adapter.params["embedding.weight"]
     if not np.allclose(prompt, baked, rtol=1e-4, atol=1e-5):
         raise UserError(f"{folder}: {ENCODER} does not give the prompt in {WEIGHTS}: one of them is old")
-    return adapter
+    return other
 
 
-def _read_into(config: AdapterConfig, model: GPT, tensors: dict[str, Tensor], where: Path) -> Adapter:
-    """The adapter with these tensors. Their shapes are compared first: a config may ask for any amount of
-    memory."""
+def _read_into(config: AdapterConfig, model: GPT, tensors: dict[str, Tensor], where: Path) -> Adapted:
+    """The model with an adapter of these tensors. Their shapes are compared first: a config may ask for any
+    amount of memory."""
     shapes = config.shapes(model.config).items()
     _check(tensors, {n: shape if _lies_alike(n) else shape[::-1] for n, shape in shapes}, where)
-    adapter = Adapter(config, model.config, model.flat.dtype)
-    for name, p in adapter.params.items():
+    other = beside(model, config)
+    for name, p in other.adapter.params.items():
         p[:] = _torch(name, _read(tensors[name]))
-    return adapter
+    return other
 
 
 def _check(found: dict[str, Tensor], wanted: dict[str, tuple], where: Path) -> None:
@@ -320,7 +303,7 @@ def load_model(folder: Path | str, adapter_folder: Path | str | None = None) -> 
     """`checkpoint.load`, and an adapter put on the model; the tokenizer is the adapter's where it has one."""
     model, tokenizer = checkpoint.load(folder)
     if adapter_folder is not None:
-        model.adapter = load(adapter_folder, model, folder)
+        model = load(adapter_folder, model, folder)
         if (Path(adapter_folder) / "tokenizer.json").is_file():
             tokenizer = tokenizers.load(adapter_folder)
             checkpoint.check_vocabulary(tokenizer, model.config, Path(adapter_folder))

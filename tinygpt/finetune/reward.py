@@ -38,7 +38,7 @@ from ..evaluate import Rate, answers, wilson
 from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
-from ..storage import Workspace
+from ..variants import build
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
 from . import adapters
 
@@ -142,12 +142,12 @@ def read(outputs: Array, marks: Array) -> tuple[Array, tuple[Array, Array]]:
     return outputs[b[order], t[order], 0], (b[order], t[order])
 
 
-def scores(model: GPT, texts: Sequence[Array], ws: Workspace | None = None) -> Array:
+def scores(model: GPT, texts: Sequence[Array]) -> Array:
     """The score of each text (ids), (N,)."""
-    rows, ws, found = marked(texts, model.context), ws or Workspace(), np.zeros(len(texts), np.float64)
+    rows, found = marked(texts, model.context), np.zeros(len(texts), np.float64)
     for at in range(0, len(rows.ids), ROWS):
         ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
-        outputs, _ = model.forward(ids, ws, start=start, positions=positions, keep=False)
+        outputs, _ = model.forward(ids, start=start, positions=positions, keep=False)
         values, (b, t) = read(outputs, marks)
         found[marks[b, t].astype(int) - 1] = values
     return found
@@ -161,11 +161,11 @@ def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
 
 
 def loss(
-    optimizer: AdamW, batches: Sequence[Packed], ws: Workspace, rng: np.random.Generator | None = None
+    optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None
 ) -> float:
     """For `train.train`: the loss of a batch of 2 N texts, chosen and rejected in turn; its gradients."""
     (rows,), model = batches, optimizer.model
-    outputs, cache = model.forward(rows.ids, ws, start=rows.start, positions=rows.positions, rng=rng)
+    outputs, cache = model.forward(rows.ids, start=rows.start, positions=rows.positions, rng=rng)
     values, (b, t) = read(outputs, rows.weights)
     found, chosen, rejected = bradley_terry(values[::2], values[1::2])
     dscores = np.zeros_like(outputs)
@@ -210,7 +210,7 @@ def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
 def with_head(model: GPT, seed: int) -> GPT:
     """The model with a score head, small and random, instead of its table as head."""
     config = dataclasses.replace(model.config, num_labels=1)
-    found = GPT(config, np.random.default_rng([seed, 0, 4]), model.flat.dtype.type, model.ops)
+    found = build(config, np.random.default_rng([seed, 0, 4]), model.flat.dtype.type, model.ops)
     for name, p in model.params.items():
         found.params[name][:] = p
     return found
@@ -371,10 +371,10 @@ def collect(
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
     room = model.context - max(map(len, prompts))
-    drawn, ws = [], Workspace()
+    drawn = []
     for at in range(0, len(prompts), 256):
         drawn += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
-                          stop={tokenizer.eos_id}, ws=ws, vocab_size=tokenizer.vocab_size)  # fmt: skip
+                          stop={tokenizer.eos_id}, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     offered = {}
     for n, fact in enumerate(one):

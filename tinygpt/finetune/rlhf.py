@@ -38,7 +38,6 @@ from ..errors import UserError
 from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
-from ..storage import Workspace
 from ..world import World, corpus, preferences, tasks
 from ..world import evaluate as world_evaluate
 from . import adapters, reward, sft
@@ -77,7 +76,7 @@ class Samples(NamedTuple):
 
 def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
-    rng: np.random.Generator, ws: Workspace | None = None,
+    rng: np.random.Generator,
 ) -> Samples:  # fmt: skip
     """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
 
@@ -85,7 +84,7 @@ def sample(
     """
     asked = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
-    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng, ws=ws,
+    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
                    vocab_size=tokenizer.vocab_size)  # fmt: skip
     return answered(tokenizer, asked, new)
 
@@ -103,9 +102,9 @@ def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array])
     return Samples(ids, targets, mask, answers, stopped)
 
 
-def logprobs(model: GPT, samples: Samples, ws: Workspace | None = None) -> Array:
+def logprobs(model: GPT, samples: Samples) -> Array:
     """log p of each target (N, T), float64, 0 where the mask is 0."""
-    nll = model.losses(samples.ids, samples.targets, samples.mask, ws=ws)
+    nll = model.losses(samples.ids, samples.targets)
     return -(nll * samples.mask).astype(np.float64)
 
 
@@ -259,16 +258,17 @@ def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]
 
 
 def learn(
-    optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]],
-    ws: Workspace,
-) -> float:  # fmt: skip
+    optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]]
+) -> float:
     """Puts the gradients of objective(logp (N, T), logits (N, T, V)) into `optimizer.flat`; the loss."""
     model = optimizer.model
-    logits, cache = model.forward(samples.ids, ws)
+    logits, cache = model.forward(samples.ids)
     nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
     loss, d = objective(-(nll * samples.mask).astype(np.float64), logits)
     weights = (-d * samples.mask).astype(logits.dtype)
-    model.backward(model.ops.cross_entropy_backward(weights, c_nll, logits), cache, optimizer.grads)
+    dlogits = model.ops.cross_entropy_backward(weights, c_nll)
+    del logits, c_nll  # the largest arrays of all
+    model.backward(dlogits, cache, optimizer.grads)
     return loss
 
 
@@ -349,7 +349,7 @@ class Trainer:
     examples: Callable[[int], Sequence[train.Batch]] | None = None  # learned beside, likewise
 
     def __post_init__(self) -> None:
-        self.ws, self.beside, self.last, self.warned = Workspace(), Workspace(), None, False
+        self.last, self.warned = None, False
         self.experience: Experience | None = None  # of the last rollout, from its first update on
 
     def batches(self, n: int, rng: np.random.Generator) -> list[Rollout]:
@@ -362,9 +362,9 @@ class Trainer:
         picked = [self.prompts[place] for place in places]
         model = self.optimizer.model
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
-                         c.max_new_tokens, rng, self.ws)  # fmt: skip
+                         c.max_new_tokens, rng)  # fmt: skip
         questions = [text for text, _ in picked for _ in range(c.num_generations)]
-        logits, _ = self.reference.forward(samples.ids, self.ws, keep=False)
+        logits, _ = self.reference.forward(samples.ids, keep=False)
         nll, _ = self.reference.ops.cross_entropy_forward(logits, samples.targets)
         ref, ref_logits = -(nll * samples.mask).astype(np.float64), logits[samples.mask > 0]
         values = None
@@ -375,7 +375,7 @@ class Trainer:
         self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
 
-    def compute(self, optimizer: AdamW, batches, ws: Workspace, rng: np.random.Generator) -> train.Record:
+    def compute(self, optimizer: AdamW, batches, rng: np.random.Generator) -> train.Record:
         """For `train.train`: the gradients of one update, and what there is to watch."""
         (r,), config = batches, self.config
         mask, N = r.samples.mask, len(r.scores)
@@ -395,11 +395,11 @@ class Trainer:
             )  # fmt: skip
             return objective(logp, self.experience, config)
 
-        record["train_loss"] = learn(optimizer, r.samples, loss, ws)
+        record["train_loss"] = learn(optimizer, r.samples, loss)
         record |= {"length": float(mask.sum() / N), "distinct": len(set(r.samples.answers)) / N}
         if self.examples is not None:
             of_samples, examples = optimizer.flat.copy(), self.examples(optimizer.steps)
-            record["ptx_loss"] = train.accumulate(optimizer, examples, self.beside, rng)
+            record["ptx_loss"] = train.accumulate(optimizer, examples, rng)
             optimizer.flat *= config.ptx_coef
             optimizer.flat += of_samples
         if self.gold is not None:
@@ -487,7 +487,7 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
         sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
         raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
     if settings.adapter.kind:
-        model.adapter = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
+        model = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
     settings = runs.from_model(
         settings, model, init_from, ptx_data=runs.absolute(settings.ptx_data),
         reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
@@ -595,9 +595,9 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
             drawn = rng.integers(len(run.comparisons), size=settings.batch_size)
             return [compared(run.tokenizer, run.reference, [run.comparisons[i] for i in drawn])]
 
-        def compute(optimizer: AdamW, batches, ws: Workspace, rng) -> float:
+        def compute(optimizer: AdamW, batches, rng) -> float:
             (c,) = batches
-            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta), ws)
+            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta))
 
     else:
         learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world,

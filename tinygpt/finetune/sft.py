@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checkpoint, data, instructions, runs, train
+from ..config import GPTConfig
 from ..data import Array, Packed, Tokenizer
 from ..errors import UserError
 from ..instructions import Example, Message
-from ..model import GPT, GPTConfig
+from ..model import GPT
 from ..optim import AdamW
 from ..world import corpus, tasks
 from . import adapters
@@ -97,17 +98,17 @@ def begin(
     model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
     if not adapter_folder and settings.adapter.kind:
         rng = np.random.default_rng([settings.train.seed, 0, 3])
-        model.adapter = adapters.create(model, settings.adapter, rng)
+        model = adapters.create(model, settings.adapter, rng)
     tokenizer.chat_template = instructions.TEMPLATE
     settings = runs.from_model(
         settings, model, init_from, val_data=runs.absolute(settings.val_data),
-        adapter=model.adapter.config if model.adapter else settings.adapter,
+        adapter=model.adapter.config if adapter_folder else settings.adapter,
     )  # fmt: skip
     examples = read(settings, tokenizer)
     settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
     optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tokenizer, settings)
-    before = None if model.adapter else {name: p.copy() for name, p in model.params.items()}
+    before = None if settings.adapter.kind else {name: p.copy() for name, p in model.params.items()}
     return Run(folder, settings, optimizer, tokenizer, examples, before)
 
 

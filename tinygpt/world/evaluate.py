@@ -18,7 +18,6 @@ from ..data import Array, Tokenizer, pack
 from ..evaluate import Answer, Rate, answers, likelihoods, wilson
 from ..generate import encode_prompt
 from ..model import GPT
-from ..storage import Workspace
 from . import EVALUATION, Person, World, tasks
 from .corpus import DOCUMENTS, encoded
 
@@ -40,10 +39,10 @@ def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
     ids = [encoded(tokenizer, document) for document in documents]
     # A place's weight says which document it belongs to, from 1; 0 is padding.
     rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
-    nll, ws = np.zeros(len(ids) + 1), Workspace()
+    nll = np.zeros(len(ids) + 1)
     for begin in range(0, len(rows.ids), ROWS):
         inputs, targets, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
-        logits, _ = model.forward(inputs, ws, start=start, positions=positions, keep=False)
+        logits, _ = model.forward(inputs, start=start, positions=positions, keep=False)
         loss, _ = model.ops.cross_entropy_forward(logits, targets)
         nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
     return nll[1:]
