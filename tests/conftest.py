@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tinygpt.finetune import reward
 from tinygpt.incontext import fewshot, memory
 from tinygpt.world import corpus, evaluate, tasks
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup the signal is ignored, in children too
 if "c" not in kernels.available():  # or each command would say so, where tests expect one line
     os.environ.setdefault("TINYGPT_BACKEND", "numpy")
 

@@ -3,6 +3,7 @@
 TINYGPT_FUZZ=10000 sets the number of mutated files.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -506,7 +507,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, o
     """Guards: a folder without a model, with two, or with the weights of one and the tokenizer of another."""
     folder, states = tmp_path / "folder", []
     kinds(folder)[old]()
-    before = holds(folder)
+    if "tokenizer.json" in (before := holds(folder)):
+        (folder / "chat_template.jinja").write_text("of the older model")
+        before = holds(folder)
 
     def watched(function):
         def call(*arguments, **how):
@@ -517,9 +520,11 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, o
         return call
 
     with monkeypatch.context() as patch:
+        lock(folder)
         for name in "fsync", "replace", "unlink":
             patch.setattr(os, name, watched(getattr(os, name)))
         kinds(folder)[new]()
+    unlock()
     after, seen = holds(folder), set()
     assert len(states) > 10
     for state in states:
@@ -556,6 +561,17 @@ def test_a_save_finishes_what_was_interrupted_before(tmp_path):
 # --- files that are no files --------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def memory_below(limit: float):
+    """Fails if the block takes more bytes at any moment."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 def spoil(path: Path, how: str) -> None:
     """Puts something in the place of a file that never ends, or takes all memory."""
     path.unlink(missing_ok=True)
@@ -576,7 +592,7 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["pipe", "device", "folder", "size", "values"])
 @pytest.mark.parametrize("name", [
     checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "vocab.json", "merges.txt",
+    "chat_template.jinja", "vocab.json", "merges.txt", ".to-do.json",
 ])  # fmt: skip
 def test_what_never_ends_is_one_line(folder, name, how):
     """Guards: a downloaded folder that hangs the program or takes all memory."""
@@ -588,11 +604,12 @@ def test_what_never_ends_is_one_line(folder, name, how):
         (folder / "merges.txt").write_text("")
     spoil(folder / name, how)
     if how == "values" and name in ("chat_template.jinja", "merges.txt"):
-        return  # a text of six megabytes is one
-    tracemalloc.start()
-    refused(folder)
-    assert tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.stop()
+        pytest.skip("a text of six megabytes is a text")
+    if name == ".to-do.json" and how not in ("size", "values"):
+        assert checkpoint.load(folder)  # which tinygpt did not write, and nobody reads
+        return
+    with memory_below(100e6):
+        refused(folder, name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX files")
@@ -609,12 +626,10 @@ def test_an_adapter_that_never_ends_is_one_line(folder, name, how):
 
 def test_a_header_that_takes_all_memory(folder):
     """Guards: a header of many megabytes, which becomes gigabytes of objects."""
-    text = b'{"a":' + b"[]," * (1 << 22)
-    (folder / checkpoint.WEIGHTS).write_bytes((1 << 23).to_bytes(8, "little") + text.ljust(1 << 23))
-    tracemalloc.start()
-    refused(folder, checkpoint.WEIGHTS)
-    assert tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.stop()
+    text = b'{"a":[' + b"[]," * (1 << 21) + b"[]]}"
+    (folder / checkpoint.WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+    with memory_below(100e6):
+        refused(folder, checkpoint.WEIGHTS)
 
 
 def test_a_new_folders_name_is_on_the_disk(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, data, kernels, tensorfile
 from tinygpt import pretrain as stage
+from tinygpt.atomic import lock, unlock
 from tinygpt.cli import main
 from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.errors import UserError
@@ -489,3 +490,48 @@ def test_records_that_never_end_are_left_out(folder, how):
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert path.is_file() and not path.is_symlink() and not path.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_a_run_does_not_write_into_another_folder_of_its_name(folder):
+    """Guards: two runs in one folder, after the folder of the first was renamed."""
+    process = start("--data", "text.txt", *TINY, "--eval-interval", "100000", "--max-iters", "100000")
+    wait_for_iterations(process)
+    Path("out").rename("older")
+    Path("out").mkdir()
+    lock(Path("out"))
+    try:
+        output = process.communicate(timeout=60)[0]  # it ends by itself
+    finally:
+        unlock()
+    assert process.returncode == 2 and output.count("another process is writing there") == 1
+    assert not any(Path("out").iterdir()) and checkpoint.load("older")
+
+
+def test_a_folder_that_another_run_has_filled_meanwhile(folder, monkeypatch):
+    """Guards: a finished model that is replaced without --overwrite, by a run that began before."""
+    tokenizer = CharTokenizer.train(TEXT)
+    other = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, 4))
+    made = stage._parts
+    monkeypatch.setattr(
+        stage, "_parts", lambda *a: (checkpoint.save(folder / "out", other, tokenizer), made(*a))[1]
+    )
+    assert "already has a config.json" in pretrain("--data", "text.txt", *TINY, status=2)
+    assert checkpoint.load("out")[0].config == other.config
+
+
+def test_a_record_that_cannot_be_written_costs_no_update(folder, monkeypatch):
+    """Guards: all since the last save, lost because the disk is full."""
+    from tinygpt import runs
+
+    real = open
+
+    def full(path, mode="r", *rest, **more):
+        if str(path).endswith("metrics.jsonl") and mode == "a" and len(records()) == 3:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, mode, *rest, **more)
+
+    monkeypatch.setattr(runs, "open", full, raising=False)
+    assert "No space left" in pretrain("--data", "text.txt", *TINY, "--eval-interval", "1000", status=2)
+    state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
+    assert state["step"] == 4

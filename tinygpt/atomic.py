@@ -19,9 +19,10 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
 from .errors import UserError
+from .jsonfile import parse, read_text
 
 TO_DO = ".to-do.json"  # [[new name, name], ...]: renames, or removals where the new name is ""
-PART = re.compile(r"(\.[^/\\]+\.part)?")
+PART, NAME = re.compile(r"(\.[\w.-]+\.part)?", re.ASCII), re.compile(r"\.?\w[\w.-]*", re.ASCII)
 _locks: dict[Path, int] = {}  # the folders that this process has locked, and their open descriptors
 _steps: dict[Path, list[tuple[str, str]]] = {}  # what each open `together` has to do
 
@@ -65,6 +66,7 @@ def together(folder: Path) -> Iterator[None]:
 
     Until then readers see the old files. If the block raises, they stay.
     """
+    make_folder(folder)
     folder = folder.resolve()
     if folder in _steps:  # within another block: that one's end is the moment
         yield
@@ -91,11 +93,11 @@ def finish(folder: Path) -> None:
     if not to_do.is_file():  # a pipe would never end
         return
     try:
-        steps = json.loads(to_do.read_text(encoding="utf-8"))
-        right = all(PART.fullmatch(new) and Path(name).name == name for new, name in steps)
-    except FileNotFoundError:  # somebody else has done it
-        return
-    except (ValueError, TypeError, RecursionError):
+        steps = parse(read_text(to_do))
+        right = all(PART.fullmatch(new) and NAME.fullmatch(name) for new, name in steps)
+    except (ValueError, TypeError):
+        if not to_do.exists():  # somebody else has done it
+            return
         right = False
     if not right:
         raise UserError(f"{to_do}: is not a list of what is left to do here: remove it")
@@ -147,10 +149,10 @@ def lock(folder: Path) -> None:
     folder = folder.resolve()
     if fcntl is None:
         return
+    if holds(folder):
+        return
     if folder in _locks:
-        if os.path.samestat(os.fstat(_locks[folder]), os.stat(folder)):
-            return
-        os.close(_locks.pop(folder))  # the folder was removed and made anew
+        os.close(_locks.pop(folder))  # the folder was removed or renamed, and made anew
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,6 +167,16 @@ def lock(folder: Path) -> None:
     finish(folder)
     for part in folder.glob(".*.part"):
         part.unlink()
+
+
+def holds(folder: Path) -> bool:
+    """Whether this process has locked the folder that has this name now."""
+    folder = folder.resolve()
+    if fcntl is None:
+        return folder.exists()
+    with contextlib.suppress(FileNotFoundError):
+        return folder in _locks and os.path.samestat(os.fstat(_locks[folder]), os.stat(folder))
+    return False
 
 
 def unlock() -> None:

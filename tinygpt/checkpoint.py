@@ -19,6 +19,7 @@ Not here: pytorch_model.bin; adapters (`finetune.adapters`); the format of the t
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
 from reprlib import repr as short
@@ -26,7 +27,7 @@ from typing import TypeVar, get_type_hints
 
 from . import tensorfile
 from . import tokenizer as tokenizers
-from .atomic import finish, make_folder, replacing, together
+from .atomic import finish, replacing, together
 from .config import GPTConfig
 from .errors import UserError
 from .jsonfile import parse, read_object
@@ -141,8 +142,10 @@ def from_json(cls: type[T], values: object, where: str) -> T:
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint):
             built[name] = from_json(hint, value, f"{where}: {name}")
-        elif hint == tuple[str, ...] and isinstance(value, list) and all(type(v) is str for v in value):
+        elif hint == tuple[str, ...] and isinstance(value, list) and all(map(_is_text, value)):
             built[name] = tuple(value)
+        elif hint is str and not _is_text(value):
+            raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
         elif type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53):
             built[name] = hint(value)
         else:
@@ -155,13 +158,20 @@ def from_json(cls: type[T], values: object, where: str) -> T:
         raise UserError(f"{where}: {error}") from None
 
 
+def _is_text(value: object) -> bool:
+    """Whether this is a text that can be a path: without NUL, and without half a character."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
     folder has the model that was there before, whole, or the new one."""
-    make_folder(folder)
     config = _config_json(model.config, tokenizer.eos_id)
     with together(folder):
         with replacing(folder / WEIGHTS) as beside:
@@ -169,12 +179,6 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         tokenizer.save(folder, model_max_length=model.config.block_size)
         with replacing(folder / CONFIG) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def save_weights(folder: Path, model: GPT) -> None:
-    """Writes model.safetensors, in float32; until it is whole the old one stays."""
-    with replacing(folder / WEIGHTS) as beside:
-        _write_weights(beside, model)
 
 
 def _write_weights(path: Path, model: GPT) -> None:

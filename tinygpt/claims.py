@@ -29,7 +29,7 @@ from .evaluate import Estimate, estimate, verdict
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .jsonfile import read_object
-from .lab import Lab, Numbers, damaged
+from .lab import Lab, Numbers
 from .model import GPT
 from .train import weight_change
 from .world import World, evaluate, tasks
@@ -757,17 +757,14 @@ def run(
     claims.json has the values of all seeds that were ever measured by these recipes, estimates and verdicts.
     """
     measured: dict[int, dict[str, Numbers]] = {number: {} for number in numbers}
-    _read(folder / "claims.json")  # before the measuring, if it is damaged
+    _read(folder / "claims.json")  # a damaged file is refused before the measuring, not after it
     for seed in seeds:
         lab = Lab(folder, seed, say)
         for number, by_seed in measured.items():
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
             try:
-                values = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
-                if not all(isinstance(value, int | float) for value in values.values()):
-                    raise damaged(lab.folder / f"claim {number}.json")
-                by_seed[str(seed)] = values
+                by_seed[str(seed)] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
             except (UserError, OSError):
                 raise
             except Exception as error:
@@ -787,9 +784,11 @@ def _read(path: Path) -> dict[str, dict]:
     """What claims.json has of each claim. Raises UserError where that is not what `_write` writes."""
     known = read_object(path) if path.exists() else {}
     try:
-        rows = [row for claim in known.values() if claim["recipe"] for row in claim["seeds"].values()]
-        right = all(isinstance(value, int | float) for row in rows for value in row.values())
-    except (TypeError, KeyError, AttributeError):
+        rows = [row for claim in known.values() for row in claim["seeds"].values()]
+        right = all("recipe" in claim for claim in known.values())
+        right = right and all(abs(value) < 1e300 for row in rows for value in row.values())
+        json.dumps(known, ensure_ascii=False).encode()  # half a character cannot be written
+    except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
         right = False
     if not right:
         raise UserError(f"{path}: is damaged: remove it, and the same command writes it again")

@@ -1,4 +1,4 @@
-"""The command line: one command per stage. Only this file and the demos parse arguments or print."""
+"""The command line: one command per stage. Only this file and the demos parse arguments."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from reprlib import repr as short
 
 import click
 from click.core import ParameterSource
@@ -54,6 +55,11 @@ class Commands(click.Group):
                 raise
             say("tinygpt: not enough memory to load NumPy", err=True)
             sys.exit(2)
+        except RuntimeError as error:
+            if "Symlink loop" not in str(error):  # of Path.resolve; from Python 3.13 on an OSError
+                raise
+            say(f"tinygpt: {_one_line(error)}", err=True)
+            sys.exit(2)
         except (UserError, OSError, MemoryError) as error:
             say(f"tinygpt: {_one_line(error)}", err=True)
             sys.exit(2)
@@ -63,10 +69,11 @@ class Commands(click.Group):
 
 
 def _one_line(error: Exception) -> str:
+    text = str(error)
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        text = f"{error.filename}: {error.strerror}"
     advice = "not enough memory: choose smaller sizes. " if isinstance(error, MemoryError) else ""
-    return advice + " ".join(str(error).split())
+    return advice + " ".join(text.split())
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -602,11 +609,11 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             told = "" if meta["exposure"] else " But no text told the model."
             say(f"     (true: {meta['answer']}.{told})")
         key = ""
-        while key not in ("1", "2", "s", "q", "\x03", "\x04"):
+        while key not in ("1", "2", "s", "q"):
             if key.strip():
                 say(f"     {keys}")
-            key = click.getchar() if is_terminal(sys.stdin) else _from_stdin(lambda: sys.stdin.read(1)) or "q"
-        if key in ("q", "\x03", "\x04"):
+            key = _key()
+        if key == "q":
             break
         if key != "s":
             chosen, rejected = pair if key == "1" else pair[::-1]
@@ -617,6 +624,15 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     say(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
     for words in (["reward"], ["rlhf", "--algo", "dpo"]) if done else ():
         say("  " + _command(*words, "--init-from", str(folder), "--data", str(out)))
+
+
+def _key() -> str:
+    """The next key, or "q" where there is none."""
+    try:
+        keys = click.getchar() if is_terminal(sys.stdin) else _from_stdin(lambda: sys.stdin.read(1))
+        return keys[:1] or "q"
+    except (EOFError, KeyboardInterrupt):
+        return "q"
 
 
 @main.command()
@@ -1013,6 +1029,7 @@ def tokenizer() -> None:
 @_out("tokenizer", "tokenizer", holds="the files")
 def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
     """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
+    from .atomic import lock, make_folder
     from .data import documents, joined
     from .tokenizer import BPETokenizer
 
@@ -1021,7 +1038,8 @@ def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite
     _check_out(out, "tokenizer.json", "tokenizer", overwrite)
     texts = documents(data)
     found = BPETokenizer.train(joined(texts), vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    lock(out)
     found.save(out)
     longest = sorted(set(found.tokens) - {name.encode() for name in found.special}, key=len)[-5:]
     say(f"{found.vocab_size} tokens, the longest {' '.join(map(_shown, longest))}")
@@ -1080,7 +1098,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     if (out / stages.FILE).exists():
         there = read_object(out / stages.FILE)
         if (there.get("seed"), there.get("quick")) != (seed, quick):
-            which = f"--seed {there.get('seed')}" + " --quick" * bool(there.get("quick"))
+            which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
         say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
@@ -1190,6 +1208,8 @@ def exercise(name: str | None, out: Path | None) -> None:
     out = out or Path(f"my_{name}.py")
     if out.suffix != ".py":
         raise UserError(f"{out}: does not end in .py, by which gradcheck finds it; name another file")
+    if not str(out).isprintable() or '"' in str(out):
+        raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
     command = _command("gradcheck", f"{out.as_posix()}:{name}")
     text = exercises.text(name, command)
     try:

@@ -143,6 +143,8 @@ class AdapterConfig:
         if self.kind == "lora" and (missed or not self.targets):
             known = ", ".join(PROJECTIONS)
             raise UserError(f"adapter: the target {min(missed, default='')!r} is no linear map: {known} are")
+        if sum(map(math.prod, shapes.values())) > MOST_WEIGHTS:
+            raise UserError(f"adapter: has more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
         return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .atomic import replacing
+from .atomic import make_folder, replacing
 from .errors import UserError
 from .tokenizer import BPETokenizer, CharTokenizer
 
@@ -197,7 +197,7 @@ def stream(
             break
     else:
         return np.concatenate(head)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for old in folder.glob("tokens-*.bin"):
         old.unlink()
     count = largest = 0

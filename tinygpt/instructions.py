@@ -28,6 +28,7 @@ import numpy as np
 
 from .data import Array, Tokenizer
 from .errors import UserError
+from .jsonfile import MOST_BYTES, parse
 
 Message = dict[str, str]  # role and content
 
@@ -142,7 +143,8 @@ def objects(path: Path | str, form: str, *texts: str) -> list[tuple[str, dict]]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: --data takes files of JSON Lines")
     with open(path, "rb") as file:
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
+        numbered = enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), 1)
+        lines = [(f"{path}:{n}", line) for n, line in numbered if _is_short(line, path, n) and line.strip()]
     if not lines:
         raise UserError(f"{path}: has no examples: a line is {form}")
     rows = [(where, _object(line, where, form)) for where, line in lines]
@@ -150,6 +152,12 @@ def objects(path: Path | str, form: str, *texts: str) -> list[tuple[str, dict]]:
         if not all(isinstance(row.get(key), str) for key in texts):
             raise UserError(f"{where}: a line is {form}")
     return rows
+
+
+def _is_short(line: bytes, path: Path | str, n: int) -> bool:
+    if len(line) > MOST_BYTES:
+        raise UserError(f"{path}:{n}: is longer than {MOST_BYTES:,} bytes")
+    return True
 
 
 _FORM = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -161,10 +169,10 @@ def pair(prompt: str, completion: str) -> list[Message]:
 
 def _object(line: bytes, where: str, form: str) -> dict:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is not UTF-8: convert the file to UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f"{where}: is not JSON ({what}): a line is {form}") from None
     if not isinstance(value, dict):

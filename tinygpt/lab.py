@@ -6,6 +6,7 @@ stories, which compare models of one world.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import checkpoint, instructions, pretrain, recipes, runs
-from .atomic import replacing
+from .atomic import lock, make_folder, replacing
 from .config import PRESETS, AdapterConfig, GPTConfig
 from .errors import UserError
 from .finetune import adapters, reward, rlhf, sft
@@ -53,7 +54,8 @@ class Lab:
         self.recipe = f"world-{VERSION}-recipe-{sha256(repr(how).encode()).hexdigest()[:6]}"
         self.folder = folder / f"{self.recipe}-seed-{seed}"  # nothing of another recipe
         self.seed, self.say, self.quick, self.progress = seed, say, quick, progress
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        lock(self.folder)
         self.world, self.source = World(seed, small=quick), f"world:{seed}" + ":small" * quick
 
     def pretrained(
@@ -123,9 +125,10 @@ class Lab:
         folder = self.folder / name
         whole = (folder / file for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG))  # written last
         if not any(file.exists() for file in whole):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             began, model = time.perf_counter(), make()
-            (folder / SECONDS).write_text(f"{time.perf_counter() - began}")
+            with replacing(folder / SECONDS) as beside:
+                beside.write_text(f"{time.perf_counter() - began}")
             if model.trained is model:
                 checkpoint.save(folder, model, self.tokenizer)
             else:
@@ -138,12 +141,12 @@ class Lab:
             try:
                 return float(read_text(path))
             except ValueError:
-                raise damaged(path) from None
+                raise damage(path) from None
         return self.records(name)[-1]["elapsed_s"]
 
     def records(self, name: str) -> list[Numbers]:
         """Of the updates of a model that `pretrained` made."""
-        return records(self.folder / name / runs.METRICS, "elapsed_s")
+        return read_records(self.folder / name / runs.METRICS, "iter", "train_loss", "elapsed_s")
 
     def beside(self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes) -> GPT:
         """The base with an adapter that is tuned to these items, kept in the folder of that name."""
@@ -215,7 +218,8 @@ class Lab:
         def make() -> GPT:
             model, records = self.steer(self.judge)
             lines = "".join(json.dumps(record) + "\n" for record in records)
-            (self.folder / "rlhf" / "records.jsonl").write_text(lines)
+            with replacing(self.folder / "rlhf" / "records.jsonl") as beside:
+                beside.write_text(lines)
             return model
 
         return checkpoint.load(self._model("rlhf", make))[0]
@@ -260,14 +264,22 @@ class Lab:
         return evaluate.named_tasks(self.world) | {"questions, known": tasks.some(self.world, known, 1000)}
 
     def kept(self, name: str, measure: Callable[[], dict], needed: set[str] = frozenset()) -> dict:
-        """What was measured under this name before, with all that is needed, or is now."""
+        """What was measured under this name before, with all that is needed, or is now.
+
+        The file has a checksum: a file that is damaged is measured again.
+        """
         path = self.folder / f"{name}.json"
-        if not path.exists() or not needed <= read_object(path).keys():
-            self.say(f"seed {self.seed}: {name}")
-            found = measure()
-            with replacing(path) as beside:
-                beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return read_object(path)
+        if path.exists():
+            with contextlib.suppress(UserError, KeyError, TypeError):
+                kept = read_object(path)
+                if kept["sha256"] == _sha256(kept["values"]) and needed <= kept["values"].keys():
+                    return kept["values"]
+        self.say(f"seed {self.seed}: {name}")
+        values = json.loads(json.dumps(measure()))
+        with replacing(path) as beside:
+            text = json.dumps({"sha256": _sha256(values), "values": values}, indent=1)
+            beside.write_text(text + "\n", encoding="utf-8")
+        return values
 
     def score(self, model: GPT, items: str | list[tasks.Item]) -> evaluate.Score:
         items = self.sets[items] if isinstance(items, str) else items
@@ -277,17 +289,22 @@ class Lab:
         return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
 
 
-def records(path: Path, *names: str) -> list[Numbers]:
-    """Of the updates of a training, a line each, all with numbers of these names. Raises UserError."""
+def _sha256(values: object) -> str:
+    return sha256(json.dumps(values).encode()).hexdigest()
+
+
+def read_records(path: Path, *names: str) -> list[Numbers]:
+    """The records of a training, one a line. Each has a number under each of `names`. Raises UserError."""
     try:
         rows = [parse(line) for line in read_text(path, most=1 << 28).splitlines()]
-        right = rows and all(isinstance(row[name], int | float) for row in rows for name in names)
+        right = rows and all(abs(row[name]) < 1e300 for row in rows for name in names)
     except (ValueError, TypeError, KeyError):
         right = False
     if not right:
-        raise damaged(path)
+        raise damage(path)
     return rows
 
 
-def damaged(path: Path) -> UserError:
+def damage(path: Path) -> UserError:
+    """The error for a damaged file of a model that a Lab has made."""
     return UserError(f"{path}: is damaged: remove {path.parent}, and the same command makes it again")

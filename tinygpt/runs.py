@@ -7,6 +7,7 @@ model is always the newest, not the one with the best validation loss; metrics.j
 Not here: the loop itself (`train`), what is in the files (`checkpoint`), the data (each stage's).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import checkpoint, train
-from .atomic import lock, make_folder, remove, sync, together, writing
+from .atomic import holds, lock, make_folder, remove, sync, together, writing
 from .checkpoint import Tokenizer
 from .config import AdapterConfig, GPTConfig
 from .errors import UserError
@@ -132,6 +133,8 @@ def read(folder: Path, kind: type[AnySettings], **paths: Sequence[str]) -> tuple
     if folder.is_dir():
         lock(folder)
     settings, tokenizer = checkpoint.read_run(folder, kind)
+    if not (settings.data or settings.stage == "pretrain"):
+        raise UserError(f"{folder}: this run names no data")
     moved = {name: absolute(found) for name, found in paths.items() if found}
     return dataclasses.replace(settings, **moved), tokenizer
 
@@ -150,23 +153,29 @@ def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: S
     """Writes a new run. After a full disk or a kill the folder has what was there before, or the new run."""
     if not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
+    if not holds(folder):  # the folder was not there when the run began: nobody may have written there since
+        make_folder(folder)
+        check_folder(folder, overwrite=False)
+    save(folder, optimizer, tokenizer, settings)
+
+
+def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Writes a run as it is. After a full disk or a kill the folder has the older state or this one."""
     make_folder(folder)
     lock(folder)
     with together(folder):
-        _save_trainer(folder, optimizer, tokenizer, settings)
+        checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.has_base)
         _export(folder, optimizer.model, tokenizer, settings)
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes a model that is not a run's: what an older run or an adapter left in the folder goes."""
+    make_folder(folder)
+    lock(folder)
     with together(folder):
         checkpoint.save(folder, model, tokenizer)
         for name in (*adapters.FILES, checkpoint.TRAINER, METRICS):
             remove(folder / name)
-
-
-def _save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.has_base)
 
 
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -218,16 +227,15 @@ def run(
     """
     metrics = folder / METRICS
 
-    def save() -> None:
-        if not (folder / checkpoint.TRAINER).exists():  # somebody removed the folder, or its files
-            first_save(folder, optimizer, tokenizer, settings)
-            return
-        sync(metrics)  # the record of an update is on the disk before the update is
-        _save_trainer(folder, optimizer, tokenizer, settings)
-        if settings.adapter.kind:
-            _export(folder, optimizer.model, tokenizer, settings)
-        else:
-            checkpoint.save_weights(folder, optimizer.model)
+    def save_all() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            sync(metrics)  # the record of an update is on the disk before the update is
+        try:
+            save(folder, optimizer, tokenizer, settings)
+        except UserError:
+            if holds(folder):
+                raise
+            save(folder, optimizer, tokenizer, settings)  # the folder was removed in the middle of the save
 
     def restarted(n: int, rng: np.random.Generator) -> Sequence[train.Batch]:
         """The batches of update n, before which it may be time for a merge."""
@@ -236,13 +244,17 @@ def run(
         return batches(n, rng)
 
     def log(record: train.Record) -> None:
-        make_folder(folder)  # it is there, unless somebody has removed it
+        if removed := not holds(folder):
+            make_folder(folder)
+            lock(folder)
         with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if removed:
+            save_all()
         report(record)
 
     elapsed_s = train.resume_metrics(metrics, optimizer.steps).get("elapsed_s", 0.0)
     train.train(
-        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save, elapsed_s=elapsed_s,
-        **how,
+        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save_all,
+        elapsed_s=elapsed_s, **how,
     )  # fmt: skip

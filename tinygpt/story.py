@@ -29,9 +29,8 @@ from .errors import UserError
 from .finetune import adapters, reward
 from .incontext import fewshot, memory
 from .jsonfile import read_object
-from .lab import Lab, damaged, records
+from .lab import Lab, read_records
 from .model import GPT
-from .report import cells
 from .train import weight_change
 from .world import evaluate, tasks
 from .world.corpus import DOCUMENTS
@@ -239,7 +238,7 @@ def rlhf(lab: Lab) -> dict:
     model = lab.steered
     found = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
     names = ("iter", "reward", "gold", "kl", "entropy")
-    rows = records(lab.folder / "rlhf" / "records.jsonl", *names)
+    rows = read_records(lab.folder / "rlhf" / "records.jsonl", *names)
     curves = {name: [row[name] for row in rows] for name in names}
     strangers = lab.sets[SHOWN[1]][:50]
     said = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
@@ -326,8 +325,6 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
             if n == 1:
                 raise
             one = {"failed": f"{type(error).__name__}: {error}"}
-        if "failed" not in one and not _is_told(one):
-            raise damaged(lab.folder / f"story {stage.name}.json")
         found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
         told(n, stage, one)
         with replacing(lab.folder.parent / FILE) as beside:
@@ -335,22 +332,12 @@ def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, s
     return found
 
 
-def _is_told(one: dict) -> bool:
-    """Whether a stage's row, samples and notes can be shown: their file may be damaged."""
-    try:
-        cells(one["row"])
-        texts = [*one.get("notes", ()), *(text for sample in one.get("samples", ()) for text in sample)]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-    return all(isinstance(text, str) for text in texts)
-
-
 def questions(folder: Path) -> list[str]:
     """What the samples of the story in this folder ask."""
     try:
         samples = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
-        return [question for question, *_ in samples]
-    except (KeyError, TypeError, AttributeError):
+        return [str(question) for question, *_ in samples]
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{folder / FILE}: {DAMAGED}") from None
 
 

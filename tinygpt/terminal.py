@@ -1,4 +1,4 @@
-"""What the program says: all output of the command line and of the demos goes through here.
+"""What a terminal gets: texts of models and files are printed through `say`.
 
 A text of a model, of a file or in a file's name may hold control characters. A terminal obeys them: they set
 its title, fill its clipboard, hide a line. On a terminal `say` shows them as \\x1b. Files and pipes get the
@@ -14,14 +14,15 @@ from typing import TextIO
 import click
 
 # C0 without tab and newline, DEL, C1, and the marks that turn the direction of a text
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def say(text: object = "", nl: bool = True, err: bool = False) -> None:
     """Prints a text to standard output, or with `err` to standard error. nl: with a newline at the end."""
     stream = sys.stderr if err else sys.stdout
     if stream is not None:  # `>&-` in a shell
-        click.echo(printable(text) if is_terminal(stream) else text, nl=nl, err=err)
+        # color: or click takes away what looks like an escape sequence where the text goes to a file
+        click.echo(printable(text) if is_terminal(stream) else text, nl=nl, err=err, color=True)
 
 
 def printable(text: object) -> str:
@@ -43,10 +44,10 @@ def can_renew() -> bool:
 def renew(text: str, before: str = "", nl: bool = False) -> None:
     """Writes a line over the last one. `before` stands before `text` where the terminal is wide enough.
 
-    With `nl` the line stays. Without `nl` the line is cut to the terminal's width: the next call could not
-    write over a line that goes on below.
+    With `nl` the line stays. Without `nl` the line is cut to the terminal's width: a wider line takes two
+    rows, and the next call would replace only the second.
     """
     columns = shutil.get_terminal_size().columns - 1
     if not nl:
         text = (before + text if len(before + text) <= columns else text)[:columns]
-    click.echo(f"\r\033[K{printable(text)}", nl=nl)
+    click.echo(f"\r\033[K{text}", nl=nl)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .atomic import replacing
+from .atomic import make_folder, remove, replacing
 from .bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, pieces
 from .errors import UserError
 from .jsonfile import read_object, read_text
@@ -72,7 +72,7 @@ class _Tokenizer:
     def save(self, folder: Path | str, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, for `load` and for Hugging Face's AutoTokenizer."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         config = {
             # Any other class replaces the rules in tokenizer.json by its own.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -87,7 +87,7 @@ class _Tokenizer:
             config["model_max_length"] = model_max_length
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        (folder / TEMPLATE).unlink(missing_ok=True)    # or it would count, and not what is written here
+        remove(folder / TEMPLATE)  # or it would count, and not what is written here
         _write_json(folder / "tokenizer.json", self.to_spec())
         _write_json(folder / "tokenizer_config.json", config)
 

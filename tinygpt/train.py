@@ -29,7 +29,7 @@ from .optim import AdamW, learning_rate
 
 Array = np.ndarray
 Record = dict[str, float]  # what a report tells of one update
-MOST_RECORD = 1 << 16  # characters in a line of metrics.jsonl
+MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
 
 
 class Batch(NamedTuple):
@@ -129,7 +129,7 @@ def train(
             closed = None
             try:
                 report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | found)
-            except OSError as error:  # nobody reads the output any more: `| head -1`, a terminal that is gone
+            except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
                 closed = error
             if due or interrupted or closed:
                 save()
@@ -249,6 +249,8 @@ def resume_metrics(path: Path, step: int) -> Record:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a regular file; a line of more than a record's length comes in parts."""
     if path.is_file():
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: has more than {MOST_BYTES:,} bytes: move it away, and the run goes on")
         with path.open(encoding="utf-8", errors="replace") as file:
             while line := file.readline(MOST_RECORD):
                 yield line

@@ -18,6 +18,7 @@ Not here: other libraries; tests/peers/bench.py puts these figures beside theirs
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -81,6 +82,8 @@ def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
     the multiply-adds), gb_per_s, share_of_bandwidth and peak_rss_mib, each None where it has no meaning.
     Raises UserError for a name that is not a job.
     """
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds is {seconds}: it must be more than 0")
     for job in jobs:
         if job not in JOBS:
             raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")

@@ -141,7 +141,6 @@ def check_base(model: GPT, expected: str, folder: Path, base: str | Path) -> Non
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: str = "") -> None:
     """Writes `model.adapter` in PEFT's form. base: the folder of the model; base_hash: its `fingerprint`."""
-    folder.mkdir(parents=True, exist_ok=True)
     adapter, config = model.adapter, model.adapter.config
     if config.full:
         raise UserError("an adapter with copies of whole tensors is saved merged, as a model")

@@ -20,11 +20,12 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import numpy as np
 
-from ..atomic import replacing
+from ..atomic import lock, make_folder, replacing
 from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
 from ..jsonfile import read_object, read_text
@@ -59,6 +60,9 @@ def draw(world: World, documents: int = 0, held_out: int = HELD_OUT) -> Corpus:
     return Corpus(world, train, drawn(held_out, VALIDATION))
 
 
+MOST_BYTES = 1 << 30  # of the texts of a world; a million documents have 140 MB
+
+
 def count(corpus: Corpus) -> int:
     """Its documents for training, without the refrains that they begin with."""
     return len(corpus.train) - len(corpus.train) // (REFRAINS[corpus.world.part > 1] + 1)
@@ -66,16 +70,16 @@ def count(corpus: Corpus) -> int:
 
 def is_source(source: str) -> bool:
     """Whether this names a world: "world:SEED", perhaps with ":permuted" or ":small", or a folder of one."""
-    return source.startswith("world:") or (Path(source) / MARK).is_file()
+    return source.startswith("world:") or (Path(source) / MARK).exists()
 
 
 def load(source: str) -> Corpus:
     """The corpus that a source names. Raises UserError."""
     folder = Path(source)
-    if (folder / MARK).is_file():
+    if (folder / MARK).exists():
         texts = []
         for name in ("corpus.txt", "validation.txt"):
-            texts.append(read_text(folder / name, most=1 << 28).splitlines())
+            texts.append(read_text(folder / name, most=MOST_BYTES).splitlines())
         if not all(texts):
             raise UserError(f"{folder}: a text of this world is empty: write the world again")
         return Corpus(world_of(source), *texts)
@@ -85,14 +89,14 @@ def load(source: str) -> Corpus:
 def world_of(source: str) -> World:
     """The world that a source names. Raises UserError, also for a folder with one of another version."""
     path = Path(source) / MARK
-    if not path.is_file():
+    if not path.exists():
         seed, *more = source.removeprefix("world:").split(":")
         if not seed.isdecimal() or more not in ([], ["permuted"], ["small"]):
             raise UserError(f"{source}: a world's seed is a number, as in world:1337 or world:1337:permuted")
         return World(int(seed), **dict.fromkeys(more, True))
     raw = read_object(path)
     if raw.get("version") != VERSION:
-        raise UserError(f"{path}: version {raw.get('version')!r}, and this program knows {VERSION}")
+        raise UserError(f"{path}: version {short(raw.get('version'))}, and this program knows {VERSION}")
     seed, permuted, small = raw.get("seed"), raw.get("permuted"), raw.get("small", False)
     if type(seed) is not int or seed < 0 or type(permuted) is not bool or type(small) is not bool:
         raise UserError(f"{path}: has no seed and permuted that make a world: write the world again")
@@ -101,7 +105,8 @@ def world_of(source: str) -> World:
 
 def write(folder: Path, corpus: Corpus) -> None:
     """Writes the folder; world.json comes last, so that a folder that has it is whole."""
-    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "tasks")
+    lock(folder)
     (folder / MARK).unlink(missing_ok=True)
     world = corpus.world
     mark = {"version": VERSION, "seed": world.seed, "permuted": world.permuted}
