@@ -109,9 +109,9 @@ def test_no_gradient_of_the_base_is_computed(monkeypatch, rng):
 
     asked, backward = [], ops.linear_backward
 
-    def spy(dout, cache, dw=None, db=None, add=None):
+    def spy(dout, cache, dw=None, db=None, *more, **options):
         asked.append((cache[1].shape, dw is not False, db is not False))
-        return backward(dout, cache, dw=dw, db=db, add=add)
+        return backward(dout, cache, dw, db, *more, **options)
 
     monkeypatch.setattr(ops, "linear_backward", spy)
     model = make(dataclasses.replace(KINDS["lora"], targets=("h.1.mlp.c_fc", "h.2.attn.c_attn")), ops)
@@ -372,7 +372,7 @@ def test_a_hostile_number_takes_no_memory(tmp_path, kind, field, value):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     tracemalloc.start()
-    with pytest.raises(UserError, match="it is for another model|the model has 16 positions"):
+    with pytest.raises(UserError, match="for another model|has 16 positions|more than 100,000,000,000"):
         adapters.load(tmp_path, model.base)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

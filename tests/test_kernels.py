@@ -131,12 +131,12 @@ def test_adding_in_place(c, rng, dtype, M, N, K):
     """A low-rank branch: the second product goes on top of what the first left, forward and backward."""
     x, w, b, out, dx = (rng.standard_normal(s).astype(dtype) for s in ((M, K), (K, N), N, (M, N), (M, K)))
     expected = ops.linear_forward(x, w, b, out)[0], ops.linear_backward(out, (x, w), add=dx)[0]
-    found_dx = c.linear_backward(out, (x, w), dx=dx, dw=False, db=False, add=dx)[0]
-    found = c.linear_forward(x, w, b, out, out=out)[0]
+    found_dx = c.linear_backward(out, (x, w), False, False, add=dx, inplace=True)[0]
+    found = c.linear_forward(x, w, b, out, inplace=True)[0]
     assert found is out and found_dx is dx
     assert error((found, found_dx), expected) <= LIMIT[dtype]
     rows, both = x @ w, 2 * (x @ w)
-    assert error(ops.linear_forward(x, w, None, rows, out=rows)[0], both) <= LIMIT[dtype]
+    assert error(ops.linear_forward(x, w, None, rows, inplace=True)[0], both) <= LIMIT[dtype]
 
 
 @pytest.mark.parametrize("M, N, K", GEMMS)
@@ -162,12 +162,12 @@ def test_sums_with_the_stream(c, rng, dtype, M, N, K):
             assert error((c.linear_forward(x, weights, bias, stream)[0],), (expected,)) <= LIMIT[dtype]
             for backend in (c, ops):
                 mine = stream.copy()
-                assert backend.linear_forward(x, weights, bias, add=mine, out=mine)[0] is mine
+                assert backend.linear_forward(x, weights, bias, mine, inplace=True)[0] is mine
                 assert error((mine,), (expected,)) <= LIMIT[dtype]
     dout, g = rng.standard_normal((M, N)).astype(dtype), rng.standard_normal(N).astype(dtype)
     expected = ops.layernorm_backward(dout, ops.layernorm_forward(stream, g, b)[1], add=stream)
     mine, cache = stream.copy(), c.layernorm_forward(stream, g, b)[1]
-    got = c.layernorm_backward(dout, cache, dx=mine, add=mine)
+    got = c.layernorm_backward(dout, cache, add=mine, inplace=True)
     assert got[0] is mine and error(got, expected, 316 * np.abs(dout).max()) <= LIMIT[dtype]
 
 
@@ -255,9 +255,9 @@ def test_no_rows(c, dtype):
     lambda x: kernels.linear_forward(x, np.ones((5, 3))),
     lambda x: kernels.layernorm_forward(x, np.ones(5), np.ones(4)),
     lambda x: kernels.residual_forward(x, np.ones((2, 5))),
-    lambda x: kernels.gelu_forward(x, out=np.empty((2, 5))),
-    lambda x: kernels.gelu_forward(x, out=np.empty((2, 4), np.float32)),
-    lambda x: kernels.gelu_forward(x, out=np.empty((4, 2)).T),
+    lambda x: kernels.linear_forward(x, np.ones((4, 5)), add=np.empty((2, 4)), inplace=True),
+    lambda x: kernels.linear_forward(x, np.ones((4, 4)), add=np.empty((2, 4), np.float32), inplace=True),
+    lambda x: kernels.linear_forward(x, np.ones((4, 4)), add=np.empty((4, 2)).T, inplace=True),
     lambda x: kernels.attention_forward(x[None], x[None, :1], x[None, :1], 2),
     lambda x: kernels.attention_forward(x[None], x[None], x[None], 3),
     lambda x: kernels.cross_entropy_forward(x, np.zeros(3, int)),
@@ -310,7 +310,7 @@ def test_what_c_cannot_walk_is_copied(rng):
     single = x.astype(np.float32)
     expected = ops.attention_forward(x[None], single[None], single[None], 2)[0]
     assert np.allclose(kernels.attention_forward(x[None], single[None], single[None], 2)[0], expected)
-    db = kernels.linear_backward(single[:, :2], (x, np.ones((4, 2))), dx=False, dw=False)[2]
+    db = kernels.linear_backward(single[:, :2], (x, np.ones((4, 2))), dw=False)[2]
     assert np.allclose(db, single[:, :2].sum(0))
 
 
@@ -334,8 +334,9 @@ def test_a_query_that_sees_itself_alone_has_no_gradient(rng):
 @needs_c
 def test_a_recording_is_the_calls_again(rng):
     """Guards: a replay with the numbers of its recording, or with memory that is gone."""
-    x, out = rng.standard_normal((3, 4)), np.empty((3, 4))
-    recording = kernels.Recording(lambda: kernels.gelu_forward(x, out=out)[0])
+    x = rng.standard_normal((3, 4))
+    recording = kernels.Recording(lambda: kernels.gelu_forward(x)[0])
+    out = recording.result
     x[:] = rng.standard_normal((3, 4))
     recording.replay()
     assert recording.result is out and np.allclose(out, ops.gelu_forward(x)[0])
@@ -353,8 +354,8 @@ def test_packed_weights(c, rng, dtype, M, N, K):
     x = rng.standard_normal((M, K)).astype(dtype)
     for w in (rng.standard_normal((K, N)).astype(dtype), rng.standard_normal((N, K)).astype(dtype).T):
         for bias in (None, rng.standard_normal(N).astype(dtype)):
-            out = np.empty((M, N), dtype)
-            recording = kernels.Recording(lambda w=w, b=bias, out=out: c.linear_forward(x, w, b, out=out))
+            recording = kernels.Recording(lambda w=w, b=bias: c.linear_forward(x, w, b)[0])
+            out = recording.result
             expected = ops.linear_forward(x, w, bias)[0]
             recording.pack_weights()
             for rows in (M, M // 2):
@@ -561,3 +562,50 @@ def test_an_axis_of_one_may_have_any_stride(rng):
     q = rng.standard_normal((1, 3, 4))[::-1]
     out, _ = kernels.attention_forward(q, q, q, 2)
     np.testing.assert_allclose(out, ops.attention_forward(q, q, q, 2)[0])
+
+
+# --- recordings ---------------------------------------------------------------------------------------------
+
+
+@needs_c
+def test_a_recording_knows_what_numpy_computed(rng):
+    """Guards: a replay that reads the results of NumPy as they were when it was recorded."""
+    x, w = rng.standard_normal((3, 4)), rng.standard_normal((4, 4))
+
+    def whole():
+        return kernels.gelu_forward(kernels.linear_forward(x, w)[0])[0]
+
+    def between():
+        return kernels.gelu_forward(kernels.linear_forward(x, w)[0] * 2)[0]
+
+    assert kernels.Recording(whole, [x, w]).is_whole
+    assert not kernels.Recording(between, [x, w]).is_whole
+    assert not kernels.Recording(whole, [x]).is_whole  # a weight that nobody named
+    copied = kernels.Recording(lambda: kernels.gelu_forward(x[:, ::2])[0], [x])  # of every second column
+    assert not copied.is_whole
+
+
+@needs_c
+def test_a_recordings_memory_is_used_again_but_not_while_it_is_held(rng):
+    """Guards: a block that is lent twice; as much memory as all results of a step together."""
+    x = rng.standard_normal((64, 64))
+
+    def many():
+        first = y = kernels.gelu_forward(x)[0]
+        view = first[1:]
+        del first
+        for _ in range(20):
+            y = kernels.gelu_forward(y)[0]
+        return y, view
+
+    recording = kernels.Recording(many, [x])
+    assert len(recording._arena.blocks) == 3  # the view's, and two in turn
+    for _ in range(2):
+        x[:] = rng.standard_normal(x.shape)
+        expected = [ops.gelu_forward(x)[0]]
+        for _ in range(20):
+            expected.append(ops.gelu_forward(expected[-1])[0])
+        recording.replay()
+        y, view = recording.result
+        np.testing.assert_allclose(y, expected[-1], rtol=1e-12)
+        np.testing.assert_allclose(view, expected[0][1:], rtol=1e-12)

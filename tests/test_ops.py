@@ -51,12 +51,10 @@ def test_an_id_outside_the_table_is_named(ops, bad):
 
 def test_linear_writes_where_it_is_told(ops, rng):
     x, w, b = rng.standard_normal((2, 5, 6)), rng.standard_normal((6, 3)), rng.standard_normal(3)
-    dout, out = rng.standard_normal((2, 5, 3)), np.empty((2, 5, 3))
-    buffers = [np.empty_like(a) for a in (x, w, b)]
-    result, cache = ops.linear_forward(x, w, b, out=out)
-    assert result is out
-    grads = ops.linear_backward(dout, cache, *buffers)
-    for grad, buffer, expected in zip(grads, buffers, ops.linear_backward(dout, cache), strict=True):
+    dout, buffers = rng.standard_normal((2, 5, 3)), [np.empty_like(a) for a in (w, b)]
+    _, cache = ops.linear_forward(x, w, b)
+    grads = ops.linear_backward(dout, cache, *buffers)[1:]
+    for grad, buffer, expected in zip(grads, buffers, ops.linear_backward(dout, cache)[1:], strict=True):
         assert grad is buffer
         np.testing.assert_array_equal(buffer, expected)
 
@@ -70,9 +68,10 @@ def test_false_skips_a_gradient(ops, rng):
         (ops.layernorm_backward, dln, ops.layernorm_forward(x, g, db)[1]),
     ):
         full = backward(d, cache)
-        for wanted in range(3):
-            some = backward(d, cache, *(None if i == wanted else False for i in range(3)))
-            assert [s is False for s in some] == [i != wanted for i in range(3)]
+        for wanted in (1, 2):
+            some = backward(d, cache, *(None if i == wanted else False for i in (1, 2)))
+            assert [s is False for s in some] == [False, wanted != 1, wanted != 2]
+            np.testing.assert_array_equal(some[0], full[0])
             np.testing.assert_array_equal(some[wanted], full[wanted])
     assert ops.embedding_backward(dout, (np.zeros(4, np.int32), (5, 3)), dw=False) is False
 

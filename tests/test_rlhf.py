@@ -79,7 +79,7 @@ def gradient(model: GPT, found: Samples, d: np.ndarray) -> np.ndarray:
     optimizer = AdamW(model)
     logits, cache = model.forward(found.ids)
     _, c = model.ops.cross_entropy_forward(logits, found.targets)
-    model.backward(model.ops.cross_entropy_backward(-d * found.mask, c, logits), cache, optimizer.grads)
+    model.backward(model.ops.cross_entropy_backward(-d * found.mask, c), cache, optimizer.grads)
     return optimizer.flat.copy()
 
 

@@ -8,11 +8,13 @@ import signal
 import numpy as np
 import pytest
 
-from tinygpt import data, train
-from tinygpt.config import GPTConfig
+from tinygpt import data, kernels, train
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.errors import UserError
+from tinygpt.finetune import adapters
 from tinygpt.model import GPT
 from tinygpt.optim import AdamW
+from tinygpt.variants import build
 
 CONFIG = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 TOKENS = (np.arange(400) ** 2 % 13).astype(np.uint16)
@@ -243,3 +245,81 @@ def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
     assert train.resume_metrics(path, 2) == json.loads(second)
     assert path.read_text(encoding="utf-8") == f"{first}\n{second}\n"
     assert train.resume_metrics(tmp_path / "new.jsonl", 0) == {}
+
+
+# --- recorded steps -----------------------------------------------------------------------------------------
+
+
+needs_c = pytest.mark.skipif("c" not in kernels.available(), reason="the C core was not built")
+VARIANTS = {
+    "GPT-2": ({}, None, True),
+    "GPT-1": ({"post_norm": True}, None, True),
+    "LoRA": ({}, AdapterConfig("lora", rank=2, alpha=2.0), True),
+    "LoRA, all else trained": ({}, AdapterConfig("lora", rank=2, alpha=2.0, full=True), True),
+    "LoRA, scaled": ({}, AdapterConfig("lora", rank=2, alpha=3.0), False),  # what NumPy computes is refused
+    "prompt": ({}, AdapterConfig("prompt", num_virtual_tokens=3), False),
+    "p-tuning": ({}, AdapterConfig("ptuning", num_virtual_tokens=3, hidden=5), False),
+    "prefix": ({}, AdapterConfig("prefix", num_virtual_tokens=3), False),
+}
+
+
+@needs_c
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_recorded_step_is_the_step(name, rng):
+    """Guards: a replay with the numbers of its first batch, or with weights that have moved since, or without
+    what NumPy computed between the calls."""
+    changes, adapter, is_recorded = VARIANTS[name]
+
+    def fresh() -> AdamW:
+        model = build(GPTConfig(13, 16, 3, 2, 16, **changes), np.random.default_rng(0), ops=kernels)
+        return AdamW(adapters.create(model, adapter, np.random.default_rng(1)) if adapter else model)
+
+    recorded, plain = fresh(), fresh()
+    for n in range(8):
+        shape = 3 + n % 2, 8
+        ids, targets = rng.integers(0, 13, (2, *shape)).astype(np.int32)
+        start = np.minimum(rng.integers(0, 4, shape), np.arange(8)).astype(np.int32)
+        more = {"start": start, "positions": rng.integers(0, 13, shape).astype(np.int32)} if n > 3 else {}
+        batch = train.Batch(ids, targets, rng.random(shape).astype(np.float32), **more)
+        loss = plain.model.loss(*batch[:3], plain.grads, **more)
+        assert train.accumulate(recorded, [batch]) == loss
+        np.testing.assert_array_equal(recorded.flat, plain.flat)
+        recorded.step(1e-2)
+        plain.step(1e-2)
+    assert [bool(recording) for recording in recorded.recordings.values()] == [is_recorded] * 4
+
+
+@needs_c
+@pytest.mark.parametrize("change", [
+    lambda batch: train.Batch(*(np.asfortranarray(a) for a in batch)),
+    lambda batch: batch._replace(positions=batch.positions[0]),
+    lambda batch: batch._replace(positions=batch.positions[:1]),
+], ids=["columns first", "(T,)", "(1, T)"])  # fmt: skip
+def test_odd_batches_are_not_those_of_before(rng, change):
+    """Guards: a replay with a copy of its first batch's arrays."""
+    optimizer = make()
+    for _ in range(3):
+        ids, targets, start, positions = rng.integers(0, 8, (4, 3, 8)).astype(np.int32)
+        start = np.minimum(start, np.arange(8, dtype=np.int32))
+        batch = change(train.Batch(ids, targets, rng.random((3, 8)).astype(np.float32), start, positions))
+        loss = train.accumulate(optimizer, [batch])
+        flat, grads = optimizer.model.gradients()
+        more = {"start": batch.start, "positions": batch.positions}
+        assert loss == optimizer.model.loss(*batch[:3], grads, **more)
+        assert (optimizer.flat == flat).all()
+
+
+@needs_c
+def test_recordings_are_few_and_of_one_buffer(rng):
+    """Guards: memory for each shape that ever came; gradients in a buffer that was replaced."""
+    optimizer = make()
+    optimizer.model.ops = kernels
+    for rows in range(40):
+        ids, targets = data.random_blocks(TOKENS, 1 + rows % 3, 1 + rows % 8, rng)
+        train.accumulate(optimizer, [train.Batch(ids, targets, np.ones(ids.shape, np.float32))])
+    assert len(optimizer.recordings) == train.MOST_RECORDINGS
+    batch = train.Batch(ids, targets, np.ones(ids.shape, np.float32))
+    loss, before = train.accumulate(optimizer, [batch]), optimizer.flat.copy()
+    optimizer.flat, optimizer.grads = optimizer.model.gradients()
+    assert train.accumulate(optimizer, [batch]) == loss
+    assert (optimizer.flat == before).all() and before.any()

@@ -2,8 +2,7 @@
 
 A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in
 csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
-backend. Arrays that the C core cannot walk (odd strides, another type) are copied first. An `out` is `add`,
-the input of an operation element by element, or memory of its own: the order of writing is not NumPy's.
+backend. Arrays that the C core cannot walk (odd strides, another type) are copied first.
 
 Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or
 avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
@@ -11,13 +10,11 @@ avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C 
 """
 
 import contextlib
-import functools
-import itertools
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +22,7 @@ import numpy as np
 
 from . import ops, storage
 from .errors import UserError
-from .ops import Array, Grad, Out
+from .ops import Array, Grad
 
 try:
     from ._core import ffi, lib
@@ -110,70 +107,66 @@ def _run(op: str, dtype: np.dtype, *fields) -> None:
     if dtype.char not in "fd" or not dtype.isnative:
         raise TypeError(f"{op}: arrays are float32 or float64 in the machine's byte order, not {dtype.str}")
     number, struct = _OPS[op]
-    values = [_pointer(f) if f is None or f is False or isinstance(f, np.ndarray) else f for f in fields]
-    args = ffi.new(struct, values)
+    args = ffi.new(struct, [f if type(f) in (int, float) else _pointer(f) for f in fields])
     if lib.tinygpt_run(number, dtype.char == "d", args):
         raise MemoryError(f"the C core's {op}")
-    if (tape := getattr(_recording, "tape", None)) is not None:
-        tape.append((op, (number, dtype.char == "d", args), fields))
-
-
-def _run_all(structs) -> None:
-    if lib.tinygpt_run_all(structs, len(structs)):
-        raise MemoryError("the C core")
-
-
-def _numpy(function: Callable, *args) -> None:
-    """Runs a function of `ops` that writes its result into one of `args`: few numbers, not worth a kernel."""
-    function(*args)
-    if (tape := getattr(_recording, "tape", None)) is not None:
-        tape.append(functools.partial(function, *args))
+    if (recording := getattr(_recording, "now", None)) is not None:
+        recording.add(op, (number, dtype.char == "d", args), fields)
 
 
 _recording = threading.local()
 
 
 class Recording:
-    """The calls to the C core that `function()` makes, to be made again without Python between them (but for
-    those few operations that are NumPy's here too).
+    """The calls to the C core that `function()` makes, to be made again without Python between them.
 
     They read and write the same memory, whatever it holds by then. `result` is what the function returned;
     `args[op]` the structs of its calls of `op`, in order, whose numbers may be changed before a `replay`.
+
+    inputs: the arrays whose contents may change before a replay. If they are given and a call reads any other
+    memory that no call has written (NumPy's result, or a copy of an input), a replay would read what was:
+    `is_whole` is then False. Without `inputs` such arrays are constants, and kept.
     """
 
-    def __init__(self, function: Callable[[], object]) -> None:
-        outer, tape = getattr(_recording, "tape", None), []
-        _recording.tape = tape
-        try:
-            self.result = function()
-        finally:
-            _recording.tape = outer
-        calls = [entry for entry in tape if isinstance(entry, tuple)]
+    def __init__(self, function: Callable[[], object], inputs: Sequence[Array] | None = None) -> None:
+        self._arena, self._tape, self._kept, self._packed = storage.Arena(), [], [], []
+        self._inputs, self.is_whole = inputs, True
         self.args: dict[str, list] = {}
-        for op, (_, _, args), _ in calls:
-            self.args.setdefault(op, []).append(args)
-        self._parts: list[Callable] = []
-        for in_c, part in itertools.groupby(tape, key=lambda entry: isinstance(entry, tuple)):
-            if in_c:
-                structs = ffi.new("struct call[]", [call for _, call, _ in part])
-                part = [functools.partial(_run_all, structs)]
-            self._parts += part
-        self._calls, self._packed = calls, []  # they keep the structs and the arrays that these point to
+        outer, _recording.now = getattr(_recording, "now", None), self
+        try:
+            with self._arena.lending():
+                self.result = function()
+        finally:
+            _recording.now = outer
+        self._structs = ffi.new("struct call[]", [call for call, _ in self._tape])
+
+    def add(self, op: str, call: tuple, fields: tuple) -> None:
+        """Takes up a call that is made. Keeps its arrays, unless they are in the arena."""
+        others = [f for f in fields if isinstance(f, np.ndarray) and not _lies_in(f, self._arena.blocks)]
+        if self._inputs is not None:
+            self.is_whole &= all(_lies_in(a, self._inputs) for a in others)
+        self._kept += others
+        self._tape.append((call, fields[2] if op == "gemm" and any(fields[2] is a for a in others) else None))
+        self.args.setdefault(op, []).append(call[2])
 
     def pack_weights(self) -> None:
         """Lets each gemm read its right side from a copy, made now, that lies in the order of its use: a few
         rows are then multiplied at the speed of memory. The copies are as large as what they copy."""
-        for op, (_, _, args), fields in self._calls:
-            if op == "gemm" and args.a_col == 1:
-                b = fields[2]
+        for (_, _, args), b in self._tape:
+            if b is not None and args.a_col == 1:
                 panels = storage.empty(-(-args.N // 32) * 32 * args.K, b.dtype)
                 _run("pack_panels", b.dtype, panels, b, args.N, args.K, args.b_row, args.b_col)
                 args.b, args.packed = _pointer(panels), 1
                 self._packed.append(panels)
 
     def replay(self) -> None:
-        for part in self._parts:
-            part()
+        if lib.tinygpt_run_all(self._structs, len(self._structs)):
+            raise MemoryError("the C core")
+
+
+def _lies_in(a: Array, arrays: Sequence[Array]) -> bool:
+    """Whether the memory of `a` is part of one of these arrays."""
+    return any(np.may_share_memory(a, other) for other in arrays)
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
@@ -208,7 +201,7 @@ def _destination(out: Array, dtype: np.dtype, shape: tuple, layout: bool) -> Arr
     return out
 
 
-def _result(out: Out, dtype: np.dtype, shape: tuple) -> Array:
+def _result(out: Array | None, dtype: np.dtype, shape: tuple) -> Array:
     """`out`, if the C core can write into it, or a new array."""
     if out is None:
         return storage.empty(shape, dtype)
@@ -230,9 +223,9 @@ def _ids(ids: Array, below: int, what: str) -> Array:
 # --- the operations: see ops.py for what each computes ------------------------------------------------------
 
 
-def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tuple]:
+def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
     w, ids = np.ascontiguousarray(w), _ids(ids, len(w), "id")
-    out = _result(out, w.dtype, (*ids.shape, w.shape[1]))
+    out = storage.empty((*ids.shape, w.shape[1]), w.dtype)
     _run("embedding_forward", w.dtype, out, w, ids, ids.size, w.shape[1])
     return out, (ids, w.shape)
 
@@ -249,7 +242,7 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
 
 
 def gemm(
-    a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Out = None
+    a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Array | None = None
 ) -> Array:
     """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N). a and b may have any strides, so
     `.T` costs nothing; so may out, where there is no bias and nothing to add, if either its rows or its
@@ -261,7 +254,7 @@ def gemm(
     b = _strided(b, a.dtype)
     if out is None:
         out = storage.empty((M, N), a.dtype)
-    if out.strides[1] != size and out.strides[0] == size and bias is None and add is None:
+    elif out.strides[1] != size and out.strides[0] == size and bias is None and add is None:
         return gemm(b.T, a.T, out=out.T).T  # the columns have no gaps: compute the transpose
     rows = (out.strides[1] == size or N == 1) and (out.strides[0] >= N * size or M == 1)
     _destination(out, a.dtype, (M, N), rows and out.strides[0] % size == 0)
@@ -275,24 +268,23 @@ def gemm(
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None, out: Out = None
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, inplace: bool = False
 ) -> tuple[Array, tuple]:
-    out = _result(out, x.dtype, (*x.shape[:-1], w.shape[1]))
+    out = _result(add if inplace else None, x.dtype, (*x.shape[:-1], w.shape[1]))
     out_rows = out.reshape(-1, w.shape[1])
     gemm(x.reshape(-1, x.shape[-1]), w, b, None if add is None else add.reshape(out_rows.shape), out_rows)
     return out, (x, w)
 
 
 def linear_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None, add: Array | None = None
-) -> tuple[Grad, Grad, Grad]:
+    dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, w = cache
     dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
-    if dx is not False:
-        dx = _result(dx, x.dtype, x.shape)
-        add = None if add is None else add.reshape(x_rows.shape)
-        gemm(dout_rows, w.T, add=add, out=dx.reshape(x_rows.shape))
+    dx = _result(add if inplace else None, x.dtype, x.shape)
+    gemm(dout_rows, w.T, add=None if add is None else add.reshape(x_rows.shape), out=dx.reshape(x_rows.shape))
     if dw is not False:
         dw = gemm(x_rows.T, dout_rows, out=dw)
     if db is not False:
@@ -301,79 +293,47 @@ def linear_backward(
     return dx, dw, db
 
 
-def layernorm_forward(
-    x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None
-) -> tuple[Array, tuple]:
+def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     x, channels = np.ascontiguousarray(x), x.shape[-1:]
     g, b = _like(g, x.dtype, channels), _like(b, x.dtype, channels)
-    out = _result(out, x.dtype, x.shape)
-    mean, rstd = storage.empty((2, *x.shape[:-1]), x.dtype)
+    out, (mean, rstd) = storage.empty(x.shape, x.dtype), storage.empty((2, *x.shape[:-1]), x.dtype)
     _run("layernorm_forward", x.dtype, out, mean, rstd, x, g, b, mean.size, x.shape[-1], float(eps))
     return out, (x, g, mean, rstd)
 
 
 def layernorm_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None, add: Array | None = None
-) -> tuple[Grad, Grad, Grad]:
+    dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, g, mean, rstd = cache
     dout = _like(dout, x.dtype, x.shape)
-    dx, dg, db = _grad(dx, x.dtype, x.shape), _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
+    dg, db = _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
+    dx = _result(add if inplace else None, x.dtype, x.shape)
     add = None if add is None else _like(add, x.dtype, x.shape)
     _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, add, mean.size, x.shape[-1])
     return dx, dg, db
 
 
-def gelu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
-    x, out = np.ascontiguousarray(x), _result(out, x.dtype, x.shape)
+def gelu_forward(x: Array) -> tuple[Array, tuple]:
+    x, out = np.ascontiguousarray(x), storage.empty(x.shape, x.dtype)
     _run("gelu_forward", x.dtype, out, x, x.size)
     return out, (x,)
 
 
-def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+def gelu_backward(dout: Array, cache: tuple) -> Array:
     (x,) = cache
-    dx = _result(dx, x.dtype, x.shape)
+    dx = storage.empty(x.shape, x.dtype)
     _run("gelu_backward", x.dtype, dx, _like(dout, x.dtype, x.shape), x, x.size)
     return dx
 
 
-def relu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
-    out = _result(out, x.dtype, x.shape)
-    _numpy(ops.relu_forward, x, out)
-    return out, (out,)
-
-
-def relu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
-    dx = _result(dx, dout.dtype, dout.shape)
-    _numpy(ops.relu_backward, dout, cache, dx)
-    return dx
-
-
-def tanh_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
-    out = _result(out, x.dtype, x.shape)
-    _numpy(ops.tanh_forward, x, out)
-    return out, (out,)
-
-
-def tanh_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
-    dx = _result(dx, dout.dtype, dout.shape)
-    _numpy(ops.tanh_backward, dout, cache, dx)
-    return dx
-
-
-def scale(x: Array, factor: float, out: Out = None) -> Array:
-    out = _result(out, x.dtype, x.shape)
-    _numpy(ops.scale, x, factor, out)
-    return out
-
-
-def batch_sum(x: Array, out: Out = None) -> Array:
-    out = storage.empty(x.shape[1:], x.dtype) if out is None else out
-    _numpy(ops.batch_sum, x, out)
-    return out
+# of few numbers, not worth a kernel
+relu_forward, relu_backward = ops.relu_forward, ops.relu_backward
+tanh_forward, tanh_backward = ops.tanh_forward, ops.tanh_backward
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0, out: Out = None
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0
 ) -> tuple[Array, tuple]:
     (B, T, C), S = q.shape, k.shape[1]
     if k.shape != (B, S, C) or v.shape != k.shape or T > S or C % n_head:
@@ -387,7 +347,7 @@ def attention_forward(
         start = _like(start, np.int32, (B, min(T, S - prefix)))
         if start.size and start.min() < 0:
             raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
-    out = _result(out, q.dtype, q.shape)
+    out = storage.empty(q.shape, q.dtype)
     sizes = B, T, S, n_head, C // n_head, prefix
     _run("attention_forward", q.dtype, out, q, k, v, start, *sizes, *_strides(q, k, v))
     return out, (q, k, v, start, sizes)
@@ -428,8 +388,8 @@ def sample(
     return ids
 
 
-def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
-    out, x = _result(out, x.dtype, x.shape), np.ascontiguousarray(x)
+def residual_forward(x: Array, branch: Array) -> tuple[Array, None]:
+    out, x = storage.empty(x.shape, x.dtype), np.ascontiguousarray(x)
     _run("residual_forward", x.dtype, out, x, _like(branch, x.dtype, x.shape), x.size)
     return out, None
 
@@ -437,14 +397,14 @@ def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, N
 residual_backward = ops.residual_backward  # no arithmetic
 
 
-def dropout_forward(x: Array, rate: float, seed: int, out: Out = None) -> tuple[Array, tuple]:
-    out, x = _result(out, x.dtype, x.shape), np.ascontiguousarray(x)
+def dropout_forward(x: Array, rate: float, seed: int) -> tuple[Array, tuple]:
+    out, x = storage.empty(x.shape, x.dtype), np.ascontiguousarray(x)
     _run("dropout_forward", x.dtype, out, x, x.size, int(seed), round(rate * 2**24), 1 / (1 - rate))
     return out, (rate, seed)
 
 
-def dropout_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
-    return dropout_forward(dout, *cache, out=dx)[0]
+def dropout_backward(dout: Array, cache: tuple) -> Array:
+    return dropout_forward(dout, *cache)[0]
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
@@ -455,10 +415,10 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     return nll, (logits, targets, top, total)
 
 
-def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
+def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
     logits, targets, top, total = cache
     targets = _ids(targets, logits.shape[-1], "target")  # again: the cache may hold the caller's own array
-    dlogits, dnll = _result(dlogits, logits.dtype, logits.shape), _like(dnll, logits.dtype, targets.shape)
+    dlogits, dnll = storage.empty(logits.shape, logits.dtype), _like(dnll, logits.dtype, targets.shape)
     sizes = targets.size, logits.shape[-1]
     _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, top, total, targets, *sizes)
     return dlogits

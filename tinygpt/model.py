@@ -185,14 +185,14 @@ class GPT(storage.Parameters):
 
     def block_backward(self, dx: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         c1, c2, c3, c4, c5, c6, c7, c8 = cache
-        dg = self.join_backward(dx, c8, grads)  # (B, T, 4C)
-        df = self.ops.gelu_backward(dg, c7)  # (B, T, 4C)
-        dm = self.linear_backward(df, c6, grads)  # (B, T, C)
-        dx = self.norm_backward(dm, c5, grads, add=dx)  # (B, T, C), plus the stream's own gradient
-        dy = self.join_backward(dx, c4, grads)  # (B, T, C)
-        dqkv = self.attend_backward(dy, c3, grads)  # (B, T, 3C)
-        da = self.linear_backward(dqkv, c2, grads)  # (B, T, C)
-        return self.norm_backward(da, c1, grads, add=dx)  # (B, T, C)
+        d = self.join_backward(dx, c8, grads)  # (B, T, 4C)
+        d = self.ops.gelu_backward(d, c7)  # (B, T, 4C)
+        d = self.linear_backward(d, c6, grads)  # (B, T, C)
+        dx = self.norm_backward(d, c5, grads, add=dx)  # (B, T, C), plus the stream's own gradient
+        d = self.join_backward(dx, c4, grads)  # (B, T, C)
+        d = self.attend_backward(d, c3, grads)  # (B, T, 3C)
+        d = self.linear_backward(d, c2, grads)  # (B, T, C)
+        return self.norm_backward(d, c1, grads, add=dx)  # (B, T, C)
 
     def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
         """qkv (B, T, 3C) -> y (B, T, C): every query sees the keys before it, and those of `run.past`."""
@@ -249,7 +249,7 @@ class GPT(storage.Parameters):
     ) -> Array:
         name, c = cache
         dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.linear_backward(dout, c, dw=dw, db=db, add=add)[0]
+        return self.ops.linear_backward(dout, c, dw, db, add, inplace=add is not None)[0]
 
     def norm(self, x: Array, name: str) -> tuple[Array, tuple]:
         """LayerNorm, (..., C) -> (..., C)."""
@@ -262,7 +262,7 @@ class GPT(storage.Parameters):
     ) -> Array:
         name, c = cache
         dg, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.layernorm_backward(dout, c, None, dg, db, add)[0]
+        return self.ops.layernorm_backward(dout, c, dg, db, add, inplace=add is not None)[0]
 
     def dropout(self, x: Array, rate: float, run: Pass) -> tuple[Array, tuple | None]:
         """Any shape. The cache is None where nothing is dropped."""
@@ -275,10 +275,23 @@ class GPT(storage.Parameters):
 
     # --- loss -----------------------------------------------------------------------------------------------
 
-    def losses(self, ids: Array, targets: Array, **forward) -> Array:
-        """The nll of each target, (B, T), in nats. Other arguments go to `forward`."""
-        logits, _ = self.forward(ids, keep=False, **forward)
-        return self.ops.cross_entropy_forward(logits, targets)[0]
+    def losses(
+        self,
+        ids: Array,
+        targets: Array,
+        weights: Array | None = None,
+        grads: dict[str, Array] | None = None,
+        **forward,
+    ) -> Array:
+        """The nll of each target, (B, T), in nats, and where `grads` is given the gradients of
+        sum(weights * nll). Other arguments go to `forward`."""
+        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
+        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
+        if grads is not None:
+            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
+            del logits, c_nll  # the largest arrays of all
+            self.backward(dlogits, cache, grads)
+        return nll
 
     def loss(
         self,
@@ -295,10 +308,5 @@ class GPT(storage.Parameters):
         """
         if weights is None:
             weights = np.full(targets.shape, 1 / targets.size, self.flat.dtype)
-        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
-        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
-        if grads is not None:
-            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
-            del logits, c_nll  # the largest arrays of all
-            self.backward(dlogits, cache, grads)
+        nll = self.losses(ids, targets, weights, grads, **forward)
         return float((nll * weights).sum(dtype=np.float64))

@@ -13,9 +13,8 @@ Each operation is a pair:
 respect to the forward's inputs, in their order. The cache is an ordinary value: backward writes neither to it
 nor to `dout`, so calling it twice gives the same answer.
 
-Where the results go. `out=` takes an array to write into. In a backward, `dx=`, `dw=` and so on each take an
-array to write into, None to have one made, or False: that gradient is not computed, and False comes back in
-its place. That is how frozen weights cost nothing.
+Gradients of parameters. `dw=`, `db=` and `dg=` each take an array to write into, None to have one made, or
+False: that gradient is not computed, and False comes back in its place. So frozen weights cost nothing.
 
 What this file does not do: be fast. `kernels.py` has the same functions in C; tests hold the two together,
 and `tinygpt gradcheck` holds both to finite differences. Every function works in float32 and in float64.
@@ -26,14 +25,13 @@ import numpy as np
 from .errors import UserError
 
 Array = np.ndarray
-Out = Array | None  # an array to write into, or None: make one
-Grad = Array | bool | None  # the same, or False: do not compute this gradient
+Grad = Array | bool | None  # an array to write into, None: make one, or False: do not compute this gradient
 
 
 # --- embedding ----------------------------------------------------------------------------------------------
 
 
-def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tuple]:
+def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
     """Row `ids[b, t]` of the table `w`: out[b, t] = w[ids[b, t]].
 
     ids (B, T) integers in [0, V), w (V, C) -> out (B, T, C). Raises IndexError for an id outside the table.
@@ -42,8 +40,7 @@ def embedding_forward(ids: Array, w: Array, out: Out = None) -> tuple[Array, tup
         raise IndexError(
             f"id {ids.min() if ids.min() < 0 else ids.max()} is outside the table of {len(w)} rows"
         )
-    out = np.take(w, ids, axis=0, out=out, mode="clip")  # mode: with out=, "raise" would buffer the result
-    return out, (ids, w.shape)
+    return w[ids], (ids, w.shape)
 
 
 def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Array | bool:
@@ -67,34 +64,38 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None, out: Out = None
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, inplace: bool = False
 ) -> tuple[Array, tuple]:
     """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
 
     The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
     branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
-    gradient of `add` is `dout` itself.
+    gradient of `add` is `dout` itself. inplace: the result takes the place of `add`.
     """
-    product = np.matmul(x, w, out=out if add is None else None)  # out may be add itself
-    out = product if add is None else np.add(product, add, out=out)
+    out = x @ w
+    if add is not None:
+        out = np.add(out, add, out=add if inplace else None)
     if b is not None:
         out += b
     return out, (x, w)
 
 
 def linear_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dw: Grad = None, db: Grad = None, add: Array | None = None
-) -> tuple[Array | bool, Array | bool, Array | bool]:
+    dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
     """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
 
     Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
     w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
-    without a bias takes db=False. `add` is the gradient that reaches x in another way; dx may be `add`.
+    without a bias takes db=False. `add` is the gradient that reaches x in another way; inplace: dx takes the
+    place of `add`.
     """
     x, w = cache
     x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
-    if dx is not False:
-        dx = np.matmul(dout, w.T, out=dx) if add is None else np.add(np.matmul(dout, w.T), add, out=dx)
+    dx = dout @ w.T
+    if add is not None:
+        dx = np.add(dx, add, out=add if inplace else None)
     if dw is not False:
         dw = np.matmul(x_rows.T, dout_rows, out=dw)
     if db is not False:
@@ -105,9 +106,7 @@ def linear_backward(
 # --- layer normalisation ------------------------------------------------------------------------------------
 
 
-def layernorm_forward(
-    x: Array, g: Array, b: Array, eps: float = 1e-5, out: Out = None
-) -> tuple[Array, tuple]:
+def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """out = g xhat + b, with xhat = (x - mean) rstd and rstd = 1 / sqrt(variance + eps), over the channels.
 
     x (..., C), g and b (C,) -> out (..., C). Ba, Kiros and Hinton 2016. The variance is the mean of squared
@@ -115,30 +114,29 @@ def layernorm_forward(
     """
     mean = x.mean(-1, keepdims=True)
     rstd = 1 / np.sqrt(np.square(x - mean).mean(-1, keepdims=True) + x.dtype.type(eps))
-    out = np.multiply((x - mean) * rstd, g, out=out)
-    out += b
-    return out, (x, g, mean, rstd)
+    return (x - mean) * rstd * g + b, (x, g, mean, rstd)
 
 
 def layernorm_backward(
-    dout: Array, cache: tuple, dx: Grad = None, dg: Grad = None, db: Grad = None, add: Array | None = None
-) -> tuple[Array | bool, Array | bool, Array | bool]:
+    dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
 
     Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
     all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
     either cannot reach x. The two means are the projections on those directions. `add` is the gradient that
-    reaches x past the norm, along the residual stream.
+    reaches x past the norm, along the residual stream; inplace: dx takes the place of `add`.
     """
     x, g, mean, rstd = cache
     channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
     xhat = (x - mean) * rstd
-    if dx is not False:
-        dxhat = dout * g
-        along_ones = dxhat.mean(-1, keepdims=True)
-        along_xhat = (dxhat * xhat).mean(-1, keepdims=True)
-        through = rstd * (dxhat - along_ones - xhat * along_xhat)
-        dx = np.add(through, 0 if add is None else add, out=dx)
+    dxhat = dout * g
+    along_ones = dxhat.mean(-1, keepdims=True)
+    along_xhat = (dxhat * xhat).mean(-1, keepdims=True)
+    dx = rstd * (dxhat - along_ones - xhat * along_xhat)
+    if add is not None:
+        dx = np.add(dx, add, out=add if inplace else None)
     if dg is not False:
         dg = np.sum(dout * xhat, axis=channels, out=dg)
     if db is not False:
@@ -151,16 +149,16 @@ def layernorm_backward(
 SQRT_2_OVER_PI = float(np.sqrt(2 / np.pi))
 
 
-def gelu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """out = x/2 (1 + tanh(u)), with u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form that GPT-2 uses.
 
     Any shape. Hendrycks and Gimpel 2016, section 2.
     """
     t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * (x * x * x)))
-    return np.multiply(0.5 * x, 1 + t, out=out), (x,)
+    return 0.5 * x * (1 + t), (x,)
 
 
-def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+def gelu_backward(dout: Array, cache: tuple) -> Array:
     """dx = dout ((1 + tanh(u))/2 + x/2 (1 - tanh(u)^2) u'), with u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
 
     The product rule on x/2 times (1 + tanh(u)); tanh' = 1 - tanh^2.
@@ -168,42 +166,32 @@ def gelu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
     (x,) = cache
     t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * (x * x * x)))
     du = SQRT_2_OVER_PI * (1 + 3 * 0.044715 * (x * x))
-    return np.multiply(dout, 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du, out=dx)
+    return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du)
 
 
 # --- what prompt encoders are made of -----------------------------------------------------------------------
 
 
-def relu_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+def relu_forward(x: Array) -> tuple[Array, tuple]:
     """out = max(x, 0), any shape."""
-    out = np.maximum(x, 0, out=out)
+    out = np.maximum(x, 0)
     return out, (out,)
 
 
-def relu_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+def relu_backward(dout: Array, cache: tuple) -> Array:
     """dx = dout where out > 0, else 0."""
-    return np.multiply(dout, cache[0] > 0, out=dx)
+    return dout * (cache[0] > 0)
 
 
-def tanh_forward(x: Array, out: Out = None) -> tuple[Array, tuple]:
+def tanh_forward(x: Array) -> tuple[Array, tuple]:
     """out = tanh(x), any shape."""
-    out = np.tanh(x, out=out)
+    out = np.tanh(x)
     return out, (out,)
 
 
-def tanh_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+def tanh_backward(dout: Array, cache: tuple) -> Array:
     """dx = dout (1 - out^2)."""
-    return np.multiply(dout, 1 - np.square(cache[0]), out=dx)
-
-
-def scale(x: Array, factor: float, out: Out = None) -> Array:
-    """out = factor x; the gradient of x is that of out, scaled as well."""
-    return np.multiply(x, x.dtype.type(factor), out=out)
-
-
-def batch_sum(x: Array, out: Out = None) -> Array:
-    """out = the sum of x (B, ...) over its first axis: the gradient of what all rows of a batch share."""
-    return np.sum(x, axis=0, out=out)
+    return dout * (1 - np.square(cache[0]))
 
 
 # --- causal multi-head attention ----------------------------------------------------------------------------
@@ -228,7 +216,7 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0, out: Out = None
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0
 ) -> tuple[Array, tuple]:
     """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, 3.2.
 
@@ -243,7 +231,7 @@ def attention_forward(
     scores -= scores.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
     probs = np.exp(scores)
     probs /= probs.sum(-1, keepdims=True)
-    return _write(out, _merge(probs @ _split(v, n_head))), (q, k, v, probs)
+    return _merge(probs @ _split(v, n_head)), (q, k, v, probs)
 
 
 def attention_backward(
@@ -279,13 +267,6 @@ def _merge(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)  # (B, T, C)
 
 
-def _write(out: Out, result: Array) -> Array:
-    if out is None:
-        return result
-    np.copyto(out, result)
-    return out
-
-
 def append_rows(cache: Array, x: Array, at: int) -> None:
     """cache[:, at : at + T] = x: keys or values, (B, T, C), behind those that a cache (B, S, C) has."""
     cache[:, at : at + x.shape[1]] = x
@@ -294,9 +275,9 @@ def append_rows(cache: Array, x: Array, at: int) -> None:
 # --- residual connection and dropout ------------------------------------------------------------------------
 
 
-def residual_forward(x: Array, branch: Array, out: Out = None) -> tuple[Array, None]:
+def residual_forward(x: Array, branch: Array) -> tuple[Array, None]:
     """out = x + branch, any shape. He et al. 2015."""
-    return np.add(x, branch, out=out), None
+    return x + branch, None
 
 
 def residual_backward(dout: Array, cache: None = None) -> tuple[Array, Array]:
@@ -304,19 +285,19 @@ def residual_backward(dout: Array, cache: None = None) -> tuple[Array, Array]:
     return dout, dout
 
 
-def dropout_forward(x: Array, rate: float, seed: int, out: Out = None) -> tuple[Array, tuple]:
+def dropout_forward(x: Array, rate: float, seed: int) -> tuple[Array, tuple]:
     """Zeroes each element with probability `rate` and divides the others by 1 - rate, so that the mean stays.
 
     Srivastava et al. 2014. The mask is a function of (seed, element number) alone: backward makes it again
     instead of keeping it, and it is the same in C, in NumPy and for any number of threads.
     """
     keep = dropout_mask(x.shape, rate, seed)
-    return np.multiply(x, keep * x.dtype.type(1 / (1 - rate)), out=out), (rate, seed)
+    return x * (keep * x.dtype.type(1 / (1 - rate))), (rate, seed)
 
 
-def dropout_backward(dout: Array, cache: tuple, dx: Out = None) -> Array:
+def dropout_backward(dout: Array, cache: tuple) -> Array:
     """The forward once more: what was dropped has no influence, what was scaled has a scaled one."""
-    return dropout_forward(dout, *cache, out=dx)[0]
+    return dropout_forward(dout, *cache)[0]
 
 
 def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
@@ -351,14 +332,14 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     return nll[..., 0], (logits, targets, top, total)
 
 
-def cross_entropy_backward(dnll: Array, cache: tuple, dlogits: Out = None) -> Array:
+def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
     """dlogits = weight (softmax(logits) - onehot(target)): push up the target, down what is too likely.
 
     dnll (...) is the weight of each target. A weight of 0 gives a row of zeros, whatever the logits are.
     """
     logits, targets, top, total = cache
     at = targets[..., None]
-    dlogits = np.exp(logits - top, out=dlogits)
+    dlogits = np.exp(logits - top)
     dlogits /= total
     np.put_along_axis(dlogits, at, np.take_along_axis(dlogits, at, -1) - 1, -1)
     dlogits *= dnll[..., None]

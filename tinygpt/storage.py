@@ -1,11 +1,16 @@
-"""Memory: one flat buffer with named views into it.
+"""Memory: one flat buffer with named views into it, and the arena of a recording.
 
 Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its
-name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each.
+name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each. All other
+arrays are made anew. An array is valid as long as somebody holds it.
 """
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Iterable
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -18,9 +23,43 @@ def empty(shape: tuple[int, ...] | int, dtype: np.dtype | type) -> np.ndarray:
     """np.empty whose first element lies on a cache line."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
-    raw = np.empty(math.prod(shape) * dtype.itemsize + ALIGN, np.uint8)
-    skip = -raw.__array_interface__["data"][0] % ALIGN
-    return raw[skip : skip + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if (arena := getattr(_lending, "arena", None)) is not None:
+        return np.ndarray(shape, dtype, arena.lend(size))
+    raw = np.empty(size + ALIGN, np.uint8)
+    return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % ALIGN)
+
+
+class Arena:
+    """Memory that `empty` lends within `with arena.lending()`. A block is lent again as soon as nobody holds
+    the array in it, or a view of that array."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+        self._free: dict[int, list[np.ndarray]] = {}  # by size
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[None]:
+        outer, _lending.arena = getattr(_lending, "arena", None), self
+        try:
+            yield
+        finally:
+            _lending.arena = outer
+
+    def lend(self, size: int) -> ctypes.Array:
+        free = self._free.setdefault(size, [])
+        if not free:
+            outer, _lending.arena = _lending.arena, None
+            free.append(empty(size, np.uint8))
+            _lending.arena = outer
+            self.blocks.append(free[-1])
+        # an object that an array and its views keep alive; of a memoryview NumPy would keep the block alone
+        loan = (ctypes.c_char * size).from_buffer(free[-1])
+        weakref.finalize(loan, free.append, free.pop()).atexit = False
+        return loan
+
+
+_lending = threading.local()
 
 
 def flat(

@@ -20,10 +20,10 @@ class LoRA(Adapted):
         config, (a, b) = self.adapter.config, (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
         s = config.alpha / config.rank
         dropped, c_drop = self.dropout(x, config.dropout, run)  # (B, T, I)
-        scaled = a if s == 1 else self.ops.scale(a, s)  # A is the smallest of all that s could go to
+        scaled = a if s == 1 else a * a.dtype.type(s)  # A is the smallest of all that s could go to
         low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R)
         y, c_b = self.ops.linear_forward(low, b, self.params[f"{name}.bias"], add)  # (B, T, O)
-        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y)  # (B, T, O)
+        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y, inplace=True)  # (B, T, O)
         return out, (name, c, (s, c_drop, c_a, c_b))
 
     def linear_backward(
@@ -50,7 +50,7 @@ def merge(model: LoRA) -> GPT:
     for name, p in adapter.params.items():
         if name.endswith(".lora_A"):
             w, b = merged.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
-            w[:] = merged.ops.linear_forward(merged.ops.scale(p, s).T, b, add=w)[0]
+            w[:] = merged.ops.linear_forward((p * p.dtype.type(s)).T, b, add=w)[0]
         elif name in merged.params:
             merged.params[name][:] = p
     return merged
