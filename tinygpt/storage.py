@@ -1,8 +1,8 @@
 """Memory: one flat buffer with named views into it, and the arena of a recording.
 
 Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its
-name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each. All other
-arrays are made anew. An array is valid as long as somebody holds it.
+name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each. Every
+other array is made anew, and is valid as long as somebody holds it.
 """
 
 import contextlib
