@@ -28,6 +28,8 @@ TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
+    Path("pipes/world.json").mkdir(parents=True)  # what stands for a file, and is none
+    Path("loop").symlink_to("loop")
     return lambda *args: CliRunner().invoke(main, args)
 
 
@@ -53,6 +55,12 @@ def test_a_tokenizer_is_trained_and_shown(run):
         (("tokenizer", "show", "nowhere", "text"), "nowhere"),
         (("bench", "train/huge"), "train/huge: not a job; there are peak, "),
         (("generate", "nowhere"), "nowhere: no such folder"),
+        (("bench", "--seconds", "nan", "peak"), "seconds is nan"),
+        (("exercise", "linear", "--out", 'a"b.py'), "this name cannot stand in the file"),
+        (("exercise", "linear", "--out", "a\nb.py"), "this name cannot stand in the file"),
+        (("pretrain", "--data", "text.txt", "--adapter", "lora", "--lora-rank", str(10**18)), "more than"),
+        (("pretrain", "--data", "text.txt", "--out", "loop"), "loop"),
+        (("sft", "--init-from", "loop", "--data", "text.txt"), "loop"),
     ],
 )
 def test_a_mistake_is_one_line(run, args, says):
@@ -62,6 +70,12 @@ def test_a_mistake_is_one_line(run, args, says):
     result = run(*args)
     assert result.exit_code == 2 and not result.stdout
     assert result.stderr.count("\n") == 1 and says in result.stderr
+
+
+def test_a_world_whose_mark_is_no_file_is_no_text(run):
+    """Guards: a folder whose world.json is a pipe or a folder, read as plain text without a word."""
+    result = run("pretrain", "--data", "pipes")
+    assert result.exit_code == 2 and "world.json: is not a regular file" in result.stderr
 
 
 def test_a_tokenizer_is_not_written_over(run):

@@ -181,3 +181,14 @@ def test_files_that_hold_no_examples(tmp_path):
         instructions.read([tmp_path])
     with pytest.raises(UserError, match="no such file"):
         instructions.read([tmp_path / "none.jsonl"])
+
+
+def test_a_line_that_never_ends_is_one_line(tmp_path):
+    """Guards: a file of zeros, or of ten million values, that takes all memory."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\0" * (instructions.MOST_BYTES + 2))
+    with pytest.raises(UserError, match="pairs.jsonl:1: is longer than"):
+        instructions.read([path])
+    path.write_text('{"prompt": [' + "[]," * (1 << 20) + '[]], "completion": "a"}')
+    with pytest.raises(UserError, match="pairs.jsonl:1: is not JSON .more than"):
+        instructions.read([path])
