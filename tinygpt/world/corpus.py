@@ -77,12 +77,12 @@ def load(source: str) -> Corpus:
     """The corpus that a source names. Raises UserError."""
     folder = Path(source)
     if (folder / MARK).exists():
-        texts = []
+        world, texts = world_of(source), []
         for name in ("corpus.txt", "validation.txt"):
             texts.append(read_text(folder / name, most=MOST_BYTES).splitlines())
         if not all(texts):
             raise UserError(f"{folder}: a text of this world is empty: write the world again")
-        return Corpus(world_of(source), *texts)
+        return Corpus(world, *texts)
     return draw(world_of(source))
 
 
