@@ -166,3 +166,22 @@ def test_documents_name_commands_and_options_that_there_are():
                 assert set(re.findall(r"--[a-z][a-z-]+", rest)) <= known, (file, name, rest)
                 seen += 1
     assert seen > 30
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+@pytest.mark.parametrize("args", [
+    ("world", "--documents", "50"), ("tokenizer", "train", "--data", "text.txt", "--vocab-size", "260"),
+    ("pretrain", "--data", "text.txt", "--max-iters", "1"),
+], ids=lambda args: args[0])  # fmt: skip
+def test_a_folder_in_use_is_refused(run, args):
+    """Guards: two processes that write one folder, each a half."""
+    Path("busy").mkdir()
+    program = "import sys; from pathlib import Path; from tinygpt.atomic import lock\n"
+    program += "lock(Path('busy')); print('locked', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        result = run(*args, "--out", "busy", "--overwrite")
+        assert result.exit_code == 2 and "another process is writing there" in result.stderr
+        assert not list(Path("busy").glob("*.*"))
+        other.stdin.close()
