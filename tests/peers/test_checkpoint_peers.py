@@ -8,8 +8,8 @@ import pytest
 from tinygpt import checkpoint
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.model import GPT
 from tinygpt.tokenizer import BPETokenizer, CharTokenizer
+from tinygpt.variants import build
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,7 +55,7 @@ def test_transformers_reads_what_we_write(tmp_path, kind, post_norm):
     """Guards: keys it reports as missing or unexpected, a post-norm model taken for a pre-norm one."""
     tokenizer = TOKENIZERS[kind]()
     config = GPTConfig(tokenizer.vocab_size, 24, 3, 4, 48, dropout=0.25, post_norm=post_norm)
-    model = GPT(config)
+    model = build(config)
     randomise(model.params.values())
     checkpoint.save(tmp_path, model, tokenizer)
 
@@ -142,7 +142,7 @@ def test_another_computation_is_refused_by_name(tmp_path, change):
 def test_there_and_back(tmp_path):
     """Guards: a folder that goes on in transformers cannot come home."""
     tokenizer = TOKENIZERS["bpe"]()
-    model = GPT(GPTConfig(tokenizer.vocab_size, 24, 2, 4, 48), np.random.default_rng(0))
+    model = build(GPTConfig(tokenizer.vocab_size, 24, 2, 4, 48), np.random.default_rng(0))
     checkpoint.save(tmp_path / "ours", model, tokenizer)
     transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
