@@ -2,8 +2,8 @@
 
    The model makes a new array for each result. An array of more than 128 KiB would come from the operating
    system as pages of zeros and go back to it, in each step: a page fault for every 4 KiB. With these three
-   settings glibc takes large arrays from its heap too and keeps the heap when they are freed, so that after
-   the first step nothing is asked of the operating system any more. Other C libraries decide for themselves. */
+   settings glibc takes large arrays from its heap too, and keeps the heap when they are freed. After the
+   first step nothing is asked of the operating system any more. Other C libraries decide for themselves. */
 typedef void real;
 #include "tinygpt.h"
 

@@ -52,6 +52,7 @@ def test_a_tokenizer_is_trained_and_shown(run):
         (("tokenizer", "train", "--data", "nowhere.txt"), "nowhere.txt: no such file or folder"),
         (("tokenizer", "train", "--data", "text.txt", "--vocab-size", "10"), "256"),
         (("tokenizer", "train", "--data", "text.txt", "--out", "text.txt"), "text.txt: is a file"),
+        (("tokenizer", "train", "--data", "text.txt", "--vocab-size", "200001"), "too large"),
         (("tokenizer", "show", "nowhere", "text"), "nowhere"),
         (("bench", "train/huge"), "train/huge: not a job; there are peak, "),
         (("generate", "nowhere"), "nowhere: no such folder"),

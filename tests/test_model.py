@@ -79,7 +79,8 @@ def hold_to(reference: dict, sizes: dict, steps: dict, post_norm: bool, dtype, o
 def test_transformers_stored_results(ops, kind, post_norm, dtype, tol):
     """No gradient check finds a formula that is wrong in forward and backward alike; another GPT-2 does."""
     with safe_open(GOLDEN / f"{kind}.safetensors", "np") as file:
-        facts, reference = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = file.metadata()
+        reference = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     hold_to(reference, json.loads(facts["sizes"]), json.loads(facts["steps"]), post_norm, dtype, ops, tol)
 
 

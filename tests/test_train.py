@@ -282,7 +282,7 @@ def test_a_recorded_step_is_the_step(name, rng):
         more = {"start": start, "positions": rng.integers(0, 13, shape).astype(np.int32)} if n > 3 else {}
         batch = train.Batch(ids, targets, rng.random(shape).astype(np.float32), **more)
         loss = plain.model.loss(*batch[:3], plain.grads, **more)
-        assert train.accumulate(recorded, [batch]) == loss
+        assert train.accumulate(recorded, [batch], np.random.default_rng(n)) == loss  # as `train` does
         np.testing.assert_array_equal(recorded.flat, plain.flat)
         recorded.step(1e-2)
         plain.step(1e-2)

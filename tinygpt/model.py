@@ -93,6 +93,11 @@ class GPT(storage.Parameters):
         return self
 
     @property
+    def draws(self) -> bool:
+        """Whether a forward with `rng` has dropout in it."""
+        return self.config.dropout > 0
+
+    @property
     def context(self) -> int:
         """The longest text, in tokens."""
         return self.config.block_size - self.prefix

@@ -25,6 +25,7 @@ from .errors import UserError
 from .jsonfile import read_object, read_text
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_TOKENS = 200_000  # of a vocabulary that is made here: its file is within jsonfile's limits
 TEMPLATE = "chat_template.jinja"              # where transformers puts a chat template of its own
 CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
 
@@ -172,12 +173,14 @@ class BPETokenizer(_Tokenizer):
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
         Ids are laid out as GPT-2's: bytes, merges as learned, special tokens; the first of these ends a text.
-        Raises UserError for an empty text and for a vocab_size without room for the bytes.
+        Raises UserError for an empty text, and for a vocab_size without room for the bytes or too large.
         """
         least = 256 + len(special)
         if vocab_size < least:
             raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special "
                             f"token(s) need {least}")
+        if vocab_size > MOST_TOKENS:
+            raise UserError(f"vocab_size {vocab_size} is too large: at most {MOST_TOKENS:,}")
         texts = [texts] if isinstance(texts, str) else texts
         words = Counter(chain.from_iterable(pieces(_begun(text, documents)) for text in texts))
         if not words:

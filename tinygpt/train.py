@@ -24,6 +24,7 @@ import numpy as np
 
 from .atomic import replacing
 from .errors import UserError
+from .jsonfile import parse
 from .model import GPT
 from .optim import AdamW, learning_rate
 
@@ -187,7 +188,7 @@ def _loss(optimizer: AdamW, batch: Batch, rng: np.random.Generator | None) -> fl
     if batch.positions is None:
         batch = batch._replace(positions=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape))
     key = optimizer.flat.ctypes.data, model.config, ids.shape, tuple(a is not None for a in batch)
-    dropout = rng is not None and (model.config.dropout or model.trained is not model)
+    dropout = rng is not None and model.draws
     if dropout or not _is_usual(model, batch) or optimizer.recordings.get(key) is False:
         more = {"start": batch.start, "positions": batch.positions, "rng": rng}
         return model.loss(*batch[:3], optimizer.grads, **more)
@@ -283,8 +284,8 @@ def resume_metrics(path: Path, step: int) -> Record:
     with replacing(path) as beside, beside.open("w", encoding="utf-8") as new:
         for line in _lines(path):
             # A kill cuts a line short; whatever else is not a record of `train` goes too.
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                record = json.loads(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = parse(line)
                 if record["iter"] <= step and type(record["elapsed_s"]) is float:
                     new.write(json.dumps(record) + "\n")
                     last = record

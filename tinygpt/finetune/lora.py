@@ -13,6 +13,10 @@ from .adapter import Adapted
 class LoRA(Adapted):
     """A GPT with low-rank branches at the linear maps that its adapter names."""
 
+    @property
+    def draws(self) -> bool:
+        return super().draws or self.adapter.config.dropout > 0
+
     def linear(self, x: Array, name: str, run: Pass, add: Array | None = None) -> tuple[Array, tuple]:
         """x w is added to the branch, not the branch to x w: a large product hides the time of reading."""
         if f"{name}.lora_A" not in self.adapter.params:
