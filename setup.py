@@ -22,7 +22,7 @@ def core():
     """The extension. Python only passes addresses, so pointers to numbers become `void *`: in what cffi is
     told and in what the compiler sees. GCC 14 and newer refuse a difference between the two."""
     header = (CSRC / "tinygpt.h").read_text(encoding="utf-8")
-    header = re.sub(r"\b(real|int32_t|double)(?= \*)", "void", header)
+    header = re.sub(r"\b(real|int32_t|int64_t|double)(?= \*)", "void", header)
     ops = re.findall(r"X\((\w+)\)", header)
     ffi = FFI()
     ffi.cdef(re.sub(r"^#(.*\\\n)*.*$", "", header, flags=re.MULTILINE))

@@ -214,9 +214,11 @@ static void attention_decode_heads(const void *args, size_t begin, size_t end)
 
 static void attention_forward(const void *args)
 {
-    const struct attention_forward *a = args;
-    const size_t grain = 1 + 4096 / (a->T * a->S * a->D + 1);
-    parallel(a->T == 1 ? attention_decode_heads : attention_forward_heads, a, a->B * a->H, grain);
+    struct attention_forward a = *(const struct attention_forward *)args;
+    if (a.length)
+        a.S = (size_t)*a.length;
+    const size_t grain = 1 + 4096 / (a.T * a.S * a.D + 1);
+    parallel(a.T == 1 ? attention_decode_heads : attention_forward_heads, &a, a.B * a.H, grain);
 }
 
 static void attention_backward_heads(const void *args, size_t begin, size_t end)

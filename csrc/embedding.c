@@ -14,6 +14,14 @@ static void embedding_forward(const void *args)
     parallel(embedding_forward_rows, a, a->rows, 1 + 8192 / (a->C + 1));
 }
 
+static void check_ids(const void *args)
+{
+    const struct check_ids *a = args;
+    *a->outside = 0;
+    for (size_t i = 0; i < a->n; i++)
+        *a->outside |= (uint32_t)a->ids[i] >= a->below; /* a negative id is a large one here */
+}
+
 /* Two rows may name the same id, so threads share the channels, not the rows. */
 static void embedding_backward_channels(const void *args, size_t begin, size_t end)
 {
@@ -70,9 +78,10 @@ static void dropout_forward(const void *args)
 static void append_rows_batch(const void *args, size_t begin, size_t end)
 {
     const struct append_rows *a = args;
+    const size_t at = (size_t)*a->length - a->T;
     for (size_t b = begin; b < end; b++)
         for (size_t t = 0; t < a->T; t++)
-            memcpy(a->cache + b * a->cache_batch + (a->at + t) * a->cache_row,
+            memcpy(a->cache + b * a->cache_batch + (at + t) * a->cache_row,
                    a->x + b * a->x_batch + t * a->x_row, a->C * sizeof(real));
 }
 

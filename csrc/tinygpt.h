@@ -16,7 +16,7 @@
     X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
     X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(sum_of_squares) X(adamw) X(append_rows) X(pack_panels) X(sample) \
+    X(sum_of_squares) X(adamw) X(append_rows) X(pack_panels) X(sample) X(check_ids) \
     X(fma_peak) X(read_memory)
 
 /* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL.
@@ -85,11 +85,13 @@ struct gelu_backward {
 
 /* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. Query i of row b
    sees the keys j <= S - T + i for which j < prefix or j >= prefix + start[b][i], and its own always. start
-   is NULL, or (B, T) without the queries that stand in the prefix themselves. */
+   is NULL, or (B, T) without the queries that stand in the prefix themselves. S is *length where length is
+   not NULL: a replayed call then sees as many keys as there are by then. */
 struct attention_forward {
     real *out;
     const real *q, *k, *v;
     const int32_t *start;
+    const int64_t *length;
     size_t B, T, S, H, D, prefix, q_batch, q_row, k_batch, k_row, v_batch, v_row;
 };
 
@@ -143,11 +145,12 @@ struct adamw {
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
 };
 
-/* cache (B, S, C) gets x (B, T, C) at positions from `at` on, each with its strides. */
+/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides. */
 struct append_rows {
     real *cache;
     const real *x;
-    size_t B, T, C, at, cache_batch, cache_row, x_batch, x_row;
+    const int64_t *length;
+    size_t B, T, C, cache_batch, cache_row, x_batch, x_row;
 };
 
 /* One token a row, drawn as ops.sample says; -1 where the logits are not finite. */
@@ -157,6 +160,13 @@ struct sample {
     const double *uniform;       /* (rows) in [0, 1) */
     size_t rows, V, logits_row, top_k;
     double temperature, top_p;
+};
+
+/* Whether an id is not one of the numbers 0 to below - 1; the call then returns 2. */
+struct check_ids {
+    int32_t *outside;            /* one number */
+    const int32_t *ids;          /* (n) */
+    size_t n, below;
 };
 
 /* For `tinygpt bench`: the work of registers alone, and of memory alone; see peak.c. */
@@ -173,10 +183,10 @@ struct read_memory {
 };
 
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. Returns
-   1 if memory ended: the results are then none. */
+   0, or 1 if memory ended: the results are then none, or 2 if check_ids says no. */
 int tinygpt_run(int op, int is_double, const void *args);
 
-/* Many of them, one after the other, up to one that returns 1. */
+/* Many of them, one after the other, up to one that does not return 0. */
 struct call {
     int op, is_double;
     const void *args;

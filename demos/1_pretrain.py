@@ -9,29 +9,26 @@ model learns to copy. Takes about four minutes; all other demos begin with the m
 `tinygpt pretrain --data world` is the same, with checkpoints on the way and every knob.
 """
 
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import common
 import numpy as np
 
 from tinygpt import GPT, GPTConfig, checkpoint, data, report
-from tinygpt.errors import UserError
 from tinygpt.generate import encode_prompt, generate
 from tinygpt.optim import AdamW, learning_rate
 from tinygpt.terminal import say
 from tinygpt.train import weight_change
 from tinygpt.world import World, corpus, evaluate
 
-SEED, BLOCK, BATCH, UPDATES = 1337, 128, 8, 4600
-FOLDER = Path("out/demo")
+BLOCK, BATCH, UPDATES = 128, 8, 4600
 
 
-def main(folder: Path = FOLDER) -> None:
+def main(folder: Path) -> None:
     # 1. Documents become rows of tokens. A row holds several, and none sees another.
     print("Writing the text of a world ...")
-    world = World(SEED)
+    world = World(common.SEED)
     text = corpus.draw(world)
     tokenizer = corpus.train_tokenizer(text, vocab_size=2048)
     rows = corpus.rows(text.train, tokenizer, BLOCK)
@@ -39,7 +36,7 @@ def main(folder: Path = FOLDER) -> None:
 
     # 2. The model: random weights, with a name and a place in one flat buffer for each.
     config = GPTConfig(tokenizer.vocab_size, BLOCK, n_layer=4, n_head=4, n_embd=128)
-    model = GPT(config, np.random.default_rng(SEED))
+    model = GPT(config, np.random.default_rng(common.SEED))
     random = {name: p.copy() for name, p in model.params.items()}
     print(f"{model.flat.size:,} weights; a blind guess has loss {np.log(tokenizer.vocab_size):.3f}")
 
@@ -79,21 +76,6 @@ def main(folder: Path = FOLDER) -> None:
     print(f"Saved in {folder}. Next: demos/2_instructions.py")
 
 
-def run(main: Callable, about: str) -> None:
-    """What each demo does with a command line: `main` in the folder that it names, or about for --help."""
-    given = sys.argv[1:]
-    if len(given) > 1 or given and given[0].startswith("-"):
-        print(about)
-        sys.exit(0 if given in (["-h"], ["--help"]) else 2)
-    sys.stdout.reconfigure(line_buffering=True)  # through a pipe too
-    try:
-        main(*map(Path, given))
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. What was saved is kept; what this demo was training is lost.")
-
-
 if __name__ == "__main__":
-    run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

@@ -7,8 +7,9 @@ alone. Fine-tuning is a fine adjustment: the form of its answers changes altoget
 answers zero-shot about people who are in no tuning example; and where it knows nothing, as confidently.
 """
 
-from importlib import import_module
 from pathlib import Path
+
+import common
 
 from tinygpt import checkpoint, report
 from tinygpt.finetune import sft
@@ -16,27 +17,12 @@ from tinygpt.terminal import say
 from tinygpt.train import TrainConfig, weight_change
 from tinygpt.world import World, evaluate, tasks
 
-pretrained = import_module("1_pretrain")
 TRAIN = TrainConfig(max_iters=1000, learning_rate=4e-4, min_lr=4e-5, warmup_iters=10)
 
 
-def load(folder: Path):
-    """The model of demo 1, which is made if it is not there."""
-    if not (folder / "model.safetensors").exists():
-        pretrained.main(folder)
-    return checkpoint.load(folder)
-
-
-def tuned(folder: Path):
-    """The model that this demo makes, which is made if it is not there."""
-    if not (folder / "tuned" / "model.safetensors").exists():
-        main(folder)
-    return checkpoint.load(folder / "tuned")
-
-
-def main(folder: Path = pretrained.FOLDER) -> None:
-    model, tokenizer = load(folder)
-    world = World(pretrained.SEED)
+def main(folder: Path) -> None:
+    model, tokenizer = common.pretrained(folder)
+    world = World(common.SEED)
     before = {name: p.copy() for name, p in model.params.items()}
     sets = evaluate.named_tasks(world, count=300)
     shown = [sets[name][0] for name in ("questions, known", "to Korean", "reading", "questions, never seen")]
@@ -65,4 +51,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

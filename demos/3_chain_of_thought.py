@@ -10,8 +10,9 @@ more training. And when a step is false, the answer follows from that.
 """
 
 import dataclasses
-from importlib import import_module
 from pathlib import Path
+
+import common
 
 from tinygpt import GPT, instructions
 from tinygpt.finetune import sft
@@ -19,14 +20,13 @@ from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
 
-pretrained, demo2 = import_module("1_pretrain"), import_module("2_instructions")
 TRAIN = TrainConfig(max_iters=300, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
 STEPS = range(1, 6)
 
 
-def main(folder: Path = pretrained.FOLDER) -> None:
-    base, tokenizer = demo2.load(folder)
-    world = World(pretrained.SEED)
+def main(folder: Path) -> None:
+    base, tokenizer = common.pretrained(folder)
+    world = World(common.SEED)
     problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 300)) for k in STEPS}
 
     def tuned(style: str, updates: int) -> GPT:
@@ -67,4 +67,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

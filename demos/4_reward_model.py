@@ -8,8 +8,9 @@ is the same model with one number as its result. It first says what it thinks it
 answer: what it learns is to compare, and when not to trust itself. It is tested on other people.
 """
 
-from importlib import import_module
 from pathlib import Path
+
+import common
 
 from tinygpt import checkpoint, recipes
 from tinygpt.finetune import reward
@@ -17,22 +18,13 @@ from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World
 
-pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
 COUNTS = (300, 3000, recipes.REWARD["comparisons"])
 BATCH, RATE = recipes.REWARD["batch_size"], recipes.REWARD["learning_rate"]
 
 
-def load(folder: Path) -> reward.Judge:
-    """The judge, which is taught if it is not there."""
-    if not (folder / "judge" / "model.safetensors").exists():
-        main(folder)
-    author, tokenizer = instructions.tuned(folder)
-    return reward.Judge(checkpoint.load(folder / "judge", judge=True)[0], author, tokenizer)
-
-
-def main(folder: Path = pretrained.FOLDER) -> None:
-    author, tokenizer = instructions.tuned(folder)
-    world = World(pretrained.SEED)
+def main(folder: Path) -> None:
+    author, tokenizer = common.tuned(folder)
+    world = World(common.SEED)
     labelled = reward.collect(author, tokenizer, world, reward.taught_by(world), COUNTS[-1])
     for c in labelled[:4]:
         slip = "" if c.is_right else "    (a slip)"
@@ -46,7 +38,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     kinds = sorted({c.kind for c in pairs})
     print(f"\n{'labels':18} {'right':>6}" + "".join(f"  {kind}" for kind in kinds))
     for name, some in [("shuffled", shuffled), *((f"{count:,}", labelled[:count]) for count in COUNTS)]:
-        judge = reward.Judge(reward.with_head(author, pretrained.SEED), author, tokenizer)
+        judge = reward.Judge(reward.with_head(author, common.SEED), author, tokenizer)
         updates = min(3 * len(some), COUNTS[-1]) // BATCH + 1
         train = TrainConfig(max_iters=updates, learning_rate=RATE, min_lr=RATE / 10, warmup_iters=50)
         settings = reward.Settings(model=judge.model.config, train=train, block_size=128, batch_size=BATCH)
@@ -67,4 +59,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

@@ -8,23 +8,22 @@ language: what the judge likes is not all that people like. Nobody whom it is as
 its tuning, in a comparison, or in RLHF.
 """
 
-from importlib import import_module
 from pathlib import Path
+
+import common
 
 from tinygpt import recipes, report, train
 from tinygpt.finetune import rlhf
 from tinygpt.terminal import say
 from tinygpt.world import World, evaluate
 
-pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
-judges = import_module("4_reward_model")
 RECIPE = recipes.RLHF
 SETS = ("questions, known", "questions, never seen", "to Korean", "reading", "journey")
 
 
-def main(folder: Path = pretrained.FOLDER) -> None:
-    judge = judges.load(folder)
-    reference, tokenizer, world = judge.author, judge.tokenizer, World(pretrained.SEED)
+def main(folder: Path) -> None:
+    judge = common.judge(folder)
+    reference, tokenizer, world = judge.author, judge.tokenizer, World(common.SEED)
     model = reference.copy()
     sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
     shown = [*sets["questions, known"][:2], *sets["questions, never seen"][:4]]
@@ -39,7 +38,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     measure("before")
     rate, updates = RECIPE["learning_rate"], RECIPE["max_iters"]
     how = train.TrainConfig(max_iters=updates, learning_rate=rate, min_lr=rate / 10, warmup_iters=5)
-    questions = rlhf.read_prompts(f"world:{pretrained.SEED}")
+    questions = rlhf.read_prompts(f"world:{common.SEED}")
     config = rlhf.Config(algo="rloo", beta=RECIPE["beta"], ptx_coef=RECIPE["ptx_coef"])
     tuning = rlhf.world_examples(world)  # goes on beside, so that nothing of it is lost
     learner = rlhf.trainer(how.optimizer(model), reference, judge, questions, config, how, world, tuning)
@@ -59,4 +58,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

@@ -7,9 +7,9 @@ the text like words that no vocabulary has. No gradient of the base is computed,
 are the same before and after, and with the adapter off it answers as it always did.
 """
 
-from importlib import import_module
 from pathlib import Path
 
+import common
 import numpy as np
 
 from tinygpt.config import AdapterConfig
@@ -20,7 +20,6 @@ from tinygpt.terminal import say
 from tinygpt.train import TrainConfig
 from tinygpt.world import World, evaluate, tasks
 
-pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
 UPDATES = 1000  # each
 ARMS = (
     ("all weights", None, 4e-4),
@@ -31,9 +30,9 @@ ARMS = (
 SETS = ("questions, known", "questions, never seen", "to Korean", "summary", "journey")
 
 
-def main(folder: Path = pretrained.FOLDER) -> None:
-    base, tokenizer = instructions.load(folder)
-    world = World(pretrained.SEED)
+def main(folder: Path) -> None:
+    base, tokenizer = common.pretrained(folder)
+    world = World(common.SEED)
     sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
     examples = tasks.conversations(world, tasks.tuning(world))
     question = prompt(tokenizer, sets["questions, known"][0]["prompt"])[None]
@@ -50,7 +49,7 @@ def main(folder: Path = pretrained.FOLDER) -> None:
     print(f"{'':22}{'weights trained':>16}  well-formed" + "".join(f"  {name}" for name in sets))
     row("as it was", base, "")
     for name, config, rate in ARMS:
-        rng = np.random.default_rng(pretrained.SEED)
+        rng = np.random.default_rng(common.SEED)
         model = base.copy() if config is None else adapters.create(base, config, rng)
         train = TrainConfig(max_iters=UPDATES, learning_rate=rate, min_lr=rate / 10, warmup_iters=10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
@@ -72,4 +71,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

@@ -8,9 +8,9 @@ that the prompt tells are used in the same way, also where they contradict the w
 are. All of it is read by a few attention heads, which can be found and knocked out.
 """
 
-from importlib import import_module
 from pathlib import Path
 
+import common
 import numpy as np
 
 from tinygpt.finetune.adapters import fingerprint
@@ -18,13 +18,12 @@ from tinygpt.incontext import fewshot, memory
 from tinygpt.terminal import say
 from tinygpt.world import World, evaluate
 
-pretrained, instructions = import_module("1_pretrain"), import_module("2_instructions")
 SHOTS, COUNT = (0, 1, 2, 4, 8, 16), 500
 
 
-def main(folder: Path = pretrained.FOLDER) -> None:
-    model, tokenizer = instructions.load(folder)
-    world, mark = World(pretrained.SEED), fingerprint(model)
+def main(folder: Path) -> None:
+    model, tokenizer = common.pretrained(folder)
+    world, mark = World(common.SEED), fingerprint(model)
 
     # 1. Learning from examples, beside the best that is possible.
     prompt = fewshot.mappings(world, 8, COUNT)[0]
@@ -79,4 +78,5 @@ def main(folder: Path = pretrained.FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    pretrained.run(main, __doc__)
+    with common.command_line(__doc__) as folder:
+        main(folder)

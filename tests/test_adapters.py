@@ -162,7 +162,7 @@ def test_training_leaves_the_base_as_it_was(config, rng):
     before, without = hashlib.sha256(model.flat).hexdigest(), logits(make(), ids)
     optimizer, todo, losses = TrainConfig(weight_decay=0.0).optimizer(model), batch(rng), []
     for _ in range(30):
-        losses.append(train.accumulate(optimizer, [todo]))
+        losses.append(train.gradients(optimizer)([todo]))
         optimizer.step(1e-2)
     assert losses[-1] < 0.9 * losses[0]
     assert hashlib.sha256(model.base.flat).hexdigest() == before == adapters.fingerprint(model)
@@ -175,7 +175,7 @@ def test_dropout_is_for_training_alone(rng):
     model, ids = make(dataclasses.replace(KINDS["lora"], dropout=0.5)), rng.integers(0, 13, (2, 9))
     np.testing.assert_array_equal(logits(model, ids), logits(make(KINDS["lora"]), ids))
     optimizer, todo = TrainConfig().optimizer(model), batch(rng)
-    a, b, c = (train.accumulate(optimizer, [todo], np.random.default_rng(seed)) for seed in (1, 2, 1))
+    a, b, c = (train.gradients(optimizer)([todo], np.random.default_rng(seed)) for seed in (1, 2, 1))
     assert a == c != b
 
 
@@ -229,7 +229,7 @@ def test_many_adapters_beside_one_base(rng):
     todo = batch(rng)
     for view in views:  # each learns while the others are there
         optimizer = TrainConfig().optimizer(view)
-        train.accumulate(optimizer, [todo])
+        train.gradients(optimizer)([todo])
         optimizer.step(1e-2)
     after = [logits(view, ids) for view in views]
     assert adapters.fingerprint(base) == mark
@@ -238,7 +238,7 @@ def test_many_adapters_beside_one_base(rng):
         view = adapters.create(make(), config, np.random.default_rng(1))
         np.testing.assert_array_equal(logits(view, ids), first)
         optimizer = TrainConfig().optimizer(view)
-        train.accumulate(optimizer, [todo])
+        train.gradients(optimizer)([todo])
         optimizer.step(1e-2)
         np.testing.assert_array_equal(logits(view, ids), last)
 
@@ -250,7 +250,7 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
     first, mark = model.base, adapters.fingerprint(model)
     optimizer = TrainConfig(weight_decay=0.0).optimizer(model)
     for _ in range(3):
-        train.accumulate(optimizer, [batch(rng)])
+        train.gradients(optimizer)([batch(rng)])
         optimizer.step(1e-2)
     before, base, old = logits(model, ids), model.flat.copy(), model.adapter.flat.copy()
     adapters.restart(optimizer, rng)
@@ -264,7 +264,7 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(rng):
     for name, g in optimizer.grads.items():
         views[name], end = optimizer.m[end : end + g.size], end + g.size
     assert all(views[n].any() == (n in kept) for n in views)
-    train.accumulate(optimizer, [batch(rng)])  # and it goes on
+    train.gradients(optimizer)([batch(rng)])  # and it goes on
     assert optimizer.grads["h.0.mlp.c_fc.lora_B"].any()
 
 

@@ -145,6 +145,16 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path):
     assert peak < 1.1 * size + (8 << 20)  # and two parts of a tensor, 4 MB each
 
 
+def test_a_run_without_an_adapter_comes_back_from_an_older_version(tmp_path):
+    """Older versions wrote an adapter without a kind. Guards: weeks of training that cannot be resumed."""
+    train = TrainConfig()
+    new = runs.Settings(model=CONFIG, train=train, block_size=6)
+    values = vars(new) | {"adapter": {"kind": "", "rank": 8}}
+    old = dataclasses.make_dataclass("Settings", values)(**values)
+    checkpoint.save_trainer(tmp_path, AdamW(make()), TOKENIZER, old)
+    assert checkpoint.read_run(tmp_path, runs.Settings)[0] == new
+
+
 @pytest.mark.parametrize("tokenizer", [
     TOKENIZER, tokenizers.CharTokenizer.train("ab", ["<|end|>"]), tokenizers.BPETokenizer.train("aé aé", 260),
 ], ids=["characters", "special", "bpe"])  # fmt: skip

@@ -22,8 +22,8 @@ def demos(tmp_path, monkeypatch):
     """The modules, with few documents, updates and questions; their folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DEMOS)
-    names = sorted(path.stem for path in DEMOS.glob("[1-9]_*.py"))
-    found = [import_module(name) for name in names]
+    names = ["common", *sorted(path.stem for path in DEMOS.glob("[1-9]_*.py"))]
+    common, *found = map(import_module, names)
     monkeypatch.setattr(found[0], "UPDATES", 2)
     monkeypatch.setattr(found[3], "COUNTS", (20, 40))
     monkeypatch.setattr(found[4], "RECIPE", recipes.RLHF | {"max_iters": 2})
@@ -43,34 +43,35 @@ def demos(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "named_tasks", lambda world, count: named(world, count=4))
     few = lambda world, split, steps, count, *style: journeys(world, split, steps, 5, *style)  # noqa: E731
     monkeypatch.setattr(tasks, "journeys", few)
-    yield found
+    yield common, *found
     for name in names:
         del sys.modules[name]
 
 
 def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
-    pretrain, instructions, chain, judges, steering, adapters, in_context = demos
-    instructions.main()  # makes the model that it needs
+    common, _, instructions, chain, _, steering, adapters, in_context = demos
+    folder = common.FOLDER
+    instructions.main(folder)  # makes the model that it needs
     output = capsys.readouterr().out
     assert "loss above it" in output and "recalled" in output and "Saved in" in output
     assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
-    model, tokenizer = checkpoint.load(pretrain.FOLDER)
+    model, tokenizer = checkpoint.load(folder)
     assert model.config.vocab_size == tokenizer.vocab_size
-    chain.main()
+    chain.main(folder)
     output = capsys.readouterr().out
     assert "blind guess" not in output and len(re.findall(r"(?: +\d\.\d{3}){5}", output)) == 5
     assert "the answer changes" in output
-    steering.main()  # makes the judge that it needs
+    steering.main(folder)  # makes the judge that it needs
     output = capsys.readouterr().out
     assert "(it would say: " in output and "shuffled" in output and "Saved in" in output
     assert len(re.findall(r"\n +\d+( +-?\d+\.\d\d){4}", output)) == 1
     assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
-    assert judges.load(pretrain.FOLDER).own == {}  # from the folder: it has answered nothing yet
-    adapters.main()
+    assert common.judge(folder).own == {}  # from the folder: it has answered nothing yet
+    adapters.main(folder)
     output = capsys.readouterr().out
     before, after = re.search(r"before (\w{16})\.\.\., after (\w{16})\.\.\.", output).groups()
     assert before == after and "the same, bit for bit" in output and "p-tuning" in output
-    in_context.main()
+    in_context.main(folder)
     output = capsys.readouterr().out
     assert output.count("\n  layer ") == 4 and "the same, bit for bit" in output
     assert len(re.findall(r"(?: +\d\.\d{3}){6}", output)) == 4
@@ -78,15 +79,13 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
 
 def test_a_demo_says_what_it_is_and_refuses_what_it_does_not_know(demos, monkeypatch, capsys):
     """Guards: minutes of pre-training in a folder called --help."""
-    def main(folder=None) -> None:
-        raise UserError(f"{folder}: is no model")
-
+    common, *_ = demos
     for given, status, words in (
         (["--help"], 0, "Demo 9"), (["--quick"], 2, "Demo 9"), (["a", "b"], 2, "Demo 9"),
-        (["a"], 2, "a: is no model"),
+        (["a"], 2, "a: is no model"), ([], 2, "out/demo: is no model"),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["demo", *given])
-        with pytest.raises(SystemExit) as ended:
-            demos[0].run(main, "Demo 9")
+        with pytest.raises(SystemExit) as ended, common.command_line("Demo 9") as folder:
+            raise UserError(f"{folder.as_posix()}: is no model")
         out, err = capsys.readouterr()
         assert ended.value.code == status and words in out + err, (given, out, err)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tinygpt import checkpoint, cli, instructions, story, train
 from tinygpt.cli import main
-from tinygpt.config import GPTConfig
+from tinygpt.config import AdapterConfig, GPTConfig
 from tinygpt.errors import UserError
 from tinygpt.finetune import adapters, reward, rlhf
 from tinygpt.finetune.rlhf import Config, Samples
@@ -391,7 +391,8 @@ def test_samples_have_their_ends_and_nothing_after_them():
         assert found.mask[row].tolist() == [float(begin <= t < n) for t in range(found.mask.shape[1])]
         assert found.targets[row, begin:n].tolist() == ids
         assert found.ids[row, : n + 1].tolist()[: len(prompt)] == prompt.tolist()
-        alone = model.losses(found.ids[row : row + 1, :n], found.targets[row : row + 1, :n])
+        logits, _ = model.forward(found.ids[row : row + 1, :n], keep=False)
+        alone, _ = model.ops.cross_entropy_forward(logits, found.targets[row : row + 1, :n])
         together = rlhf.logprobs(model, found)[row]
         np.testing.assert_allclose(together[begin:n], -alone[0, begin:], atol=1e-12)
         assert not together[:begin].any() and not together[n:].any()
@@ -425,13 +426,55 @@ def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     for n in range(6):
         batches = t.batches(n, np.random.default_rng(n))
         seen.append(id(batches[0]))
-        record = t.compute(t.optimizer, batches, np.random.default_rng(n))
+        record = t.compute(batches, np.random.default_rng(n))
         ratios.append(record["ratio"])
         t.optimizer.step(1e-2)
     assert ratios[0] < 1e-5 and ratios[3] < 1e-5 and min(ratios[1], ratios[2], ratios[4]) > 1e-3
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5]
     assert {"reward", "kl", "entropy", "distinct", "length", "train_loss"} <= record.keys()
     assert ("value_loss" in record) == (algo == "ppo")
+
+
+def test_policy_reference_judge_and_values_share_their_bases():
+    """The policy is an adapter of the reference, the values are an adapter of the judge; both are trained in
+    turn with another adapter of each. Guards: an adapter that writes to its base, or reads another's."""
+    lora = AdapterConfig("lora", rank=2)
+
+    def ppo(base: GPT, scored: GPT, seed: int):
+        """A step function, and the arrays that it changes."""
+        rng = np.random.default_rng(seed)
+        policy, values = adapters.create(base, lora, rng), adapters.create(scored, lora, rng)
+
+        def judge(questions, answers):
+            ids = [np.array([1, *map(int, answer)], np.int32) for answer in answers]
+            return reward.scores(scored, ids)
+
+        config = Config(algo="ppo", num_prompts=2, num_generations=4, max_new_tokens=LONGEST)
+        t = trainer(policy, config, judge, values=AdamW(values))
+        t.reference = base
+
+        def step() -> float:
+            t.compute(t.batches(t.optimizer.steps, rng), rng)
+            return t.optimizer.step(1e-2)
+
+        return step, (policy.adapter.flat, values.adapter.flat)
+
+    def bases():
+        return make(0), reward.with_head(make(0), 0)
+
+    alone = []
+    for seed in (1, 2):
+        step, arrays = ppo(*bases(), seed)
+        assert all(step() > 0 for _ in range(4))
+        alone.append([a.copy() for a in arrays])
+    shared = bases()
+    marks = [adapters.fingerprint(base) for base in shared]
+    (one, ours), (other, theirs) = ppo(*shared, 1), ppo(*shared, 2)
+    for _ in range(4):
+        one(), other()
+    assert [adapters.fingerprint(base) for base in shared] == marks
+    for together, expected in zip((ours, theirs), alone, strict=True):
+        assert all((a == b).all() and a.any() for a, b in zip(together, expected, strict=True))
 
 
 def test_the_gradient_of_examples_learned_beside_comes_on_top():
@@ -445,9 +488,9 @@ def test_the_gradient_of_examples_learned_beside_comes_on_top():
     for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
         t = trainer(model, config, judge, examples=examples)
         rng = np.random.default_rng(5)
-        record = t.compute(t.optimizer, t.batches(0, rng), rng)
+        record = t.compute(t.batches(0, rng), rng)
         found[name] = t.optimizer.flat.copy()
-    loss = train.accumulate(t.optimizer, [batch])
+    loss = train.gradients(t.optimizer)([batch])
     assert asked == [0] and record["ptx_loss"] == pytest.approx(loss)
     np.testing.assert_allclose(found["both"] - found["alone"], 0.3 * t.optimizer.flat, atol=1e-12)
     assert abs(found["alone"]).max() > 1e-3 < abs(t.optimizer.flat).max()
@@ -489,7 +532,7 @@ def test_as_it_runs_each_finds_what_is_rewarded(algo):
     records = []
     for n in range(120):
         rng = np.random.default_rng(n)
-        records.append(t.compute(t.optimizer, t.batches(n, rng), rng))
+        records.append(t.compute(t.batches(n, rng), rng))
         t.optimizer.step(2e-2)
     rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
     before = rlhf.sample(make(0), Tok(), asked, 200, LONGEST, rng)
@@ -507,7 +550,7 @@ def test_one_answer_to_everything_is_told():
     (r,) = t.batches(0, np.random.default_rng(0))
     same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
-        record = t.compute(t.optimizer, [same], np.random.default_rng(0))
+        record = t.compute([same], np.random.default_rng(0))
     assert record["distinct"] == 1 / 12
 
 

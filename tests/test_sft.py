@@ -120,7 +120,7 @@ def test_packing_and_accumulation_change_no_gradient(folder):
         batches = sft.update(sft.read(chosen, TOKENIZER).train, chosen, 0)
         assert len(batches) == steps
         assert sum(batch.weights.sum(dtype=np.float64) for batch in batches) == pytest.approx(1, abs=1e-6)
-        losses.append(train.accumulate(optimizer, batches))
+        losses.append(train.gradients(optimizer)(batches))
         gradients.append(optimizer.flat.copy())
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     for other in gradients[1:]:
@@ -133,7 +133,7 @@ def test_a_batch_in_which_nothing_is_learned(folder):
     rows.weights[:] = 0
     optimizer = TrainConfig().optimizer(make())
     batches = sft.update(rows, settings("", gradient_accumulation_steps=2), 0)
-    assert train.accumulate(optimizer, batches) == 0 and (optimizer.flat == 0).all()
+    assert train.gradients(optimizer)(batches) == 0 and (optimizer.flat == 0).all()
     assert train.mean_loss(optimizer.model, sft.consecutive(rows, 2)) == 0
 
 

@@ -23,7 +23,7 @@ import os
 import re
 from pathlib import Path
 from reprlib import repr as short
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 from . import tensorfile
 from . import tokenizer as tokenizers
@@ -140,6 +140,11 @@ def from_json(cls: type[T], values: object, where: str) -> T:
     hints, built = get_type_hints(cls), {}
     for name, value in values.items():
         hint = hints.get(name)
+        if type(None) in get_args(hint):
+            if value is None:
+                built[name] = None
+                continue
+            hint, _ = get_args(hint)
         if dataclasses.is_dataclass(hint):
             built[name] = from_json(hint, value, f"{where}: {name}")
         elif hint == tuple[str, ...] and isinstance(value, list) and all(map(_is_text, value)):
@@ -293,6 +298,9 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
     stage = state["settings"].get("stage") if isinstance(state["settings"], dict) else None
     if isinstance(stage, str) and stage != getattr(cls, "stage", stage):
         raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
+    adapter = state["settings"].get("adapter") if isinstance(state["settings"], dict) else None
+    if isinstance(adapter, dict) and adapter.get("kind") == "":  # as older versions said that there is none
+        state["settings"]["adapter"] = None
     settings = from_json(cls, state["settings"], str(path))
     size = math.prod(tensors["weights"].shape)
     if getattr(settings, "size", settings.model.size) != size:

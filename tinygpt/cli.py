@@ -162,7 +162,7 @@ _OF_PROMPT = {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden": "hid
 
 
 def _adapter_config(options: dict, n_embd: int):
-    """What the options of `_adapter` say."""
+    """What the options of `_adapter` say; None: no adapter."""
     from .config import PROJECTIONS, AdapterConfig
 
     kind, names = options["adapter"] or "", _OF_LORA | _OF_PROMPT
@@ -170,11 +170,18 @@ def _adapter_config(options: dict, n_embd: int):
     reason = f"--adapter {kind} has no such setting" if kind else "without --adapter nothing has that setting"
     _refuse(_given() & unused.keys(), reason)
     values = {field: options[name] for name, field in names.items()}
+    if not kind:
+        return None
     if values["alpha"] is None:
         values["alpha"] = float(values["rank"])
     if values["hidden"] is None:
         values["hidden"] = n_embd if kind == "ptuning" else 0
     return AdapterConfig(kind, **values | {"targets": values["targets"] or PROJECTIONS})
+
+
+def _room(model, adapter) -> int:
+    """The positions of a model that an adapter leaves to the text."""
+    return model.block_size - (adapter.prompt_length if adapter else 0)
 
 
 def _fields(cls: type, options: dict) -> dict:
@@ -407,13 +414,13 @@ def _begin(stage, *, preset, init_from, out, overwrite, **options):
     else:
         model = dataclasses.replace(PRESETS[preset], **_fields(GPTConfig, options))
     adapter = _adapter_config(options, model.n_embd)
-    if adapter.kind and not init_from:
+    if adapter and not init_from:
         if adapter.kind != "lora":
             raise click.UsageError(f"--adapter {adapter.kind} needs a trained model: give it as --init-from")
         adapter = dataclasses.replace(adapter, full=True)
-    elif adapter.kind and "learning_rate" not in given:
+    elif adapter and "learning_rate" not in given:
         options["learning_rate"] = LEARNING_RATES[adapter.kind]
-    room = max(1, model.block_size - adapter.prompt_length)
+    room = max(1, _room(model, adapter))
     options["block_size"] = options["block_size"] or min(room, 64 if init_from else room)
     settings = _settings(stage, options, model=model, adapter=adapter)
     how = {"tokenizer": tokenizer, "vocab_size": vocab_size, "init_from": init_from}
@@ -500,7 +507,7 @@ def sft(**options) -> None:
     model, asked = run.optimizer.model, [example.messages for example in questions[:3]]
     if run.before is not None:
         say(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
-    if run.settings.adapter.kind in ("ptuning", "prompt"):
+    if run.settings.adapter and run.settings.adapter.kind in ("ptuning", "prompt"):
         say("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
         for i, ids in enumerate(nearest(model).tolist()):
             shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
@@ -528,10 +535,10 @@ def _begin_sft(stage, is_world: bool, *, init_from, adapter_folder, out, overwri
     if adapter_folder:
         _refuse(given & {"adapter"}, "--adapter-folder has an adapter")
         adapter = adapters.load_model(init_from, adapter_folder)[0].adapter.config
-    room = max(1, model.block_size - adapter.prompt_length)
+    room = max(1, _room(model, adapter))
     options["block_size"] = options["block_size"] or min(256, room)
     if options["learning_rate"] is None:
-        options["learning_rate"] = stage.learning_rate(model, adapter.kind)
+        options["learning_rate"] = stage.learning_rate(model, adapter.kind if adapter else "")
     settings = _settings(stage, options, model=model, adapter=adapter, packing=not options["no_packing"])
     how = {"init_from": init_from, "adapter_folder": adapter_folder, "overwrite": overwrite}
     return stage.begin(out, settings, **how)
@@ -780,7 +787,7 @@ def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
         _refuse(_given() & {"ptx_coef"}, "give the examples as --ptx-data")
         options["ptx_coef"] = 0.0
     settings = _settings(
-        stage, options, model=model, adapter=adapter, block_size=model.block_size - adapter.prompt_length,
+        stage, options, model=model, adapter=adapter, block_size=_room(model, adapter),
         rl=stage.Config(**_fields(stage.Config, options)), reward_from=str(reward_model or ""),
     )  # fmt: skip
     return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)

@@ -94,7 +94,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for name, right, rule in (  # comparisons that are False for NaN
-            ("kind", self.kind in ("", "lora", "ptuning", "prompt", "prefix"), "a known one"),
+            ("kind", self.kind in ("lora", "ptuning", "prompt", "prefix"), "lora, ptuning, prompt or prefix"),
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "more than 0"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
@@ -108,7 +108,7 @@ class AdapterConfig:
     @property
     def prompt_length(self) -> int:
         """The positions that it takes."""
-        return 0 if self.kind in ("", "lora") else self.num_virtual_tokens
+        return 0 if self.kind == "lora" else self.num_virtual_tokens
 
     def encoder(self, base: GPTConfig) -> dict[str, tuple[int, int]]:
         """The layers, (in, out), of the MLP that makes the prompt, under PEFT's names."""

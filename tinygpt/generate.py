@@ -11,12 +11,13 @@ here: beam search, penalties on repetition, speculative decoding; how a conversa
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .errors import UserError
 from .model import GPT, Array
+from .replay import recorded
 from .storage import empty
 from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 
@@ -25,32 +26,30 @@ Tokenizer = CharTokenizer | BPETokenizer
 
 DRAWN = 64  # random numbers drawn at a time for each prompt
 PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay
-PER_ROW = {  # the number in each recorded operation that is proportional to the batch
-    "embedding_forward": "rows", "layernorm_forward": "rows", "gemm": "M", "gelu_forward": "n",
-    "append_rows": "B", "attention_forward": "B", "residual_forward": "n",
-}  # fmt: skip
 
 
 class KVCache:
-    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model."""
+    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model.
+
+    length is an array (), int64: a replayed operation reads how many there are by then.
+    """
 
     def __init__(self, model: GPT, batch: int, capacity: int) -> None:
         shape = model.config.n_layer, batch, capacity, model.config.n_embd
         self.keys, self.values = (empty(shape, model.flat.dtype) for _ in range(2))
-        self.length, self.capacity, self._model = 0, capacity, model
+        self.length, self.capacity, self._ops = np.zeros((), np.int64), capacity, model.ops
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Adds one layer's k and v, (B, T, C); the last layer's move `length` on.
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Adds one layer's k and v, (B, T, C); the first layer moves `length` on.
 
-        Returns all that the layer has, (B, length + T, C), as views.
+        Returns the layer's keys and values, (B, capacity, C), and `length`, which says how many there are.
         """
-        old, new = self.length, self.length + k.shape[1]
-        keys, values = self.keys[layer, :, :new], self.values[layer, :, :new]
-        self._model.ops.append_rows(self.keys[layer], k, old)
-        self._model.ops.append_rows(self.values[layer], v, old)
-        if layer == len(self.keys) - 1:
-            self.length = new
-        return keys, values
+        if layer == 0:
+            self._ops.advance(self.length, k.shape[1])
+        keys, values = self.keys[layer], self.values[layer]
+        self._ops.append_rows(keys, k, self.length)
+        self._ops.append_rows(values, v, self.length)
+        return keys, values, self.length
 
     def keep(self, alive: Array) -> Array:
         """Drops the rows where `alive` (B,) is False, and returns which old row each row now is.
@@ -87,7 +86,7 @@ def steps(
     outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
-    The weights must not change meanwhile: after a few steps they are read from copies.
+    The weights must not change meanwhile: after a few steps they are read from copies, as large as they are.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
@@ -100,7 +99,13 @@ def steps(
     seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
-    rows, ids, unread, decode = np.arange(len(seen)), None, [], _decoder(model, kv)
+    rows, ids, unread = np.arange(len(seen)), None, []
+
+    def newest(ids: Array, positions: Array, start: Array) -> Array:
+        return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
+
+    # a replay takes less time than the Python of a small model's forward
+    decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=PACK_AFTER, most=1)
     for step in range(max_new_tokens):
         if not len(rows):
             return
@@ -108,7 +113,8 @@ def steps(
             _append(seen, unread)
             logits, pad = _read(model, [seen[row] for row in rows], kv)
         else:
-            logits = decode(ids, pad)
+            positions = (kv.length - model.prefix - pad).astype(np.int32)
+            logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
         if temperature and step % DRAWN == 0:
             for row in rows:
                 draws[row].random(out=uniform[row])
@@ -164,7 +170,7 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array
     ids = np.array([[0] * (T - len(text)) + text for text in texts], np.int32)
     _, first, rows = np.unique(np.hstack([pad, ids]), axis=0, return_index=True, return_inverse=True)
     at, start = np.maximum(np.arange(T, dtype=np.int32) - pad, 0), np.repeat(pad, T, axis=1)
-    whole, kv.length = (kv.keys, kv.values), 0
+    whole, kv.length[...] = (kv.keys, kv.values), 0
     kv.keys, kv.values = (a[:, : len(first)] for a in whole)
     logits, _ = model.forward(
         ids[first], positions=at[first], start=start[first], past=kv, keep=False, last=True
@@ -173,50 +179,6 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array
         a[:, :, : kv.length] = a[:, rows.ravel(), : kv.length]
     kv.keys, kv.values = whole
     return logits[rows.ravel()], pad
-
-
-def _decoder(model: GPT, kv: KVCache) -> Callable[[Array, Array], Array]:
-    """A function from the newest ids (B,) and the padding (B, 1) to the logits (B, 1, V) after them: the
-    forward pass of one token. B may become smaller, as `kv` does.
-
-    With the C core the first call is recorded, and later ones are made from the record: a step of a small
-    model takes less time than the Python of its forward. What changes from step to step is the contents of
-    three arrays, how far the cache is filled, and how many rows there are. After PACK_AFTER steps the record
-    reads the weights from copies that lie in the order of their use, as large as the model.
-    """
-    token, position, start = (np.empty((kv.keys.shape[1], 1), np.int32) for _ in range(3))
-    recording, batch, replays = None, 0, 0
-
-    def decode(ids: Array, pad: Array) -> Array:
-        nonlocal recording, batch, replays
-        B = len(ids)
-        token[:B, 0], position[:B], start[:B] = ids, kv.length - model.prefix - pad, pad
-
-        def forward() -> Array:
-            return model.forward(token[:B], positions=position[:B], start=start[:B], past=kv, keep=False)[0]
-
-        if not hasattr(model.ops, "Recording"):
-            return forward()
-        if recording is None:
-            recording, batch = model.ops.Recording(forward), B
-            return recording.result
-        for args in recording.args["append_rows"]:
-            args.at = kv.length
-        kv.length += 1
-        for args in recording.args["attention_forward"]:
-            args.S = kv.length
-        if batch != B:
-            for op, structs in recording.args.items():
-                for args in structs:
-                    setattr(args, PER_ROW[op], getattr(args, PER_ROW[op]) // batch * B)
-            batch = B
-        replays += 1
-        if replays == PACK_AFTER:
-            recording.pack_weights()
-        recording.replay()
-        return recording.result[:B]
-
-    return decode
 
 
 def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings) -> list[Array]:

@@ -10,11 +10,12 @@ avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C 
 """
 
 import contextlib
+import functools
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -108,65 +109,41 @@ def _run(op: str, dtype: np.dtype, *fields) -> None:
         raise TypeError(f"{op}: arrays are float32 or float64 in the machine's byte order, not {dtype.str}")
     number, struct = _OPS[op]
     args = ffi.new(struct, [f if type(f) in (int, float) else _pointer(f) for f in fields])
-    if lib.tinygpt_run(number, dtype.char == "d", args):
-        raise MemoryError(f"the C core's {op}")
-    if (recording := getattr(_recording, "now", None)) is not None:
-        recording.add(op, (number, dtype.char == "d", args), fields)
+    if status := lib.tinygpt_run(number, dtype.char == "d", args):
+        raise IndexError(op) if status == 2 else MemoryError(f"the C core's {op}")
+    if (tape := current_tape()) is not None:
+        tape.add(op, (number, dtype.char == "d", args), fields)
 
 
-_recording = threading.local()
+_tapes = threading.local()
 
 
-class Recording:
-    """The calls to the C core that `function()` makes, to be made again without Python between them.
-
-    They read and write the same memory, whatever it holds by then. `result` is what the function returned;
-    `args[op]` the structs of its calls of `op`, in order, whose numbers may be changed before a `replay`.
-
-    inputs: the arrays whose contents may change before a replay. If they are given and a call reads any other
-    memory that no call has written (NumPy's result, or a copy of an input), a replay would read what was:
-    `is_whole` is then False. Without `inputs` such arrays are constants, and kept.
-    """
-
-    def __init__(self, function: Callable[[], object], inputs: Sequence[Array] | None = None) -> None:
-        self._arena, self._tape, self._kept, self._packed = storage.Arena(), [], [], []
-        self._inputs, self.is_whole = inputs, True
-        self.args: dict[str, list] = {}
-        outer, _recording.now = getattr(_recording, "now", None), self
-        try:
-            with self._arena.lending():
-                self.result = function()
-        finally:
-            _recording.now = outer
-        self._structs = ffi.new("struct call[]", [call for call, _ in self._tape])
-
-    def add(self, op: str, call: tuple, fields: tuple) -> None:
-        """Takes up a call that is made. Keeps its arrays, unless they are in the arena."""
-        others = [f for f in fields if isinstance(f, np.ndarray) and not _lies_in(f, self._arena.blocks)]
-        if self._inputs is not None:
-            self.is_whole &= all(_lies_in(a, self._inputs) for a in others)
-        self._kept += others
-        self._tape.append((call, fields[2] if op == "gemm" and any(fields[2] is a for a in others) else None))
-        self.args.setdefault(op, []).append(call[2])
-
-    def pack_weights(self) -> None:
-        """Lets each gemm read its right side from a copy, made now, that lies in the order of its use: a few
-        rows are then multiplied at the speed of memory. The copies are as large as what they copy."""
-        for (_, _, args), b in self._tape:
-            if b is not None and args.a_col == 1:
-                panels = storage.empty(-(-args.N // 32) * 32 * args.K, b.dtype)
-                _run("pack_panels", b.dtype, panels, b, args.N, args.K, args.b_row, args.b_col)
-                args.b, args.packed = _pointer(panels), 1
-                self._packed.append(panels)
-
-    def replay(self) -> None:
-        if lib.tinygpt_run_all(self._structs, len(self._structs)):
-            raise MemoryError("the C core")
+def current_tape():
+    """The tape on which this thread's operations are written down, or None: see replay.py."""
+    return getattr(_tapes, "current", None)
 
 
-def _lies_in(a: Array, arrays: Sequence[Array]) -> bool:
-    """Whether the memory of `a` is part of one of these arrays."""
-    return any(np.may_share_memory(a, other) for other in arrays)
+@contextlib.contextmanager
+def write_to(tape) -> Iterator[None]:
+    """Within this context, this thread's operations are written down on the tape; None: on no tape."""
+    outer, _tapes.current = current_tape(), tape
+    try:
+        yield
+    finally:
+        _tapes.current = outer
+
+
+def _in_numpy(function: Callable) -> Callable:
+    """An operation of few numbers, which is not worth a kernel."""
+
+    @functools.wraps(function)
+    def operation(*args, **named):
+        result = function(*args, **named)
+        if (tape := current_tape()) is not None:
+            tape.add_numpy(function, args, named, result)
+        return result
+
+    return operation
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
@@ -212,12 +189,22 @@ def _grad(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
     return False if out is False else _result(out, dtype, shape)
 
 
+_FLOAT32 = np.dtype(np.float32)  # for an operation without real numbers
+
+
 def _ids(ids: Array, below: int, what: str) -> Array:
+    """`ids` as int32 without gaps. Raises IndexError unless all are from 0 to below - 1."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what}s are integers, not {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= below):
-        raise IndexError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside 0 to {below - 1}")
-    return np.ascontiguousarray(ids, np.int32)
+    rows = np.ascontiguousarray(ids, np.int32)
+    try:
+        if rows is not ids and (rows != ids).any():  # a number of more than 32 bits
+            raise IndexError
+        _run("check_ids", _FLOAT32, storage.empty(1, np.int32), rows, rows.size, below)
+    except IndexError:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"{what} {wrong} is outside 0 to {below - 1}") from None
+    return rows
 
 
 # --- the operations: see ops.py for what each computes ------------------------------------------------------
@@ -263,8 +250,20 @@ def gemm(
         raise ValueError("gemm: where something is added, the rows of out have no gaps")
     bias = None if bias is None else _like(bias, a.dtype, (N,))
     add = None if add is None else _like(add, a.dtype, (M, N))
-    _run("gemm", a.dtype, out, a, b, bias, add, M, N, K, *strides)
+    tape = current_tape() if a.strides[1] == size else None
+    panels = tape.panels(b) if tape is not None else None
+    packed = panels is not None
+    _run("gemm", a.dtype, out, a, panels if packed else b, bias, add, M, N, K, *strides, int(packed))
     return out
+
+
+def pack_panels(b: Array) -> Array:
+    """A copy of b (K, N) in the order in which `gemm` reads: a few rows are then multiplied at the speed of
+    memory."""
+    K, N = b.shape
+    panels = storage.empty(-(-N // 32) * 32 * K, b.dtype)
+    _run("pack_panels", b.dtype, panels, b, N, K, *(s // b.itemsize for s in b.strides))
+    return panels
 
 
 def linear_forward(
@@ -327,16 +326,17 @@ def gelu_backward(dout: Array, cache: tuple) -> Array:
     return dx
 
 
-# of few numbers, not worth a kernel
-relu_forward, relu_backward = ops.relu_forward, ops.relu_backward
-tanh_forward, tanh_backward = ops.tanh_forward, ops.tanh_backward
+relu_forward, relu_backward = map(_in_numpy, (ops.relu_forward, ops.relu_backward))
+tanh_forward, tanh_backward = map(_in_numpy, (ops.tanh_forward, ops.tanh_backward))
+advance, weighted_sum = map(_in_numpy, (ops.advance, ops.weighted_sum))
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0
-) -> tuple[Array, tuple]:
-    (B, T, C), S = q.shape, k.shape[1]
-    if k.shape != (B, S, C) or v.shape != k.shape or T > S or C % n_head:
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0,
+    length: Array | None = None,
+) -> tuple[Array, tuple]:  # fmt: skip
+    (B, T, C), S = q.shape, k.shape[1] if length is None else int(length)
+    if k.shape != (B, k.shape[1], C) or v.shape != k.shape or not T <= S <= k.shape[1] or C % n_head:
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads"
         )
@@ -347,9 +347,9 @@ def attention_forward(
         start = _like(start, np.int32, (B, min(T, S - prefix)))
         if start.size and start.min() < 0:
             raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
-    out = storage.empty(q.shape, q.dtype)
+    out, length = storage.empty(q.shape, q.dtype), None if length is None else np.asarray(length, np.int64)
     sizes = B, T, S, n_head, C // n_head, prefix
-    _run("attention_forward", q.dtype, out, q, k, v, start, *sizes, *_strides(q, k, v))
+    _run("attention_forward", q.dtype, out, q, k, v, start, length, *sizes, *_strides(q, k, v))
     return out, (q, k, v, start, sizes)
 
 
@@ -368,12 +368,12 @@ def attention_backward(
     return dqkv if packed else tuple(grads)
 
 
-def append_rows(cache: Array, x: Array, at: int) -> None:
+def append_rows(cache: Array, x: Array, length: Array) -> None:
     (B, T, C), x = x.shape, _rows(x, cache.dtype)
-    if not 0 <= at <= cache.shape[1] - T:
-        raise ValueError(f"append_rows: {T} rows at {at} do not fit into {cache.shape[1]}")
+    if not T <= length <= cache.shape[1]:
+        raise ValueError(f"append_rows: {T} rows, {length} in all, do not fit into {cache.shape[1]}")
     _destination(cache, cache.dtype, (B, cache.shape[1], C), _rows(cache, cache.dtype) is cache)
-    _run("append_rows", cache.dtype, cache, x, B, T, C, at, *_strides(cache, x))
+    _run("append_rows", cache.dtype, cache, x, np.asarray(length, np.int64), B, T, C, *_strides(cache, x))
 
 
 def sample(

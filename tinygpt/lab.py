@@ -72,7 +72,7 @@ class Lab:
         settings = pretrain.Settings(
             model=dataclasses.replace(PRESETS["nano"], **sizes), train=TrainConfig(**how),
             data=(source or self.source,), block_size=block_size, batch_size=recipe["batch_size"],
-            adapter=adapter or AdapterConfig(),
+            adapter=adapter,
         )  # fmt: skip
         if not (folder / "done").exists():
             self.say(f"seed {self.seed}: pre-training {name}")

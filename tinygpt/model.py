@@ -202,9 +202,10 @@ class GPT(storage.Parameters):
     def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
         """qkv (B, T, 3C) -> y (B, T, C): every query sees the keys before it, and those of `run.past`."""
         q, k, v = self.split(qkv)  # (B, T, C) each
+        length = None
         if run.past is not None:
-            k, v = run.past.extend(layer, k, v)  # (B, S, C) each
-        return self.ops.attention_forward(q, k, v, self.config.n_head, run.start, self.prefix)
+            k, v, length = run.past.extend(layer, k, v)  # (B, S, C) each
+        return self.ops.attention_forward(q, k, v, self.config.n_head, run.start, self.prefix, length)
 
     def attend_backward(self, dy: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         return self.ops.attention_backward(dy, cache, packed=True)  # (B, T, 3C)
@@ -280,24 +281,6 @@ class GPT(storage.Parameters):
 
     # --- loss -----------------------------------------------------------------------------------------------
 
-    def losses(
-        self,
-        ids: Array,
-        targets: Array,
-        weights: Array | None = None,
-        grads: dict[str, Array] | None = None,
-        **forward,
-    ) -> Array:
-        """The nll of each target, (B, T), in nats, and where `grads` is given the gradients of
-        sum(weights * nll). Other arguments go to `forward`."""
-        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
-        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
-        if grads is not None:
-            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
-            del logits, c_nll  # the largest arrays of all
-            self.backward(dlogits, cache, grads)
-        return nll
-
     def loss(
         self,
         ids: Array,
@@ -305,13 +288,18 @@ class GPT(storage.Parameters):
         weights: Array | None = None,
         grads: dict[str, Array] | None = None,
         **forward,
-    ) -> float:
-        """sum(weights * nll), in nats, and where `grads` is given its gradients.
+    ) -> Array:
+        """sum(weights * nll), (), float64, in nats, and where `grads` is given its gradients.
 
         ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to
         `forward`.
         """
         if weights is None:
             weights = np.full(targets.shape, 1 / targets.size, self.flat.dtype)
-        nll = self.losses(ids, targets, weights, grads, **forward)
-        return float((nll * weights).sum(dtype=np.float64))
+        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
+        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
+        if grads is not None:
+            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
+            del logits, c_nll  # the largest arrays of all
+            self.backward(dlogits, cache, grads)
+        return self.ops.weighted_sum(nll, weights)  # ()

@@ -216,13 +216,17 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0
-) -> tuple[Array, tuple]:
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0,
+    length: Array | None = None,
+) -> tuple[Array, tuple]:  # fmt: skip
     """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, 3.2.
 
     q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h owns channels h D to (h + 1) D of each. `start`
     and `prefix` say which keys are visible, see `visible_keys`; without them query i sees 0 to S - T + i.
+    length (), int64: only the first `length` of the S keys are there, as in a KV cache that is not full.
     """
+    if length is not None:
+        k, v = k[:, :length], v[:, :length]
     (B, T, C), S = q.shape, k.shape[1]
     visible = visible_keys(B, T, S, start, prefix)
     scores = _split(q, n_head) @ _split(k, n_head).swapaxes(2, 3)  # (B, H, T, S)
@@ -267,9 +271,17 @@ def _merge(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)  # (B, T, C)
 
 
-def append_rows(cache: Array, x: Array, at: int) -> None:
-    """cache[:, at : at + T] = x: keys or values, (B, T, C), behind those that a cache (B, S, C) has."""
-    cache[:, at : at + x.shape[1]] = x
+def append_rows(cache: Array, x: Array, length: Array) -> None:
+    """x (B, T, C) becomes the last T of the first `length` positions of cache (B, S, C): keys or values.
+
+    length (), int64.
+    """
+    cache[:, length - x.shape[1] : length] = x
+
+
+def advance(length: Array, n: int) -> None:
+    """length (), int64, grows by n."""
+    length += n
 
 
 # --- residual connection and dropout ------------------------------------------------------------------------
@@ -345,6 +357,11 @@ def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
     dlogits *= dnll[..., None]
     dlogits[dnll == 0] = 0
     return dlogits
+
+
+def weighted_sum(nll: Array, weights: Array) -> Array:
+    """sum(weights * nll), any one shape -> (), float64. Its gradient by nll is `weights`."""
+    return np.asarray((nll * weights).sum(dtype=np.float64))
 
 
 # --- sampling: functions of the logits ----------------------------------------------------------------------

@@ -60,7 +60,6 @@ class AdamW:
         self.flat, self.grads = self.trained.gradients(names)
         self.m, self.v = (storage.flat({"": self.flat.shape}, self.flat.dtype)[0] for _ in range(2))
         self.steps = 0
-        self.recordings: dict = {}  # of the computation of these gradients, see train
         self.spans = _spans(self.trained, self.grads)
 
     def step(self, lr: float) -> float:

@@ -78,7 +78,7 @@ def begin(
         tok = _tokenizer(tokenizer, vocab_size, source)
         config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
         model = build(config, np.random.default_rng(settings.train.seed))
-    if settings.adapter.kind:
+    if settings.adapter:
         rng = np.random.default_rng([settings.train.seed, 0, 3])
         model = adapters.create(model, settings.adapter, rng)
     mark = _fingerprint(source, tok)

@@ -43,7 +43,7 @@ class Settings:
     fingerprint: str = ""  # of what is made from them
     init_from: str = ""  # the folder of the model that it began with
     init_hash: str = ""  # of the weights there, as they were
-    adapter: AdapterConfig = AdapterConfig()  # what is trained beside that model, if not itself
+    adapter: AdapterConfig | None = None  # what is trained beside that model, if not itself
     block_size: int = 64  # of the training sequences: at most the model's
     batch_size: int = 12
     gradient_accumulation_steps: int = 1  # batches of that size for each update
@@ -52,14 +52,14 @@ class Settings:
         for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.adapter.kind:
-            self.adapter.shapes(self.model)  # which says what does not fit
         limit, beside = self.model.block_size, ""
-        if P := self.adapter.prompt_length:
-            limit, beside = limit - P, f" beside a prompt of {P}"
+        if self.adapter:
+            self.adapter.shapes(self.model)  # which says what does not fit
+            if P := self.adapter.prompt_length:
+                limit, beside = limit - P, f" beside a prompt of {P}"
         if self.block_size > limit:
             raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions{beside}")
-        if self.train.merge_every and self.adapter.kind != "lora":
+        if self.train.merge_every and not (self.adapter and self.adapter.kind == "lora"):
             raise UserError("merge_every is for an adapter that can be merged, which is lora")
         if self.batch_size * self.block_size > MOST_TOKENS:
             raise UserError(
@@ -70,7 +70,7 @@ class Settings:
     @property
     def size(self) -> int:
         """The number of weights that are trained."""
-        if not self.adapter.kind:
+        if not self.adapter:
             return self.model.size
         return sum(map(math.prod, self.adapter.shapes(self.model).values()))
 
@@ -78,12 +78,12 @@ class Settings:
     def has_model(self) -> bool:
         """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
         nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
-        return bool(not self.adapter.kind or self.train.merge_every or not self.init_from)
+        return bool(not self.adapter or self.train.merge_every or not self.init_from)
 
     @property
     def has_base(self) -> bool:
         """Whether the run's own file has the weights of the model too, beside those of its adapter."""
-        return bool(self.adapter.kind) and self.has_model
+        return bool(self.adapter) and self.has_model
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -182,7 +182,7 @@ def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) 
     """Writes the folder that others read: a model's, or an adapter's, and removes the files of the other."""
     with together(folder):
         if settings.has_model:
-            whole = adapters.merge(model) if settings.adapter.kind else model
+            whole = adapters.merge(model) if settings.adapter else model
             checkpoint.save(folder, whole, tokenizer)
         else:
             adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
@@ -202,7 +202,7 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
         model.config = settings.model
     else:
         model = build(settings.model)
-    if settings.adapter.kind:
+    if settings.adapter:
         model = adapters.beside(model, settings.adapter)
     optimizer = settings.train.optimizer(model)
     checkpoint.load_trainer(folder, optimizer)

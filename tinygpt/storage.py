@@ -35,8 +35,7 @@ class Arena:
     the array in it, or a view of that array."""
 
     def __init__(self) -> None:
-        self.blocks: list[np.ndarray] = []
-        self._free: dict[int, list[np.ndarray]] = {}  # by size
+        self._free: list[np.ndarray] = []
 
     @contextlib.contextmanager
     def lending(self) -> Iterator[None]:
@@ -47,15 +46,16 @@ class Arena:
             _lending.arena = outer
 
     def lend(self, size: int) -> ctypes.Array:
-        free = self._free.setdefault(size, [])
-        if not free:
+        fits = [n for n, block in enumerate(self._free) if size <= len(block)]
+        if fits:
+            block = self._free.pop(min(fits, key=lambda n: len(self._free[n])))
+        else:
             outer, _lending.arena = _lending.arena, None
-            free.append(empty(size, np.uint8))
+            block = empty(size, np.uint8)
             _lending.arena = outer
-            self.blocks.append(free[-1])
         # an object that an array and its views keep alive; of a memoryview NumPy would keep the block alone
-        loan = (ctypes.c_char * size).from_buffer(free[-1])
-        weakref.finalize(loan, free.append, free.pop()).atexit = False
+        loan = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(loan, self._free.append, block).atexit = False
         return loan
 
 

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,10 @@ from .errors import UserError
 from .jsonfile import parse
 from .model import GPT
 from .optim import AdamW, learning_rate
+from .replay import recorded
 
 Array = np.ndarray
 Record = dict[str, float]  # what a report tells of one update
-MOST_RECORDINGS = 16  # of shapes of batches, see `_loss`
 MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
 
 
@@ -113,24 +114,34 @@ def train(
     returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
     update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
 
-    compute(optimizer, batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a
-    record with it as train_loss; by default it is `accumulate`.
+    compute(batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a record with the loss
+    as train_loss; by default it is `gradients(optimizer)`.
 
     Raises NonFiniteError, before the update or the save in question.
     """
-    compute = compute or accumulate
+    compute = compute or gradients(optimizer)
     began, saved = time.perf_counter() - elapsed_s, optimizer.steps
     with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
         while optimizer.steps < config.max_iters:
-            record = _update(optimizer, batches, config, compute, saved)
-            n = optimizer.steps
+            start, rng = time.perf_counter(), np.random.default_rng([config.seed, optimizer.steps])
+            todo = batches(optimizer.steps, rng)
+            losses = compute(todo, rng)
+            losses = losses if isinstance(losses, dict) else {"train_loss": losses}
+            _check_finite(losses["train_loss"], "loss", optimizer.steps + 1, saved)
+            lr = config.learning_rate_at(optimizer.steps)
+            norm = optimizer.step(lr)
+            _check_finite(norm, "gradient's norm", optimizer.steps + 1, saved)
+            n, seconds = optimizer.steps, max(time.perf_counter() - start, 1e-9)  # a clock may stand still
+            rate = round(sum(batch.ids.size for batch in todo) / seconds, 1)
+            record = {"iter": n, **losses, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}
+
             due = n % config.eval_interval == 0 or n == config.max_iters
-            found = evaluate() if due else {}
-            for name, value in found.items():
+            evaluation = evaluate() if due else {}
+            for name, value in evaluation.items():
                 _check_finite(value, name, n, saved)
             closed = None
             try:
-                report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | found)
+                report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | evaluation)
             except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
                 closed = error
             if due or interrupted or closed:
@@ -142,90 +153,36 @@ def train(
                 raise KeyboardInterrupt
 
 
-def _update(
-    optimizer: AdamW, batches: Callable, config: TrainConfig, compute: Callable, saved: int
-) -> Record:
-    n, began = optimizer.steps, time.perf_counter()
-    rng = np.random.default_rng([config.seed, n])
-    todo = batches(n, rng)
-    found = compute(optimizer, todo, rng)
-    found = found if isinstance(found, dict) else {"train_loss": found}
-    _check_finite(found["train_loss"], "loss", n + 1, saved)
-    lr = config.learning_rate_at(n)
-    norm = optimizer.step(lr)
-    _check_finite(norm, "gradient's norm", n + 1, saved)
-    seconds = max(time.perf_counter() - began, 1e-9)  # a clock may stand still
-    rate = sum(batch.ids.size for batch in todo) / seconds
-    return {"iter": n + 1, **found, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1)}
+def gradients(optimizer: AdamW) -> Callable:
+    """A function compute(batches, rng): it puts the gradients of the batches' summed loss into
+    `optimizer.flat`, and returns the loss, in nats. rng turns dropout on.
 
-
-def accumulate(
-    optimizer: AdamW, batches: Sequence[Batch], rng: np.random.Generator | None = None
-) -> float:
-    """Puts the gradients of the batches' summed loss into `optimizer.flat`; returns that loss, in nats.
-
-    As the losses are sums, not means, this is what one large batch would give. rng: turns dropout on.
+    As the losses are sums, not means, this is what one large batch would give. The forward and backward
+    passes are replayed from the second batch of a shape on (`replay`).
     """
-    loss, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
-    for batch in batches:
-        loss += _loss(optimizer, batch, rng)
+    model = optimizer.model
+    loss = recorded(partial(model.loss, grads=optimizer.grads), model, optimizer.flat)
+
+    def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
+        value, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
+        for ids, targets, weights, start, positions in batches:
+            if positions is None:
+                positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
+            value += float(loss(ids, targets, weights, start=start, positions=positions, rng=rng))
+            if total is not None:
+                total += optimizer.flat
         if total is not None:
-            total += optimizer.flat
-    if total is not None:
-        optimizer.flat[:] = total
-    return loss
+            optimizer.flat[:] = total
+        return value
 
-
-def _loss(optimizer: AdamW, batch: Batch, rng: np.random.Generator | None) -> float:
-    """The loss of a batch, its gradients in `optimizer.flat`.
-
-    With the C core the calls that the first batch of a shape makes are recorded, and later ones are made from
-    the recording: Python's part of a small model's step is a tenth of its time. Dropout has other seeds in
-    each step and is not recorded; nor is a batch of odd shapes, or with ids out of range, which the model
-    names; nor a model that computes anything in NumPy, such as a learned prompt.
-    """
-    model, ids = optimizer.model, batch.ids
-    if batch.positions is None:
-        batch = batch._replace(positions=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape))
-    key = optimizer.flat.ctypes.data, model.config, ids.shape, tuple(a is not None for a in batch)
-    dropout = rng is not None and model.draws
-    if dropout or not _is_usual(model, batch) or optimizer.recordings.get(key) is False:
-        more = {"start": batch.start, "positions": batch.positions, "rng": rng}
-        return model.loss(*batch[:3], optimizer.grads, **more)
-    if key in optimizer.recordings:
-        held, recording = optimizer.recordings[key]
-        for mine, new in zip(held, batch, strict=True):
-            if mine is not None:
-                mine[:] = new
-        recording.replay()
-    else:
-        types = np.int32, np.int32, model.flat.dtype, np.int32, np.int32
-        copies = (a if a is None else np.array(a, t, order="C") for a, t in zip(batch, types, strict=True))
-        held = Batch(*copies)
-        more = {"start": held.start, "positions": held.positions}
-        inputs = [a for a in (*held, model.flat, model.trained.flat, optimizer.flat) if a is not None]
-        recording = model.ops.Recording(lambda: model.losses(*held[:3], optimizer.grads, **more), inputs)
-        optimizer.recordings[key] = (held, recording) if recording.is_whole else False
-        if len(optimizer.recordings) > MOST_RECORDINGS:
-            del optimizer.recordings[next(iter(optimizer.recordings))]
-    return float((recording.result * held.weights).sum(dtype=np.float64))
-
-
-def _is_usual(model: GPT, batch: Batch) -> bool:
-    """Whether a replay can take this batch: all shapes alike, all numbers within their tables."""
-    below = (model.config.vocab_size, model.config.vocab_size, None, math.inf, model.context)
-    usual = batch.ids.size and hasattr(model.ops, "Recording") and batch.weights.shape == batch.ids.shape
-    for a, most in zip(batch, below, strict=True):
-        if usual and a is not None and most is not None:
-            usual = a.shape == batch.ids.shape and a.dtype.kind in "iu" and a.min() >= 0 and a.max() < most
-    return bool(usual)
+    return compute
 
 
 def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
     """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
     total, count = 0.0, 0.0
     for ids, targets, weights, start, positions in batches:
-        total += model.loss(ids, targets, weights, start=start, positions=positions)
+        total += float(model.loss(ids, targets, weights, start=start, positions=positions))
         count += float(weights.sum(dtype=np.float64))
     return total / max(count, 1e-30)
 

@@ -36,7 +36,7 @@ from ..finetune.adapters import create
 from ..generate import generate
 from ..model import GPT
 from ..optim import AdamW
-from ..train import Batch, accumulate
+from ..train import Batch, gradients
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 LORA = ("small", "gpt2")
@@ -211,7 +211,7 @@ def _rloo(size: str) -> Callable[[], object]:
     )  # fmt: skip
 
     def step() -> None:
-        learner.compute(optimizer, learner.batches(optimizer.steps, rng), rng)
+        learner.compute(learner.batches(optimizer.steps, rng), rng)
         optimizer.step(1e-5)
 
     return step
@@ -250,10 +250,11 @@ def _training(
     model = create(model, adapter, rng) if adapter else model
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
+    compute = gradients(optimizer)
     batch = Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))
 
     def step() -> None:
-        accumulate(optimizer, [batch])
+        compute([batch])
         optimizer.step(1e-3)
 
     attention = 6 * config.n_layer * config.n_embd * T

@@ -119,7 +119,6 @@ def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
     model.adapter.flat[:] = fresh.adapter.flat
     model.base, model.flat, own = fresh.base, fresh.flat, model.adapter.params
     model.params = fresh.params | {name: p for name, p in own.items() if name in fresh.params}
-    optimizer.recordings.clear()  # they read the older base
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:

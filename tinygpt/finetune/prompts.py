@@ -111,10 +111,10 @@ class _Before:
     def __init__(self, prompt: Array, past, model: Prefix) -> None:
         self.prompt, self.past, self.model = prompt, past, model
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
         keys, values = self.model.places(layer)
         k, v = before(self.prompt[:, keys], k), before(self.prompt[:, values], v)  # (B, P + T, C)
-        return (k, v) if self.past is None else self.past.extend(layer, k, v)
+        return (k, v, None) if self.past is None else self.past.extend(layer, k, v)
 
 
 def before(rows: Array, x: Array) -> Array:

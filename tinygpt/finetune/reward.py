@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,8 +222,8 @@ def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
     """Trains a judge in memory, on the comparisons that fit a row."""
     pairs = [pair for pair in _pairs(judge, comparisons) if max(map(len, pair)) <= settings.block_size]
     optimizer = settings.train.optimizer(judge.model)
-    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train, compute=loss,
-                report=report)  # fmt: skip
+    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train,
+                compute=partial(loss, optimizer), report=report)  # fmt: skip
 
 
 def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
@@ -296,8 +297,8 @@ def reward(run: Run, report: Callable[[train.Record], None] = lambda record: Non
         found = judged(run.judge, run.val)
         return {"val_right": found.right.rate, "val_margin": found.margin}
 
-    runs.run(run.folder, run.optimizer, run.tokenizer, settings,
-             lambda n, rng: [batch(pairs, settings, n)], evaluate, report, compute=loss)  # fmt: skip
+    runs.run(run.folder, run.optimizer, run.tokenizer, settings, lambda n, rng: [batch(pairs, settings, n)],
+             evaluate, report, compute=partial(loss, run.optimizer))  # fmt: skip
 
 
 def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:

@@ -104,7 +104,8 @@ def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array])
 
 def logprobs(model: GPT, samples: Samples) -> Array:
     """log p of each target (N, T), float64, 0 where the mask is 0."""
-    nll = model.losses(samples.ids, samples.targets)
+    logits, _ = model.forward(samples.ids, keep=False)
+    nll, _ = model.ops.cross_entropy_forward(logits, samples.targets)
     return -(nll * samples.mask).astype(np.float64)
 
 
@@ -351,6 +352,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.last, self.warned = None, False
         self.experience: Experience | None = None  # of the last rollout, from its first update on
+        self.learn_examples = train.gradients(self.optimizer)
 
     def batches(self, n: int, rng: np.random.Generator) -> list[Rollout]:
         """For update n, samples of the policy as it is; the same again for `num_iterations` updates."""
@@ -375,9 +377,9 @@ class Trainer:
         self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
 
-    def compute(self, optimizer: AdamW, batches, rng: np.random.Generator) -> train.Record:
+    def compute(self, batches, rng: np.random.Generator) -> train.Record:
         """For `train.train`: the gradients of one update, and what there is to watch."""
-        (r,), config = batches, self.config
+        (r,), config, optimizer = batches, self.config, self.optimizer
         mask, N = r.samples.mask, len(r.scores)
         b, t = np.nonzero(mask)
         record = {"train_loss": 0.0, "reward": float(r.scores.mean())}
@@ -399,7 +401,7 @@ class Trainer:
         record |= {"length": float(mask.sum() / N), "distinct": len(set(r.samples.answers)) / N}
         if self.examples is not None:
             of_samples, examples = optimizer.flat.copy(), self.examples(optimizer.steps)
-            record["ptx_loss"] = train.accumulate(optimizer, examples, rng)
+            record["ptx_loss"] = self.learn_examples(examples, rng)
             optimizer.flat *= config.ptx_coef
             optimizer.flat += of_samples
         if self.gold is not None:
@@ -486,7 +488,7 @@ def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool 
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
         raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
-    if settings.adapter.kind:
+    if settings.adapter:
         model = adapters.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
     settings = runs.from_model(
         settings, model, init_from, ptx_data=runs.absolute(settings.ptx_data),
@@ -595,9 +597,9 @@ def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None)
             drawn = rng.integers(len(run.comparisons), size=settings.batch_size)
             return [compared(run.tokenizer, run.reference, [run.comparisons[i] for i in drawn])]
 
-        def compute(optimizer: AdamW, batches, rng) -> float:
+        def compute(batches, rng) -> float:
             (c,) = batches
-            return learn(optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta))
+            return learn(run.optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta))
 
     else:
         learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world,

@@ -96,7 +96,7 @@ def begin(
     runs.check_folder(folder, overwrite)
     model, tokenizer = adapters.load_model(init_from, adapter_folder)
     model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-    if not adapter_folder and settings.adapter.kind:
+    if not adapter_folder and settings.adapter:
         rng = np.random.default_rng([settings.train.seed, 0, 3])
         model = adapters.create(model, settings.adapter, rng)
     tokenizer.chat_template = instructions.TEMPLATE
@@ -108,7 +108,7 @@ def begin(
     settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
     optimizer = settings.train.optimizer(model)
     runs.first_save(folder, optimizer, tokenizer, settings)
-    before = None if settings.adapter.kind else {name: p.copy() for name, p in model.params.items()}
+    before = None if settings.adapter else {name: p.copy() for name, p in model.params.items()}
     return Run(folder, settings, optimizer, tokenizer, examples, before)
 
 
@@ -167,7 +167,7 @@ def updates(
 
 
 def _weights_before(settings: Settings) -> dict[str, Array] | None:
-    if settings.adapter.kind:
+    if settings.adapter:
         return None
     try:
         model, _ = checkpoint.load(settings.init_from)
