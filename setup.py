@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # one build for all Pythons, but free-threaded ones
-BUILD_ERROR = "_build_error.txt"  # in the package; read by tinygpt/kernels.py
+BUILD_ERROR = "_build_error.txt"  # in the package; read by tinygpt/core/kernels.py
 
 
 def core():

@@ -179,9 +179,9 @@ static void panels_by_tiles(const void *args, size_t begin, size_t end)
         const size_t j = item % panels * COLS, width = least(g->N - j, COLS);
         const size_t first = item / panels * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
         const struct slice k = {0, g->K};
-        const real *b = g->packed ? g->b + j * g->K : g->b + j;
-        size_t b_row = g->packed ? COLS : g->b_row;
-        if (width < COLS && !g->packed) {
+        const real *b = g->panels ? g->panels + j * g->K : g->b + j;
+        size_t b_row = g->panels ? COLS : g->b_row;
+        if (width < COLS && !g->panels) {
             real *packed = scratch(SCRATCH_PRIVATE, g->K * COLS * sizeof(real));
             if (!packed)
                 return;
@@ -266,8 +266,10 @@ static void few_rows_by_dots(const void *args, size_t begin, size_t end)
 
 static void gemm(const void *args)
 {
-    const struct gemm *g = args;
-    if (g->packed || (g->M <= FEW && g->K && g->a_col == 1 && g->b_col == 1)) {
+    struct gemm copy = *(const struct gemm *)args, *g = &copy;
+    if (!g->packed || !*g->packed)
+        g->panels = NULL;
+    if (g->panels || (g->M <= FEW && g->K && g->a_col == 1 && g->b_col == 1)) {
         const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
         parallel(panels_by_tiles, g, up(g->N, COLS) / COLS * pieces, 1 + 65536 / (g->K * COLS * rows + 1));
         return;

@@ -24,12 +24,14 @@
    c_row apart. */
 struct gemm {
     real *c;
-    const real *a, *b, *bias, *add;
-    size_t M, N, K, c_row, a_row, a_col, b_row, b_col, packed;
+    const real *a, *b, *bias, *add, *panels;
+    const int32_t *packed;
+    size_t M, N, K, c_row, a_row, a_col, b_row, b_col;
 };
 
 /* out = b (K, N) in panels of as many columns as a tile has, each panel's rows one after the other, zeros
-   beyond N: what gemm reads as b where `packed` is 1. out has room for N rounded up to 32. */
+   beyond N. gemm reads them as `panels` instead of b where *packed is 1; panels and packed may be NULL. out
+   has room for N rounded up to 32. */
 struct pack_panels {
     real *out;
     const real *b;

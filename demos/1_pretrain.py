@@ -15,12 +15,17 @@ from pathlib import Path
 import common
 import numpy as np
 
-from tinygpt import GPT, GPTConfig, checkpoint, data, report
-from tinygpt.generate import encode_prompt, generate
-from tinygpt.optim import AdamW, learning_rate
-from tinygpt.terminal import say
-from tinygpt.train import weight_change
-from tinygpt.world import World, corpus, evaluate
+from tinygpt import GPT, GPTConfig
+from tinygpt.core.generate import generate
+from tinygpt.core.optim import AdamW, learning_rate
+from tinygpt.core.train import weight_change
+from tinygpt.folders import checkpoint
+from tinygpt.lab import report
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate
+from tinygpt.text import data
+from tinygpt.text.stream import encode_prompt
+from tinygpt.world import World, corpus
 
 BLOCK, BATCH, UPDATES = 128, 8, 4600
 

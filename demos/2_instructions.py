@@ -11,11 +11,12 @@ from pathlib import Path
 
 import common
 
-from tinygpt import checkpoint, report
-from tinygpt.finetune import sft
-from tinygpt.terminal import say
-from tinygpt.train import TrainConfig, weight_change
-from tinygpt.world import World, evaluate, tasks
+from tinygpt.core.train import TrainConfig, weight_change
+from tinygpt.folders import checkpoint
+from tinygpt.lab import report
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate, sft
+from tinygpt.world import World, tasks
 
 TRAIN = TrainConfig(max_iters=1000, learning_rate=4e-4, min_lr=4e-5, warmup_iters=10)
 

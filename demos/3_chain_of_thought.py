@@ -14,11 +14,12 @@ from pathlib import Path
 
 import common
 
-from tinygpt import GPT, instructions
-from tinygpt.finetune import sft
-from tinygpt.terminal import say
-from tinygpt.train import TrainConfig
-from tinygpt.world import World, evaluate, tasks
+from tinygpt import GPT
+from tinygpt.core.train import TrainConfig
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate, sft
+from tinygpt.text import instructions
+from tinygpt.world import World, tasks
 
 TRAIN = TrainConfig(max_iters=300, learning_rate=5e-4, min_lr=5e-5, warmup_iters=10)
 STEPS = range(1, 6)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import common
 
-from tinygpt import checkpoint, recipes
-from tinygpt.finetune import reward
-from tinygpt.terminal import say
-from tinygpt.train import TrainConfig
+from tinygpt.core.train import TrainConfig
+from tinygpt.folders import checkpoint
+from tinygpt.lab import recipes
+from tinygpt.shell.terminal import say
+from tinygpt.stages import reward
 from tinygpt.world import World
 
 COUNTS = (300, 3000, recipes.REWARD["comparisons"])

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import common
 
-from tinygpt import recipes, report, train
-from tinygpt.finetune import rlhf
-from tinygpt.terminal import say
-from tinygpt.world import World, evaluate
+from tinygpt.core import train
+from tinygpt.lab import recipes, report
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate, rlhf
+from tinygpt.world import World
 
 RECIPE = recipes.RLHF
 SETS = ("questions, known", "questions, never seen", "to Korean", "reading", "journey")

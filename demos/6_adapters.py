@@ -12,13 +12,13 @@ from pathlib import Path
 import common
 import numpy as np
 
-from tinygpt.config import AdapterConfig
-from tinygpt.finetune import adapters, sft
-from tinygpt.finetune.prompts import nearest
-from tinygpt.instructions import prompt
-from tinygpt.terminal import say
-from tinygpt.train import TrainConfig
-from tinygpt.world import World, evaluate, tasks
+from tinygpt.core.train import TrainConfig
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate, sft, variants
+from tinygpt.stages.adapter import AdapterConfig, fingerprint
+from tinygpt.stages.prompts import nearest
+from tinygpt.text.instructions import prompt
+from tinygpt.world import World, tasks
 
 UPDATES = 1000  # each
 ARMS = (
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     sets = {name: items for name, items in evaluate.named_tasks(world, count=300).items() if name in SETS}
     examples = tasks.conversations(world, tasks.tuning(world))
     question = prompt(tokenizer, sets["questions, known"][0]["prompt"])[None]
-    untuned, mark = base.forward(question)[0], adapters.fingerprint(base)
+    untuned, mark = base.forward(question)[0], fingerprint(base)
 
     def row(name: str, model, trained: str) -> None:
         formed, cells = [], ""
@@ -50,14 +50,14 @@ def main(folder: Path) -> None:
     row("as it was", base, "")
     for name, config, rate in ARMS:
         rng = np.random.default_rng(common.SEED)
-        model = base.copy() if config is None else adapters.create(base, config, rng)
+        model = base.copy() if config is None else variants.create(base, config, rng)
         train = TrainConfig(max_iters=UPDATES, learning_rate=rate, min_lr=rate / 10, warmup_iters=10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         sft.tune(model, tokenizer, examples, settings)
         size = model.trained.flat.size
         row(name, model, f"{size:,} {size / model.flat.size:.1%}")
         if config is not None and config.kind == "lora":
-            merged = adapters.merge(model)
+            merged = variants.merge(model)
             change = abs(merged.forward(question)[0] - model.forward(question)[0]).max()
             print(f"{'':22}merged into the weights, its logits change by {change:.0e}")
         elif config is not None:
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
             say(f"{'':22}the words that its rows are nearest to: {words}")
 
     same = (base.forward(question)[0] == untuned).all()
-    print(f"\nSHA-256 of the base before {mark[:16]}..., after {adapters.fingerprint(base)[:16]}...")
+    print(f"\nSHA-256 of the base before {mark[:16]}..., after {fingerprint(base)[:16]}...")
     print(f"With the adapters off its logits are {'the same, bit for bit' if same else 'DIFFERENT'}.")
     print("Next: demos/7_in_context.py")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import common
 import numpy as np
 
-from tinygpt.finetune.adapters import fingerprint
-from tinygpt.incontext import fewshot, memory
-from tinygpt.terminal import say
-from tinygpt.world import World, evaluate
+from tinygpt.folders.adapters import fingerprint
+from tinygpt.shell.terminal import say
+from tinygpt.stages import evaluate, fewshot, recall
+from tinygpt.world import World
 
 SHOTS, COUNT = (0, 1, 2, 4, 8, 16), 500
 
@@ -43,11 +43,11 @@ def main(folder: Path) -> None:
     print(f"\n{'the prompt says so':18}{'by the prompt':>15}{'by the weights':>16}{'nats for it':>13}")
     for kind, repeats in (("known", 1), ("known", 4), ("never", 1)):
         people = world.people(kind, "eval")[:50]
-        told = memory.told(model, tokenizer, world, people, repeats)
+        told = recall.told(model, tokenizer, world, people, repeats)
         note = f"{repeats} x, {kind}"
         print(f"{note:18}{told.prompt.rate:15.3f}{told.weights.rate:16.3f}{told.nats:13.2f}")
     never = world.people("never", "eval")[:50]
-    alone, both = (memory.told(model, tokenizer, world, never, own=True, rival=rival).prompt
+    alone, both = (recall.told(model, tokenizer, world, never, own=True, rival=rival).prompt
                    for rival in (False, True))  # fmt: skip
     print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right; {both.rate:.0%}")
     print("where it tells them of somebody else too (to copy either gives 50%): is it read whose they are?")
@@ -55,21 +55,21 @@ def main(folder: Path) -> None:
     # 3. Who reads the prompt: heads that look at what followed the same word before (induction heads), and
     # those of an earlier layer that look at the token before, and so tell them what a word followed.
     words = [int(tokenizer.encode(f" {word}")[0]) for word in world.things]
-    scores = memory.induction_scores(model, words)
+    scores = recall.induction_scores(model, words)
     print("\nAttention to what followed the same word before, by layer and head:")
     for layer, row in enumerate(scores):
         print(f"  layer {layer}" + "".join(f"{score:8.2f}" for score in row))
-    heads, before = memory.strongest(scores), memory.strongest(memory.previous_scores(model, words))
-    others = memory.others(scores.shape, heads, 1, before)[0]
+    heads, before = recall.strongest(scores), recall.strongest(recall.previous_scores(model, words))
+    others = recall.others(scores.shape, heads, 1, before)[0]
     eight, known = fewshot.mappings(world, 8, COUNT), world.people("known")
     print(f"\n{'':24}{'8 examples':>12}{'facts of the prompt':>21}{'facts of the weights':>22}")
     for note, removed in (
         ("all heads", []), (f"without these {len(heads)}", heads), (f"without {len(others)} others", others),
         (f"without {len(before)} that look back", before),
     ):  # fmt: skip
-        cut = memory.without(model, removed)
+        cut = recall.without(model, removed)
         cells = f"{fewshot.accuracy(cut, tokenizer, eight).rate:12.3f}"
-        cells += f"{memory.told(cut, tokenizer, world, never, own=True).prompt.rate:21.3f}"
+        cells += f"{recall.told(cut, tokenizer, world, never, own=True).prompt.rate:21.3f}"
         cells += f"{evaluate.recall(cut, tokenizer, world, known).rate().rate:22.3f}"
         print(f"{note:24}{cells}")
 

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from tinygpt import GPT, checkpoint
-from tinygpt.data import Tokenizer
+from tinygpt import GPT
 from tinygpt.errors import UserError
-from tinygpt.finetune.reward import Judge
+from tinygpt.folders import checkpoint
+from tinygpt.stages.reward import Judge
+from tinygpt.text.data import Tokenizer
 
 FOLDER, SEED = Path("out/demo"), 1337
 

@@ -7,10 +7,11 @@ import signal
 import numpy as np
 import pytest
 
-from tinygpt import kernels, lab, recipes
-from tinygpt.finetune import reward
-from tinygpt.incontext import fewshot, memory
-from tinygpt.world import corpus, evaluate, tasks
+from tinygpt.core import kernels
+from tinygpt.lab import models as lab
+from tinygpt.lab import recipes
+from tinygpt.stages import evaluate, fewshot, recall, reward
+from tinygpt.world import corpus, tasks
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup the signal is ignored, in children too
 if "c" not in kernels.available():  # or each command would say so, where tests expect one line
@@ -58,12 +59,12 @@ def toy(monkeypatch):
     monkeypatch.setattr(tasks, "journeys", lambda w, split, k, n, *style: journeys(w, split, k, 5, *style))
     monkeypatch.setattr(corpus, "draw", lambda world: draw(world, 600, 20))
     monkeypatch.setattr(evaluate, "gaps", lambda m, t, w, *count: gaps(m, t, w, 40))
-    recall = evaluate.recall
-    monkeypatch.setattr(evaluate, "recall", lambda m, t, w, people: recall(m, t, w, list(people)[:2]))
-    mappings, from_world, told = fewshot.mappings, fewshot.from_world, memory.told
+    facts = evaluate.recall
+    monkeypatch.setattr(evaluate, "recall", lambda m, t, w, people: facts(m, t, w, list(people)[:2]))
+    mappings, from_world, told = fewshot.mappings, fewshot.from_world, recall.told
     monkeypatch.setattr(fewshot, "mappings", lambda w, shots, count, *how: mappings(w, shots, 5, *how))
     few = lambda w, task, shots, count, *split: from_world(w, task, shots, 5, *split)  # noqa: E731
     monkeypatch.setattr(fewshot, "from_world", few)
     monkeypatch.setattr(
-        memory, "told", lambda m, t, w, people, *how, **own: told(m, t, w, people[:2], *how, **own)
+        recall, "told", lambda m, t, w, people, *how, **own: told(m, t, w, people[:2], *how, **own)
     )

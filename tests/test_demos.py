@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import checkpoint, recipes
+from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
-from tinygpt.finetune import reward
-from tinygpt.train import TrainConfig
-from tinygpt.world import corpus, evaluate, tasks
+from tinygpt.folders import checkpoint
+from tinygpt.lab import recipes
+from tinygpt.stages import evaluate, reward
+from tinygpt.world import corpus, tasks
 
 DEMOS = Path(__file__).parent.parent / "demos"
 

@@ -4,8 +4,8 @@ import importlib
 
 __version__ = "0.1.0"
 _MODULES = {
-    "GPT": "model",
-    "GPTConfig": "model",
+    "GPT": "core.model",
+    "GPTConfig": "core.model",
     "assert_gradients": "check.gradcheck",
     "gradcheck": "check.gradcheck",
 }

@@ -10,7 +10,7 @@ def run() -> None:
         if getattr(sys, name) is None:  # `>&-` in a shell: or the next file to be opened would be this stream
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        from .cli import main
+        from .shell.cli import main
 
         main(prog_name="tinygpt")
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 from tinygpt.check.bench import CONTEXT, GENERATE, LORA, NEW, PROMPT, RLHF, TRAIN, median_ms, run
-from tinygpt.config import PRESETS
+from tinygpt.core.config import PRESETS
 
 VARIANTS = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
 

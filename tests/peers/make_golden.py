@@ -1,8 +1,8 @@
 """What transformers computes for tiny random models: logits, loss, every gradient, ten training steps.
 
-    python tests/peers/make_golden.py          writes tests/golden/gpt2.safetensors and openai-gpt.safetensors
+    python tests/peers/make_golden.py          writes tests/core/golden/gpt2.safetensors and openai-gpt.safetensors
 
-so that tests/test_model.py can hold tinygpt to them where torch is not installed. test_transformers.py
+so that tests/core/test_model.py can hold tinygpt to them where torch is not installed. test_transformers.py
 computes the same afresh. GPT-2 has pre-norm (Radford et al. 2019), openai-gpt post-norm (2018).
 """
 
@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "core" / "golden"
 SIZES = {"vocab_size": 19, "n_positions": 12, "n_embd": 12, "n_layer": 2, "n_head": 2}
 STEPS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 1.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -14,14 +14,16 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from tinygpt import checkpoint, train
-from tinygpt.config import AdapterConfig, GPTConfig
-from tinygpt.finetune import adapters
-from tinygpt.generate import generate
-from tinygpt.model import GPT
-from tinygpt.optim import AdamW
-from tinygpt.tokenizer import BPETokenizer
-from tinygpt.train import Batch
+from tinygpt.core import train
+from tinygpt.core.config import GPTConfig
+from tinygpt.core.generate import generate
+from tinygpt.core.model import GPT
+from tinygpt.core.optim import AdamW
+from tinygpt.core.train import Batch
+from tinygpt.folders import adapters, checkpoint
+from tinygpt.stages import variants
+from tinygpt.stages.adapter import AdapterConfig
+from tinygpt.text.tokenizer import BPETokenizer
 
 TOKENIZER = BPETokenizer.train("the cat sat on the mat", 262)
 CONFIG = GPTConfig(262, block_size=48, n_layer=3, n_head=3, n_embd=24)
@@ -62,7 +64,7 @@ def pair(request, base):
     config.task_type = "CAUSAL_LM"
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model, _ = checkpoint.load(base)
-    model = adapters.create(model, OURS[request.param], np.random.default_rng(0))
+    model = variants.create(model, OURS[request.param], np.random.default_rng(0))
     params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     taken = set()
     for name, p in model.adapter.params.items():
@@ -152,7 +154,7 @@ def test_merged_weights(pair, rng):
     theirs, model = pair
     if model.adapter.config.kind != "lora":
         return
-    ours, merged = adapters.merge(model), theirs.merge_and_unload().state_dict()
+    ours, merged = variants.merge(model), theirs.merge_and_unload().state_dict()
     for name, p in ours.params.items():
         np.testing.assert_allclose(p, merged[f"transformer.{name}"], atol=1e-6, err_msg=name)
 
@@ -176,7 +178,7 @@ def test_kaiming_and_shares(base):
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     a = np.concatenate([p.detach().numpy().ravel() for n, p in theirs.named_parameters() if "lora_A" in n])
     model, _ = checkpoint.load(base)
-    model = adapters.create(
+    model = variants.create(
         model, AdapterConfig("lora", 3, targets=("mlp.c_fc",)), np.random.default_rng(0)
     )
     b = np.concatenate([p.ravel() for n, p in model.adapter.params.items() if "lora_A" in n])

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from tinygpt import checkpoint
-from tinygpt.config import GPTConfig
+from tinygpt.core.config import GPTConfig
 from tinygpt.errors import UserError
-from tinygpt.tokenizer import BPETokenizer, CharTokenizer
-from tinygpt.variants import build
+from tinygpt.folders import checkpoint
+from tinygpt.stages.variants import build
+from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

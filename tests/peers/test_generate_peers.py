@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt import kernels, ops
-from tinygpt.config import GPTConfig
-from tinygpt.generate import generate
-from tinygpt.model import GPT
+from tinygpt.core import kernels, ops
+from tinygpt.core.config import GPTConfig
+from tinygpt.core.generate import generate
+from tinygpt.core.model import GPT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,8 +101,8 @@ def hub(tmp_path_factory) -> Path:
 
 def test_gpt2_as_downloaded(hub):
     """Guards the user's first command: `tinygpt generate gpt2-folder` writes what transformers writes."""
-    pytest.importorskip("tinygpt.checkpoint")
-    from tinygpt.cli import main
+    pytest.importorskip("tinygpt.folders.checkpoint")
+    from tinygpt.shell.cli import main
 
     prompt = "Hello, my name is Zoë and 東京"
     args = ["generate", str(hub), "--prompt", prompt, "--max-new-tokens", "20", "--temperature", "0"]

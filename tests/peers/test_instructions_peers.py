@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import instructions
-from tinygpt import tokenizer as tokenizers
-from tinygpt.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
+from tinygpt.text import instructions
+from tinygpt.text import tokenizer as tokenizers
+from tinygpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,12 +7,12 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from tinygpt import checkpoint
-from tinygpt.config import GPTConfig
-from tinygpt.finetune import reward, rlhf
-from tinygpt.finetune.rlhf import Config, Samples
-from tinygpt.model import GPT
-from tinygpt.tokenizer import BPETokenizer
+from tinygpt.core.config import GPTConfig
+from tinygpt.core.model import GPT
+from tinygpt.folders import checkpoint
+from tinygpt.stages import reward, rlhf
+from tinygpt.stages.rlhf import Config, Samples
+from tinygpt.text.tokenizer import BPETokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

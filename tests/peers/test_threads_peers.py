@@ -36,7 +36,8 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize(
-    "imports", ["import torch; from tinygpt import kernels", "from tinygpt import kernels; import torch"]
+    "imports",
+    ["import torch; from tinygpt.core import kernels", "from tinygpt.core import kernels; import torch"],
 )
 def test_torch_in_the_same_process(imports):
     program = textwrap.dedent(PROGRAM.format(imports=imports))

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.generate import encode_prompt
-from tinygpt.tokenizer import BPETokenizer, CharTokenizer, load, pieces
+from tinygpt.text.stream import encode_prompt
+from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer, load, pieces
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

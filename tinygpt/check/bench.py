@@ -28,15 +28,16 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from .. import kernels, ops, storage
-from ..config import PRESETS, AdapterConfig, GPTConfig
+from ..core import kernels, memory, ops
+from ..core.config import PRESETS, GPTConfig
+from ..core.generate import generate
+from ..core.model import GPT
+from ..core.optim import AdamW
+from ..core.train import Batch, gradients
 from ..errors import UserError
-from ..finetune import rlhf
-from ..finetune.adapters import create
-from ..generate import generate
-from ..model import GPT
-from ..optim import AdamW
-from ..train import Batch, gradients
+from ..stages import rlhf
+from ..stages.adapter import AdapterConfig
+from ..stages.variants import create
 
 TRAIN = {"nano": (12, 64), "small": (16, 128), "baby": (4, 256), "gpt2": (4, 64)}  # batch, T
 LORA = ("small", "gpt2")
@@ -184,7 +185,7 @@ def machine(seconds: float = 1.0, threads: int | None = None) -> tuple[float, fl
     if threads:
         kernels.set_threads(threads)
     out, flops, tasks = np.zeros(64, np.float32), np.zeros(1), 64
-    far = storage.empty(1 << 26, np.float32)  # 256 MiB: beyond any cache
+    far = memory.empty(1 << 26, np.float32)  # 256 MiB: beyond any cache
     far[:] = 1
     best = [0.0, 0.0]
     end = time.perf_counter() + seconds
@@ -220,9 +221,9 @@ def _rloo(size: str) -> Callable[[], object]:
 def _gemm(shape: tuple[int, int, int], peak: float, seconds: float) -> Row:
     M, N, K = shape
     rng = np.random.default_rng(0)
-    a, b = (storage.empty(s, np.float32) for s in ((M, K), (K, N)))
+    a, b = (memory.empty(s, np.float32) for s in ((M, K), (K, N)))
     a[:], b[:] = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
-    out = storage.empty((M, N), np.float32)
+    out = memory.empty((M, N), np.float32)
     ms = median_ms(lambda: kernels.gemm(a, b, out=out), seconds)
     return _row(f"gemm/{M}x{N}x{K}", ms, None, 2 * M * N * K / ms * 1e3, peak)
 

@@ -4,8 +4,9 @@
 needs NumPy alone; `tinygpt gradcheck` says whether the blank was filled in right. A function belongs to the
 exercise that its name begins with.
 
-The forwards are those of `ops.py`, `model.py` and `finetune/rlhf.py` without what these have for speed, and
-those of operations have the same caches: the solution is the project's own backward. Solutions are not here.
+The forwards are those of `core/ops.py`, `core/model.py` and `stages/rlhf.py` without what these have for
+speed, and those of operations have the same caches: the solution is the project's own backward. Solutions are
+not here.
 """
 
 import inspect
@@ -22,14 +23,14 @@ EXERCISES = {  # in the order of learning
     "policy_gradient": "rewards become a gradient (REINFORCE)",
 }
 ELSEWHERE = {  # solutions that are not in ops.py under the exercise's name
-    "lora": "linear_backward in tinygpt/finetune/lora.py",
-    "policy_gradient": "policy_gradient in tinygpt/finetune/rlhf.py, a weighted cross_entropy_backward",
+    "lora": "linear_backward in tinygpt/stages/lora.py",
+    "policy_gradient": "policy_gradient in tinygpt/stages/rlhf.py, a weighted cross_entropy_backward",
 }
 
 
 def text(name: str, command: str) -> str:
     """The file of an exercise, which `command` will check."""
-    solution = ELSEWHERE.get(name, f"{name}_backward in tinygpt/ops.py")
+    solution = ELSEWHERE.get(name, f"{name}_backward in tinygpt/core/ops.py")
     head = f'''"""Exercise {name}: {EXERCISES[name]}.
 
 Fill in {name}_backward. For some loss it gets the gradient of what the forward returns, and

@@ -15,11 +15,12 @@ from types import ModuleType
 
 import numpy as np
 
-from .. import kernels
-from ..config import AdapterConfig, GPTConfig
+from ..core import kernels
+from ..core.config import GPTConfig
 from ..errors import UserError
-from ..finetune import adapters
-from ..variants import build
+from ..stages import variants
+from ..stages.adapter import AdapterConfig
+from ..stages.variants import build
 from .contract import Inputs, MakeInputs, arrays, is_float, named, parameters
 from .gradcheck import Result, gradcheck
 
@@ -308,7 +309,7 @@ def model_pair(
     start = np.array([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]])
     ids, targets = rng.integers(config.vocab_size, size=(2, 2, 6))
     if adapter:
-        model = adapters.beside(model, adapter)
+        model = variants.beside(model, adapter)
     for params in (model.params, model.trained.params):
         weights = {n: 0.3 * rng.standard_normal(p.shape) for n, p in params.items()}
         for name, w in weights.items():

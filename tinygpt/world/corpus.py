@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..atomic import lock, make_folder, replacing
-from ..data import Array, Packed, Tokenizer, pack
 from ..errors import UserError
-from ..jsonfile import read_object, read_text
-from ..tokenizer import BPETokenizer
+from ..files.atomic import lock, make_folder, replacing
+from ..files.jsonfile import read_object, read_text
+from ..text.data import Array, Packed, Tokenizer, pack
+from ..text.tokenizer import BPETokenizer
 from . import CORPUS, PRIMER, VALIDATION, VERSION, World
 from .tasks import task_sets
 

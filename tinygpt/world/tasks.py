@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from ..instructions import Message, pair
+from ..text.instructions import Message, pair
 from . import TASKS, Person, World, raw_integers, shuffled
 from .chance import Sampler, pick
 from .documents import opinion, statement

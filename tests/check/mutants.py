@@ -1,0 +1,291 @@
+"""Wrong backward functions, made from right ones by program. A checker that accepts one can be fooled.
+
+    python tests/check/mutants.py SEEDS [NAME...]    judges every mutant at every seed; 20 seeds take 15
+    minutes python tests/check/mutants.py --right SEEDS      judges the right ones, in both backends; 300
+    seeds: 25 minutes
+
+A mutant is the source of a backward with one change: operands swapped, a term or a factor dropped, a sign,
+a factor of 1.0001, a transpose, another axis, a sum that is missing, `dout` exchanged with another array,
+two gradients exchanged, a statement dropped, one element of a gradient set to 0.
+"""
+
+import ast
+import copy
+import inspect
+import re
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+from test_exercises import SOLUTIONS
+
+from tinygpt.check import exercises
+from tinygpt.check.gradcheck import STREAMS, gradcheck
+from tinygpt.check.targets import project_pairs
+from tinygpt.core import kernels, ops
+from tinygpt.errors import UserError
+
+CONDITIONS = {(ast.If, "test"), (ast.IfExp, "test")}  # they say which gradients are asked for
+
+
+def mutants(function: Callable) -> Iterator[tuple[str, Callable]]:
+    """What was changed, as "before -> after" of the expression around it, and the changed function."""
+    source = textwrap.dedent(inspect.getsource(function))
+    tree = ast.parse(source)
+    seen = {ast.unparse(tree)}
+    names = sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)})
+    for path, node in _nodes(tree.body[0]):
+        for after in _changes(node, names):
+            changed = copy.deepcopy(tree)
+            _replace(changed.body[0], path, after)
+            ast.fix_missing_locations(changed)
+            if (text := ast.unparse(changed)) in seen:
+                continue
+            seen.add(text)
+            scope = dict(function.__globals__, ZERO_ONE=_zero_one)
+            exec(compile(changed, f"<mutant of {function.__name__}>", "exec"), scope)
+            around = next(n for n in range(len(path) - 1, -1, -1) if n == 0 or path[n][0] != "elts")
+            before, now = (ast.unparse(_at(t.body[0], path[: max(around, 1)])) for t in (tree, changed))
+            yield f"{before} -> {now}", scope[function.__name__]
+
+
+def _nodes(function: ast.FunctionDef) -> Iterator[tuple[list, ast.AST]]:
+    """Every statement and expression of the body with its path; not the docstring and the conditions."""
+
+    def walk(node, path):
+        yield path, node
+        for field, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                for i, child in enumerate(value):
+                    if isinstance(child, ast.AST):
+                        yield from walk(child, [*path, (field, i)])
+            elif isinstance(value, ast.AST) and (type(node), field) not in CONDITIONS:
+                yield from walk(value, [*path, (field, None)])
+
+    start = 1 if ast.get_docstring(function) is not None else 0
+    for i, statement in enumerate(function.body[start:], start):
+        yield from walk(statement, [("body", i)])
+
+
+def _at(node: ast.AST, path: list) -> ast.AST:
+    for field, i in path:
+        node = getattr(node, field) if i is None else getattr(node, field)[i]
+    return node
+
+
+def _replace(node: ast.AST, path: list, after: ast.AST | None) -> None:
+    node, (field, i) = _at(node, path[:-1]), path[-1]
+    if i is None:
+        setattr(node, field, after)
+    else:
+        getattr(node, field)[i] = after or ast.Pass()
+
+
+def _changes(node: ast.AST, names: list[str]) -> Iterator[ast.AST | None]:
+    """Wrong versions of a node; None drops a statement."""
+    if isinstance(node, ast.AugAssign | ast.Expr):
+        yield None
+    if isinstance(node, ast.Return):
+        tuple_ = isinstance(node.value, ast.Tuple)
+        values = node.value.elts if tuple_ else [node.value]
+        for i, value in enumerate(values):
+            for j in range(i):
+                order = values.copy()
+                order[i], order[j] = order[j], order[i]
+                yield ast.Return(ast.Tuple(order, ast.Load()))
+            for where in (0, -1):
+                zero = ast.Call(ast.Name("ZERO_ONE", ast.Load()), [value, ast.Constant(where)], [])
+                order = ast.Tuple([*values[:i], zero, *values[i + 1 :]], ast.Load())
+                yield ast.Return(order if tuple_ else zero)
+    if isinstance(node, ast.BinOp):
+        yield node.left
+        yield node.right
+        if isinstance(node.op, ast.Sub | ast.Div | ast.MatMult):
+            yield ast.BinOp(node.right, node.op, node.left)
+        other = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}.get(type(node.op))
+        if other:
+            yield ast.BinOp(node.left, other(), node.right)
+    if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Mult | ast.Div):
+        op = ast.Div() if isinstance(node.op, ast.Mult) else ast.Mult()
+        yield ast.AugAssign(node.target, op, node.value)
+    if isinstance(node, ast.Compare):
+        for op in (ast.Gt, ast.Lt, ast.Eq, ast.NotEq):
+            if not isinstance(node.ops[0], op):
+                yield ast.Compare(node.left, [op()], node.comparators)
+    if isinstance(node, ast.Call):
+        yield from _call_changes(node)
+    loads = isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+    if isinstance(node, ast.Name | ast.BinOp | ast.Call | ast.Subscript | ast.Attribute) and loads:
+        yield ast.UnaryOp(ast.USub(), node)
+        yield ast.BinOp(ast.Constant(1.0001), ast.Mult(), node)
+        yield ast.Attribute(node, "T", ast.Load())
+        swap = ast.Attribute(node, "swapaxes", ast.Load())
+        yield ast.Call(swap, [ast.Constant(-1), ast.Constant(-2)], [])
+    if isinstance(node, ast.Name) and loads and node.id in ("dout", "dnll", "dloss"):
+        yield from (ast.Name(name, ast.Load()) for name in names)
+    if isinstance(node, ast.Attribute) and node.attr == "T":
+        yield node.value
+
+
+def _call_changes(node: ast.Call) -> Iterator[ast.AST]:
+    method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if method in ("sum", "mean", "swapaxes"):  # x.sum(...) or np.sum(x, ...)
+        numpy = isinstance(node.func.value, ast.Name) and node.func.value.id == "np"
+        yield node.args[0] if numpy else node.func.value
+        if method != "swapaxes":
+            other = ast.Attribute(node.func.value, {"sum": "mean", "mean": "sum"}[method], ast.Load())
+            yield ast.Call(other, node.args, node.keywords)
+    for i, argument in enumerate(node.args):
+        if isinstance(argument, ast.Constant | ast.UnaryOp):  # an axis
+            for axis in (0, 1, -1, -2):
+                arguments = [*node.args[:i], ast.Constant(axis), *node.args[i + 1 :]]
+                yield ast.Call(node.func, arguments, node.keywords)
+    for i, keyword in enumerate(node.keywords):
+        rest = node.keywords[:i] + node.keywords[i + 1 :]
+        if keyword.arg == "axis":
+            for axis in (0, 1, -1, None):
+                yield ast.Call(node.func, node.args, [*rest, ast.keyword("axis", ast.Constant(axis))])
+        elif keyword.arg in ("add", "dw", "db"):
+            yield ast.Call(node.func, node.args, rest)
+
+
+def _zero_one(gradient, where: int):
+    """The gradient with its first or its last element set to 0."""
+    gradient = np.array(gradient)
+    gradient.flat[where] = 0
+    return gradient
+
+
+EQUAL = {  # changes, as patterns, that change no result, and the reason
+    r"\.(shape|ndim|dtype)\b.* -> .*\.(shape|ndim|dtype)": "the shape or the type is the same",
+    r"swapaxes\(2, 3\).* -> .*swapaxes\((-2, 3|2, -1)\)": "the same two axes, counted from the end",
+    r"reshape\(-1, .* -> .*reshape\(-2, ": "any negative size is the one that NumPy works out",
+    r"(dg|db|g|advantages|dloss)( = .*|\b.*) -> .*\.T\b": "a vector or a number is its own transpose",
+    r"axis=0, out=db\) -> .*out=db, axis=0\)": "the order of named arguments",
+    r"= np\.zeros\(.* -> dw = (-|1\.0001 \* )np\.zeros": "zero times a factor",
+    r"^dw\[:\] -> dw\.(T|swapaxes\(-1, -2\))\[:\]": "all elements are set to 0, in whatever order",
+    r"cache\[0\] > 0.* -> .*cache\[0\] != 0": "relu's output is never negative",
+    r"cache\[0\] > 0 -> 1\.0001 \* cache\[0\] > 0": "a positive factor does not change a sign",
+    r"np\.square\(cache\[0\]\) -> np\.square\(-cache\[0\]\)": "a square has no sign",
+    r"^dnll == 0 -> (-|1\.0001 \* )dnll == 0": "a weight of 0 stays 0",
+    r"(return dout \* |dropout_forward\().* -> .*ZERO_ONE": "at this seed this element is 0, or nearly",
+    r"linear_backward\(.*, db=False.* -> .*": "lora: nobody reads this gradient, or this x",
+    r"^-nll -> ": "of the log-probabilities only the shape is read",
+}
+
+
+def reason(change: str) -> str | None:
+    """Why a change that does not change any result is none; None if there is no such reason."""
+    return next((why for pattern, why in EQUAL.items() if re.search(pattern, change)), None)
+
+
+# --- what the checker says of them -------------------------------------------------------------------------
+
+
+def targets() -> dict[str, Callable]:
+    """Every backward of `ops.py`, and the solution of every exercise, by name."""
+    operations = {name: function for name, function in vars(ops).items() if name.endswith("_backward")}
+    return operations | {f"exercise {name}": function for name, function in SOLUTIONS.items()}
+
+
+def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
+    """The pairs with which `tinygpt gradcheck` checks a target, with `function` in the target's place."""
+    if name.startswith("exercise "):
+        exercise = name.removeprefix("exercise ")
+        inputs = getattr(exercises, f"{exercise}_inputs")
+        return [(getattr(exercises, f"{exercise}_forward"), function, inputs)]
+    changed = SimpleNamespace(**vars(ops) | {name: function})
+    rows = project_pairs(changed, np.random.default_rng(seed))
+    pairs = [pair for row, pair in rows if row.split(",")[0] == name.removesuffix("_backward")]
+    assert pairs, f"{name} has no row"
+    return pairs
+
+
+def gradients(pair: tuple, seed: int) -> list[np.ndarray]:
+    """What the backward of a pair returns for random douts, at the points of the checker."""
+    forward, backward, inputs = pair
+    points, rng = np.random.default_rng([seed, STREAMS[0]]), np.random.default_rng([seed, 1])
+    draw = lambda o: rng.standard_normal(np.shape(o))[()]  # noqa: E731
+    grads = []
+    for point in (inputs(points), inputs(points)) if callable(inputs) else (inputs,):
+        out, cache = forward(**point)
+        answer = backward(tuple(map(draw, out)) if isinstance(out, tuple) else draw(out), cache)
+        grads += [np.array(g) for g in (answer if isinstance(answer, tuple) else (answer,))]
+    return grads
+
+
+def changes_a_result(right: list[tuple], wrong: list[tuple], seed: int) -> bool:
+    """Whether a mutant's gradients differ from the right ones by more than rounding."""
+    for pairs in zip(right, wrong, strict=True):
+        expected, grads = (gradients(pair, seed) for pair in pairs)
+        if len(expected) != len(grads):
+            return True
+        for a, b in zip(expected, grads, strict=True):
+            if a.shape != b.shape or not np.allclose(a, b, 1e-9, 1e-12 * np.abs(a).max(), equal_nan=True):
+                return True
+    return False
+
+
+def judge(name: str, mutant: Callable, seed: int) -> str:
+    """Says "caught" or "missed"; "raises", if the mutant does; "equal", if its results are right."""
+    right, wrong = (own_pairs(name, function, seed) for function in (targets()[name], mutant))
+    with np.errstate(all="ignore"):
+        try:
+            for pair in wrong:
+                gradients(pair, seed)
+        except Exception:
+            return "raises"
+        if not changes_a_result(right, wrong, seed):
+            return "equal"
+    wrong_ones = (result.verdict == "wrong" for pair in wrong for result in gradcheck(*pair, 1e-7, seed=seed))
+    try:
+        return "caught" if any(wrong_ones) else "missed"
+    except UserError:  # no gradient at all, such as a complex number
+        return "caught"
+
+
+def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
+    """What the checker says against the right backwards: operations, models (at 10 seeds), exercises."""
+    for seed in seeds:
+        pairs = [(name, own_pairs(f"exercise {name}", f, 0)[0]) for name, f in SOLUTIONS.items()]
+        for backend in kernels.available():
+            pairs += project_pairs(kernels.backend(backend), np.random.default_rng(seed))
+        for name, pair in pairs:
+            if "model" not in name or (models and seed < 10):
+                for result in gradcheck(*pair, 1e-7, seed=seed, small=4 if "model" in name else 256):
+                    if not result.ok:
+                        yield f"seed {seed}: {name}: {result}"
+
+
+def judged_elsewhere(name: str) -> bool:
+    """Whether an exercise's solution is an operation, some lines of which the exercise does not need."""
+    return name.startswith("exercise ") and targets()[name] in vars(ops).values()
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--right"]:
+        alarms = list(false_alarms(range(int(arguments[1]))))
+        print(*alarms, f"{len(alarms)} false alarms at {arguments[1]} seeds", sep="\n")
+        return bool(alarms)
+    seeds, total = range(int(arguments[0])), Counter()
+    for name in arguments[1:] or targets():
+        counts = Counter()
+        for change, mutant in mutants(targets()[name]):
+            verdicts = {judge(name, mutant, seed) for seed in seeds}
+            verdict = next(v for v in ("missed", "caught", "raises", "equal") if v in verdicts)
+            if "equal" in verdicts and not (reason(change) or judged_elsewhere(name)):
+                verdict = "unexplained"
+            if verdict in ("missed", "unexplained"):
+                print(f"{name}: {verdict}: {change}")
+            counts[verdict] += 1
+        print(f"{name:36}", *(f"{count} {verdict}" for verdict, count in sorted(counts.items())), flush=True)
+        total += counts
+    print(f"all, at {len(seeds)} seeds:", *(f"{count} {verdict}" for verdict, count in sorted(total.items())))
+    return bool(total["missed"] or total["unexplained"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Sizes of models and adapters, with the names and shapes of their parameters.
+
+Parameters carry GPT-2's names and layout as Hugging Face has them: weights are (in, out). Those of an adapter
+carry PEFT's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..errors import UserError
+
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it costs memory or time
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a model, under nanoGPT's names. Raises UserError where they make no model."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # the longest sequence, as there are positions: GPT-2's n_positions
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on the embeddings and on each branch before it joins the stream
+    post_norm: bool = False  # GPT-1's block instead of GPT-2's
+    layer_norm_epsilon: float = 1e-5
+    num_labels: int = 0  # scores of a text instead of logits of the next token
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_head {self.n_head} does not divide n_embd {self.n_embd}, and heads share it evenly"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
+        if self.n_layer > MOST_LAYERS:
+            raise UserError(f"n_layer is {self.n_layer}: it must be at most {MOST_LAYERS}")
+        if self.size > MOST_WEIGHTS:
+            sizes = ("vocab_size", "block_size", "n_layer", "n_embd")
+            written = ", ".join(f"{field} {getattr(self, field)}" for field in sizes)
+            raise UserError(f"{written}: these make more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether this is GPT-2 itself, and not a variant."""
+        return not (self.post_norm or self.num_labels)
+
+    @property
+    def size(self) -> int:
+        """The number of weights, without a list of them: C (12 C + 13) in a layer, 2 C in ln_f."""
+        C, tables = self.n_embd, self.vocab_size + self.block_size + self.num_labels
+        return C * (tables + self.n_layer * (12 * C + 13) + 2 * (not self.post_norm))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter: those that weight decay shrinks first, then vectors."""
+        C = self.n_embd
+        shapes = {"wte.weight": (self.vocab_size, C), "wpe.weight": (self.block_size, C)}
+        for layer in range(self.n_layer):
+            h = f"h.{layer}."
+            shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
+            shapes |= {h + "attn.c_attn.weight": (C, 3 * C), h + "attn.c_attn.bias": (3 * C,)}
+            shapes |= {h + "attn.c_proj.weight": (C, C), h + "attn.c_proj.bias": (C,)}
+            shapes |= {h + "ln_2.weight": (C,), h + "ln_2.bias": (C,)}
+            shapes |= {h + "mlp.c_fc.weight": (C, 4 * C), h + "mlp.c_fc.bias": (4 * C,)}
+            shapes |= {h + "mlp.c_proj.weight": (4 * C, C), h + "mlp.c_proj.bias": (C,)}
+        if not self.post_norm:
+            shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        if self.num_labels:
+            shapes |= {"score.weight": (self.num_labels, C)}
+        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # stable: matrices first
+
+
+PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear maps of a block
+
+
+PRESETS = {
+    "nano": GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128),
+    "small": GPTConfig(vocab_size=1024, block_size=128, n_layer=4, n_head=4, n_embd=256),
+    "baby": GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384),
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}

@@ -1,0 +1,305 @@
+"""GPT-2: parameters, forward and backward.
+
+    x = wte[ids] + wpe[positions]
+    x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))     each block (Radford et al. 2019, section 2.3)
+    logits = ln_f(x) wte^T                           the token table again
+
+Each part of the model is a pair of methods: one computes the part, and the method below it computes its
+backward, the same lines in reverse order. The forward of a part returns its result and a cache; the backward
+takes the gradient of the result and the cache.
+
+    B batch    T time    C channels, n_embd    V vocabulary
+
+`grads` (name -> array) says which gradients are computed: a name that it does not have is frozen.
+
+Variants are views of a model that replace some of its parts: GPT-1 (`gpt1`), a score in place of logits
+(`score`), LoRA and learned prompts (`finetune.lora`, `finetune.prompts`). Not here: loss functions other than
+next-token prediction, the optimizer, data, generation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from . import kernels, memory
+from .config import GPTConfig
+
+Array = np.ndarray
+
+
+class Pass(NamedTuple):
+    """What all blocks of one forward share."""
+
+    start: Array | None = None  # (B, T): where each query's view begins, see ops.visible_keys
+    past: object | None = None  # a generate.KVCache
+    rng: np.random.Generator | None = None  # draws dropout; None: no dropout
+
+
+class GPT(memory.Parameters):
+    """A model: its `config`, its `params` (name -> view into the buffer `flat`) and its backend `ops`.
+
+    `rng` draws the initial weights; without it they are zero, for a checkpoint to fill. dtype is float32 or
+    float64.
+    """
+
+    prefix = 0  # keys before those of the text, which every query sees
+    table = "wte.weight"  # the matrix (outputs, C) of the head
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        rng: np.random.Generator | None = None,
+        dtype: type = np.float32,
+        ops: ModuleType | None = None,
+    ) -> None:
+        if type(self) is GPT and not config.is_gpt2:
+            raise UserError("this configuration is of a variant: variants.build makes its model")
+        self.config = config
+        self.ops = ops or kernels.backend()
+        super().__init__(config.shapes(), dtype)
+        if rng is not None:
+            self._initialise(rng)
+
+    def _initialise(self, rng: np.random.Generator) -> None:
+        """GPT-2's: normal, the two projections into the residual stream scaled by 1/sqrt(2 layers), so that
+        the stream's variance does not grow with depth (Radford et al. 2019, section 2.3); biases 0, gains 1.
+
+        GPT-2's deviation 0.02 is for 768 channels. Scaled by the root of the width, a projection of a
+        normalised x has the same variance in a model of any width."""
+        wide = 0.02 * math.sqrt(768 / self.config.n_embd)
+        for name, p in self.params.items():
+            if p.ndim == 2:
+                std = wide / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else wide
+                p[:] = rng.standard_normal(p.shape, np.float32) * np.float32(std)
+            else:
+                p[:] = ".ln_" in f".{name}" and name.endswith("weight")
+
+    def copy(self) -> GPT:
+        """The same weights in memory of their own."""
+        other = copy.copy(self)
+        other.flat, other.params = memory.flat(self.config.shapes(), self.flat.dtype)
+        other.flat[:] = self.flat
+        return other
+
+    @property
+    def trained(self) -> memory.Parameters:
+        """What training changes."""
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward with `rng` has dropout in it."""
+        return self.config.dropout > 0
+
+    @property
+    def context(self) -> int:
+        """The longest text, in tokens."""
+        return self.config.block_size - self.prefix
+
+    # --- the whole model ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Array,
+        *,
+        positions: Array | None = None,
+        start: Array | None = None,
+        past: object | None = None,
+        rng: np.random.Generator | None = None,
+        keep: bool = True,
+        last: bool = False,
+    ) -> tuple[Array, tuple]:
+        """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
+
+        positions (T,) or (B, T): rows of wpe, those after `past` by default. start (B, T): where each query's
+        view begins, see `ops.visible_keys`. past: a `generate.KVCache`, whose keys and values come before
+        those of `ids`; it is extended. rng: turns dropout on. keep=False: no cache, which saves its memory.
+        last=True: logits of the last position only, (B, 1, V), with keep=False. Raises UserError for a
+        sequence longer than `context`.
+        """
+        run, caches = Pass(start, past, rng), []
+        x, c_embed = self.embed(ids, self._positions(ids, positions, past), run)  # (B, T, C)
+        x, c_drop = self.dropout(x, self.config.dropout, run)  # (B, T, C)
+        for layer in range(self.config.n_layer):
+            x, cache = self.block(x, layer, run)  # (B, T, C)
+            caches.append(cache if keep else None)
+        logits, c_head = self.head(x, 1 if last else ids.shape[1])  # (B, T, V)
+        return logits, (c_embed, c_drop, caches, c_head) if keep else ()
+
+    def backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> None:
+        """Writes into `grads` (name -> array, see `gradients`) the gradients of a loss, given its gradient
+        `dlogits` (B, T, V). The blocks below the lowest name in `grads` are not computed."""
+        c_embed, c_drop, caches, c_head = cache
+        lowest = min(map(self.depth, grads), default=self.config.n_layer)
+        dx = self.head_backward(dlogits, c_head, grads)  # (B, T, C)
+        for layer in reversed(range(max(lowest, 0), self.config.n_layer)):
+            dx = self.block_backward(dx, caches[layer], grads)  # (B, T, C)
+        if lowest < 0:
+            dx = self.dropout_backward(dx, c_drop)  # (B, T, C)
+            self.embed_backward(dx, c_embed, grads)
+
+    def depth(self, name: str) -> int:
+        """Where a parameter stands: -1 for the embeddings, then the block's number, n_layer for the head."""
+        first, *rest = name.split(".")
+        return int(rest[0]) if first == "h" else self.config.n_layer if first in ("ln_f", "score") else -1
+
+    def _positions(self, ids: Array, positions: Array | None, past) -> Array:
+        """The position of each token, (B, T). Raises UserError for one that the model does not have."""
+        if positions is None:
+            first = 0 if past is None else max(0, past.length - self.prefix)
+            positions = np.arange(first, first + ids.shape[1], dtype=np.int32)
+        if positions.size and positions.max() >= self.context:
+            limit = f"block_size, {self.config.block_size}" + f", less {self.prefix} rows" * bool(self.prefix)
+            raise UserError(f"a sequence of {positions.max() + 1} tokens is longer than {limit}")
+        return np.broadcast_to(positions, ids.shape)
+
+    # --- its parts ------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Array, positions: Array, run: Pass) -> tuple[Array, tuple]:
+        """ids and positions (B, T) -> x (B, T, C), a row of each table for each token."""
+        tok, c_tok = self.ops.embedding_forward(ids, self.params["wte.weight"])  # (B, T, C)
+        wpe = self.params["wpe.weight"][self.prefix :]
+        pos, c_pos = self.ops.embedding_forward(positions, wpe)  # (B, T, C)
+        x, _ = self.ops.residual_forward(tok, pos)  # (B, T, C)
+        return x, (c_tok, c_pos)
+
+    def embed_backward(self, dx: Array, cache: tuple, grads: dict[str, Array]) -> None:
+        c_tok, c_pos = cache
+        tied = self.table == "wte.weight"  # the table is used twice: this adds to the head's part
+        self.ops.embedding_backward(dx, c_pos, grads.get("wpe.weight", False))
+        self.ops.embedding_backward(dx, c_tok, grads.get("wte.weight", False), add=tied)
+
+    def block(self, x: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
+        """x (B, T, C) -> x (B, T, C): attention and MLP, each a branch that is added to the stream x."""
+        h = f"h.{layer}"
+        a, c1 = self.norm(x, f"{h}.ln_1")  # (B, T, C)
+        qkv, c2 = self.linear(a, f"{h}.attn.c_attn", run)  # (B, T, 3C)
+        y, c3 = self.attend(qkv, layer, run)  # (B, T, C)
+        x, c4 = self.join(x, y, f"{h}.attn.c_proj", run)  # (B, T, C)
+        m, c5 = self.norm(x, f"{h}.ln_2")  # (B, T, C)
+        f, c6 = self.linear(m, f"{h}.mlp.c_fc", run)  # (B, T, 4C)
+        g, c7 = self.ops.gelu_forward(f)  # (B, T, 4C)
+        x, c8 = self.join(x, g, f"{h}.mlp.c_proj", run)  # (B, T, C)
+        return x, (c1, c2, c3, c4, c5, c6, c7, c8)
+
+    def block_backward(self, dx: Array, cache: tuple, grads: dict[str, Array]) -> Array:
+        c1, c2, c3, c4, c5, c6, c7, c8 = cache
+        d = self.join_backward(dx, c8, grads)  # (B, T, 4C)
+        d = self.ops.gelu_backward(d, c7)  # (B, T, 4C)
+        d = self.linear_backward(d, c6, grads)  # (B, T, C)
+        dx = self.norm_backward(d, c5, grads, add=dx)  # (B, T, C), plus the stream's own gradient
+        d = self.join_backward(dx, c4, grads)  # (B, T, C)
+        d = self.attend_backward(d, c3, grads)  # (B, T, 3C)
+        d = self.linear_backward(d, c2, grads)  # (B, T, C)
+        return self.norm_backward(d, c1, grads, add=dx)  # (B, T, C)
+
+    def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
+        """qkv (B, T, 3C) -> y (B, T, C): every query sees the keys before it, and those of `run.past`."""
+        q, k, v = self.split(qkv)  # (B, T, C) each
+        length = None
+        if run.past is not None:
+            k, v, length = run.past.extend(layer, k, v)  # (B, S, C) each
+        return self.ops.attention_forward(q, k, v, self.config.n_head, run.start, self.prefix, length)
+
+    def attend_backward(self, dy: Array, cache: tuple, grads: dict[str, Array]) -> Array:
+        return self.ops.attention_backward(dy, cache, packed=True)  # (B, T, 3C)
+
+    def split(self, qkv: Array) -> tuple[Array, Array, Array]:
+        """The queries, keys and values in qkv, views (B, T, C) each."""
+        C = self.config.n_embd
+        return qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
+
+    def join(self, x: Array, y: Array, name: str, run: Pass) -> tuple[Array, tuple]:
+        """A branch's last linear map, dropout, and the sum with the stream: x + drop(y w + b), (B, T, C)."""
+        if run.rng is None or not self.config.dropout:  # one operation
+            x, c_linear = self.linear(y, name, run, add=x)  # (B, T, C)
+            return x, (c_linear, None)
+        y, c_linear = self.linear(y, name, run)  # (B, T, C)
+        y, c_drop = self.dropout(y, self.config.dropout, run)  # (B, T, C)
+        return self.ops.residual_forward(x, y)[0], (c_linear, c_drop)
+
+    def join_backward(self, dx: Array, cache: tuple, grads: dict[str, Array]) -> Array:
+        c_linear, c_drop = cache
+        dy = self.dropout_backward(dx, c_drop)  # (B, T, C)
+        return self.linear_backward(dy, c_linear, grads)
+
+    def head(self, x: Array, T: int) -> tuple[Array, tuple]:
+        """x (B, ..., C) -> logits (B, T, V) of the last T positions."""
+        x = np.ascontiguousarray(x[:, -T:])  # (B, T, C)
+        x, c_norm = self.norm(x, "ln_f")  # (B, T, C)
+        logits, c_linear = self.ops.linear_forward(x, self.params[self.table].T)  # (B, T, V)
+        return logits, (c_norm, c_linear)
+
+    def head_backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> Array:
+        c_norm, c_linear = cache
+        dw = grads[self.table].T if self.table in grads else False
+        dx, _, _ = self.ops.linear_backward(dlogits, c_linear, dw=dw, db=False)  # (B, T, C)
+        return self.norm_backward(dx, c_norm, grads)  # (B, T, C)
+
+    # --- operations on named parameters ---------------------------------------------------------------------
+
+    def linear(self, x: Array, name: str, run: Pass, add: Array | None = None) -> tuple[Array, tuple]:
+        """x w + b + add: x (..., I) -> (..., O)."""
+        w, b = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        out, c = self.ops.linear_forward(x, w, b, add)
+        return out, (name, c)
+
+    def linear_backward(
+        self, dout: Array, cache: tuple, grads: dict[str, Array], add: Array | None = None
+    ) -> Array:
+        name, c = cache
+        dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
+        return self.ops.linear_backward(dout, c, dw, db, add, inplace=add is not None)[0]
+
+    def norm(self, x: Array, name: str) -> tuple[Array, tuple]:
+        """LayerNorm, (..., C) -> (..., C)."""
+        g, b = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        out, c = self.ops.layernorm_forward(x, g, b, self.config.layer_norm_epsilon)
+        return out, (name, c)
+
+    def norm_backward(
+        self, dout: Array, cache: tuple, grads: dict[str, Array], add: Array | None = None
+    ) -> Array:
+        name, c = cache
+        dg, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
+        return self.ops.layernorm_backward(dout, c, dg, db, add, inplace=add is not None)[0]
+
+    def dropout(self, x: Array, rate: float, run: Pass) -> tuple[Array, tuple | None]:
+        """Any shape. The cache is None where nothing is dropped."""
+        if run.rng is None or not rate:
+            return x, None
+        return self.ops.dropout_forward(x, rate, int(run.rng.integers(2**63)))
+
+    def dropout_backward(self, dout: Array, cache: tuple | None) -> Array:
+        return dout if cache is None else self.ops.dropout_backward(dout, cache)
+
+    # --- loss -----------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        ids: Array,
+        targets: Array,
+        weights: Array | None = None,
+        grads: dict[str, Array] | None = None,
+        **forward,
+    ) -> Array:
+        """sum(weights * nll), (), float64, in nats, and where `grads` is given its gradients.
+
+        ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to
+        `forward`.
+        """
+        if weights is None:
+            weights = np.full(targets.shape, 1 / targets.size, self.flat.dtype)
+        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
+        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
+        if grads is not None:
+            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
+            del logits, c_nll  # the largest arrays of all
+            self.backward(dlogits, cache, grads)
+        return self.ops.weighted_sum(nll, weights)  # ()

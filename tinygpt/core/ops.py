@@ -1,0 +1,445 @@
+"""The textbook: every operation of a GPT and its gradient, in NumPy, by hand.
+
+Shapes, here and in csrc/tinygpt.h:
+
+    B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H    V vocabulary
+
+Each operation is a pair:
+
+    out, cache        = layernorm_forward(x, g, b)
+    dx, dg, db        = layernorm_backward(dout, cache)
+
+`dout` is the gradient of some scalar loss L with respect to `out`; a backward returns the gradients of L with
+respect to the forward's inputs, in their order. The cache is an ordinary value: backward writes neither to it
+nor to `dout`, so calling it twice gives the same answer.
+
+Gradients of parameters. `dw=`, `db=` and `dg=` each take an array to write into, None to have one made, or
+False: that gradient is not computed, and False comes back in its place. So frozen weights cost nothing.
+
+What this file does not do: be fast. `kernels.py` has the same functions in C; tests hold the two together,
+and `tinygpt gradcheck` holds both to finite differences. Every function works in float32 and in float64.
+"""
+
+import numpy as np
+
+from ..errors import UserError
+
+Array = np.ndarray
+Grad = Array | bool | None  # an array to write into, None: make one, or False: do not compute this gradient
+
+
+# --- embedding ----------------------------------------------------------------------------------------------
+
+
+def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
+    """Row `ids[b, t]` of the table `w`: out[b, t] = w[ids[b, t]].
+
+    ids (B, T) integers in [0, V), w (V, C) -> out (B, T, C). Raises IndexError for an id outside the table.
+    """
+    if ids.size and (ids.min() < 0 or ids.max() >= len(w)):
+        raise IndexError(
+            f"id {ids.min() if ids.min() < 0 else ids.max()} is outside the table of {len(w)} rows"
+        )
+    return w[ids], (ids, w.shape)
+
+
+def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Array | bool:
+    """Adds up the gradients of equal ids: dw[v] = sum of dout[b, t] where ids[b, t] = v.
+
+    With `add` the sum goes on top of what `dw` holds. This is what makes the gradient of a tied embedding a
+    plain sum, the head's part first and then this one.
+    """
+    ids, shape = cache
+    if dw is False:
+        return False
+    if dw is None:
+        dw = np.zeros(shape, dout.dtype)
+    elif not add:
+        dw[:] = 0
+    np.add.at(dw, ids, dout)
+    return dw
+
+
+# --- linear -------------------------------------------------------------------------------------------------
+
+
+def linear_forward(
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, inplace: bool = False
+) -> tuple[Array, tuple]:
+    """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
+
+    The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
+    branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
+    gradient of `add` is `dout` itself. inplace: the result takes the place of `add`.
+    """
+    out = x @ w
+    if add is not None:
+        out = np.add(out, add, out=add if inplace else None)
+    if b is not None:
+        out += b
+    return out, (x, w)
+
+
+def linear_backward(
+    dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
+    """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
+
+    Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
+    w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
+    without a bias takes db=False. `add` is the gradient that reaches x in another way; inplace: dx takes the
+    place of `add`.
+    """
+    x, w = cache
+    x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+    dx = dout @ w.T
+    if add is not None:
+        dx = np.add(dx, add, out=add if inplace else None)
+    if dw is not False:
+        dw = np.matmul(x_rows.T, dout_rows, out=dw)
+    if db is not False:
+        db = np.sum(dout_rows, axis=0, out=db)
+    return dx, dw, db
+
+
+# --- layer normalisation ------------------------------------------------------------------------------------
+
+
+def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
+    """out = g xhat + b, with xhat = (x - mean) rstd and rstd = 1 / sqrt(variance + eps), over the channels.
+
+    x (..., C), g and b (C,) -> out (..., C). Ba, Kiros and Hinton 2016. The variance is the mean of squared
+    deviations (divided by C, not C - 1), computed after the mean: E[x^2] - E[x]^2 would cancel.
+    """
+    mean = x.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt(np.square(x - mean).mean(-1, keepdims=True) + x.dtype.type(eps))
+    return (x - mean) * rstd * g + b, (x, g, mean, rstd)
+
+
+def layernorm_backward(
+    dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
+    inplace: bool = False,
+) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
+    """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
+
+    Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
+    all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
+    either cannot reach x. The two means are the projections on those directions. `add` is the gradient that
+    reaches x past the norm, along the residual stream; inplace: dx takes the place of `add`.
+    """
+    x, g, mean, rstd = cache
+    channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
+    xhat = (x - mean) * rstd
+    dxhat = dout * g
+    along_ones = dxhat.mean(-1, keepdims=True)
+    along_xhat = (dxhat * xhat).mean(-1, keepdims=True)
+    dx = rstd * (dxhat - along_ones - xhat * along_xhat)
+    if add is not None:
+        dx = np.add(dx, add, out=add if inplace else None)
+    if dg is not False:
+        dg = np.sum(dout * xhat, axis=channels, out=dg)
+    if db is not False:
+        db = np.sum(dout, axis=channels, out=db)
+    return dx, dg, db
+
+
+# --- GELU ---------------------------------------------------------------------------------------------------
+
+SQRT_2_OVER_PI = float(np.sqrt(2 / np.pi))
+
+
+def gelu_forward(x: Array) -> tuple[Array, tuple]:
+    """out = x/2 (1 + tanh(u)), with u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form that GPT-2 uses.
+
+    Any shape. Hendrycks and Gimpel 2016, section 2.
+    """
+    t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * (x * x * x)))
+    return 0.5 * x * (1 + t), (x,)
+
+
+def gelu_backward(dout: Array, cache: tuple) -> Array:
+    """dx = dout ((1 + tanh(u))/2 + x/2 (1 - tanh(u)^2) u'), with u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+
+    The product rule on x/2 times (1 + tanh(u)); tanh' = 1 - tanh^2.
+    """
+    (x,) = cache
+    t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * (x * x * x)))
+    du = SQRT_2_OVER_PI * (1 + 3 * 0.044715 * (x * x))
+    return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du)
+
+
+# --- what prompt encoders are made of -----------------------------------------------------------------------
+
+
+def relu_forward(x: Array) -> tuple[Array, tuple]:
+    """out = max(x, 0), any shape."""
+    out = np.maximum(x, 0)
+    return out, (out,)
+
+
+def relu_backward(dout: Array, cache: tuple) -> Array:
+    """dx = dout where out > 0, else 0."""
+    return dout * (cache[0] > 0)
+
+
+def tanh_forward(x: Array) -> tuple[Array, tuple]:
+    """out = tanh(x), any shape."""
+    out = np.tanh(x)
+    return out, (out,)
+
+
+def tanh_backward(dout: Array, cache: tuple) -> Array:
+    """dx = dout (1 - out^2)."""
+    return dout * (1 - np.square(cache[0]))
+
+
+# --- causal multi-head attention ----------------------------------------------------------------------------
+
+
+def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int = 0) -> Array:
+    """Which keys each query sees, as booleans (B, 1, T, S).
+
+    The queries are the last T of S positions. Query i of row b stands at key S - T + i and sees the first
+    `prefix` keys and those from start[b, i] to its own, its own always; start counts keys after the prefix.
+    That one rule is causality, packed documents (start: where the document begins), padding on the left
+    (start: where the text begins), the KV cache (T < S), and the rows or keys of a learned prompt. Queries
+    may stand in the prefix themselves: of these start says nothing, it is (B, T) without them.
+    """
+    key = np.arange(S)
+    own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1)
+    first = np.zeros((B, 1, T, 1), np.int64)
+    if start is not None:
+        first[:, 0, max(0, prefix - (S - T)) :, 0] = prefix + start
+    first = np.minimum(first, own)
+    return np.broadcast_to((key <= own) & ((key >= first) | (key < prefix)), (B, 1, T, S))
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, n_head: int, start: Array | None = None, prefix: int = 0,
+    length: Array | None = None,
+) -> tuple[Array, tuple]:  # fmt: skip
+    """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, 3.2.
+
+    q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h owns channels h D to (h + 1) D of each. `start`
+    and `prefix` say which keys are visible, see `visible_keys`; without them query i sees 0 to S - T + i.
+    length (), int64: only the first `length` of the S keys are there, as in a KV cache that is not full.
+    """
+    if length is not None:
+        k, v = k[:, :length], v[:, :length]
+    (B, T, C), S = q.shape, k.shape[1]
+    visible = visible_keys(B, T, S, start, prefix)
+    scores = _split(q, n_head) @ _split(k, n_head).swapaxes(2, 3)  # (B, H, T, S)
+    scores *= (C // n_head) ** -0.5
+    scores = np.where(visible, scores, -np.inf)
+    scores -= scores.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    probs = np.exp(scores)
+    probs /= probs.sum(-1, keepdims=True)
+    return _merge(probs @ _split(v, n_head)), (q, k, v, probs)
+
+
+def attention_backward(
+    dout: Array, cache: tuple, packed: bool = False
+) -> tuple[Array, Array, Array] | Array:
+    """The forward's three products in reverse order, with the softmax between them.
+
+    packed: the three gradients side by side, (B, T, 3C), as the queries, keys and values of a text lie.
+
+    out = P v              dP = dout v^T,  dv = P^T dout
+    P = softmax(scores)    dscores = P (dP - sum of P dP over the keys): they share one sum
+    scores = r q k^T       dq = r dscores k,  dk = r dscores^T q,  where r = 1 / sqrt(D)
+    """
+    q, k, v, probs = cache
+    n_head = probs.shape[1]
+    scale = (q.shape[-1] // n_head) ** -0.5
+    dout = _split(dout, n_head)
+    dprobs = dout @ _split(v, n_head).swapaxes(2, 3)  # (B, H, T, S)
+    dscores = scale * probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True))
+    dq = _merge(dscores @ _split(k, n_head))
+    dk = _merge(dscores.swapaxes(2, 3) @ _split(q, n_head))
+    dv = _merge(probs.swapaxes(2, 3) @ dout)
+    return np.concatenate([dq, dk, dv], -1) if packed else (dq, dk, dv)
+
+
+def _split(x: Array, n_head: int) -> Array:
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).transpose(0, 2, 1, 3)  # (B, H, T, D)
+
+
+def _merge(x: Array) -> Array:
+    B, H, T, D = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)  # (B, T, C)
+
+
+def append_rows(cache: Array, x: Array, length: Array) -> None:
+    """x (B, T, C) becomes the last T of the first `length` positions of cache (B, S, C): keys or values.
+
+    length (), int64.
+    """
+    cache[:, length - x.shape[1] : length] = x
+
+
+def advance(length: Array, n: int) -> None:
+    """length (), int64, grows by n."""
+    length += n
+
+
+# --- residual connection and dropout ------------------------------------------------------------------------
+
+
+def residual_forward(x: Array, branch: Array) -> tuple[Array, None]:
+    """out = x + branch, any shape. He et al. 2015."""
+    return x + branch, None
+
+
+def residual_backward(dout: Array, cache: None = None) -> tuple[Array, Array]:
+    """A sum hands its gradient to both sides unchanged. Both results are `dout` itself, not copies."""
+    return dout, dout
+
+
+def dropout_forward(x: Array, rate: float, seed: int) -> tuple[Array, tuple]:
+    """Zeroes each element with probability `rate` and divides the others by 1 - rate, so that the mean stays.
+
+    Srivastava et al. 2014. The mask is a function of (seed, element number) alone: backward makes it again
+    instead of keeping it, and it is the same in C, in NumPy and for any number of threads.
+    """
+    keep = dropout_mask(x.shape, rate, seed)
+    return x * (keep * x.dtype.type(1 / (1 - rate))), (rate, seed)
+
+
+def dropout_backward(dout: Array, cache: tuple) -> Array:
+    """The forward once more: what was dropped has no influence, what was scaled has a scaled one."""
+    return dropout_forward(dout, *cache)[0]
+
+
+def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
+    """Booleans, True with probability 1 - rate: the output function of SplitMix64 (Steele, Lea and Flood
+    2014, figure 18) at element number + 1; the upper 24 bits are compared with the rate."""
+    z = np.arange(1, np.prod(shape, dtype=np.int64) + 1, dtype=np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return (z >> np.uint64(40) >= np.uint64(round(rate * 2**24))).reshape(shape)
+
+
+# --- softmax cross-entropy ----------------------------------------------------------------------------------
+
+
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
+    """nll = -log softmax(logits)[target], in nats, one for each target.
+
+    logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is their weighted sum, (weights *
+    nll).sum(): weights of 1/N are the mean, of 0 a mask, of -advantage/N a policy gradient. The weight of
+    each target is therefore what backward takes as `dout`. IndexError for a target outside the vocabulary.
+    """
+    if targets.size and (targets.min() < 0 or targets.max() >= logits.shape[-1]):
+        raise IndexError(
+            f"a target is outside the vocabulary of {logits.shape[-1]}; mask it with weight 0 instead"
+        )
+    top = logits.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    total = np.exp(logits - top).sum(-1, keepdims=True)
+    nll = np.log(total) - (np.take_along_axis(logits, targets[..., None], -1) - top)
+    return nll[..., 0], (logits, targets, top, total)
+
+
+def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
+    """dlogits = weight (softmax(logits) - onehot(target)): push up the target, down what is too likely.
+
+    dnll (...) is the weight of each target. A weight of 0 gives a row of zeros, whatever the logits are.
+    """
+    logits, targets, top, total = cache
+    at = targets[..., None]
+    dlogits = np.exp(logits - top)
+    dlogits /= total
+    np.put_along_axis(dlogits, at, np.take_along_axis(dlogits, at, -1) - 1, -1)
+    dlogits *= dnll[..., None]
+    dlogits[dnll == 0] = 0
+    return dlogits
+
+
+def weighted_sum(nll: Array, weights: Array) -> Array:
+    """sum(weights * nll), any one shape -> (), float64. Its gradient by nll is `weights`."""
+    return np.asarray((nll * weights).sum(dtype=np.float64))
+
+
+# --- sampling: functions of the logits ----------------------------------------------------------------------
+
+
+NOT_FINITE = "the logits are not finite: the model's training diverged, or its file is damaged"
+
+
+def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """The distribution that `sample` draws from: (..., V) -> (..., V), of the same dtype.
+
+    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept stay too: the
+    order of the vocabulary has no influence. Raises UserError for logits that are not finite.
+    """
+    V, top = logits.shape[-1], logits.max(-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise UserError(NOT_FINITE)
+    if temperature == 0:
+        probs = np.zeros_like(logits)
+        np.put_along_axis(probs, logits.argmax(-1)[..., None], 1, -1)
+        return probs
+    scaled = (logits - top) / max(temperature, 1e-6)  # a float32 holds no 1e-300, and 0 / 0 is NaN
+    if 0 < top_k < V:
+        scaled[scaled < np.partition(scaled, V - top_k)[..., V - top_k, None]] = -np.inf
+    probs = np.exp(scaled, out=scaled)
+    probs /= probs.sum(-1, keepdims=True)
+    if top_p < 1:
+        probs[probs < _least_in_nucleus(probs, top_p)] = 0
+        probs /= probs.sum(-1, keepdims=True)
+    return probs
+
+
+def _least_in_nucleus(probs: Array, top_p: float) -> Array:
+    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together."""
+    likeliest = np.sort(probs)[..., ::-1]
+    before = (likeliest.cumsum(-1, dtype=np.float64) < top_p).sum(-1, keepdims=True)
+    return np.take_along_axis(likeliest, np.minimum(before, probs.shape[-1] - 1), -1)  # all: rounded
+
+
+def sample(
+    logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Array:
+    """One id a row: the first whose cumulative probability exceeds the row's number in [0, 1).
+
+    logits (B, V), uniform (B,) -> ids (B,). Raises what `probabilities` raises.
+    """
+    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=np.float64)
+    return (mass > (uniform * mass[:, -1])[:, None]).argmax(-1)  # the last mass is 1 but for rounding
+
+
+# --- the optimizer's two passes over all weights ------------------------------------------------------------
+
+
+def sum_of_squares(x: Array) -> float:
+    """The square of the Euclidean norm of x, added up in float64."""
+    return sum(float(np.square(x[i : i + BLOCK], dtype=np.float64).sum()) for i in range(0, x.size, BLOCK))
+
+
+def adamw(
+    w: Array, g: Array, m: Array, v: Array, *, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """One AdamW update of w and of its moments m and v, all 1-D, in place. Loshchilov and Hutter 2019.
+
+        g <- scale g                                (gradient clipping's factor)
+        m <- beta1 m + (1 - beta1) g                mean of gradients
+        v <- beta2 v + (1 - beta2) g^2              mean of squared gradients
+        w <- w - lr weight_decay w - lr mhat / (sqrt(vhat) + eps)
+
+    mhat = m / (1 - beta1^step) and vhat = v / (1 - beta2^step) undo the start at zero; `step` counts from 1.
+    """
+    for i in range(0, w.size, BLOCK):  # in blocks that stay in the cache
+        wi, mi, vi = (a[i : i + BLOCK] for a in (w, m, v))
+        gi = g[i : i + BLOCK] * w.dtype.type(scale)
+        mi += (1 - beta1) * (gi - mi)
+        vi += (1 - beta2) * (gi * gi - vi)
+        wi *= 1 - lr * weight_decay
+        wi -= (lr / (1 - beta1**step)) * mi / (np.sqrt(vi / (1 - beta2**step)) + eps)
+
+
+BLOCK = 1 << 15

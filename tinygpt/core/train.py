@@ -1,0 +1,227 @@
+"""The one training loop: every stage gives it batches, and it makes updates from them.
+
+    for each update:  gradients of loss = sum(weights * nll) over the batches;  clip;  AdamW;  a record
+
+It reports through a callback and prints nothing. The random numbers of update n come from a generator made
+from (seed, n): a run that was interrupted continues with the very numbers it would have had, nothing needs to
+be stored for that, and evaluating or sampling on the way does not change the run.
+
+Not here: where batches come from, what is saved and where, several processes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .model import GPT
+from .optim import AdamW, learning_rate
+from .replay import recorded
+
+Array = np.ndarray
+Record = dict[str, float]  # what a report tells of one update
+
+
+class Batch(NamedTuple):
+    """Sequences, and how much each target counts: the weights of an update usually sum to 1."""
+
+    ids: Array  # (B, T) int32
+    targets: Array  # (B, T) int32
+    weights: Array  # (B, T); 0 masks
+    start: Array | None = None  # (B, T): where each query's view begins, see ops.visible_keys
+    positions: Array | None = None  # (B, T)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train, under nanoGPT's names. Raises UserError for what cannot be."""
+
+    max_iters: int = 4000
+    learning_rate: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_iters: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0  # 0: none
+    eval_interval: int = 1000
+    seed: int = 1337
+    merge_every: int = 0  # updates after which an adapter is merged and begins anew; 0: never
+
+    def __post_init__(self) -> None:
+        for name, right, rule in (  # comparisons that are false for NaN
+            ("max_iters", self.max_iters >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
+            ("min_lr", 0 <= self.min_lr <= self.learning_rate, "from 0 to the learning rate"),
+            ("warmup_iters", self.warmup_iters >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and less than 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and less than 1"),
+            ("grad_clip", 0 <= self.grad_clip < math.inf, "at least 0, which is off"),
+            ("eval_interval", self.eval_interval >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+            ("merge_every", self.merge_every >= 0, "at least 0, which is off"),
+        ):
+            if not right:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
+
+    def learning_rate_at(self, n: int) -> float:
+        """Of update n, counted from 0. After a merge it climbs anew, for a tenth of the time to the next."""
+        fields = {"warmup_iters": self.warmup_iters, "max_iters": self.max_iters}
+        rate = learning_rate(n, peak=self.learning_rate, lowest=self.min_lr, **fields)
+        since, climb = (n % self.merge_every, self.merge_every // 10) if self.merge_every else (n, 0)
+        return rate * (since + 1) / (climb + 1) if since < min(climb, n) else rate
+
+    def optimizer(self, model: GPT, names: Iterable[str] | None = None) -> AdamW:
+        """An optimizer with these settings for the parameters `names` of a model, all if None."""
+        fields = ("beta1", "beta2", "weight_decay", "grad_clip")
+        return AdamW(model, names, **{field: getattr(self, field) for field in fields})
+
+
+class NonFiniteError(UserError):
+    """Training stopped before an update because a number in it was infinite or not a number."""
+
+
+def train(
+    optimizer: AdamW,
+    batches: Callable[[int, np.random.Generator], Sequence[Batch]],
+    config: TrainConfig,
+    *,
+    evaluate: Callable[[], Record] = dict,
+    report: Callable[[Record], None] = lambda record: None,
+    save: Callable[[], None] = lambda: None,
+    elapsed_s: float = 0.0,
+    compute: Callable | None = None,
+) -> None:
+    """Updates the optimizer's model, from update `optimizer.steps` on, until config.max_iters are made.
+
+    batches(n, rng) gives the batches of update n (from 0): one, or several whose gradients are added up.
+    `report` gets a record of each update: iter (from 1), train_loss, lr, grad_norm, tokens_per_s, elapsed_s
+    (to which the argument is added), and every eval_interval updates and after the last what `evaluate`
+    returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
+    update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
+
+    compute(batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a record with the loss
+    as train_loss; by default it is `gradients(optimizer)`.
+
+    Raises NonFiniteError, before the update or the save in question.
+    """
+    compute = compute or gradients(optimizer)
+    began, saved = time.perf_counter() - elapsed_s, optimizer.steps
+    with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
+        while optimizer.steps < config.max_iters:
+            start, rng = time.perf_counter(), np.random.default_rng([config.seed, optimizer.steps])
+            todo = batches(optimizer.steps, rng)
+            losses = compute(todo, rng)
+            losses = losses if isinstance(losses, dict) else {"train_loss": losses}
+            _check_finite(losses["train_loss"], "loss", optimizer.steps + 1, saved)
+            lr = config.learning_rate_at(optimizer.steps)
+            norm = optimizer.step(lr)
+            _check_finite(norm, "gradient's norm", optimizer.steps + 1, saved)
+            n, seconds = optimizer.steps, max(time.perf_counter() - start, 1e-9)  # a clock may stand still
+            rate = round(sum(batch.ids.size for batch in todo) / seconds, 1)
+            record = {"iter": n, **losses, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}
+
+            due = n % config.eval_interval == 0 or n == config.max_iters
+            evaluation = evaluate() if due else {}
+            for name, value in evaluation.items():
+                _check_finite(value, name, n, saved)
+            closed = None
+            try:
+                report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | evaluation)
+            except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
+                closed = error
+            if due or interrupted or closed:
+                save()
+                saved = n
+            if closed:
+                raise closed
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def gradients(optimizer: AdamW) -> Callable:
+    """A function compute(batches, rng): it puts the gradients of the batches' summed loss into
+    `optimizer.flat`, and returns the loss, in nats. rng turns dropout on.
+
+    As the losses are sums, not means, this is what one large batch would give. The forward and backward
+    passes are replayed from the second batch of a shape on (`replay`).
+    """
+    model = optimizer.model
+    loss = recorded(partial(model.loss, grads=optimizer.grads), model, optimizer.flat)
+
+    def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
+        value, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
+        for ids, targets, weights, start, positions in batches:
+            if positions is None:
+                positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
+            value += float(loss(ids, targets, weights, start=start, positions=positions, rng=rng))
+            if total is not None:
+                total += optimizer.flat
+        if total is not None:
+            optimizer.flat[:] = total
+        return value
+
+    return compute
+
+
+def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
+    """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
+    total, count = 0.0, 0.0
+    for ids, targets, weights, start, positions in batches:
+        total += float(model.loss(ids, targets, weights, start=start, positions=positions))
+        count += float(weights.sum(dtype=np.float64))
+    return total / max(count, 1e-30)
+
+
+def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[float, dict[str, float]]:
+    """How far training moved the weights: norm(after - before) / norm(before), of all together and of each.
+
+    before, after: name -> array. What was zero and is not has the change infinity.
+    """
+    moved = {name: float(np.square(after[name] - p).sum(dtype=np.float64)) for name, p in before.items()}
+    old = {name: float(np.square(p).sum(dtype=np.float64)) for name, p in before.items()}
+
+    def ratio(a: float, b: float) -> float:
+        return math.sqrt(a / b) if b else math.inf if a else 0.0
+
+    return ratio(sum(moved.values()), sum(old.values())), {n: ratio(moved[n], old[n]) for n in before}
+
+
+def _check_finite(value: float, what: str, n: int, saved: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} is {value} at iteration {n}; the model as of iteration {saved} is kept. "
+            "Try a lower learning rate, a longer warm-up, or gradient clipping"
+        )
+
+
+@contextlib.contextmanager
+def _first_interrupt_waits() -> Iterator[list]:
+    """Yields a list that is empty until a signal asks to stop: Ctrl-C, SIGTERM, or SIGHUP when a terminal
+    closes. A second one raises KeyboardInterrupt on the spot. A signal that is ignored (nohup) stays so."""
+    pressed, before = [], {}
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():  # signals only ever reach the main thread
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield pressed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

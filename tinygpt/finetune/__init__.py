@@ -1,1 +1,0 @@
-"""Stages that go on from a pre-trained model."""

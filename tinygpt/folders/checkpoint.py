@@ -1,0 +1,342 @@
+"""Models on disk: the Hugging Face folder of a GPT-2, and the one file from which training goes on.
+
+A folder has config.json, model.safetensors and the tokenizer's files, as `transformers` writes and reads
+them. A post-norm model is GPT-1's architecture, so it is written as an "openai-gpt". Reading takes what the
+hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated, several
+files, half precision. What would change the computation and is not supported, is refused by name.
+
+trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one
+file because a run that is killed between two files would have weights and moments of different steps; and as
+it has everything, the other files can be written again from it.
+
+Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
+read into the model's own buffer, so that loading takes the memory of the weights and no more.
+
+Not here: pytorch_model.bin; adapters (`finetune.adapters`); the format of the tensors' files, which is
+`tensorfile`'s.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+from reprlib import repr as short
+from typing import TypeVar, get_args, get_type_hints
+
+from ..core.config import GPTConfig
+from ..core.model import GPT
+from ..core.optim import AdamW
+from ..errors import UserError
+from ..files import tensorfile
+from ..files.atomic import finish, replacing, together
+from ..files.jsonfile import parse, read_object
+from ..files.tensorfile import Tensor
+from ..stages.variants import build
+from ..text import tokenizer as tokenizers
+
+Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
+T = TypeVar("T")
+
+CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetensors"
+FILES = (CONFIG, WEIGHTS, TRAINER, "tokenizer.json", "tokenizer_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX = "model.safetensors.index.json"  # in which file each tensor is, where there are several
+
+# --- config.json --------------------------------------------------------------------------------------------
+
+# GPTConfig's fields as config.json calls them; dropout is written under two names and read from one.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "dropout": "resid_pdrop",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+}
+# What else a config may say, each with the values that mean this model; the first is also meant by silence.
+_COMMON = {"tie_word_embeddings": (True,), "quantization_config": (None,), "pruned_heads": (None, {})}
+_SUPPORTED = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        **_COMMON,
+    },
+    "openai-gpt": {"afn": ("gelu",), **_COMMON},  # which is gelu_new there
+}
+_GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+_ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+_JUDGE = "GPT2ForSequenceClassification"  # a model with a score head
+
+
+def _config_json(config: GPTConfig, eos_id: int | None) -> dict:
+    kind = "openai-gpt" if config.post_norm else "gpt2"
+    values = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
+    judge = {}
+    if config.num_labels:  # transformers reads at the last token that is no padding: with us that is eos
+        judge = {"architectures": [_JUDGE], "pad_token_id": 0 if eos_id else 1}
+        judge |= {"id2label": {str(n): f"score {n}" for n in range(config.num_labels)}}
+    return {
+        "model_type": kind,
+        "architectures": [_ARCHITECTURES[kind]],
+        **values,
+        **judge,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": 0.0,
+        **first,
+        "bos_token_id": eos_id,  # null, or transformers takes GPT-2's 50256
+        "eos_token_id": eos_id,
+    }
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The sizes in a folder's config.json. Raises UserError for one that describes another kind of model."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        name = folder.name
+        get = f": hf download openai-community/{name} --local-dir {folder}" * name.startswith("gpt2")
+        raise UserError(f"{folder}: no such folder{get}")
+    finish(folder)
+    if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
+        raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
+    if not path.is_file():
+        found = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
+        inside = f"; there are models in {', '.join(str(p.parent) for p in found[:9])}" * bool(found)
+        raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder{inside}")
+    raw = read_object(path)
+    kind = raw.get("model_type")
+    if kind not in list(_SUPPORTED):  # a list, as a forged kind may have no hash
+        raise UserError(f"{path}: model_type is {short(kind)}; supported are {' and '.join(_SUPPORTED)}")
+    for name, allowed in _SUPPORTED[kind].items():
+        if name in raw and raw[name] not in allowed:
+            raise UserError(f"{path}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
+    values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
+    if raw.get("architectures") == [_JUDGE]:
+        labels = raw.get("id2label", {0: 0, 1: 1})  # transformers has two where nothing is said
+        values["num_labels"] = len(labels) if isinstance(labels, dict) else 0
+        if kind != "gpt2" or values["num_labels"] != 1:
+            raise UserError(f"{path}: {values['num_labels']} labels; only one, of a GPT-2, is supported")
+    config = from_json(GPTConfig, values | {"post_norm": kind == "openai-gpt"}, str(path))
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: n_inner is {short(raw['n_inner'])}; only 4 n_embd is supported")
+    if not 0 < config.layer_norm_epsilon < 1:
+        raise UserError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon}; it is between 0 and 1")
+    return config
+
+
+def from_json(cls: type[T], values: object, where: str) -> T:
+    """A dataclass from a JSON object, fields of other dataclasses included.
+
+    Raises UserError for a value of another type than the field's, and what the dataclass itself raises.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: should be a JSON object, is {short(values)}")
+    hints, built = get_type_hints(cls), {}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if type(None) in get_args(hint):
+            if value is None:
+                built[name] = None
+                continue
+            hint, _ = get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            built[name] = from_json(hint, value, f"{where}: {name}")
+        elif hint == tuple[str, ...] and isinstance(value, list) and all(map(_is_text, value)):
+            built[name] = tuple(value)
+        elif hint is str and not _is_text(value):
+            raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
+        elif type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53):
+            built[name] = hint(value)
+        else:
+            raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
+    try:
+        return cls(**built)
+    except TypeError:  # a field without default is missing
+        raise UserError(f"{where}: is incomplete") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is a text that can be a path: without NUL, and without half a character."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
+    folder has the model that was there before, whole, or the new one."""
+    config = _config_json(model.config, tokenizer.eos_id)
+    with together(folder):
+        with replacing(folder / WEIGHTS) as beside:
+            _write_weights(beside, model)
+        tokenizer.save(folder, model_max_length=model.config.block_size)
+        with replacing(folder / CONFIG) as beside:
+            beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(path: Path, model: GPT) -> None:
+    tensors = {_their_name(name, model.config): p for name, p in model.params.items()}
+    tensors = {name if name == "score.weight" else f"transformer.{name}": p for name, p in tensors.items()}
+    tensorfile.write(path, tensors, {"format": "pt"})
+
+
+def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
+    """The model, float32, and the tokenizer of a folder: tinygpt's, or a GPT-2 as downloaded from the hub.
+
+    judge: a reward model is wanted, and not one that writes. Raises UserError for anything that is not
+    exactly such a model.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if bool(config.num_labels) != judge:
+        kinds = "a model that writes", "a reward model, which judges answers"
+        raise UserError(f"{folder}: has {kinds[not judge]}; here {kinds[judge]} is needed")
+    found = _tensors_of(folder)
+    head = found.pop("lm_head.weight", None)
+    _check_shapes(found, config, folder)
+    tokenizer = tokenizers.load(folder)
+    check_vocabulary(tokenizer, config, folder)
+    model = build(config)
+    for name, p in model.params.items():
+        found[_their_name(name, config)].read(p)
+    if head is not None and not head.equals(model.params["wte.weight"]):
+        raise UserError(f"{folder}: lm_head.weight is not the token table: only a tied head is supported")
+    return model, tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
+    """A model may have more rows than the tokenizer has tokens: GPT-2's are often padded to 50304."""
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
+        raise UserError(f"{path}: {sizes}: they do not belong together")
+
+
+def _their_name(name: str, config: GPTConfig) -> str:
+    return _GPT1_NAMES.get(name, name) if config.post_norm else name
+
+
+def _tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder under their bare names, without the buffers that hold causal masks."""
+    files = [folder / WEIGHTS]
+    if not files[0].exists():
+        if (folder / "pytorch_model.bin").exists():
+            raise UserError(
+                f"{folder}: has pytorch_model.bin, which can run code when it is opened, and no {WEIGHTS}: "
+                "convert it with transformers' save_pretrained"
+            )
+        if not (folder / INDEX).exists():
+            raise UserError(f"{folder}: has no {WEIGHTS}")
+        names = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(map(_is_name, names.values())):
+            raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
+        files = [folder / name for name in sorted(set(names.values()))]
+    tensors = {name: tensor for file in files for name, tensor in tensorfile.tensors(file)[0].items()}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
+
+
+def _is_name(value: object) -> bool:
+    """Whether this is the name of a file in the folder, not a path that leads elsewhere."""
+    return isinstance(value, str) and Path(value).name == value
+
+
+def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
+    wanted = {_their_name(name, config): shape for name, shape in config.shapes().items()}
+    for name in [*wanted, *found]:
+        if name not in found:
+            raise UserError(f"{folder}: has no tensor {name}, which {CONFIG} calls for")
+        if name not in wanted:
+            raise UserError(f"{folder}: the tensor {short(name)} is no part of the model in {CONFIG}")
+        if found[name].shape != wanted[name]:
+            raise UserError(f"{folder}: {name} has shape {found[name].shape}, by {CONFIG} {wanted[name]}")
+
+
+# --- trainer.safetensors ------------------------------------------------------------------------------------
+
+
+def save_trainer(
+    folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object, base: bool = False
+) -> None:
+    """Writes all that changes in training, the tokenizer, and a dataclass that says the rest, as one file.
+
+    Of a model with an adapter that is the adapter; with `base` the model's own weights too.
+
+    Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
+    """
+    state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
+    state |= {"tokenizer": tokenizer.to_spec(), "eos": tokenizer.eos}
+    state["chat_template"] = tokenizer.chat_template
+    tensors = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
+    tensors |= {"base": optimizer.model.flat} if base else {}
+    with replacing(folder / TRAINER) as beside:
+        tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
+
+
+def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
+    """What stays as it is in a run: settings, a `cls` whose field `model` is the GPTConfig, and tokenizer.
+
+    Raises UserError where there is no such run, or one of another stage, and where the file is too small for
+    the model it tells of.
+    """
+    path = folder / TRAINER
+    if not path.is_file():
+        what = f"has no {TRAINER}, so there is nothing to resume" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}")
+    tensors, state = _read_trainer(path)
+    stage = state["settings"].get("stage") if isinstance(state["settings"], dict) else None
+    if isinstance(stage, str) and stage != getattr(cls, "stage", stage):
+        raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
+    adapter = state["settings"].get("adapter") if isinstance(state["settings"], dict) else None
+    if isinstance(adapter, dict) and adapter.get("kind") == "":  # as older versions said that there is none
+        state["settings"]["adapter"] = None
+    settings = from_json(cls, state["settings"], str(path))
+    size = math.prod(tensors["weights"].shape)
+    if getattr(settings, "size", settings.model.size) != size:
+        raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
+    if getattr(settings, "has_base", False):
+        size = math.prod(tensors["base"].shape) if "base" in tensors else 0
+        if size != settings.model.size:
+            raise UserError(f"{path}: its base of {size} weights is not the model in its settings")
+    try:
+        tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"], state.get("chat_template"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    check_vocabulary(tokenizer, settings.model, path)
+    return settings, tokenizer
+
+
+def load_trainer(folder: Path, optimizer: AdamW) -> None:
+    """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
+    tensors, state = _read_trainer(folder / TRAINER)
+    outs = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
+    for name, out in (outs | ({"base": optimizer.model.flat} if "base" in tensors else {})).items():
+        if tensors[name].shape != out.shape:
+            raise UserError(f"{folder / TRAINER}: {name} has shape {tensors[name].shape}, not {out.shape}")
+        tensors[name].read(out)
+    optimizer.steps = state["step"]
+
+
+def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, and the rest as `save_trainer` has it, of which only step and eos are checked."""
+    tensors, metadata = tensorfile.tensors(path)
+    try:
+        state = parse(metadata["tinygpt"])
+        step, eos, _, _ = (state[name] for name in ("step", "eos", "settings", "tokenizer"))
+    except (ValueError, KeyError, TypeError):
+        step, eos = None, None
+    right = type(step) is int and step >= 0 and isinstance(eos, str | None)
+    if not right or tensors.keys() - {"base"} != {"weights", "m", "v"}:
+        raise UserError(f"{path}: is not a run that tinygpt saved")
+    return tensors, state

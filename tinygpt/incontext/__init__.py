@@ -1,1 +1,0 @@
-"""In-context learning: what a model does by its prompt alone. No weight changes."""

@@ -1,0 +1,99 @@
+"""Tables of what was measured, as text for a terminal. Not here: measuring (`world.evaluate`), printing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..stages.answers import Estimate, Rate, verdict
+from ..stages.evaluate import Gap, Score
+
+if TYPE_CHECKING:  # it imports every stage
+    from .claims import Claim
+
+
+def gaps(found: Mapping[str, Gap]) -> str:
+    """Loss above the exact entropy, by kind of document."""
+    lines = [f"{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token"]
+    for kind, gap in found.items():
+        lines.append(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
+    return "\n".join(lines)
+
+
+def recall(found: list[tuple[float, Rate]], chance: float) -> str:
+    """Facts recalled, by how often the corpus told them."""
+    lines = [f"{'facts told':>10} {'recalled':>9}  95% interval"]
+    lines += [f"{told:10.1f} {interval(rate)}  n = {rate.n:,}" for told, rate in found]
+    return "\n".join([*lines, f"{'chance':>10} {chance:9.3f}"])
+
+
+_SCORES_KEY = """\
+None of these people, phrases or problems is in the tuning. majority: whoever always says the most frequent
+answer; false: well-formed, not right, and not "I do not know.", which is the truth of people never seen."""
+
+
+def scores(found: Mapping[str, Score]) -> str:
+    """Right, beside how often the most frequent answer is (majority), of the wanted form, and made up."""
+    lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped  false"]
+    for name, score in found.items():
+        rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
+        rates += f" {score.falsehood.rate:6.3f}"
+        lines.append(f"{name:22} {interval(score.right)}  {rates}")
+    return "\n".join([*lines, _SCORES_KEY])
+
+
+def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:
+    """A claim, what it stands on with the verdict on each, and what else was measured."""
+    needed = [name for name, _, _ in asked.needs]
+    seeds = max(e.n for e in found.values())  # some numbers are of some seeds alone
+    spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
+    lines = [f"{asked.number}. {asked.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
+    for name, sign, limit in asked.needs:
+        lines.append(f"{_estimate(name, found[name])}  {sign} {limit:g}: {verdict(found[name], sign, limit)}")
+    return "\n".join(lines + [_estimate(name, e) for name, e in found.items() if name not in needed])
+
+
+def _estimate(name: str, found: Estimate) -> str:
+    return f"   {name:78} {found.mean:9.3g}  {found.low:.3g} to {found.high:.3g}"
+
+
+def interval(rate: Rate) -> str:
+    return f"{rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}"
+
+
+KEY = """
+trained: weights; change: of the model's, over their norm, from where it began; s: seconds to train. Rates of
+at most 300 questions (--quick: 100): form and known, about people told of often (the base knows them, but
+goes on with a text instead of answering); false, made-up answers about people never seen; reason, journeys of
+3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is in the model,
+unchanged to the byte."""
+COLUMNS = {  # of a row: as the table calls them
+    "form": "form", "known": "known", "falsehoods": "false", "reasoning": "reason", "few-shot": "few-shot",
+}  # fmt: skip
+
+
+def cells(row: Mapping) -> list[str]:
+    """A stage's data, weights, change and seconds; its rates, or in their place what else it showed; whether
+    the base is intact. A dash is what it does not have, or was not asked."""
+    rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
+    return [
+        row["data"], f"{row['weights']:,}", f"{row['change']:.1%}" if row["weights"] else "none",
+        f"{row['seconds']:.0f}" if "seconds" in row else "-", *([row["shown"]] if "shown" in row else rates),
+        {True: "yes", False: "no", None: "-"}[row.get("base")],
+    ]  # fmt: skip
+
+
+def story(stages: Mapping[str, dict]) -> str:
+    """What each stage of a story changed."""
+    head = "trained  change    s  form  known  false  reason  few-shot  base intact"
+    lines = [f"{'stage':24} {'data':26} {head:>9}"]
+    for name, found in stages.items():
+        if "failed" in found:
+            lines.append(f"{name:24} failed: {found['failed']}")
+            continue
+        data, weights, change, seconds, *rates, intact = cells(found["row"])
+        if len(rates) > 1:
+            rates = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
+        lines.append(f"{name:24} {data:24} {weights:>9}  {change:>6} {seconds:>4}  "
+                     f"{'  '.join(rates):36}  {intact}")  # fmt: skip
+    return "\n".join([*lines, KEY])

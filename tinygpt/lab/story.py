@@ -1,0 +1,363 @@
+"""A GPT's whole life in a world of which everything is known, and what each stage of it changed.
+
+Each stage makes its model (`lab`), measures it beside those before it, and keeps what it found in the Lab's
+folder: a story that was interrupted goes on. All of it is in story.json.
+
+    row        what the table has of the stage
+    samples    question, answer before, answer after, and what is true
+    curves     name -> values, for the report
+
+Not here: printing (`cli`), the table and the page (`report`, `page`), claims over several seeds (`claims`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.model import GPT
+from ..core.train import weight_change
+from ..errors import UserError
+from ..files.atomic import replacing
+from ..files.jsonfile import read_object
+from ..folders import checkpoint
+from ..stages import evaluate, fewshot, recall, reward
+from ..stages.adapter import AdapterConfig, fingerprint
+from ..world import tasks
+from ..world.corpus import DOCUMENTS
+from .models import Lab, read_records
+
+FILE = "story.json"
+DAMAGED = "is not what tinygpt story wrote, or damaged: tell the story again"
+SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # samples are one of each
+
+
+class Stage(NamedTuple):
+    name: str
+    term: str  # in Korean
+    says: str  # what the term means
+    tell: Callable[[Lab], dict]
+
+
+STAGES: list[Stage] = []
+
+
+def stage(name: str, term: str, says: str):
+    def register(tell: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
+        STAGES.append(Stage(name, term, says, tell))
+        return tell
+
+    return register
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def measured(lab: Lab, model: GPT) -> dict[str, float]:
+    """What the table has of every model that writes, each between 0 and 1."""
+    count = _count(lab)
+    known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+    rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
+    mappings = fewshot.mappings(lab.world, 8, count)
+    return {
+        "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
+        "reasoning": rides.right.rate, "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
+    }  # fmt: skip
+
+
+def _count(lab: Lab) -> int:
+    """Of questions, problems and prompts."""
+    return 100 if lab.quick else 300
+
+
+def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
+    """Question, answer before, answer after, what is true."""
+    items = [lab.sets[name][0] for name in names]
+    said = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
+    asked, true = ([item[key] for item in items] for key in ("prompt", "completion"))
+    return [list(row) for row in zip(asked, *said, true, strict=True)]
+
+
+def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dict:
+    """A model's row, and what moved. base: whether the base is in it as it was."""
+    moved, by_name = weight_change(before.params, model.params)
+    return {
+        "row": {
+            "data": data, "weights": model.trained.flat.size, "change": moved, "seconds": seconds,
+            "base": fingerprint(model) == fingerprint(lab.base), **measured(lab, model),
+        },
+        "change": {name: value for name, value in by_name.items() if math.isfinite(value)},
+    }  # fmt: skip
+
+
+def by_the_prompt(lab: Lab, mark: str, shown: str) -> dict:
+    """The row of a stage that trains nothing; mark: the base's fingerprint before it."""
+    return {"data": "the prompt", "weights": 0, "change": 0.0, "shown": shown,
+            "base": fingerprint(lab.base) == mark}  # fmt: skip
+
+
+# --- the stages ---------------------------------------------------------------------------------------------
+
+
+@stage(
+    "pre-training", "사전학습",
+    "From random weights it learns to predict the next token of a text, again and again. All weights move. "
+    "Patterns of language come first; what is told often stays in the weights, its parametric recall. (The "
+    "text begins with words said over and over, from which it learns to copy: then the loss jumps.)",
+)  # fmt: skip
+def pretraining(lab: Lab) -> dict:
+    model, world, tokenizer = lab.base, lab.world, lab.tokenizer
+    tokens = lab.pretraining["max_iters"] * lab.pretraining["batch_size"] * lab.pretraining["block_size"]
+    data = f"{tokens / 1e6:.1f}M tokens of text"
+    found = trained(lab, model, lab.random, data, lab.seconds("base"))
+    updates = lab.records("base")
+    gaps = evaluate.gaps(model, tokenizer, world, 1000)
+    told = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
+    every = max(1, len(updates) // 300)
+    return found | {
+        "samples": compared(lab, lab.random, model, SHOWN[:1]),
+        "floor": gaps["all"].floor,
+        "curves": {
+            "update": [record["iter"] for record in updates[::every]],
+            "loss": [record["train_loss"] for record in updates[::every]],
+            "told": [times for times, _ in told],
+            "recalled": [rate.rate for _, rate in told],
+        },
+        "notes": [
+            f"Its loss is {gaps['all'].gap:.3f} nats a token above the text's entropy, which no model beats.",
+            f"Facts told {told[0][0]:.0f} times it recalls in {told[0][1].rate:.0%}, told never "
+            f"{told[-1][1].rate:.0%} (chance {evaluate.chance(world):.0%}).",
+        ],
+    }
+
+
+@stage(
+    "in-context learning", "문맥 내 학습",
+    "Examples in the prompt, and a question: which label goes with which kind of thing is drawn for this "
+    "prompt alone, so no weight can know it. No weight changes; when the prompt is gone, so is what it "
+    "learned. (Its text has tables of this kind, each with labels of its own.)",
+)  # fmt: skip
+def in_context(lab: Lab) -> dict:
+    mark, shots, count = fingerprint(lab.base), (0, 1, 2, 4, 8), _count(lab)
+    prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
+    right = {
+        f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
+        for share, model in lab.snapshots((2, 3, 4, 8))
+    }
+    best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
+    last = list(right.values())[-1]
+    one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # which an example tells
+    both = [one._replace(examples=()), one]
+    said = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
+    asked = fewshot.text(one, "table")
+    heads = recall.induction_scores(lab.base, lab.words, count=20)
+    layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
+    ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
+    return {
+        "row": by_the_prompt(lab, mark, f"0 -> 8 examples: {last[0]:.2f} -> {last[-1]:.2f} right"),
+        "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
+        "curves": {"shots": list(shots), "best possible": best, **right},
+        "head": {"layer": layer, "head": head, "score": float(heads.max()),
+                 "tokens": [lab.tokenizer.decode(i) for i in ids.T],
+                 "map": recall.attention(lab.base, ids)[layer, 0, head].round(3).tolist()},
+        "notes": [f"Right after 0, 1, 2, 4 and 8 examples: {_percents(last)}; the best possible predictor: "
+                  f"{_percents(best)}."],
+    }  # fmt: skip
+
+
+def _percents(rates: list[float]) -> str:
+    return ", ".join(f"{rate:.0%}" for rate in rates)
+
+
+@stage(
+    "instruction tuning", "지시 미세조정",
+    "Pairs of prompt and completion teach it to answer in the wanted form (supervised). All weights move, a "
+    "little. It answers zero-shot, out of what pre-training left, and where that left nothing it invents.",
+)  # fmt: skip
+def instruction_tuning(lab: Lab) -> dict:
+    count = len(tasks.tuning(lab.world))
+    found = trained(lab, lab.tuned, lab.base, f"{count:,} pairs", lab.seconds("sft"))
+    return found | {"samples": compared(lab, lab.base, lab.tuned)}
+
+
+@stage(
+    "without chain of thought", "사고의 사슬 없이",
+    "The completions of the tuning above show the steps of a journey before its end (chain of thought). Here "
+    "the same base is tuned to answers without their steps, on the same problems.",
+)  # fmt: skip
+def without_steps(lab: Lab) -> dict:
+    items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
+    updates = max(1, lab.tuning["max_iters"] // 3)
+    began = time.perf_counter()
+    model = lab.tune(items, max_iters=updates, learning_rate=5e-4)
+    seconds = time.perf_counter() - began
+    found = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
+    for name in ("form", "known", "falsehoods", "few-shot"):
+        del found["row"][name]  # it was asked for journeys alone
+    samples = compared(lab, model, lab.tuned, SHOWN[-1:])
+    return found | {"samples": samples, "compares": ["at once", "step by step"]}
+
+
+@stage(
+    "reward model", "보상 모델",
+    "People say which of two answers is better; a copy of the model, with one number as its result, learns "
+    "to score answers as they would. (Simulated people here: they know the truth, and slip in one of ten.)",
+)  # fmt: skip
+def reward_model(lab: Lab) -> dict:
+    judge = lab.judge
+    people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
+    found = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
+    moved, _ = weight_change(lab.tuned.params, {name: judge.model.params[name] for name in lab.tuned.params})
+    kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in found.by_kind.items())
+    return {
+        "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
+                "change": moved, "seconds": lab.seconds("judge"),
+                "shown": f"prefers the better answer: {found.right.rate:.2f}",
+                "base": fingerprint(judge.model) == fingerprint(lab.base)},
+        "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
+                  f"taught nothing: {kinds}."],
+    }  # fmt: skip
+
+
+@stage(
+    "RLHF", "인간 피드백 기반 강화학습",
+    "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
+    "without going far from where it was (KL). All weights move, very little; invented answers get rarer. "
+    "Shown below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in "
+    "nats; the entropy; the share of answers that are distinct.",
+)  # fmt: skip
+def rlhf(lab: Lab) -> dict:
+    model = lab.steered
+    found = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
+    names = ("iter", "reward", "gold", "kl", "entropy")
+    rows = read_records(lab.folder / "rlhf" / "records.jsonl", *names)
+    curves = {name: [row[name] for row in rows] for name in names}
+    strangers = lab.sets[SHOWN[1]][:50]
+    said = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
+    changed = [[item["prompt"], a.text, b.text, item["completion"]]
+               for item, a, b in zip(strangers, *said, strict=True) if a.text != b.text]  # fmt: skip
+    return found | {"samples": compared(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
+
+
+def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
+    model = lab.beside(name, config, items, **how)
+    found = trained(lab, model, lab.base, f"{len(items):,} pairs", lab.seconds(name))
+    return found | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
+
+
+@stage(
+    "LoRA", "저랭크 적응",
+    "The same tuning, but the base stays as it is: beside each of its maps a branch of low rank is trained.",
+)  # fmt: skip
+def lora(lab: Lab) -> dict:
+    config = AdapterConfig("lora", rank=4, alpha=4.0)
+    return _beside(lab, "lora", config, tasks.tuning(lab.world), learning_rate=3e-3)
+
+
+@stage(
+    "p-tuning", "소프트 프롬프트",
+    "The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made "
+    "by a small network that is not needed afterwards. One prompt learns one task: questions about people.",
+)  # fmt: skip
+def ptuning(lab: Lab) -> dict:
+    config = AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128)
+    items = tasks.questions(lab.world, lab.world.people("known", "sft"))
+    updates = max(1, lab.tuning["max_iters"] // 2)
+    return _beside(lab, "ptuning", config, items, learning_rate=3e-3, max_iters=updates)
+
+
+@stage(
+    "two memories", "두 가지 기억",
+    "The prompt says otherwise than the weights: which of them answers? What it says about people whom "
+    "nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out.",
+)  # fmt: skip
+def two_memories(lab: Lab) -> dict:
+    mark, world = fingerprint(lab.base), lab.world
+    people, never = world.people("known")[:50], world.people("never", "eval")[:50]
+    against = recall.told(lab.base, lab.tokenizer, world, people)
+    own = recall.told(lab.base, lab.tokenizer, world, never, own=True).prompt
+    scores = recall.induction_scores(lab.base, lab.words, count=20)
+    heads, prompts = recall.strongest(scores), fewshot.mappings(world, 8, _count(lab) // 3)
+    cut = recall.told(recall.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
+    alone = {head: fewshot.accuracy(recall.without(lab.base, [head]), lab.tokenizer, prompts).rate
+             for head in np.ndindex(scores.shape)}  # fmt: skip
+    worst = min(alone, key=alone.get)
+    back = recall.previous_scores(lab.base, lab.words, count=20)[worst]
+    return {
+        "row": by_the_prompt(lab, mark, f"told otherwise, it says so: {against.prompt.rate:.2f}"),
+        "heads": [f"{layer}.{head}" for layer, head in heads],
+        "alone": {f"{layer}.{head}": right for (layer, head), right in alone.items()},
+        "notes": [
+            f"Where they contradict, the prompt answers in {against.prompt.rate:.0%}, the weights in "
+            f"{against.weights.rate:.0%}.",
+            f"Facts of the prompt about people never seen: {own.rate:.0%} right; without the {len(heads)} "
+            f"heads that look at what followed the same word before (induction heads), {cut.rate:.0%}.",
+            f"Mappings of the prompt: {alone[worst]:.0%} right without head {worst[1]} of layer {worst[0]} "
+            f"alone ({back:.0%} of its attention goes to the token before), without any other head "
+            f"{min(right for head, right in alone.items() if head != worst):.0%} at least.",
+        ],
+    }  # fmt: skip
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, stage, found: None) -> dict:
+    """Every stage in turn; `told` hears of each before it (found None) and after it.
+
+    A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
+    KeyboardInterrupt, and what pre-training raises.
+    """
+    found: dict = {"seed": lab.seed, "quick": lab.quick, "folder": lab.folder.name, "stages": {}}
+    for n, stage in enumerate(STAGES, 1):
+        told(n, stage, None)
+        try:
+            one = lab.kept(f"story {stage.name}", partial(stage.tell, lab))
+        except Exception as error:
+            if n == 1:
+                raise
+            one = {"failed": f"{type(error).__name__}: {error}"}
+        found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
+        told(n, stage, one)
+        with replacing(lab.folder.parent / FILE) as beside:
+            beside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    return found
+
+
+def questions(folder: Path) -> list[str]:
+    """What the samples of the story in this folder ask."""
+    try:
+        samples = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
+        return [str(question) for question, *_ in samples]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{folder / FILE}: {DAMAGED}") from None
+
+
+def world_of(folder: Path) -> str | None:
+    """The world of a story's model in this folder, or None where it is no such model."""
+    told = folder.resolve().parent.parent / FILE
+    if not told.is_file() or (found := read_object(told)).get("folder") != folder.resolve().parent.name:
+        return None
+    if type(found.get("seed")) is not int or not isinstance(found.get("quick"), bool):
+        raise UserError(f"{told}: {DAMAGED}")
+    return f"world:{found['seed']}" + ":small" * found["quick"]
+
+
+def where(folder: Path, name: str) -> tuple[Path, Path | None]:
+    """The folder of a stage's model, and of its adapter. Raises UserError where the story has none."""
+    names, beside = ("base", "sft", "rlhf", "lora", "ptuning"), name in ("lora", "ptuning")
+    if name not in names:
+        raise UserError(f"{name}: the story's models are {', '.join(names)}")
+    if not (folder / FILE).exists():
+        raise UserError(f"{folder}: has no {FILE}: tinygpt story --out {folder} tells one")
+    models = folder / str(read_object(folder / FILE).get("folder"))
+    if not (models / name / (checkpoint.ADAPTER_CONFIG if beside else checkpoint.CONFIG)).exists():
+        raise UserError(f"{folder}: the story has not come to {name} yet: the same tinygpt story goes on")
+    return (models / "base", models / name) if beside else (models / name, None)

@@ -1,0 +1,118 @@
+"""What all adapters share: a few weights beside a model that stays as it is.
+
+`lora` and `prompts` are the adapters; `variants` puts them on a model.
+"""
+
+import dataclasses
+import hashlib
+import math
+
+import numpy as np
+
+from ..core.config import MOST_WEIGHTS, PROJECTIONS, GPTConfig
+from ..core.memory import Parameters
+from ..core.model import GPT
+from ..errors import UserError
+
+LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # peaks, a start
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter consists of. Raises UserError where that is nothing."""
+
+    kind: str  # lora, ptuning, prompt or prefix
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0  # on what goes into a low-rank branch
+    targets: tuple[str, ...] = PROJECTIONS  # ends of names of linear maps
+    full: bool = False  # LoRA: train copies of all that is not low-rank, as ReLoRA does
+    num_virtual_tokens: int = 20  # rows of the prompt
+    hidden: int = 0  # channels of the MLP that makes the prompt; 0: no MLP
+    init: str = "vocab"  # a prompt begins as words of the vocabulary, or as random numbers
+
+    def __post_init__(self) -> None:
+        for name, right, rule in (  # comparisons that are False for NaN
+            ("kind", self.kind in ("lora", "ptuning", "prompt", "prefix"), "lora, ptuning, prompt or prefix"),
+            ("rank", self.rank >= 1, "at least 1"),
+            ("alpha", 0 < self.alpha < math.inf, "more than 0"),
+            ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
+            ("num_virtual_tokens", self.num_virtual_tokens >= 1, "at least 1"),
+            ("hidden", self.hidden >= 0, "at least 0"),
+            ("init", self.init in ("vocab", "random"), "vocab or random"),
+        ):
+            if not right:
+                raise UserError(f"adapter: {name} is {getattr(self, name)!r}: it must be {rule}")
+
+    @property
+    def prompt_length(self) -> int:
+        """The positions that it takes."""
+        return 0 if self.kind == "lora" else self.num_virtual_tokens
+
+    def encoder(self, base: GPTConfig) -> dict[str, tuple[int, int]]:
+        """The layers, (in, out), of the MLP that makes the prompt, under PEFT's names."""
+        C, H = base.n_embd, self.hidden
+        if H and self.kind == "ptuning":
+            return {"mlp_head.0": (C, H), "mlp_head.2": (H, H), "mlp_head.4": (H, C)}
+        if H and self.kind == "prefix":
+            return {"transform.0": (C, H), "transform.2": (H, 2 * base.n_layer * C)}
+        return {}
+
+    def shapes(self, base: GPTConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter beside a model like `base`, matrices first. Raises UserError for
+        a target that matches nothing, and for a prompt that leaves no position."""
+        shapes, layers, missed = {}, self.encoder(base), set(self.targets)
+        if self.prompt_length >= (limit := base.block_size):
+            name = "num_virtual_tokens"
+            raise UserError(f"adapter: {name} is {self.prompt_length}: the model has {limit} positions")
+        if self.prompt_length:
+            width = base.n_embd * (2 * base.n_layer if self.kind == "prefix" and not layers else 1)
+            shapes["embedding.weight"] = (self.num_virtual_tokens, width)
+            for name, (width, out) in layers.items():
+                shapes |= {f"{name}.weight": (width, out), f"{name}.bias": (out,)}
+        for name, shape in base.shapes().items() if self.kind == "lora" else ():
+            module = name.removesuffix(".weight")
+            hit = {t for t in self.targets if f".{module}".endswith(f".{t}")}
+            if hit and module.endswith(PROJECTIONS):
+                shapes[f"{module}.lora_A"] = (self.rank, shape[0])  # as it lies, it is A^T
+                shapes[f"{module}.lora_B"] = (self.rank, shape[1])
+                missed -= hit
+            elif self.full:
+                shapes[name] = shape
+        if self.kind == "lora" and (missed or not self.targets):
+            known = ", ".join(PROJECTIONS)
+            raise UserError(f"adapter: the target {min(missed, default='')!r} is no linear map: {known} are")
+        if sum(map(math.prod, shapes.values())) > MOST_WEIGHTS:
+            raise UserError(f"adapter: has more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
+        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))
+
+
+def fingerprint(model: GPT) -> str:
+    """The SHA-256 of a model's own weights, without its adapter."""
+    return hashlib.sha256(model.flat).hexdigest()
+
+
+class Adapter(Parameters):
+    """An adapter's weights, at first zero."""
+
+    def __init__(self, config: AdapterConfig, base: GPTConfig, dtype: type = np.float32) -> None:
+        super().__init__(config.shapes(base), dtype)
+        self.config, self.layers = config, config.encoder(base)
+
+
+class Adapted(GPT):
+    """A view of the model `base`, with the weights of `adapter` beside its own: only those are trained."""
+
+    base: GPT
+    adapter: Adapter
+
+    def copy(self) -> GPT:
+        return self.base.copy()
+
+    @property
+    def trained(self) -> Parameters:
+        return self.adapter
+
+    def initialise(self, rng: np.random.Generator) -> None:
+        """Draws the first weights of the adapter."""
+        raise NotImplementedError

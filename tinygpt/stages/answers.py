@@ -1,0 +1,151 @@
+"""Questions to a model, in batches, and how many answers are right, with an interval.
+
+Answers are greedy. What of them is right, whoever asked decides.
+
+Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.generate import generate
+from ..core.model import GPT
+from ..text import instructions
+from ..text.data import Array, Tokenizer, pack
+from ..text.instructions import Message
+from ..text.stream import encode_prompt
+
+BATCH = 64  # prompts at a time
+
+
+class Answer(NamedTuple):
+    text: str  # without white space around it
+    stopped: bool  # by the end-of-text token, not by the limit of its length
+
+
+def answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[Message] | Array],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """The likeliest continuation of each prompt, token by token, up to the end-of-text token.
+
+    A prompt is ids (n,), or a string or messages: these are asked in the form of `instructions` where the
+    model was tuned to it; otherwise a string is a text to go on from. Prompts of similar length are computed
+    together, which changes no answer but for rounding (see `generate.steps`).
+    """
+    encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    stop, found = {tokenizer.eos_id} - {None}, {}
+    for i in range(0, len(order), BATCH):
+        batch = order[i : i + BATCH]
+        new = generate(
+            model, [encoded[place] for place in batch], max_new_tokens, temperature=0, stop=stop,
+            vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+        for place, ids in zip(batch, new, strict=True):
+            stopped = len(ids) > 0 and int(ids[-1]) in stop
+            found[place] = Answer(tokenizer.decode(ids[: len(ids) - stopped]).strip(), stopped)
+    return [found[place] for place in range(len(encoded))]
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> Array:
+    if isinstance(prompt, Array):
+        return prompt
+    if isinstance(prompt, str) and not instructions.is_tuned(tokenizer):
+        return encode_prompt(tokenizer, prompt)
+    return instructions.prompt(tokenizer, prompt)
+
+
+def likelihoods(
+    model: GPT, prompts: Sequence[Array], choices: Sequence[Sequence[Array]], rows: int = 16
+) -> list[Array]:
+    """log p of each choice (ids) after its prompt (ids), in nats: an array for each prompt.
+
+    A prompt is computed once for all choices that differ in their last token only. Raises ValueError where a
+    prompt with a choice is longer than the model's context.
+    """
+    wanted: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices
+    for n, options in enumerate(choices):
+        for m, option in enumerate(options):
+            wanted.setdefault((n, *option[:-1].tolist()), []).append(m)
+    parts, keys = [], list(wanted)
+    for mark, (n, *begun) in enumerate(keys, 1):
+        ids = np.concatenate([prompts[n], begun, [0]]).astype(np.int32)  # 0 makes the last token an input
+        parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(begun) + 1])))
+    packed = pack(parts, model.context)
+    found = [np.zeros(len(options)) for options in choices]
+    for at in range(0, len(packed.ids), rows):
+        ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
+        logits, _ = model.forward(ids, start=start, positions=positions, keep=False)
+        for b in range(len(ids)):
+            for mark in np.unique(marks[b][marks[b] > 0]):
+                n = keys[int(mark) - 1][0]
+                here = logits[b, marks[b] == mark].astype(np.float64)  # (length of these choices, V)
+                here -= np.logaddexp.reduce(here, axis=-1, keepdims=True)
+                for m in wanted[keys[int(mark) - 1]]:
+                    found[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
+    return found
+
+
+class Rate(NamedTuple):
+    rate: float
+    low: float  # Wilson's 95% interval
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n}"
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> Rate:
+    """A rate with its interval, which is never a point, nor reaches beyond 0 and 1.
+
+    >>> print(wilson(9, 10))
+    90.0% [59.6%, 98.2%] of 10
+    """
+    if not n:
+        return Rate(math.nan, 0.0, 1.0, 0)
+    p, middle = right / n, right / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return Rate(p, max(0.0, low), min(1.0, high), n)
+
+
+# --- over seeds ---------------------------------------------------------------------------------------------
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees of freedom;
+# beyond them 1.96 + 2.37 / degrees + 2.8 / degrees^2, the beginning of its expansion, is right to 0.2%
+
+
+class Estimate(NamedTuple):
+    """The mean of a number over seeds, with its 95% interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """One seed has no interval; of two, a pilot, it is what they span."""
+    mean, n = float(np.mean(values)), len(values)
+    if n <= 2:
+        return Estimate(mean, min(values), max(values), n)
+    degrees = n - 1
+    t = T95[degrees - 1] if degrees <= len(T95) else 1.96 + 2.37 / degrees + 2.8 / degrees**2
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def verdict(found: Estimate, sign: str, limit: float) -> str:
+    """held, refuted or undecided; of one seed nothing is said."""
+    if found.n < 2:
+        return "one seed"
+    low, high = (found.low, found.high) if sign == ">=" else (-found.high, -found.low)
+    limit = limit if sign == ">=" else -limit
+    return "held" if low >= limit else "refuted" if high < limit else "undecided"

@@ -1,0 +1,239 @@
+"""What a model knows of a world: its loss above the floor, kind by kind, and the facts that it recalls.
+
+Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.model import GPT
+from ..text import instructions
+from ..text.data import Array, Tokenizer, pack
+from ..text.stream import encode_prompt
+from ..world import EVALUATION, Person, World, tasks
+from ..world.corpus import DOCUMENTS, encoded
+from .answers import Answer, Rate, answers, likelihoods, wilson
+
+ROWS = 16  # at a time
+
+
+class Gap(NamedTuple):
+    """Of one kind of document, in nats per token; the end of a document counts as a token."""
+
+    documents: int
+    tokens: int
+    floor: float
+    gap: float  # loss - floor
+    error: float  # standard error of the gap
+
+
+def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
+    """Each document's -log p in nats, (N,)."""
+    ids = [encoded(tokenizer, document) for document in documents]
+    # A place's weight says which document it belongs to, from 1; 0 is padding.
+    rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
+    nll = np.zeros(len(ids) + 1)
+    for begin in range(0, len(rows.ids), ROWS):
+        inputs, targets, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
+        logits, _ = model.forward(inputs, start=start, positions=positions, keep=False)
+        loss, _ = model.ops.cross_entropy_forward(logits, targets)
+        nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
+    return nll[1:]
+
+
+def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
+    """Loss above the floor on `count` fresh documents, by kind and of all; model None: the floors alone."""
+    kinds, documents = zip(*itertools.islice(world.documents(EVALUATION), count), strict=True)
+    kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
+    tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
+    above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
+    found = {}
+    for kind in [*sorted(set(kinds.tolist())), "all"]:
+        mine = (kinds == kind) | (kind == "all")
+        total = tokens[mine].sum()
+        gap = above[mine].sum() / total
+        error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
+        numbers = (floor[mine].sum() / total, gap, error)
+        found[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
+    return found
+
+
+class Recall(NamedTuple):
+    """Of facts asked for in several wordings, an entry for each: what the model would say."""
+
+    person: Array  # index
+    attribute: Array  # index
+    right: Array  # the value's index
+    chosen: Array  # the likeliest of the attribute's values
+    nats: Array  # -log p of the right value among those of its attribute
+
+    def rate(self) -> Rate:
+        """How often the likeliest of the values is the right one; chance is one in as many as there are."""
+        return wilson(int((self.chosen == self.right).sum()), len(self.right))
+
+
+def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
+    """Completes "Nora Hill lives in", for all attributes of these people in all wordings."""
+    attributes = world.lexicon.attributes
+    values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
+    asked, prompts = [], []
+    for n, person in enumerate(people):
+        for a, attribute in enumerate(attributes):
+            for told in attribute.told:
+                asked.append((n, a, person.values[a]))
+                prompts.append(encode_prompt(tokenizer, f"{person.name} {told}"))
+    person, attribute, right = np.array(asked, int).reshape(-1, 3).T
+    said = likelihoods(model, prompts, [values[a] for a in attribute])
+    chosen = np.array([logp.argmax() for logp in said], int)
+    nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(said, right, strict=True)]
+    return Recall(person, attribute, right, chosen, np.array(nats))
+
+
+def recall_by_exposure(
+    model: GPT, tokenizer: Tokenizer, world: World, total: int = DOCUMENTS, documents: int = 20_000
+) -> list[tuple[float, Rate]]:
+    """For each group of people: how often a fact of theirs is told in the corpus, and how often recalled.
+
+    Told: by `documents` of it, at the rate of all `total`, the refrains apart.
+    """
+    told, found = exposures(world, documents), []
+    groups: dict[int, list[Person]] = {}
+    for person in world.everyone:
+        if person.weight >= 0:
+            groups.setdefault(person.weight, []).append(person)
+    for _, people in sorted(groups.items(), reverse=True):
+        facts = sum(told[person.name] for person in people) / (len(people) * len(world.all_attributes))
+        found.append((facts * total / documents, recall(model, tokenizer, world, people).rate()))
+    return found
+
+
+def exposures(world: World, documents: int) -> Counter:
+    """How many facts of each known person the first `documents` of the corpus tell, by name."""
+    told: Counter = Counter()
+    known = {p.name: p for p in world.everyone if p.weight > 0}
+    values = [value for attribute in world.lexicon.attributes for value in attribute.values]
+    meant = dict(zip(values, world.attribute_of, strict=True))
+    words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
+    for _, document in itertools.islice(world.documents(), documents):
+        person = None
+        for found in words.findall(document):
+            if " " in found:
+                person = known.get(found)
+            elif person is not None and found in meant:
+                attribute, value = meant[found]
+                told[person.name] += person.values[attribute] == value
+    return told
+
+
+def chance(world: World) -> float:
+    """The recall of who guesses."""
+    attributes = world.lexicon.attributes
+    return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
+
+    About people who were never seen, what is right is so by luck, and as much made up.
+    """
+
+    right: Rate
+    formed: Rate
+    stopped: Rate
+    falsehood: Rate
+    majority: float  # how often the most frequent answer is right
+
+
+def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[Answer]:
+    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not.
+
+    A question that does not fit its context with the longest of the right answers is not answered.
+    """
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
+    longest = max(len(tokenizer.encode(item["completion"])) for item in items)
+    fit = [n for n, ids in enumerate(prompts) if len(ids) + longest <= model.context]
+    found = [Answer("", False)] * len(items)
+    if fit:
+        room = min(longest + 8, model.context - max(len(prompts[n]) for n in fit))
+        for n, answer in zip(fit, answers(model, tokenizer, [prompts[n] for n in fit], room), strict=True):
+            found[n] = answer
+    return found
+
+
+def score(world: World, items: Sequence[tasks.Item], found: Sequence[Answer]) -> Score:
+    n, counts = len(items), Counter()
+    forms = {task: tasks.form(world, task) for task in {item["meta"]["task"] for item in items}}
+    for item, answer in zip(items, found, strict=True):
+        formed = bool(answer.stopped and forms[item["meta"]["task"]].fullmatch(answer.text))
+        right = formed and tasks.right(item, answer.text)
+        counts.update(
+            right=right, formed=formed, stopped=answer.stopped,
+            falsehood=formed and not right and answer.text != tasks.REFUSAL,
+        )  # fmt: skip
+    rates = (wilson(counts[name], n) for name in Score._fields[:-1])
+    return Score(*rates, tasks.majority(items))
+
+
+def corrupted(
+    model: GPT, tokenizer: Tokenizer, world: World, items: Sequence[tasks.Item]
+) -> tuple[Rate, Rate]:
+    """Of journeys answered right, after a false step: how often the answer changes, and to what follows.
+
+    items: journeys in the style "steps" of two or more rides. As lines are permutations, a false station
+    always leads to a false end.
+    """
+    known = zip(items, ask(model, tokenizer, items), strict=True)
+    items = [item for item, answer in known if tasks.right(item, answer.text)]
+    if not items:
+        return wilson(0, 0), wilson(0, 0)
+    prompts, follows = [], []
+    for item in items:
+        begun, answer = tasks.corrupted(world, item)
+        prompt = instructions.prompt(tokenizer, item["prompt"])
+        prompts.append(np.concatenate([prompt, tokenizer.encode(f" {begun}")]).astype(np.int32))
+        follows.append(answer)
+    room = model.context - max(map(len, prompts))
+    form, changed, followed = tasks.form(world, "journey"), 0, 0
+    for item, answer, found in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+        if found.stopped and form.fullmatch(found.text):
+            changed += not tasks.right(item, found.text)
+            followed += found.text.endswith(f" {answer}.")
+    return wilson(changed, len(items)), wilson(followed, len(items))
+
+
+def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
+    """The question sets of a report: on people, phrases, reviews and problems for evaluation.
+
+    Each fact, phrase or problem once, in one of its wordings; at most `count`.
+    """
+    read = tasks.readings(world, "eval", count)
+    translated = tasks.translations(world, "eval")
+    sets = {
+        "questions, known": tasks.questions(world, world.people("known", "eval")),
+        "questions, rare": tasks.questions(world, world.people("rare", "eval")),
+        "questions, never seen": tasks.questions(world, world.people("never", "eval")),
+        "to Korean": [item for item in translated if item["meta"]["task"] == "to Korean"],
+        "to English": [item for item in translated if item["meta"]["task"] == "to English"],
+        "sentiment": tasks.sentiments(world, "eval", count),
+        "reading": [item for item in read if item["meta"]["task"] == "reading"],
+        "summary": [item for item in read if item["meta"]["task"] == "summary"],
+        "journey": tasks.journeys(world, "eval", range(1, 6), count),
+    }
+    shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
+    return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
+
+
+def task_scores(model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Score]:
+    """A score for each of `named_tasks`."""
+    sets = named_tasks(world)
+    return {name: score(world, items, ask(model, tokenizer, items)) for name, items in sets.items()}

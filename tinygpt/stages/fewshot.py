@@ -1,0 +1,236 @@
+"""Few-shot prompting: examples of a task in the context, then a question; no weight changes.
+
+    apple dax, dog wug, pear
+
+What comes next can be scored among choices, by log p(choice | prompt), or written freely. Tasks are those
+of a world, those of a JSON Lines file, and `mappings`: words of four kinds, with labels drawn anew for each
+prompt, which no weight can know. Of these the best possible predictor is known too.
+
+Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2; Min et al. 2022,
+"Rethinking the Role of Demonstrations", for the shuffled labels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.model import GPT
+from ..errors import UserError
+from ..text import instructions
+from ..text.data import Tokenizer
+from ..text.stream import encode_prompt
+from ..world import TASKS, World, raw_integers, shuffled, tasks
+from .answers import Rate, answers, likelihoods, wilson
+
+Pair = tuple[str, str]  # a question and its answer
+
+STYLES = {  # between question and answer, and after it
+    "table": ("", ", "), "arrow": (" ->", "; "), "colon": (":", ", "), "lines": ("", "\n"),
+}  # fmt: skip
+CONTROLS = ("shuffled", "unseen", "reordered")
+
+
+class Prompt(NamedTuple):
+    """A question with the examples before it."""
+
+    examples: tuple[Pair, ...]
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()  # what the answer is among; none: anything
+    optimal: float = math.nan  # how often the best predictor is right
+
+
+def text(prompt: Prompt, style: str) -> str:
+    """A prompt as one text, up to where the answer begins.
+
+    >>> text(Prompt((("apple", "dax"), ("dog", "wug")), "pear", "dax"), "arrow")
+    'apple -> dax; dog -> wug; pear ->'
+    """
+    between, after = STYLES[style]
+    return "".join(f"{x}{between} {y}{after}" for x, y in prompt.examples) + prompt.question + between
+
+
+def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
+    """Its ids; in the style "chat", that of instruction tuning, the examples are earlier turns."""
+    if style != "chat":
+        return encode_prompt(tokenizer, text(prompt, style))
+    turns = [message for pair in prompt.examples for message in instructions.pair(*pair)]
+    return instructions.prompt(tokenizer, [*turns, {"role": "user", "content": prompt.question}])
+
+
+def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+    """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model.
+
+    Where a choice begins with another one, the likelihood is that of the choice and of what ends it.
+    """
+    ids = _fitting(model, tokenizer, prompts, style)
+    known = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
+    begun = {tuple(tokens[:n]) for tokens in known.values() for n in range(1, len(tokens))}
+    if any(tuple(tokens) in begun for tokens in known.values()):
+        end = "" if style == "chat" else STYLES[style][1].rstrip(" ")
+        last = [tokenizer.eos_id] if style == "chat" else []
+        known = {choice: np.append(tokenizer.encode(f" {choice}{end}"), last).astype(int) for choice in known}
+    found = likelihoods(model, ids, [[known[choice] for choice in prompt.choices] for prompt in prompts])
+    return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, found, strict=True)]
+
+
+def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+    """What the model writes by itself, greedily, up to the end of the text or of the style's answer."""
+    ids = _fitting(model, tokenizer, prompts, style)
+    longest = max(len(tokenizer.encode(f" {prompt.answer}")) for prompt in prompts)
+    room = model.context - max(map(len, ids))
+    after = STYLES[style][1].strip(" ") if style != "chat" else ""
+    found = [answer.text for answer in answers(model, tokenizer, ids, min(longest + 2, room))]
+    return [(said.split(after)[0] if after else said).strip() for said in found]
+
+
+def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[np.ndarray]:
+    if not all(fits(model, tokenizer, prompt, style) for prompt in prompts):
+        raise UserError(
+            f"with its answer a prompt is longer than the {model.context} positions of the model: "
+            "give fewer --shots"
+        )
+    return [encoded(tokenizer, prompt, style) for prompt in prompts]
+
+
+def fits(model: GPT, tokenizer: Tokenizer, prompt: Prompt, style: str) -> bool:
+    """Whether a prompt, with the longest of its choices, fits the model's context."""
+    room = max(len(tokenizer.encode(f" {choice}")) for choice in (prompt.answer, *prompt.choices))
+    return len(encoded(tokenizer, prompt, style)) + room <= model.context
+
+
+def accuracy(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "table", free: bool = False
+) -> Rate:
+    """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
+    what the model writes, a full stop at its end apart."""
+    free = free or not all(prompt.choices for prompt in prompts)
+    found = (written if free else chosen)(model, tokenizer, prompts, style)
+    pairs = zip(found, prompts, strict=True)
+    right = sum(said.removesuffix(".") == prompt.answer.removesuffix(".") for said, prompt in pairs)
+    return wilson(right, len(prompts))
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+def mappings(world: World, shots: int, count: int, control: str = "") -> list[Prompt]:
+    """Words of four kinds of thing, each kind with a nonsense label that is drawn for this prompt.
+
+    The best predictor knows the label of a kind that an example shows, and else guesses among the labels that
+    none has. With more shots the questions are the same and the examples more. control: "shuffled" gives each
+    example the label of any of the four kinds, "unseen" asks for a word that is in no example, "reordered"
+    has the same examples in another order.
+    """
+    kinds, labels = world.lexicon.categories, world.lexicon.labels
+    found = []
+    for n in range(count):
+        integers = raw_integers(world.seed, TASKS, 20, n)
+        mine = shuffled(range(len(kinds)), integers)[:4]
+        label_of = dict(zip(mine, shuffled(labels, integers), strict=False))
+
+        def draw(integers=integers, mine=mine) -> tuple[int, str]:
+            kind = mine[next(integers) % len(mine)]
+            words = list(kinds[kind])
+            return kind, words[next(integers) % len(words)]
+
+        kind, question = draw()
+        drawn = []
+        while len(drawn) < shots:
+            example = draw()
+            other = label_of[mine[next(integers) % len(mine)]]
+            if control != "unseen" or example[1] != question:
+                drawn.append((*example, other if control == "shuffled" else label_of[example[0]]))
+        if control == "reordered":
+            drawn = shuffled(drawn, integers)
+        seen = {example for example, _, _ in drawn}
+        best = 1.0 if kind in seen else 1 / (len(labels) - len(seen))
+        best = math.nan if control == "shuffled" else best
+        examples = tuple((word, label) for _, word, label in drawn)
+        found.append(Prompt(examples, question, label_of[kind], tuple(labels), best))
+    return found
+
+
+def from_world(world: World, task: str, shots: int, count: int, split: str = "eval") -> list[Prompt]:
+    """A task of `WORLD_TASKS`: examples from what is for tuning, questions of another split.
+
+    A fact is asked for once. Examples are of the question's own kind: attribute and wording, or labels.
+    """
+    like: dict[object, list[Pair]] = {}
+    for kind, _, question, answer, _ in WORLD_TASKS[task](world, "sft"):
+        like.setdefault(kind, []).append((question, answer))
+    once = {}  # of several wordings one
+    for kind, about, *rest in tasks.some(world, list(WORLD_TASKS[task](world, split)), 10**6):
+        once[about] = kind, *rest
+    found = []
+    for n, (kind, *question) in enumerate(list(once.values())[:count]):
+        integers = raw_integers(world.seed, TASKS, 21, n)
+        examples = [like[kind][next(integers) % len(like[kind])] for _ in range(shots)]
+        found.append(Prompt(tuple(examples), *question))
+    return found
+
+
+# Each yields the kind of a question, what it is about, the question, its answer, and the choices.
+
+
+def _people(world: World, split: str) -> Iterator[tuple]:
+    for person in world.people("known", split):
+        for attribute, value in zip(world.lexicon.attributes, person.values, strict=True):
+            about = person.name, attribute.name
+            yield attribute.name, about, person.name, attribute.values[value], attribute.values
+
+
+def _questions(world: World, split: str) -> Iterator[tuple]:
+    values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
+    for item in tasks.questions(world, world.people("known", split)):
+        (name,), meta = item["meta"]["about"], item["meta"]
+        about = name, meta["attribute"]
+        yield item["prompt"].replace(name, ""), about, item["prompt"], meta["answer"], values[about[1]]
+
+
+def _phrases(world: World, split: str) -> Iterator[tuple]:
+    for english, korean in world.phrases("seen" if split == "sft" else split):
+        yield "", english, english, korean, ()
+
+
+def _reviews(world: World, split: str) -> Iterator[tuple]:
+    for item in tasks.sentiments(world, split, 1000):
+        (text,), meta = item["meta"]["about"], item["meta"]
+        labels = tuple(pair[meta["labels"]] for pair in world.lexicon.polarities)
+        yield meta["labels"], text, text, meta["answer"], labels
+
+
+WORLD_TASKS = {"people": _people, "questions": _questions, "phrases": _phrases, "reviews": _reviews}
+
+
+def from_file(path: Path, shots: int, count: int, seed: int = 0) -> list[Prompt]:
+    """Questions of a JSON Lines file, each with other lines of it as examples, drawn anew.
+
+    A line has "prompt" and "completion", and may have "choices", a list that holds the completion. Raises
+    UserError, with file and line.
+    """
+    rows = list(_rows(path))
+    if len(rows) <= shots:
+        raise UserError(f"{path}: {len(rows)} lines are too few for {shots} examples and a question")
+    rng, found = np.random.default_rng(seed), []
+    for n in rng.permutation(len(rows))[:count]:
+        others = rng.permutation(len(rows) - 1)[:shots]
+        examples = tuple(rows[m + (m >= n)][:2] for m in others)
+        found.append(Prompt(examples, *rows[n]))
+    return found
+
+
+_FORM = '{"prompt": "...", "completion": "...", "choices": ["...", "..."]}, the choices if there are any'
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    for where, row in instructions.objects(path, _FORM, "prompt", "completion"):
+        question, answer, choices = row["prompt"], row["completion"], row.get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"{where}: a line is {_FORM}")
+        if not answer.strip() or (choices and answer not in choices):
+            raise UserError(f"{where}: needs an answer, which is one of the choices, if there are any")
+        yield question.strip(), answer.strip(), tuple(choice.strip() for choice in choices)

@@ -1,0 +1,87 @@
+"""LoRA: a low-rank branch beside a linear map that stays as it is (Hu et al. 2021, section 4.1).
+
+    y = x w + b + s (drop(x) A) B          s = alpha / rank
+
+A is (I, R), B is (R, O); lora_A lies transposed, as PEFT has it. With `full` the adapter also has copies of
+all parameters that have no branch, and these are trained as they are (ReLoRA; Lialin et al. 2023).
+"""
+
+import math
+
+import numpy as np
+
+from ..core.model import GPT, Array, Pass
+from ..core.optim import AdamW
+from .adapter import Adapted
+
+
+class LoRA(Adapted):
+    """A GPT with low-rank branches at the linear maps that its adapter names."""
+
+    @property
+    def draws(self) -> bool:
+        return super().draws or self.adapter.config.dropout > 0
+
+    def initialise(self, rng: np.random.Generator) -> None:
+        """A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation) and B is zero: the model
+        computes what the base computes. Copies of whole tensors are copies."""
+        for name, p in self.adapter.params.items():
+            if name.endswith(".lora_A"):
+                p[:] = rng.uniform(-1, 1, p.shape) / math.sqrt(p.shape[1])
+            else:
+                p[:] = self.base.params.get(name, 0)
+
+    def linear(self, x: Array, name: str, run: Pass, add: Array | None = None) -> tuple[Array, tuple]:
+        """x w is added to the branch, not the branch to x w: a large product hides the time of reading."""
+        if f"{name}.lora_A" not in self.adapter.params:
+            return super().linear(x, name, run, add)
+        config, (a, b) = self.adapter.config, (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
+        s = config.alpha / config.rank
+        dropped, c_drop = self.dropout(x, config.dropout, run)  # (B, T, I)
+        scaled = a if s == 1 else a * a.dtype.type(s)  # A is the smallest of all that s could go to
+        low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R)
+        y, c_b = self.ops.linear_forward(low, b, self.params[f"{name}.bias"], add)  # (B, T, O)
+        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y, inplace=True)  # (B, T, O)
+        return out, (name, c, (s, c_drop, c_a, c_b))
+
+    def linear_backward(
+        self, dout: Array, cache: tuple, grads: dict[str, Array], add: Array | None = None
+    ) -> Array:
+        if len(cache) == 2:  # a map without a branch
+            return super().linear_backward(dout, cache, grads, add)
+        name, c, (s, c_drop, c_a, c_b) = cache
+        da, db = grads.get(f"{name}.lora_A", False), grads.get(f"{name}.lora_B", False)
+        dlow, _, _ = self.ops.linear_backward(dout, c_b, dw=db, db=False)  # (B, T, R)
+        dx, _, _ = self.ops.linear_backward(dlow, c_a, dw=da if da is False else da.T, db=False)  # (B, T, I)
+        if s != 1 and da is not False:
+            da *= da.dtype.type(s)
+        dx = self.dropout_backward(dx, c_drop)  # (B, T, I)
+        if add is not None:
+            dx, _ = self.ops.residual_forward(dx, add)  # (B, T, I)
+        return super().linear_backward(dout, (name, c), grads, add=dx)
+
+
+def merge(model: LoRA) -> GPT:
+    """A new model with w + s A B in place of w, without branches; `model` and its base stay as they are."""
+    merged, adapter = model.base.copy(), model.adapter
+    s = adapter.config.alpha / adapter.config.rank
+    for name, p in adapter.params.items():
+        if name.endswith(".lora_A"):
+            w, b = merged.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
+            w[:] = merged.ops.linear_forward((p * p.dtype.type(s)).T, b, add=w)[0]
+        elif name in merged.params:
+            merged.params[name][:] = p
+    return merged
+
+
+def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
+    """ReLoRA's step from one low-rank update to the next: a merged base, new A and B without a past."""
+    model, end = optimizer.model, 0
+    model.base = merge(model)
+    model.flat, own = model.base.flat, model.adapter.params
+    model.params = model.base.params | {name: p for name, p in own.items() if name in model.base.params}
+    model.initialise(rng)
+    for name, grad in optimizer.grads.items():
+        begin, end = end, end + grad.size
+        if ".lora_" in name:
+            optimizer.m[begin:end] = optimizer.v[begin:end] = 0

@@ -1,0 +1,388 @@
+"""The reward model: a judge of answers, taught by comparisons.
+
+    loss = -log sigmoid(score(chosen) - score(rejected))      Bradley and Terry 1952; Ouyang et al. 2022, 3.5
+
+It is the GPT with another head, one number instead of logits (`GPTConfig.num_labels`), read at the last token
+of a text. An examiner first answers the question herself, then looks at the answer: in that text the model
+from which the judge was made says what it thinks, greedily, before the answer to be judged.
+
+    <|endoftext|>User: Where does Ada live?
+    Assistant: London<|endoftext|>Assistant: Paris<|endoftext|>
+
+So knowledge, which is in all weights, has become text, and to compare is all that labels have to teach; and
+when not to trust oneself. (Without it, in our trials, what a judge learned of the people whom it was taught
+by it hardly knew of others.) After Zheng et al. 2023, "Judging LLM-as-a-Judge", 3.4 (reference-guided), and
+Ankner et al. 2024, "Critique-out-Loud Reward Models".
+
+Only differences of scores mean anything: a constant on all of them changes no loss.
+
+Not here: whose comparisons they are (`world.preferences` simulates people, `tinygpt label` asks one), what
+the scores are used for (`rlhf`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core import train
+from ..core.generate import generate
+from ..core.model import GPT
+from ..core.optim import AdamW
+from ..errors import UserError
+from ..folders import adapters, checkpoint, runs
+from ..text import instructions
+from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
+from ..world import TASKS, Person, World, preferences, raw_integers, tasks
+from .answers import Rate, answers, wilson
+from .variants import build
+
+ROWS = 16  # at a time, where nothing is trained
+OWN_ANSWER = 32  # tokens of it at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runs.Settings):
+    """Those of every run. A batch has batch_size comparisons, packed into rows of block_size tokens."""
+
+    stage: str = "reward"
+
+
+class Comparison(NamedTuple):
+    """An answer that was preferred to another one, as `{"prompt", "chosen", "rejected"}` in a file."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    kind: str = ""  # what is compared with what, where that is known
+    is_right: bool = True  # False: an annotator's slip, where that is known
+
+
+class Judge:
+    """Scores answers: judge(questions, answers) -> (N,). What `author` answers itself is asked for once."""
+
+    def __init__(self, model: GPT, author: GPT, tokenizer: Tokenizer) -> None:
+        self.model, self.author, self.tokenizer = model, author, tokenizer
+        self.own: dict[str, str] = {}  # question -> what the author answers
+
+    def texts(self, questions: Sequence[str], answers: Sequence[str]) -> list[Array]:
+        """What the judge reads, (n,) each."""
+        self._answer(questions)
+        pairs = zip(questions, answers, strict=True)
+        return [encode(self.tokenizer, asked, self.own[asked], said) for asked, said in pairs]
+
+    def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Array:
+        """Of what is longer than its context a judge reads the beginning."""
+        return scores(self.model, [ids[: self.model.context] for ids in self.texts(questions, answers)])
+
+    def deaf(self) -> Judge:
+        """One to whom all answers are alike: a control."""
+        found = Judge(self.model.copy(), self.author, self.tokenizer)
+        found.model.params["score.weight"][:] = 0
+        return found
+
+    def _answer(self, questions: Iterable[str]) -> None:
+        by_room: dict[int, dict[str, Array]] = {}  # whatever else is asked, a question's answer is the same
+        for question in sorted(set(questions) - self.own.keys()):
+            ids = instructions.prompt(self.tokenizer, question)
+            room = min(OWN_ANSWER, self.author.context - len(ids))
+            if room < 1:
+                raise UserError(f"a question has no room for an answer in {self.author.context} positions")
+            by_room.setdefault(room, {})[question] = ids
+        for room, asked in by_room.items():
+            said = answers(self.author, self.tokenizer, list(asked.values()), room)
+            self.own |= {question: answer.text for question, answer in zip(asked, said, strict=True)}
+
+
+class Run(NamedTuple):
+    """A run that is ready to go on from update `optimizer.steps`."""
+
+    folder: Path
+    settings: Settings
+    optimizer: AdamW
+    judge: Judge
+    train: list[Comparison]
+    val: list[Comparison]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.judge.tokenizer
+
+
+# --- texts and scores ---------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Tokenizer, question: str, own: str, answer: str) -> Array:
+    """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer."""
+    messages = [*instructions.pair(question, own), {"role": "assistant", "content": answer}]
+    return instructions.encode(tokenizer, messages)[0]
+
+
+def marked(texts: Sequence[Array], block_size: int) -> Packed:
+    """Texts side by side in rows; none sees another. At the last token of text n is the weight n + 1.
+
+    Raises UserError for a text that is longer than a row.
+    """
+    longest = max(map(len, texts))
+    if longest > block_size:
+        raise UserError(f"a question with two answers has {longest} tokens, and a row {block_size}")
+    last = (np.append(np.zeros(len(ids)), n) for n, ids in enumerate(texts, 1))
+    return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, last, strict=True)), block_size)
+
+
+def read(outputs: Array, marks: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Of outputs (B, T, 1) those at marks (B, T), in their order, (N,), and where they stand."""
+    b, t = np.nonzero(marks)
+    order = np.argsort(marks[b, t])
+    return outputs[b[order], t[order], 0], (b[order], t[order])
+
+
+def scores(model: GPT, texts: Sequence[Array]) -> Array:
+    """The score of each text (ids), (N,)."""
+    rows, found = marked(texts, model.context), np.zeros(len(texts), np.float64)
+    for at in range(0, len(rows.ids), ROWS):
+        ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
+        outputs, _ = model.forward(ids, start=start, positions=positions, keep=False)
+        values, (b, t) = read(outputs, marks)
+        found[marks[b, t].astype(int) - 1] = values
+    return found
+
+
+def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
+    """The mean of -log sigmoid(chosen - rejected) over (N,), and its gradients by both."""
+    margin = (chosen - rejected).astype(np.float64)
+    d = -1 / (1 + np.exp(margin)) / len(margin)  # d/dx of -log sigmoid(x) is -sigmoid(-x)
+    return float(np.logaddexp(0, -margin).mean()), d, -d
+
+
+def loss(
+    optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None
+) -> float:
+    """For `train.train`: the loss of a batch of 2 N texts, chosen and rejected in turn; its gradients."""
+    (rows,), model = batches, optimizer.model
+    outputs, cache = model.forward(rows.ids, start=rows.start, positions=rows.positions, rng=rng)
+    values, (b, t) = read(outputs, rows.weights)
+    found, chosen, rejected = bradley_terry(values[::2], values[1::2])
+    dscores = np.zeros_like(outputs)
+    dscores[b[::2], t[::2], 0], dscores[b[1::2], t[1::2], 0] = chosen, rejected
+    model.backward(dscores, cache, optimizer.grads)
+    return found
+
+
+class Judgement(NamedTuple):
+    """How a reward model judges comparisons of which the truth is known."""
+
+    right: Rate  # the better answer has the higher score
+    by_kind: dict[str, Rate]
+    margin: float  # mean score of the better answer less that of the other
+    calibration: float  # mean distance of sigmoid(margin) to what was labelled, over ten bins of it
+    labels_right: float  # the ceiling for whoever is held to the labels instead
+    agreed: float  # with the labels
+
+
+def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
+    """Against what is true, not against the labels: a slip counts the other way round."""
+    values = judge(*_sides(comparisons))
+    labelled = values[::2] - values[1::2]
+    true = np.where([c.is_right for c in comparisons], labelled, -labelled)
+    kinds = np.array([c.kind for c in comparisons])
+    by_kind = {kind: wilson(int((true[kinds == kind] > 0).sum()), int((kinds == kind).sum()))
+               for kind in sorted(set(kinds.tolist()))}  # fmt: skip
+    # For each comparison both orders, so that a bin has its mirror image.
+    sure = 1 / (1 + np.exp(-np.concatenate([labelled, -labelled])))
+    was = np.repeat([1.0, 0.0], len(labelled))
+    bins = np.minimum((10 * sure).astype(int), 9)
+    off = [abs(sure[bins == n].sum() - was[bins == n].sum()) for n in range(10)]
+    return Judgement(
+        wilson(int((true > 0).sum()), len(true)), by_kind, float(true.mean()), sum(off) / len(sure),
+        float(np.mean([c.is_right for c in comparisons])), float((labelled > 0).mean()),
+    )  # fmt: skip
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def with_head(model: GPT, seed: int) -> GPT:
+    """The model with a score head, small and random, instead of its table as head."""
+    config = dataclasses.replace(model.config, num_labels=1)
+    found = build(config, np.random.default_rng([seed, 0, 4]), model.flat.dtype.type, model.ops)
+    for name, p in model.params.items():
+        found.params[name][:] = p
+    return found
+
+
+def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
+        report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
+    """Trains a judge in memory, on the comparisons that fit a row."""
+    pairs = [pair for pair in _pairs(judge, comparisons) if max(map(len, pair)) <= settings.block_size]
+    optimizer = settings.train.optimizer(judge.model)
+    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train,
+                compute=partial(loss, optimizer), report=report)  # fmt: skip
+
+
+def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
+    """What the judge reads, (n,) each, with the chosen answer and with the rejected one."""
+    texts = judge.texts(*_sides(comparisons))
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
+    """The comparisons of update n, packed: their texts, chosen and rejected in turn."""
+    B = min(settings.batch_size, len(pairs))
+    places = shuffled_places(len(pairs), B, n, settings.train.seed)
+    return marked([ids for place in places for ids in pairs[place]], settings.block_size)
+
+
+def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
+    """Questions and answers, chosen and rejected in turn."""
+    questions = [c.prompt for c in comparisons for _ in range(2)]
+    return questions, [answer for c in comparisons for answer in (c.chosen, c.rejected)]
+
+
+def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
+    """A new run from a model that was tuned to instructions, or another one."""
+    runs.check_folder(folder, overwrite, needed=(init_from,))  # the author
+    author, tokenizer = checkpoint.load(init_from)
+    tokenizer.chat_template = instructions.TEMPLATE
+    model = with_head(author, settings.train.seed)
+    model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
+    settings = runs.from_model(settings, author, init_from)
+    optimizer, judge = settings.train.optimizer(model), Judge(model, author, tokenizer)
+    found, mark = _comparisons(settings, judge)
+    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
+    runs.first_save(folder, optimizer, tokenizer, settings)
+    return Run(folder, settings, optimizer, judge, *found)
+
+
+def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
+    """The run in `folder` as it was saved last; the paths say where the comparisons are now."""
+    settings, tokenizer = runs.read(folder, Settings, data=paths)
+    optimizer = runs.load(folder, settings, tokenizer)
+    judge = Judge(optimizer.model, _author(folder, settings), tokenizer)
+    found, mark = _comparisons(settings, judge)
+    runs.check_data(folder, settings, mark)
+    return Run(folder, settings, optimizer, judge, *found)
+
+
+def load(folder: Path) -> Judge:
+    """The judge in a folder that `reward` wrote. Raises UserError, also where its author has gone."""
+    model, tokenizer = checkpoint.load(folder, judge=True)
+    if not (folder / checkpoint.TRAINER).exists():
+        raise UserError(f"{folder}: has a judge without the run that says which model it was made from: give "
+                        "a folder that tinygpt reward wrote")  # fmt: skip
+    settings, _ = checkpoint.read_run(folder, Settings)
+    return Judge(model, _author(folder, settings), tokenizer)
+
+
+def _author(folder: Path, settings: Settings) -> GPT:
+    try:
+        author, _ = checkpoint.load(settings.init_from)
+    except (UserError, OSError) as error:
+        raise UserError(f"{folder}: this judge needs the model that it was made from: {error}") from error
+    adapters.check_base(author, settings.init_hash, folder, settings.init_from)
+    return author
+
+
+def reward(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
+    """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
+    settings, pairs = run.settings, _pairs(run.judge, run.train)
+
+    def evaluate() -> train.Record:
+        found = judged(run.judge, run.val)
+        return {"val_right": found.right.rate, "val_margin": found.margin}
+
+    runs.run(run.folder, run.optimizer, run.tokenizer, settings, lambda n, rng: [batch(pairs, settings, n)],
+             evaluate, report, compute=partial(loss, run.optimizer))  # fmt: skip
+
+
+def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:
+    """Those to train on, those of a tenth of the prompts to validate on, and what both depend on."""
+    found = [c for path in settings.data for c in read_file(path)]
+    prompts = sorted({c.prompt for c in found})
+    if len(prompts) < 2:
+        raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
+    longest = max(map(len, judge.texts(*_sides(found))))
+    if longest > settings.block_size:
+        raise UserError(f"a question with two answers has {longest} tokens, and block_size is "
+                        f"{settings.block_size}")  # fmt: skip
+    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
+    held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    parts = [c for c in found if c.prompt not in held_out], [c for c in found if c.prompt in held_out]
+    return parts, hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def read_file(path: str | Path) -> list[Comparison]:
+    """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
+    found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+    for where, row in instructions.objects(path, form, "prompt", "chosen", "rejected"):
+        if row["chosen"].strip() == row["rejected"].strip():
+            raise UserError(f"{where}: chosen and rejected are the same")
+        found.append(_comparison(row))
+    return found
+
+
+def _comparison(row: dict) -> Comparison:
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    texts = row["prompt"], row["chosen"], row["rejected"]
+    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)))
+
+
+def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
+    """As `read_file` reads them."""
+    rows = ({"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected,
+             "meta": {"kind": c.kind, "is_right": c.is_right}} for c in comparisons)  # fmt: skip
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+# --- comparisons of a world ---------------------------------------------------------------------------------
+
+
+def taught_by(world: World) -> list[Person]:
+    """Whom comparisons are about: people for tuning and for RLHF, and some of whom no document tells."""
+    return world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
+
+
+def _garbled(text: str, integers: Iterator[int]) -> str:
+    """With a word twice or, if there are several, left out."""
+    words = text.split()
+    n, twice = next(integers) % len(words), len(words) == 1 or next(integers) % 2
+    return " ".join(words[:n] + words[n : n + 1] * 2 * twice + words[n + 1 :])
+
+
+def collect(
+    model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], count: int, error: float = 0.1,
+    seed: int = 0, blind: bool = False,
+) -> list[Comparison]:  # fmt: skip
+    """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
+
+    Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
+    what it may come to say. And one of these garbled: a judge that never saw such answers may like them best,
+    and a policy finds out. One, not two: with two, the judge of one world in three had not learned by the end
+    that right is better than wrong.
+    """
+    items = tasks.questions(world, people)
+    one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
+    rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
+    room = model.context - max(map(len, prompts))
+    drawn = []
+    for at in range(0, len(prompts), 256):
+        drawn += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
+                          stop={tokenizer.eos_id}, vocab_size=tokenizer.vocab_size)  # fmt: skip
+    values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
+    offered = {}
+    for n, fact in enumerate(one):
+        said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
+        some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
+        said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
+        offered[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
+    asked = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    return [_comparison(row) for row in preferences.compared(world, asked, count, error, seed, blind)]

@@ -1,0 +1,333 @@
+"""Text into token streams, and token streams into batches.
+
+A document is an iterable of strings that can be gone through again and again: a text file some megabytes at a
+time, or a list with one string. Strings are cut before white space, where no tokenizer joins what is cut
+apart. A stream is one array of ids, on disk where it is large. Its last tenth is for validation.
+
+`documents()` without paths is a corpus that every Python carries: its own documentation.
+
+`pack` puts many short sequences into few rows. Not here: other formats than text, other encodings than UTF-8,
+which tokens of an instruction count.
+"""
+
+import ast
+import codecs
+import hashlib
+import itertools
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..files.atomic import make_folder, replacing
+from .tokenizer import BPETokenizer, CharTokenizer
+
+Array = np.ndarray
+Tokenizer = CharTokenizer | BPETokenizer
+Document = Iterable[str]
+
+SUFFIXES = (".txt", ".md", ".rst")  # what a folder is searched for
+CHUNK = 1 << 22  # bytes read at a time
+IN_MEMORY = 1 << 28  # bytes of ids; a longer stream goes to a file
+HEADER = 16  # bytes of a file of ids: how many, and the largest
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+class TextFile:
+    """A document in a UTF-8 file, chunk by chunk. Bytes that are not UTF-8 raise UserError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+        with open(self.path, "rb") as file:
+            if file.read(3) != codecs.BOM_UTF8:  # which some Windows programs put before a text
+                file.seek(0)
+            read = file.tell()
+            while block := file.read(CHUNK):
+                text += self._decode(decoder, block, read)
+                read += len(block)
+                cut = _LAST_CUT.match(text)
+                if cut:
+                    yield cut[0]
+                    text = text[cut.end() :]
+            yield text + self._decode(decoder, b"", read)
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, block: bytes, read: int) -> str:
+        pending, _ = decoder.getstate()  # the first bytes of a character that the last block ended in
+        try:
+            return decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = read - len(pending) + error.start
+            problem = f"{self.path}: byte {offset} is not UTF-8: convert the file to UTF-8 text"
+            raise UserError(problem) from None
+
+
+# Up to the last place where white space follows something else: no piece of GPT-2's rule spans it.
+_LAST_CUT = re.compile(r"(?s).*\S(?=[ \n])")
+
+
+def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
+    """The text files at these paths, those of a folder sorted by name; without paths Python's own texts.
+
+    In a folder and those below it, files ending in .txt, .md or .rst count, hidden ones and empty ones do
+    not. Raises UserError for a path that is missing, not a file, or empty.
+    """
+    if not paths:
+        return [[text] for text in python_texts()]
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += (found := _in_folder(path))
+            if not found:
+                raise UserError(f"{path}: has no text: in a folder, files in {', '.join(SUFFIXES)} are taken")
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise UserError(f"{path}: is not a file that can be read several times: save the text to one")
+        elif not path.stat().st_size:
+            raise UserError(f"{path}: is empty")
+        else:
+            files.append(path)
+    return [TextFile(path) for path in files]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = _walk(folder, SUFFIXES, lambda name: name.startswith("."))
+    return [path for path in found if path.is_file() and path.stat().st_size]
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...], skip: Callable[[str], bool]) -> list[Path]:
+    """The files in a folder and below it that end in one of `suffixes`, sorted, without what `skip` names."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not skip(name)]
+        found += [Path(parent, name) for name in files if name.endswith(suffixes) and not skip(name)]
+    return sorted(found)
+
+
+def python_texts() -> list[str]:
+    """About 2 MB of English that every Python has: pydoc's topics and the standard library's docstrings.
+
+    The sources are parsed, not imported. Left out are tests, docstrings that occur a second time, and, to
+    keep the vocabulary at 96 characters, the few texts with characters other than ASCII and curly quotes
+    (made straight). The order is shuffled, always in the same way, so that the last tenth is a fair sample of
+    the whole.
+    """
+    from pydoc_data.topics import topics
+
+    texts = [text for _, text in sorted(topics.items())]
+    texts += _docstrings(Path(sysconfig.get_path("stdlib")))
+    texts = [text.strip().translate(_STRAIGHT) for text in texts]
+    texts = list(dict.fromkeys(text for text in texts if re.fullmatch(r"[ -~\n]+", text)))
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "..."})
+_NO_PROSE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+
+
+def _docstrings(library: Path) -> Iterator[str]:
+    for path in _walk(library, (".py",), _NO_PROSE.__contains__):
+        nodes = [ast.parse(path.read_bytes())]
+        while nodes:  # as ast.walk, but not down into expressions, where most of its time would go
+            node = nodes.pop()
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield ast.get_docstring(node) or ""
+            nodes += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler))]
+
+
+def joined(documents: Iterable[Document]) -> Iterator[str]:
+    """All text, chunk by chunk, with a blank line between documents."""
+    for n, document in enumerate(documents):
+        if n:
+            yield "\n\n"
+        yield from document
+
+
+def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
+    """SHA-256 of all text and of the vocabulary: what a stream of ids is made from."""
+    digest = hashlib.sha256()
+    for part in (*tokenizer.tokens, *(chunk.encode() for chunk in joined(documents))):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:
+    """The ids of all documents, chunk by chunk.
+
+    Between documents stands the tokenizer's end-of-text id, or a blank line where it has none.
+    """
+    for n, document in enumerate(documents):
+        if n:
+            yield tokenizer.encode("\n\n") if tokenizer.eos_id is None else np.array([tokenizer.eos_id])
+        yield from map(tokenizer.encode, document)
+
+
+def stream(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, mark: str, in_memory: int = IN_MEMORY
+) -> Array:
+    """What `encode` gives, as one array (N,), uint16 or uint32 as the vocabulary needs.
+
+    A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped. The next call finds it
+    there by `mark`, the documents' fingerprint. A file that is damaged is made again.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    file = folder / f"tokens-{mark[:16]}.bin"
+    if (tokens := _mapped(file, dtype)) is not None:
+        return tokens
+    parts = (ids.astype(dtype) for ids in encode(documents, tokenizer))
+    head, size = [], 0
+    for ids in parts:
+        head.append(ids)
+        size += ids.nbytes
+        if size > in_memory:
+            break
+    else:
+        return np.concatenate(head)
+    make_folder(folder)
+    for old in folder.glob("tokens-*.bin"):
+        old.unlink()
+    count = largest = 0
+    with replacing(file) as beside, open(beside, "wb") as out:
+        out.write(bytes(HEADER))
+        for ids in itertools.chain(head, parts):
+            out.write(ids)
+            count, largest = count + ids.size, max(largest, int(ids.max(initial=0)))
+        out.seek(0)
+        out.write(np.array([count, largest], "<u8"))
+    return np.memmap(file, dtype, "r", HEADER)
+
+
+def _mapped(file: Path, dtype: np.dtype) -> Array | None:
+    """The ids in a file that `stream` wrote, if it has as many as its header says, and none larger."""
+    if not file.is_file() or file.stat().st_size <= HEADER:
+        return None
+    count, largest = map(int, np.fromfile(file, "<u8", 2))
+    if file.stat().st_size != HEADER + count * dtype.itemsize:
+        return None
+    tokens = np.memmap(file, dtype, "r", HEADER)
+    return tokens if tokens.max() == largest else None
+
+
+def split(tokens: Array, block_size: int) -> tuple[Array, Array]:
+    """The first nine tenths for training and the last for validation, as nanoGPT cuts them.
+
+    Raises UserError where either is too short for one block and the target of its last token.
+    """
+    n = int(0.9 * len(tokens))
+    for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):
+        if len(part) <= block_size:
+            raise UserError(
+                f"the {name} part of the text has {len(part)} tokens, and a block of {block_size} needs "
+                f"{block_size + 1}: give more text or a smaller block size"
+            )
+    return tokens[:n], tokens[n:]
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def random_blocks(
+    tokens: Array, count: int, block_size: int, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Ids and the ids that follow them, both (count, block_size) int32, from uniformly drawn places."""
+    return _blocks(tokens, rng.integers(len(tokens) - block_size, size=count), block_size)
+
+
+def consecutive_blocks(tokens: Array, count: int, block_size: int) -> Iterator[tuple[Array, Array]]:
+    """The whole stream cut into blocks, up to `count` at a time, without the rest that fills no block."""
+    starts = np.arange(0, len(tokens) - block_size, block_size)
+    for i in range(0, len(starts), count):
+        yield _blocks(tokens, starts[i : i + count], block_size)
+
+
+def _blocks(tokens: Array, starts: Array, block_size: int) -> tuple[Array, Array]:
+    places = starts[:, None] + np.arange(block_size)  # (B, T)
+    return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)
+
+
+def shuffled_places(size: int, count: int, step: int, seed: int) -> Array:
+    """The `count` of `size` places whose turn is in update `step`, (count,). In each epoch all have theirs
+    once, in an order of its own; an update may end one epoch and begin the next."""
+    turns = range(step * count, (step + 1) * count)
+    orders = {epoch: np.random.default_rng([seed, epoch, 2]).permutation(size)
+              for epoch in {turn // size for turn in turns}}  # fmt: skip
+    return np.array([orders[turn // size][turn % size] for turn in turns])
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Rows with several sequences each: the fields of `train.Batch`, each (rows, block_size)."""
+
+    ids: Array  # int32
+    targets: Array  # int32
+    weights: Array  # float32; 0 for padding
+    start: Array  # int32: where the sequence that each place belongs to begins
+    positions: Array  # int32, from 0 in each sequence
+
+
+def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: int = 32) -> Packed:
+    """Sequences side by side in rows: none is cut, none sees another, and each counts its own positions.
+
+    An example is (ids (n,), supervised (n,)), n at least 2: how much each id counts as a target, which the
+    first never is. It takes n - 1 places of the first row of those open in which it fits, in the order given;
+    a row is closed when `open_rows` younger ones are open, so that a row's examples were near each other.
+    Padding has weight 0 and sees itself alone. Raises ValueError for an example of less than 2 ids or more
+    than block_size + 1.
+    """
+    rows: list[list[tuple[Array, Array]]] = []
+    free: dict[int, int] = {}  # open row -> places left, oldest first
+    for ids, supervised in examples:
+        n = len(ids) - 1
+        if not 0 < n <= block_size or len(supervised) != n + 1:
+            raise ValueError(f"an example of {n + 1} ids, {len(supervised)} weights: rows take {block_size}")
+        row = next((row for row, places in free.items() if places >= n), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free[row] = block_size
+            if len(free) > open_rows:
+                del free[next(iter(free))]
+        rows[row].append((ids, supervised))
+        free[row] -= n
+        if not free[row]:
+            del free[row]
+    shape = (len(rows), block_size)
+    dtypes = (np.float32 if name == "weights" else np.int32 for name in Packed._fields)
+    packed = Packed(*(np.zeros(shape, dtype) for dtype in dtypes))
+    packed.start[:] = np.arange(block_size)
+    for r, row in enumerate(rows):
+        begin = 0
+        for ids, supervised in row:
+            end = begin + len(ids) - 1
+            packed.ids[r, begin:end], packed.targets[r, begin:end] = ids[:-1], ids[1:]
+            packed.weights[r, begin:end] = supervised[1:]
+            packed.start[r, begin:end], packed.positions[r, begin:end] = begin, np.arange(end - begin)
+            begin = end
+    return packed
+
+
+def rows_in_order(rows: Packed, count: int, step: int, seed: int = 0) -> Packed:
+    """The `count` rows of update `step`: all rows in their order, then in a random one for each epoch."""
+
+    def order(epoch: int) -> Array:
+        return np.random.default_rng([seed, epoch]).permutation(n) if epoch else np.arange(n)
+
+    n, places = len(rows.ids), np.arange(step * count, (step + 1) * count)
+    orders = {epoch: order(epoch) for epoch in set(places // n)}
+    chosen = [orders[place // n][place % n] for place in places]
+    return Packed(*(field[chosen] for field in rows))
