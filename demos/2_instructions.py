@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     examples = tasks.conversations(world, tasks.tuning(world))
     print(f"\nTuning on {len(examples):,} examples of other people, phrases and problems ...")
     settings = sft.Settings(model=model.config, train=TRAIN, block_size=128, batch_size=8)
-    sft.tune(model, tokenizer, examples, settings)
+    sft.in_memory(model, tokenizer, examples, settings).train()
     measure("after")
     moved, _ = weight_change(before, model.params)
     (folder / "tuned").mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
         examples = [instructions.pair(item["prompt"], item["completion"]) for item in items]
         train = dataclasses.replace(TRAIN, max_iters=updates)
         settings = sft.Settings(model=base.config, train=train, block_size=128, batch_size=8)
-        sft.tune(model, tokenizer, examples, settings)
+        sft.in_memory(model, tokenizer, examples, settings).train()
         return model
 
     def tokens(style: str) -> int:

@@ -39,11 +39,12 @@ def main(folder: Path) -> None:
     kinds = sorted({c.kind for c in pairs})
     print(f"\n{'labels':18} {'right':>6}" + "".join(f"  {kind}" for kind in kinds))
     for name, some in [("shuffled", shuffled), *((f"{count:,}", labelled[:count]) for count in COUNTS)]:
-        judge = reward.Judge(reward.with_head(author, common.SEED), author, tokenizer)
         updates = min(3 * len(some), COUNTS[-1]) // BATCH + 1
         train = TrainConfig(max_iters=updates, learning_rate=RATE, min_lr=RATE / 10, warmup_iters=50)
-        settings = reward.Settings(model=judge.model.config, train=train, block_size=128, batch_size=BATCH)
-        reward.fit(judge, some, settings)
+        settings = reward.Settings(model=author.config, train=train, block_size=128, batch_size=BATCH)
+        stage = reward.in_memory(author, tokenizer, some, settings)
+        stage.train()
+        judge = stage.judge
         found = reward.judged(judge, pairs)
         cells = (f"{found.by_kind[kind].rate:{len(kind) + 2}.3f}" for kind in kinds)
         print(f"{name:18} {found.right.rate:6.3f}{''.join(cells)}")

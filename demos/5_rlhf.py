@@ -42,7 +42,9 @@ def main(folder: Path) -> None:
     questions = rlhf.read_prompts(f"world:{common.SEED}")
     config = rlhf.Config(algo="rloo", beta=RECIPE["beta"], ptx_coef=RECIPE["ptx_coef"])
     tuning = rlhf.world_examples(world)  # goes on beside, so that nothing of it is lost
-    learner = rlhf.trainer(how.optimizer(model), reference, judge, questions, config, how, world, tuning)
+    material = rlhf.Material(reference, judge, questions, [], tuning, world)
+    settings = rlhf.Settings(model=model.config, train=how, rl=config, block_size=model.context)
+    stage = rlhf.RLHF(settings, how.optimizer(model), tokenizer, material)
 
     # reward is what the judge says, gold what the simulated people would: it learns from the first alone.
     print(f"\n{'update':>6} {'reward':>7} {'gold':>6} {'KL':>6} {'entropy':>8}")
@@ -52,7 +54,7 @@ def main(folder: Path) -> None:
             print(f"{record['iter']:6} {record['reward']:7.2f} {record['gold']:6.2f} {record['kl']:6.2f} "
                   f"{record['entropy']:8.2f}")  # fmt: skip
 
-    train.train(learner.optimizer, learner.batches, how, compute=learner.compute, report=row)
+    stage.train(row)
     measure("after")
     moved, _ = train.weight_change(reference.params, model.params)
     print(f"\nThe weights moved by {moved:.1%} of their norm. Next: demos/6_adapters.py")

@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         model = base.copy() if config is None else variants.create(base, config, rng)
         train = TrainConfig(max_iters=UPDATES, learning_rate=rate, min_lr=rate / 10, warmup_iters=10)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
-        sft.tune(model, tokenizer, examples, settings)
+        sft.in_memory(model, tokenizer, examples, settings).train()
         size = model.trained.flat.size
         row(name, model, f"{size:,} {size / model.flat.size:.1%}")
         if config is not None and config.kind == "lora":

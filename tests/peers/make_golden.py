@@ -1,6 +1,7 @@
 """What transformers computes for tiny random models: logits, loss, every gradient, ten training steps.
 
-    python tests/peers/make_golden.py          writes tests/core/golden/gpt2.safetensors and openai-gpt.safetensors
+    python tests/peers/make_golden.py          writes tests/core/golden/gpt2.safetensors and
+    openai-gpt.safetensors
 
 so that tests/core/test_model.py can hold tinygpt to them where torch is not installed. test_transformers.py
 computes the same afresh. GPT-2 has pre-norm (Radford et al. 2019), openai-gpt post-norm (2018).

@@ -10,8 +10,9 @@ import pytest
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.folders import checkpoint
-from tinygpt.stages import reward, rlhf
-from tinygpt.stages.rlhf import Config, Samples
+from tinygpt.stages import dpo, reward, rlhf
+from tinygpt.stages.rlhf import Config
+from tinygpt.stages.samples import Samples
 from tinygpt.text.tokenizer import BPETokenizer
 
 torch = pytest.importorskip("torch")
@@ -104,7 +105,7 @@ def test_dpo():
     loss = trl.DPOTrainer._compute_loss(self, lambda **given: output, inputs, False)
     loss.backward()
     sums = logps.detach().numpy().sum(1)
-    found, dc, dr = rlhf.dpo(sums[:4], sums[4:], *refs, 0.3)
+    found, dc, dr = dpo.dpo(sums[:4], sums[4:], *refs, 0.3)
     assert found == pytest.approx(float(loss.detach()), abs=1e-10)
     np.testing.assert_allclose(np.append(dc, dr)[:, None] * np.ones(3), logps.grad.numpy(), atol=1e-10)
 

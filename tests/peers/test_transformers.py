@@ -1,6 +1,7 @@
 """Logits, loss, every gradient and ten training steps, against transformers with the same random weights.
 
-What tests/core/test_model.py has in store, computed afresh with the installed versions, at odd and least sizes.
+What tests/core/test_model.py has in store, computed afresh with the installed versions, at odd and least
+sizes.
 """
 
 import numpy as np

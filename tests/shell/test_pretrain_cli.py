@@ -25,7 +25,7 @@ from tinygpt.core.model import GPT
 from tinygpt.errors import UserError
 from tinygpt.files import tensorfile
 from tinygpt.files.atomic import lock, unlock
-from tinygpt.folders import checkpoint
+from tinygpt.folders import checkpoint, runs
 from tinygpt.shell.cli import main
 from tinygpt.stages import pretrain as stage
 from tinygpt.text import data
@@ -155,7 +155,7 @@ def test_going_on_from_another_model_is_gentle(folder):
     begin("--max-iters", "1")
     settings = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "begin", lambda out, given, **_: settings.append(given) or sys.exit(2))
+        patch.setattr(runs, "begin", lambda cls, out, given, *_: settings.append(given) or sys.exit(2))
         pretrain("--init-from", "out", "--warmup-iters", "7", "--out", "x", status=2)
     (found,) = settings
     assert (found.train.learning_rate, found.train.max_iters, found.train.min_lr) == (3e-5, 200, 3e-6)
@@ -253,7 +253,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words
 
 def test_too_little_memory(folder, monkeypatch):
     """Guards: numpy's traceback where a model that could be is more than this machine holds."""
-    monkeypatch.setattr(stage, "build", lambda *_: np.empty(10**15))
+    monkeypatch.setattr(stage.variants, "build", lambda *_: np.empty(10**15))
     (line,) = pretrain("--data", "text.txt", status=2).splitlines()
     assert line.startswith("tinygpt: not enough memory: choose smaller sizes. Unable to allocate")
 
@@ -431,8 +431,9 @@ def test_a_second_process_in_one_folder_is_refused(folder):
     """Guards: two processes in one folder. Each deleted what the other wrote, and the run was lost."""
     begin("--out", "out")
     before = content("out")
-    program = "import sys; from tinygpt.stages import pretrain; from pathlib import Path\n"
-    program += "pretrain.resume(Path('out')); print('resumed', flush=True); sys.stdin.read()"
+    program = "import sys; from tinygpt.folders import runs; from pathlib import Path\n"
+    program += "from tinygpt.stages.pretrain import Pretrain\n"
+    program += "run = runs.resume(Pretrain, Path('out')); print('resumed', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", program], **pipes) as first:
         assert first.stdout.readline() == "resumed\n"
@@ -515,9 +516,9 @@ def test_a_folder_that_another_run_has_filled_meanwhile(folder, monkeypatch):
     """Guards: a finished model that is replaced without --overwrite, by a run that began before."""
     tokenizer = CharTokenizer.train(TEXT)
     other = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 1, 4))
-    made = stage._parts
+    made = stage.data.stream
     monkeypatch.setattr(
-        stage, "_parts", lambda *a: (checkpoint.save(folder / "out", other, tokenizer), made(*a))[1]
+        stage.data, "stream", lambda *a: (checkpoint.save(folder / "out", other, tokenizer), made(*a))[1]
     )
     assert "already has a config.json" in pretrain("--data", "text.txt", *TINY, status=2)
     assert checkpoint.load("out")[0].config == other.config
@@ -525,8 +526,6 @@ def test_a_folder_that_another_run_has_filled_meanwhile(folder, monkeypatch):
 
 def test_a_record_that_cannot_be_written_costs_no_update(folder, monkeypatch):
     """Guards: all since the last save, lost because the disk is full."""
-    from tinygpt.folders import runs
-
     real = open
 
     def full(path, mode="r", *rest, **more):

@@ -22,11 +22,12 @@ from tinygpt.core.model import GPT
 from tinygpt.core.train import Batch, TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.files import tensorfile
-from tinygpt.folders import adapters, checkpoint
+from tinygpt.folders import adapters, checkpoint, runs
 from tinygpt.shell.cli import main
 from tinygpt.stages import answers as evaluate
-from tinygpt.stages import lora, variants
+from tinygpt.stages import lora, sft, variants
 from tinygpt.stages.adapter import AdapterConfig, fingerprint
+from tinygpt.stages.pretrain import Pretrain
 from tinygpt.stages.prompts import nearest
 from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer
 
@@ -493,11 +494,9 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(folder, kind):
     run(*whole, "--out", "cut")
     state = tree(folder / "cut")
     shutil.rmtree("cut")
-    from tinygpt.stages import sft
-
     settings = checkpoint.read_run(folder / "whole", sft.Settings)[0]
     half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, max_iters=4))
-    begun = sft.begin(Path("cut"), half, init_from=Path("base"))
+    begun = runs.begin(sft.SFT, Path("cut"), half)
     calls = []
 
     def stop(record):
@@ -506,7 +505,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(folder, kind):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sft.sft(begun, stop)
+        begun.stage.train(**runs.saving(begun, stop))
     run("sft", "--resume", "cut")
     for name in (adapters.WEIGHTS, adapters.ENCODER):
         assert tree(folder / "cut").get(name) == state.get(name)
@@ -562,10 +561,8 @@ def test_pretraining_with_low_rank_from_random_weights(folder, more):
     moved = model.params["h.0.mlp.c_fc.weight"] - first.params["h.0.mlp.c_fc.weight"]
     assert np.linalg.matrix_rank(moved, tol=1e-4 * np.linalg.norm(moved)) == (4 if more else 2)
     assert (model.params["wte.weight"] != first.params["wte.weight"]).any()
-    from tinygpt.stages import pretrain
-
-    found = pretrain.resume(folder / "whole")
-    np.testing.assert_array_equal(variants.merge(found.optimizer.model).flat, model.flat)
+    found = runs.resume(Pretrain, folder / "whole").stage
+    np.testing.assert_array_equal(variants.merge(found.model).flat, model.flat)
     run("generate", "whole", "--max-new-tokens", "5")
 
 

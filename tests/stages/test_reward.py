@@ -15,9 +15,9 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
-from tinygpt.folders import checkpoint
+from tinygpt.folders import checkpoint, runs
 from tinygpt.shell.cli import main
-from tinygpt.stages import reward, rlhf
+from tinygpt.stages import reward, rlhf, samples
 from tinygpt.stages.answers import Answer
 from tinygpt.stages.reward import Comparison, Judge, Settings
 from tinygpt.text import instructions
@@ -140,11 +140,16 @@ def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
     return found
 
 
+def in_memory(judge: reward.Judge, pairs: list[Comparison]) -> reward.Reward:
+    return reward.in_memory(judge.author, judge.tokenizer, pairs, settings())
+
+
 def test_it_learns_what_is_better_also_from_an_annotator_who_slips(tokenizer):
     """Guards: a sign, a judgement against the labels instead of the truth."""
-    judge = judging(tokenizer)
+    stage = in_memory(judging(tokenizer), comparisons(400, 0, slips=0.15))
+    judge = stage.judge
     before = reward.judged(judge, comparisons(200, 1))
-    reward.fit(judge, comparisons(400, 0, slips=0.15), settings())
+    stage.train()
     after = reward.judged(judge, comparisons(200, 1))
     assert before.right.rate < 0.9 < after.right.rate and after.labels_right == 1 and after.margin > 0.5
     assert sum(rate.n for rate in after.by_kind.values()) == 200 and set(after.by_kind) == {
@@ -157,9 +162,9 @@ def test_it_learns_what_is_better_also_from_an_annotator_who_slips(tokenizer):
 
 
 def test_shuffled_labels_teach_nothing(tokenizer):
-    judge = judging(tokenizer)
-    reward.fit(judge, comparisons(400, 0, slips=0.5), settings())
-    found = reward.judged(judge, comparisons(200, 1))
+    stage = in_memory(judging(tokenizer), comparisons(400, 0, slips=0.5))
+    stage.train()
+    found = reward.judged(stage.judge, comparisons(200, 1))
     assert found.margin < 0.5
 
 
@@ -190,18 +195,19 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     rows = [{"prompt": f"{c.prompt}{' ' * (n % 10)}", "chosen": c.chosen, "rejected": c.rejected}
             for n, c in enumerate(comparisons(60, 0))]  # fmt: skip
     data.write_text("\n".join(map(json.dumps, rows)))
-    s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG)
+    s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG, init_from=str(tmp_path / "base"))
     records = []
     with pytest.raises(UserError, match="has a model that this run needs as it is"):
-        reward.begin(tmp_path / "base", s, init_from=tmp_path / "base", overwrite=True)
-    run = reward.begin(tmp_path / "judge", s, init_from=tmp_path / "base")
-    assert len(run.val) == 6 and len(run.train) == 54
-    assert not {c.prompt for c in run.val} & {c.prompt for c in run.train}
-    reward.reward(run, records.append)
+        runs.begin(reward.Reward, tmp_path / "base", s, overwrite=True)
+    run = runs.begin(reward.Reward, tmp_path / "judge", s)
+    stage = run.stage
+    train, val, _, _ = stage.comparisons
+    assert len(val) == 6 and len(train) == 54 and not {c.prompt for c in val} & {c.prompt for c in train}
+    stage.train(**runs.saving(run, records.append))
     assert records[-1]["val_right"] > 0.6 and records[-1]["train_loss"] < records[0]["train_loss"]
     model, again = checkpoint.load(tmp_path / "judge", judge=True)
     assert model.config.num_labels == 1 and again.chat_template == instructions.TEMPLATE
-    np.testing.assert_array_equal(model.flat, run.optimizer.model.flat)
+    np.testing.assert_array_equal(model.flat, stage.model.flat)
     config = json.loads((tmp_path / "judge" / "config.json").read_text())
     assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
     assert config["pad_token_id"] != tokenizer.eos_id  # at which scores are read
@@ -210,18 +216,18 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     with pytest.raises(UserError, match="has a model that writes; here a reward model"):
         checkpoint.load(tmp_path / "base", judge=True)
     asked = ["What is it?", "What is it? "], ["red", "blue"]
-    np.testing.assert_array_equal(reward.load(tmp_path / "judge")(*asked), run.judge(*asked))
-    resumed = reward.resume(tmp_path / "judge")
-    np.testing.assert_array_equal(resumed.optimizer.model.flat, model.flat)
+    np.testing.assert_array_equal(runs.load_judge(tmp_path / "judge")(*asked), stage.judge(*asked))
+    resumed = runs.resume(reward.Reward, tmp_path / "judge").stage
+    np.testing.assert_array_equal(resumed.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
-    with pytest.raises(UserError, match="not the data that the run in"):
-        reward.resume(tmp_path / "judge")
+    with pytest.raises(UserError, match="not the data that this run began with"):
+        runs.resume(reward.Reward, tmp_path / "judge")
     checkpoint.save(tmp_path / "base", GPT(CONFIG, np.random.default_rng(1)), tokenizer)
-    with pytest.raises(UserError, match="was not trained beside the model in"):
-        reward.load(tmp_path / "judge")
+    with pytest.raises(UserError, match="has another model than the one that this run began with"):
+        runs.load_judge(tmp_path / "judge")
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="this judge needs the model that it was made from"):
-        reward.load(tmp_path / "judge")
+        runs.load_judge(tmp_path / "judge")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     def sample(model, tokenizer, prompts, count, length, rng) -> SimpleNamespace:
         return SimpleNamespace(answers=[f"{word}{rng.integers(1000)}" for word in ("red", "red", "blue")])
 
-    monkeypatch.setattr(rlhf, "sample", sample)
+    monkeypatch.setattr(samples, "sample", sample)
     model = GPT(CONFIG, np.random.default_rng(0))
     tokenizer.chat_template = None
     checkpoint.save(tmp_path / "base", model, tokenizer)
@@ -278,7 +284,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     rows = [(c.prompt, frozenset((c.chosen, c.rejected))) for c in reward.read_file(out)]
     assert len(rows) == len(set(rows)) == 6
 
-    monkeypatch.setattr(rlhf, "sample", lambda *given: SimpleNamespace(answers=["red"]))
+    monkeypatch.setattr(samples, "sample", lambda *given: SimpleNamespace(answers=["red"]))
     out.unlink()
     for done in (2, 2):  # of a model that says one thing there is a comparison to each prompt, and no more
         result = CliRunner().invoke(main, command, input="1111")

@@ -1,5 +1,6 @@
 """Policy gradients against enumeration: every answer that a tiny model can give, with its probability."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,13 +18,15 @@ from tinygpt.core.model import GPT
 from tinygpt.core.optim import AdamW
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
-from tinygpt.folders import adapters, checkpoint
+from tinygpt.folders import adapters, checkpoint, runs
 from tinygpt.lab import story
 from tinygpt.shell import cli
 from tinygpt.shell.cli import main
-from tinygpt.stages import reward, rlhf, variants
+from tinygpt.stages import dpo, reward, rlhf, variants
+from tinygpt.stages import samples as sampling
 from tinygpt.stages.adapter import AdapterConfig, fingerprint
-from tinygpt.stages.rlhf import Config, Samples
+from tinygpt.stages.rlhf import Config
+from tinygpt.stages.samples import Samples
 from tinygpt.stages.variants import build
 from tinygpt.text import instructions
 from tinygpt.text.tokenizer import BPETokenizer
@@ -74,7 +77,7 @@ REWARD = RNG.standard_normal(len(ALL.answers))
 
 
 def probabilities(model: GPT, found: Samples = ALL) -> np.ndarray:
-    p = np.exp(rlhf.logprobs(model, found).sum(1))
+    p = np.exp(sampling.logprobs(model, found).sum(1))
     assert p.sum() == pytest.approx(1, abs=1e-12)
     return p
 
@@ -115,7 +118,7 @@ def test_the_policy_gradient_is_that_of_the_expected_reward():
     """E[-r grad log p] over all answers, against differences of -E[r]."""
     model = make(0)
     p = probabilities(model)
-    _, d = rlhf.policy_gradient(rlhf.logprobs(model, ALL), ALL.mask, (p * REWARD * len(p))[:, None])
+    _, d = rlhf.policy_gradient(sampling.logprobs(model, ALL), ALL.mask, (p * REWARD * len(p))[:, None])
     assert_gradient(model, gradient(model, ALL, d), lambda: -(probabilities(model) * REWARD).sum())
 
 
@@ -131,7 +134,7 @@ def in_pairs(model: GPT, advantage) -> np.ndarray:
     per_answer = np.zeros(len(p))  # sum over pairs of weight * A / 2, for each place of the pair
     for side in (0, 1):
         np.add.at(per_answer, rows[:, side], weight * a[:, side] / 2)
-    _, d = rlhf.policy_gradient(rlhf.logprobs(model, ALL), ALL.mask, (per_answer * len(p))[:, None])
+    _, d = rlhf.policy_gradient(sampling.logprobs(model, ALL), ALL.mask, (per_answer * len(p))[:, None])
     return gradient(model, ALL, d)
 
 
@@ -139,13 +142,13 @@ def test_rloo_is_unbiased_also_with_the_kl_in_its_reward():
     """Leave-one-out: the baseline is independent of the sample. KL as a cost of each answer has the gradient
     of the KL of whole answers, -beta E[log(policy / reference)]."""
     model, ref = make(0), make(1)
-    beta, ref_logp = 0.3, rlhf.logprobs(make(1), ALL).sum(1)
-    r = REWARD - beta * (rlhf.logprobs(model, ALL).sum(1) - ref_logp)
+    beta, ref_logp = 0.3, sampling.logprobs(make(1), ALL).sum(1)
+    r = REWARD - beta * (sampling.logprobs(model, ALL).sum(1) - ref_logp)
     mine = in_pairs(model, lambda rows: rlhf.leave_one_out(r[rows]))
 
     def value() -> float:
         p = probabilities(model)
-        kl = (p * (np.log(p) - rlhf.logprobs(ref, ALL).sum(1))).sum()
+        kl = (p * (np.log(p) - sampling.logprobs(ref, ALL).sum(1))).sum()
         return -((p * REWARD).sum() - beta * kl)
 
     assert_gradient(model, mine, value)
@@ -206,8 +209,8 @@ def test_dpo_learns_from_whole_answers_and_their_end():
         sum(sign * (logp(model, pair.prompt, text) - logp(ref, pair.prompt, text))
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
-    c = rlhf.compared(tokenizer, ref, pairs)
-    loss, d = rlhf.dpo_loss(rlhf.logprobs(model, c.samples), None, c, 0.3)
+    c = dpo.compared(tokenizer, ref, pairs)
+    loss, d = dpo.dpo_loss(sampling.logprobs(model, c.samples), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
     assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
 
@@ -221,13 +224,13 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
     rng, found = np.random.default_rng(5), []
     optimizer = AdamW(model)
     for _ in range(60):
-        drawn = rlhf.sample(model, tokenizer, [np.array(PROMPT)] * 40, 4, LONGEST, rng)
+        drawn = sampling.sample(model, tokenizer, [np.array(PROMPT)] * 40, 4, LONGEST, rng)
         # The engine takes the end token off; a full-length answer has none.
         ends = ["0" * bool(stopped) for stopped in drawn.stopped]
         score = np.array([by_answer[a + end] for a, end in zip(drawn.answers, ends, strict=True)])
-        logp = rlhf.logprobs(model, drawn)
+        logp = sampling.logprobs(model, drawn)
         e = rlhf.experience(drawn, logp, logp, score, config)
-        rlhf.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config))
+        sampling.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config))
         found.append(directions @ optimizer.flat)
     mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / math.sqrt(len(found))
     assert (abs(mean - wanted) < 4 * error).all() and (error < 0.3 * abs(wanted).max()).all()
@@ -241,13 +244,14 @@ def test_which_kl_an_estimate_in_the_loss_descends(name, direction):
     """Expected over the sampled token, the gradient of k1 is zero, of k2 the reverse KL's, of k3 the forward
     KL's. As numbers k1 and k3 are the reverse KL in the mean, and k2 is not."""
     model, ref = make(0), make(1)
-    logp, ref_logp = (rlhf.logprobs(m, ONE) for m in (model, ref))
+    logp, ref_logp = (sampling.logprobs(m, ONE) for m in (model, ref))
     p = probabilities(model, ONE)
     value, d = getattr(rlhf, name)(logp, ref_logp)
     mine = gradient(model, ONE, p[:, None] * d)
 
     def kl(which: str) -> float:
-        a, b = (rlhf.logprobs(m, ONE).sum(1) for m in ((model, ref) if which == "reverse" else (ref, model)))
+        pair = (model, ref) if which == "reverse" else (ref, model)
+        a, b = (sampling.logprobs(m, ONE).sum(1) for m in pair)
         return (np.exp(a) * (a - b)).sum()
 
     if direction == "none":
@@ -265,7 +269,7 @@ def test_the_exact_kl_is_the_mean_over_answers():
     model, ref = make(0), make(1)
     p = probabilities(model)
     kl, entropy = np.array(rlhf.exact_kl(*(m.forward(ALL.ids)[0] for m in (model, ref)))) * ALL.mask
-    whole = (p * (np.log(p) - rlhf.logprobs(ref, ALL).sum(1))).sum()
+    whole = (p * (np.log(p) - sampling.logprobs(ref, ALL).sum(1))).sum()
     assert (p * kl.sum(1)).sum() == pytest.approx(whole, rel=1e-9)
     assert (p * entropy.sum(1)).sum() == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
 
@@ -318,7 +322,7 @@ def test_gae_by_its_sum(rng, lam):
 def test_ppos_first_pass_is_the_policy_gradient_whatever_the_values(rng):
     """With gamma and lam 1 any values are a baseline: over all answers, the gradient of -E[r - beta KL]."""
     model, ref = make(0), make(1)
-    p, logp, ref_logp = probabilities(model), rlhf.logprobs(model, ALL), rlhf.logprobs(make(1), ALL)
+    p, logp, ref_logp = probabilities(model), sampling.logprobs(model, ALL), sampling.logprobs(make(1), ALL)
     beta, last = 0.2, ALL.mask.shape[1] - 1 - ALL.mask[:, ::-1].argmax(1)
     rewards = -beta * (logp - ref_logp)
     rewards[np.arange(len(last)), last] += REWARD
@@ -332,7 +336,7 @@ def test_ppos_first_pass_is_the_policy_gradient_whatever_the_values(rng):
 
     def value() -> float:
         q = probabilities(model)
-        return -(q * REWARD).sum() + beta * (q * (np.log(q) - rlhf.logprobs(ref, ALL).sum(1))).sum()
+        return -(q * REWARD).sum() + beta * (q * (np.log(q) - sampling.logprobs(ref, ALL).sum(1))).sum()
 
     assert_gradient(model, gradient(model, ALL, d), value)
 
@@ -354,14 +358,14 @@ def test_the_value_loss(rng):
 
 def test_dpo(rng):
     chosen, rejected, a, b = rng.normal(-5, 2, (4, 6))
-    loss, dc, dr = rlhf.dpo(chosen, rejected, a, b, 0.3)
+    loss, dc, dr = dpo.dpo(chosen, rejected, a, b, 0.3)
     for d, f, x in (
-        (dc, lambda x: rlhf.dpo(x, rejected, a, b, 0.3)[0], chosen),
-        (dr, lambda x: rlhf.dpo(chosen, x, a, b, 0.3)[0], rejected),
+        (dc, lambda x: dpo.dpo(x, rejected, a, b, 0.3)[0], chosen),
+        (dr, lambda x: dpo.dpo(chosen, x, a, b, 0.3)[0], rejected),
     ):
         np.testing.assert_allclose(d, differences(f, x), atol=1e-9)
-    assert rlhf.dpo(a, b, a, b, 0.3)[0] == pytest.approx(math.log(2))
-    assert rlhf.dpo(chosen + 1, rejected, a, b, 0.3)[0] < loss
+    assert dpo.dpo(a, b, a, b, 0.3)[0] == pytest.approx(math.log(2))
+    assert dpo.dpo(chosen + 1, rejected, a, b, 0.3)[0] < loss
 
 
 @pytest.mark.parametrize("algo", ["reinforce", "rloo", "ppo", "grpo"])
@@ -369,13 +373,13 @@ def test_the_gradient_of_each_objective_as_it_runs(algo, rng):
     """Against differences of its loss, off the policy that sampled, clipped places and KL included."""
     model, config = make(0), Config(algo=algo, beta=0.2, num_generations=2)
     few = samples([(1, 0), (2, 3, 0), (3, 3, 1), (0,)])
-    old = rlhf.logprobs(model, few) + 0.3 * rng.standard_normal(few.mask.shape) * few.mask
-    ref = rlhf.logprobs(make(1), few)
+    old = sampling.logprobs(model, few) + 0.3 * rng.standard_normal(few.mask.shape) * few.mask
+    ref = sampling.logprobs(make(1), few)
     e = rlhf.experience(few, old, ref, rng.standard_normal(4), config, rng.standard_normal(few.mask.shape))
     optimizer = AdamW(model)
-    rlhf.learn(optimizer, few, lambda logp, _: rlhf.objective(logp, e, config))
+    sampling.learn(optimizer, few, lambda logp, _: rlhf.objective(logp, e, config))
     assert_gradient(
-        model, optimizer.flat.copy(), lambda: rlhf.objective(rlhf.logprobs(model, few), e, config)[0]
+        model, optimizer.flat.copy(), lambda: rlhf.objective(sampling.logprobs(model, few), e, config)[0]
     )
 
 
@@ -386,7 +390,7 @@ def test_samples_have_their_ends_and_nothing_after_them():
     """Guards: a mask that is off by one, an end token that is not learned, padding that is."""
     model = make(0, 1.0)
     prompts = [np.array([1, 3]), np.array([2]), np.array([3, 2, 1])]
-    found = rlhf.sample(model, Tok(), prompts, 5, LONGEST, np.random.default_rng(0))
+    found = sampling.sample(model, Tok(), prompts, 5, LONGEST, np.random.default_rng(0))
     assert len(found.answers) == 15 and 0 < found.stopped.sum() < 15
     for row, answer in enumerate(found.answers):
         prompt = prompts[row // 5]
@@ -398,7 +402,7 @@ def test_samples_have_their_ends_and_nothing_after_them():
         assert found.ids[row, : n + 1].tolist()[: len(prompt)] == prompt.tolist()
         logits, _ = model.forward(found.ids[row : row + 1, :n], keep=False)
         alone, _ = model.ops.cross_entropy_forward(logits, found.targets[row : row + 1, :n])
-        together = rlhf.logprobs(model, found)[row]
+        together = sampling.logprobs(model, found)[row]
         np.testing.assert_allclose(together[begin:n], -alone[0, begin:], atol=1e-12)
         assert not together[:begin].any() and not together[n:].any()
 
@@ -406,7 +410,7 @@ def test_samples_have_their_ends_and_nothing_after_them():
 def test_they_are_drawn_as_often_as_the_model_says():
     """Guards: sampling and scoring by different logits, which makes KL negative."""
     model = make(0, 1.0)
-    found = rlhf.sample(model, Tok(), [np.array(PROMPT)], 4000, LONGEST, np.random.default_rng(1))
+    found = sampling.sample(model, Tok(), [np.array(PROMPT)], 4000, LONGEST, np.random.default_rng(1))
     counts = dict.fromkeys(ALL.answers, 0)
     for answer, stopped in zip(found.answers, found.stopped, strict=True):
         counts[answer + "0" * bool(stopped)] += 1
@@ -508,9 +512,9 @@ def test_the_policy_after_training_is_the_closed_form():
     beta, r = 0.5, np.array([0.0, 1.0, -0.5, 0.3])
     reward = np.array([r[int(a)] for a in ONE.answers])
     optimizer = AdamW(model, weight_decay=0.0, grad_clip=0.0)
-    ref_logp = rlhf.logprobs(ref, ONE)
+    ref_logp = sampling.logprobs(ref, ONE)
     for n in range(400):
-        logp = rlhf.logprobs(model, ONE)
+        logp = sampling.logprobs(model, ONE)
         p = np.exp(logp.sum(1))
         with_kl = reward - beta * (logp - ref_logp).sum(1)
         _, d = rlhf.policy_gradient(logp, ONE.mask, (p * (with_kl - p @ with_kl) * len(p))[:, None])
@@ -540,7 +544,7 @@ def test_as_it_runs_each_finds_what_is_rewarded(algo):
         records.append(t.compute(t.batches(n, rng), rng))
         t.optimizer.step(2e-2)
     rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
-    before = rlhf.sample(make(0), Tok(), asked, 200, LONGEST, rng)
+    before = sampling.sample(make(0), Tok(), asked, 200, LONGEST, rng)
     last = np.mean([record["reward"] for record in records[-5:]])
     asked = [text for text, _ in t.prompts for _ in range(200)]
     assert judge(asked, before.answers).mean() < 0.5 and last > 1.5
@@ -575,7 +579,8 @@ def folders(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = (str(tmp_path / "rows.jsonl"),)
     judging = reward.Settings(config, TrainConfig(), data=data, block_size=256)
-    reward.begin(tmp_path / "judge", judging, init_from=tmp_path / "tuned")
+    judging = dataclasses.replace(judging, init_from=str(tmp_path / "tuned"))
+    runs.begin(reward.Reward, tmp_path / "judge", judging)
     return tmp_path
 
 
@@ -636,9 +641,10 @@ def test_a_world_that_was_moved_takes_no_other_examples_with_it(folders):
     pairs = str(folders / "pairs.jsonl")
     for beside, after in ((pairs, pairs), ("world:5", str(folders / "world"))):
         settings = rlhf.Settings(model.config, TrainConfig(), data=("world:5",), ptx_data=(beside,),
-                                 reward_from=str(folders / "judge"), block_size=256)  # fmt: skip
-        rlhf.begin(folders / "out", settings, init_from=folders / "tuned", overwrite=True)
-        found = rlhf.resume(folders / "out", (str(folders / "world"),)).settings
+                                 init_from=str(folders / "tuned"), reward_from=str(folders / "judge"),
+                                 block_size=256)  # fmt: skip
+        runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True)
+        found = runs.resume(rlhf.RLHF, folders / "out", data=(str(folders / "world"),)).stage.settings
         assert found.data == (str(folders / "world"),) and found.ptx_data == (after,)
 
 

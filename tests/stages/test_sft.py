@@ -14,7 +14,7 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
-from tinygpt.folders import checkpoint
+from tinygpt.folders import checkpoint, runs
 from tinygpt.shell.cli import main
 from tinygpt.stages import sft
 from tinygpt.stages.answers import Answer, answers
@@ -58,8 +58,12 @@ def settings(path: str, **changes) -> sft.Settings:
     return sft.Settings(**(fields | changes))
 
 
-def read(path: str, **changes) -> sft.Examples:
-    return sft.read(settings(path, **changes), TOKENIZER)
+def staged(chosen: sft.Settings) -> sft.SFT:
+    return sft.SFT(chosen, chosen.train.optimizer(make()), TOKENIZER, sft.SFT.read(chosen, runs.STORE))
+
+
+def read(path: str, **changes) -> sft.SFT:
+    return staged(settings(path, **changes))
 
 
 def make(dtype=np.float32) -> GPT:
@@ -82,7 +86,7 @@ def test_what_is_learned_is_each_answer_and_its_end(folder, packing):
     found = read("pairs.jsonl", packing=packing)
     pairs = encoded([*PAIRS, TALK], folder / "again.jsonl")
     seen = []
-    for rows in (found.train, found.val):
+    for rows in (found.rows, found.val_rows):
         assert (rows.positions[:, 0] == 0).all() and set(np.unique(rows.weights)) <= {0, 1}
         for r, c in zip(*np.nonzero(rows.weights), strict=True):  # each learned token, with all that it sees
             begin = rows.start[r, c]
@@ -90,7 +94,7 @@ def test_what_is_learned_is_each_answer_and_its_end(folder, packing):
     expected = [tuple(ids[: n + 1]) for ids, learned in pairs for n in np.flatnonzero(learned)]
     assert sorted(seen) == sorted(expected)
     assert sum(ids[-1] == TOKENIZER.eos_id for ids in seen) == len(PAIRS) + 2
-    assert found.count == 10 and len(found.questions) == 1 and len(found.train.ids) == (4 if packing else 10)
+    assert found.count == 10 and len(found.questions) == 1 and len(found.rows.ids) == (4 if packing else 10)
 
 
 def test_packed_logits_are_those_of_each_example_alone(folder):
@@ -119,7 +123,7 @@ def test_packing_and_accumulation_change_no_gradient(folder):
         chosen = settings("many.jsonl", packing=packing, batch_size=batch_size,
                           gradient_accumulation_steps=steps)  # fmt: skip
         optimizer = TrainConfig().optimizer(make(np.float64))
-        batches = sft.update(sft.read(chosen, TOKENIZER).train, chosen, 0)
+        batches = sft.update(staged(chosen).rows, chosen, 0)
         assert len(batches) == steps
         assert sum(batch.weights.sum(dtype=np.float64) for batch in batches) == pytest.approx(1, abs=1e-6)
         losses.append(train.gradients(optimizer)(batches))
@@ -131,7 +135,7 @@ def test_packing_and_accumulation_change_no_gradient(folder):
 
 def test_a_batch_in_which_nothing_is_learned(folder):
     """Guards: 0 / 0."""
-    rows = read("pairs.jsonl", packing=False).train
+    rows = read("pairs.jsonl", packing=False).rows
     rows.weights[:] = 0
     optimizer = TrainConfig().optimizer(make())
     batches = sft.update(rows, settings("", gradient_accumulation_steps=2), 0)
@@ -142,7 +146,7 @@ def test_a_batch_in_which_nothing_is_learned(folder):
 def test_batches_have_few_lengths(folder):
     """Guards: a length for every batch, of each of which a record would be kept."""
     lines = [{"prompt": "p" * n, "completion": "c"} for n in range(1, 60)]
-    rows = read(write("many.jsonl", lines), packing=False, block_size=CONFIG.block_size).train
+    rows = read(write("many.jsonl", lines), packing=False, block_size=CONFIG.block_size).rows
     lengths = {batch.ids.shape[1] for batch in sft.consecutive(rows, 1)}
     assert len(lengths) > 1 and all(n % 32 == 0 or n == CONFIG.block_size for n in lengths)
 
@@ -150,14 +154,15 @@ def test_batches_have_few_lengths(folder):
 def test_an_epoch_has_every_row_once_and_depends_on_seed_and_number(folder):
     """Guards: a resumed run that begins its epoch anew; the same order in each epoch; rows never seen."""
     chosen = settings("pairs.jsonl", packing=False, batch_size=2, gradient_accumulation_steps=2)
-    rows = sft.read(chosen, TOKENIZER).train  # 10 rows
+    rows = staged(chosen).rows  # 10 rows
     updates = [[row.tobytes() for batch in sft.update(rows, chosen, n) for row in np.pad(
         batch.ids, ((0, 0), (0, 64 - batch.ids.shape[1])))] for n in range(5)]  # fmt: skip
     order = sum(updates, [])
     epochs = order[:10], order[10:]
     assert len(set(epochs[0])) == len(set(epochs[1])) == 10 and epochs[0] != epochs[1]
     other = settings("pairs.jsonl", packing=False, train=TrainConfig(seed=3))
-    assert read("pairs.jsonl", packing=False).fingerprint != sft.read(other, TOKENIZER).fingerprint
+    marks = [stage.settings.fingerprint for stage in (staged(chosen), staged(other))]
+    assert marks[0] != marks[1]
     few = settings("pairs.jsonl", packing=False, batch_size=99)
     assert len(sft.update(rows, few, 3)[0].ids) == 10  # none twice
 
@@ -366,8 +371,9 @@ def test_how_far_weights_moved():
 def test_tuning_in_memory_is_the_same_training(folder):
     """Guards: another order, packing or form of the examples than that of a run in a folder."""
     fields = settings("pairs.jsonl", train=TrainConfig(max_iters=5), val_data=("pairs.jsonl",))
-    run = sft.begin(folder / "out", fields, init_from=folder / "base")
-    sft.sft(run)
+    run = runs.begin(sft.SFT, folder / "out", dataclasses.replace(fields, init_from=str(folder / "base")))
+    run.stage.train(**runs.saving(run, lambda record: None))
     model, tokenizer = checkpoint.load(folder / "base")
-    sft.tune(model, tokenizer, [e.messages for e in instructions.read(["pairs.jsonl"])], fields)
-    assert model.flat.tobytes() == run.optimizer.model.flat.tobytes() and instructions.is_tuned(tokenizer)
+    examples = [e.messages for e in instructions.read(["pairs.jsonl"])]
+    sft.in_memory(model, tokenizer, examples, dataclasses.replace(fields, data=(), val_data=())).train()
+    assert model.flat.tobytes() == run.stage.model.flat.tobytes() and instructions.is_tuned(tokenizer)

@@ -20,7 +20,7 @@ from tinygpt.core import train
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.errors import UserError
-from tinygpt.folders import checkpoint
+from tinygpt.folders import checkpoint, runs
 from tinygpt.lab import recipes
 from tinygpt.shell import cli
 from tinygpt.shell.cli import main
@@ -638,7 +638,8 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
     assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
-    conversations = [example.messages for example in sft.resume(Path("b")).examples.questions]
+    questions = runs.resume(sft.SFT, Path("b")).stage.questions
+    conversations = [example.messages for example in questions]
     asked = {message["content"] for messages in conversations for message in messages[::2]}
     assert asked == {item["prompt"] for item in tasks.tuning(World(5), "val")}
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)

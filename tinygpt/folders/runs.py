@@ -1,96 +1,97 @@
-"""A run in a folder: what all training stages do with theirs.
+"""A run in a folder: how all training stages begin, go on and save.
 
-A run begins with `check_folder` and `first_save`, is taken up with `read` and `load`, and trains with `run`.
-At every moment the folder has a model that can be loaded, or a run from which `load` writes that model. The
-model is always the newest, not the one with the best validation loss; metrics.jsonl tells which that was.
+`begin` makes a run, `resume` takes one up, `saving` saves it while it trains. At every moment the folder has
+a model that can be loaded, or a run from which `resume` writes that model. The model is always the newest,
+not the one with the best validation loss; metrics.jsonl tells which that was.
 
-Not here: the loop itself (`train`), what is in the files (`checkpoint`), the data (each stage's).
+Not here: the loop (`core.train`), the stages (`stages`), the format of the files (`checkpoint`, `adapters`).
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
+from typing import NamedTuple
 
 from ..core import train
-from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
 from ..files.atomic import holds, lock, make_folder, remove, replacing, sync, together, writing
 from ..files.jsonfile import parse
-from ..stages import lora, variants
-from ..stages.adapter import AdapterConfig, fingerprint
-from ..stages.variants import build
+from ..stages import reward, variants
+from ..stages.adapter import fingerprint
+from ..stages.stage import Settings, Stage, Store
 from . import adapters, checkpoint
 from .checkpoint import Tokenizer
 
 METRICS = "metrics.jsonl"
 MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
-MOST_TOKENS = 10**9  # in a batch: no memory holds more
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run depends on, apart from its tokenizer: saved with it, and all that resuming needs."""
+class Run(NamedTuple):
+    """A stage whose state is in a folder."""
 
-    model: GPTConfig
-    train: train.TrainConfig
-    stage: str = ""  # the command that goes on with it
-    data: tuple[str, ...] = ()  # files and folders
-    fingerprint: str = ""  # of what is made from them
-    init_from: str = ""  # the folder of the model that it began with
-    init_hash: str = ""  # of the weights there, as they were
-    adapter: AdapterConfig | None = None  # what is trained beside that model, if not itself
-    block_size: int = 64  # of the training sequences: at most the model's
-    batch_size: int = 12
-    gradient_accumulation_steps: int = 1  # batches of that size for each update
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        limit, beside = self.model.block_size, ""
-        if self.adapter:
-            self.adapter.shapes(self.model)  # which says what does not fit
-            if P := self.adapter.prompt_length:
-                limit, beside = limit - P, f" beside a prompt of {P}"
-        if self.block_size > limit:
-            raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions{beside}")
-        if self.train.merge_every and not (self.adapter and self.adapter.kind == "lora"):
-            raise UserError("merge_every is for an adapter that can be merged, which is lora")
-        if self.batch_size * self.block_size > MOST_TOKENS:
-            raise UserError(
-                f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
-                f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
-            )
-
-    @property
-    def size(self) -> int:
-        """The number of weights that are trained."""
-        if not self.adapter:
-            return self.model.size
-        return sum(map(math.prod, self.adapter.shapes(self.model).values()))
-
-    @property
-    def has_model(self) -> bool:
-        """Whether the run's folder has a whole model: also where it trains an adapter beside weights that are
-        nowhere else, drawn from the seed or merged. Otherwise it has the adapter alone."""
-        return bool(not self.adapter or self.train.merge_every or not self.init_from)
-
-    @property
-    def has_base(self) -> bool:
-        """Whether the run's own file has the weights of the model too, beside those of its adapter."""
-        return bool(self.adapter) and self.has_model
+    folder: Path
+    stage: Stage
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+def begin(cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False) -> Run:
+    """A new run in `folder`. What is there is replaced last, after all that can be wrong has been checked.
+    The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
+
+    Raises UserError, also where `folder` has a model and not `overwrite`.
+    """
+    needed = [getattr(settings, field) for field in cls.needs]
+    check_folder(folder, overwrite, needed)
+    if judge := getattr(settings, "reward_from", ""):
+        check_folder(folder, overwrite, [_author(Path(judge)).init_from])
+    data = cls.read(settings, STORE)
+    settings, model, tokenizer = cls.start(settings, data, STORE)
+    stage = cls(settings, settings.train.optimizer(model), tokenizer, data, folder)
+    stage.settings = _absolute(stage.settings)
+    first_save(folder, stage.optimizer, tokenizer, stage.settings)
+    return Run(folder, stage)
+
+
+def resume(cls: type[Stage], folder: Path, **moved: Sequence[str]) -> Run:
+    """The run in `folder` as it was saved last. The folder is locked from now on.
+
+    moved: the fields of the settings that say where data is now, if it is elsewhere. Another field that named
+    the same data moves along. Raises UserError where there is no run of this stage, where another process
+    goes on with it, and where the data is gone or another.
+    """
+    if folder.is_dir():
+        lock(folder)
+    settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
+    if not (settings.data or settings.stage == "pretrain"):
+        raise UserError(f"{folder}: this run names no data")
+    moved = {name: paths for name, paths in moved.items() if paths}
+    same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
+    settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
+    cls = cls.of(settings)
+    data = cls.read(settings, STORE)
+    stage = cls(settings, load(folder, settings, tokenizer), tokenizer, data, folder)
+    stage.settings = _absolute(stage.settings)
+    return Run(folder, stage)
+
+
+def _absolute(settings: Settings) -> Settings:
+    """The settings with paths that a run can be resumed with from any folder. "world:1337" is no path, and
+    stays as it is."""
+
+    def whole(path: object) -> str:
+        return p if not (p := str(path)) or p.startswith("world:") else str(Path(p).resolve())
+
+    fields = {}
+    for name, value in vars(settings).items():
+        if name == "data" or name.endswith("_data"):
+            fields[name] = tuple(map(whole, value))
+        elif name in ("init_from", "reward_from", "adapter_folder"):
+            fields[name] = whole(value)
+    return dataclasses.replace(settings, **fields)
 
 
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
@@ -113,44 +114,6 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
         raise UserError(f"{there}: this folder is read-only")
     if folder.exists():
         lock(folder)
-
-
-def absolute(paths: Sequence[Path | str]) -> tuple[str, ...]:
-    """Paths that a run can be resumed with from any folder; "world:1337" is none, and stays as it is."""
-    return tuple(p if (p := str(path)).startswith("world:") else str(Path(p).resolve()) for path in paths)
-
-
-def from_model(settings: AnySettings, model: GPT, folder: Path, **more) -> AnySettings:
-    """The settings of a run that begins with the model in `folder`; `more` are other fields."""
-    return dataclasses.replace(
-        settings, model=model.config, data=absolute(settings.data), init_from=str(Path(folder).resolve()),
-        init_hash=fingerprint(model), **more,
-    )  # fmt: skip
-
-
-def read(folder: Path, kind: type[AnySettings], **paths: Sequence[str]) -> tuple[AnySettings, Tokenizer]:
-    """Settings and tokenizer of the run in `folder`, which is locked from now on. paths: fields that say
-    where data is now, if given any.
-
-    Raises UserError where there is no run of that stage, or another process goes on with it.
-    """
-    if folder.is_dir():
-        lock(folder)
-    settings, tokenizer = checkpoint.read_run(folder, kind)
-    if not (settings.data or settings.stage == "pretrain"):
-        raise UserError(f"{folder}: this run names no data")
-    moved = {name: absolute(found) for name, found in paths.items() if found}
-    return dataclasses.replace(settings, **moved), tokenizer
-
-
-def check_data(folder: Path, settings: Settings, mark: str, beside: tuple[str, ...] = ()) -> None:
-    """Raises UserError unless `mark`, of what was read now, is that of the beginning of the run in `folder`.
-
-    beside: paths of what was read besides settings.data.
-    """
-    if mark != settings.fingerprint:
-        source = ", ".join((*settings.data, *beside)) or "the documentation of this Python"
-        raise UserError(f"{source}: not the data that the run in {folder} began with; it needs that")
 
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -205,7 +168,7 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
         adapters.check_base(model, settings.init_hash, folder, settings.init_from)
         model.config = settings.model
     else:
-        model = build(settings.model)
+        model = variants.build(settings.model)
     if settings.adapter:
         model = variants.beside(model, settings.adapter)
     optimizer = settings.train.optimizer(model)
@@ -214,38 +177,60 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
     return optimizer
 
 
-def run(
-    folder: Path,
-    optimizer: AdamW,
-    tokenizer: Tokenizer,
-    settings: Settings,
-    batches: Callable[[int, np.random.Generator], Sequence[train.Batch]],
-    evaluate: Callable[[], train.Record],
-    report: Callable[[train.Record], None],
-    **how,
-) -> None:
-    """`train.train` to the end; saves at every evaluation, at the end and on Ctrl-C, then KeyboardInterrupt.
+# --- what stages begin with ---------------------------------------------------------------------------------
 
-    Other arguments go to `train.train`.
-    Each of its records becomes a line of metrics.jsonl and goes to `report`.
+
+def _base(settings: Settings) -> GPT:
+    model, _ = checkpoint.load(settings.init_from)
+    if settings.init_hash not in ("", fingerprint(model)):
+        raise UserError(f"{settings.init_from}: has another model than the one that this run began with")
+    return model
+
+
+def _author(judge: Path) -> Settings:
+    """The settings of the run that made a judge: they say from which model it was made."""
+    if not (judge / checkpoint.TRAINER).exists():
+        checkpoint.load(judge, judge=True)  # or this says what is wrong
+        raise UserError(f"{judge}: has a judge without the run that says which model it was made from: give "
+                        "a folder that tinygpt reward wrote")  # fmt: skip
+    return checkpoint.read_run(judge, reward.Settings)[0]
+
+
+def load_judge(folder: Path | str) -> reward.Judge:
+    """The judge in a folder that `tinygpt reward` wrote. Raises UserError, also where its author has gone."""
+    folder = Path(folder)
+    model, tokenizer = checkpoint.load(folder, judge=True)
+    try:
+        author = _base(_author(folder))
+    except (UserError, OSError) as error:
+        raise UserError(f"{folder}: this judge needs the model that it was made from: {error}") from error
+    return reward.Judge(model, author, tokenizer)
+
+
+STORE = Store(adapters.load_model, _base, load_judge)
+
+
+# --- while a run trains -------------------------------------------------------------------------------------
+
+
+def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
+    """What `Stage.train` needs for a run in a folder: it saves at every evaluation, at the end and on Ctrl-C.
+
+    Each record becomes a line of metrics.jsonl and goes to `report`.
     """
+    folder, stage = run
     metrics = folder / METRICS
+    state = stage.optimizer, stage.tokenizer, stage.settings
 
     def save_all() -> None:
         with contextlib.suppress(FileNotFoundError):
             sync(metrics)  # the record of an update is on the disk before the update is
         try:
-            save(folder, optimizer, tokenizer, settings)
+            save(folder, *state)
         except UserError:
             if holds(folder):
                 raise
-            save(folder, optimizer, tokenizer, settings)  # the folder was removed in the middle of the save
-
-    def restarted(n: int, rng: np.random.Generator) -> Sequence[train.Batch]:
-        """The batches of update n, before which it may be time for a merge."""
-        if settings.train.merge_every and n and n % settings.train.merge_every == 0:
-            lora.restart(optimizer, np.random.default_rng([settings.train.seed, n, 3]))
-        return batches(n, rng)
+            save(folder, *state)  # the folder was removed in the middle of the save
 
     def log(record: train.Record) -> None:
         if removed := not holds(folder):
@@ -257,11 +242,8 @@ def run(
             save_all()
         report(record)
 
-    elapsed_s = resume_metrics(metrics, optimizer.steps).get("elapsed_s", 0.0)
-    train.train(
-        optimizer, restarted, settings.train, evaluate=evaluate, report=log, save=save_all,
-        elapsed_s=elapsed_s, **how,
-    )  # fmt: skip
+    elapsed_s = resume_metrics(metrics, stage.optimizer.steps).get("elapsed_s", 0.0)
+    return {"report": log, "save": save_all, "elapsed_s": elapsed_s}
 
 
 # --- metrics.jsonl ------------------------------------------------------------------------------------------

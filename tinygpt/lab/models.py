@@ -20,13 +20,13 @@ import numpy as np
 from ..core.config import PRESETS, GPTConfig
 from ..core.model import GPT
 from ..core.train import TrainConfig
-from ..core.train import train as run_training
 from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
 from ..files.jsonfile import parse, read_object, read_text
 from ..folders import adapters, checkpoint, runs
-from ..stages import evaluate, pretrain, reward, rlhf, sft, variants
+from ..stages import evaluate, reward, rlhf, sft, variants
 from ..stages.adapter import AdapterConfig
+from ..stages.pretrain import Pretrain
 from ..stages.variants import build
 from ..text import instructions
 from ..text.tokenizer import BPETokenizer
@@ -72,28 +72,28 @@ class Lab:
         sizes, how = ({field: recipe[field] for field in cls.__dataclass_fields__.keys() & recipe.keys()}
                       for cls in (GPTConfig, TrainConfig))  # fmt: skip
         block_size = recipe["block_size"]
-        settings = pretrain.Settings(
+        settings = Pretrain.Settings(
             model=dataclasses.replace(PRESETS["nano"], **sizes), train=TrainConfig(**how),
             data=(source or self.source,), block_size=block_size, batch_size=recipe["batch_size"],
-            adapter=adapter,
+            adapter=adapter, tokenizer=recipe["tokenizer"], vocab_size=recipe["vocab_size"],
         )  # fmt: skip
         if not (folder / "done").exists():
             self.say(f"seed {self.seed}: pre-training {name}")
             if (folder / checkpoint.TRAINER).exists():
-                run = pretrain.resume(folder)
+                run = runs.resume(Pretrain, folder)
             else:
-                text = {name: recipe[name] for name in ("tokenizer", "vocab_size")}
-                run = pretrain.begin(folder, settings, **text)
-            progress = self.progress(run.settings.train.max_iters)
+                run = runs.begin(Pretrain, folder, settings)
+            stage = run.stage
+            progress = self.progress(stage.settings.train.max_iters)
 
             def report(record: dict[str, float]) -> None:
                 progress(record)
                 if name == "base" and record["iter"] % self._every == 0:
                     at = folder / f"update-{record['iter']}"
                     at.mkdir(exist_ok=True)
-                    checkpoint.save(at, run.optimizer.model, run.tokenizer)
+                    checkpoint.save(at, stage.model, stage.tokenizer)
 
-            pretrain.pretrain(run, report)
+            stage.train(**runs.saving(run, report))
             (folder / "done").touch()
         return checkpoint.load(folder)
 
@@ -173,7 +173,7 @@ class Lab:
         train = self._training(options)
         settings = sft.Settings(model=model.config, train=train, block_size=model.context, batch_size=8)
         examples = tasks.conversations(self.world, items)
-        sft.tune(model, self.tokenizer, examples, settings, self.progress(train.max_iters))
+        sft.in_memory(model, self.tokenizer, examples, settings).train(self.progress(train.max_iters))
         return model
 
     def _with(self, adapter: AdapterConfig | None, model: GPT) -> GPT:
@@ -207,12 +207,12 @@ class Lab:
         batch_size = options.pop("batch_size")
         options["max_iters"] = min(options["max_iters"], most_passes * len(comparisons) // batch_size + 1)
         self.say(f"seed {self.seed}: a judge, {options['max_iters']} updates")
-        judge = reward.Judge(reward.with_head(self.tuned, self.seed), self.tuned, self.tokenizer)
-        train = self._training(options)
-        settings = reward.Settings(model=judge.model.config, train=train, block_size=judge.model.context,
-                                   batch_size=batch_size)  # fmt: skip
-        reward.fit(judge, comparisons, settings, self.progress(train.max_iters))
-        return judge
+        train, model = self._training(options), self.tuned
+        sizes = {"block_size": model.context, "batch_size": batch_size}
+        settings = reward.Settings(model=model.config, train=train, **sizes)
+        stage = reward.in_memory(model, self.tokenizer, comparisons, settings)
+        stage.train(self.progress(train.max_iters))
+        return stage.judge
 
     @cached_property
     def steered(self) -> GPT:
@@ -238,16 +238,17 @@ class Lab:
         train = self._training(options)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
         model = self._with(adapter, self.tuned)
-        items = rlhf.read_prompts(self.source)
-        learner = rlhf.trainer(train.optimizer(model), self.tuned, judge, items, config, train, self.world,
-                               rlhf.world_examples(self.world))  # fmt: skip
+        material = rlhf.Material(self.tuned, judge, rlhf.read_prompts(self.source), [],
+                                 rlhf.world_examples(self.world), self.world)  # fmt: skip
+        settings = rlhf.Settings(model=model.config, train=train, rl=config, block_size=model.context)
+        stage = rlhf.RLHF(settings, train.optimizer(model), self.tokenizer, material)
         records, progress = [], self.progress(train.max_iters)
 
         def report(record: Numbers) -> None:
             records.append(record)
             progress(record)
 
-        run_training(learner.optimizer, learner.batches, train, compute=learner.compute, report=report)
+        stage.train(report)
         return model, records
 
     @cached_property

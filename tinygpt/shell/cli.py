@@ -215,8 +215,10 @@ def _resume(stage, options: dict, needs: str = "", moved: tuple[str, ...] = ("da
     """The run that --resume names, or None where one is to begin, which says `needs` if --init-from or --data
     is missing. moved: the options that say where a run's data is now."""
     if options["resume"]:
+        from ..folders import runs
+
         _refuse(_given() - {"resume", *moved}, "--resume takes all settings from its folder")
-        return stage.resume(options["resume"], *(options[name] for name in moved))
+        return runs.resume(stage, options["resume"], **{name: options[name] for name in moved})
     if needs and not (options["init_from"] and options["data"]):
         raise click.UsageError(needs)
     return None
@@ -293,19 +295,21 @@ def _world_of(folder: Path, wanted: str = "") -> str | None:
     return source
 
 
-def _train(stage: Callable, run, data: str) -> None:
+def _train(run, data: str) -> None:
     """Says what is trained, and on which data, and runs a stage to its end, or until Ctrl-C."""
-    model, settings = run.optimizer.model, run.settings
+    from ..folders import runs
+
+    stage, settings, model = run.stage, run.stage.settings, run.stage.model
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
     say(f"{total:,} weights{beside}{data}")
-    if run.optimizer.steps >= settings.train.max_iters:
-        say(f"All {run.optimizer.steps} updates of this run are made.")
+    if stage.optimizer.steps >= settings.train.max_iters:
+        say(f"All {stage.optimizer.steps} updates of this run are made.")
         if settings.stage in ("pretrain", "sft") and settings.has_model:
             more = _command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
             say(f"To train on: {more}")
     try:
-        stage(run, _progress(settings.train.max_iters))
+        stage.train(**runs.saving(run, _progress(settings.train.max_iters)))
     except KeyboardInterrupt:
         say(f"\nStopped. To go on: {_command(settings.stage, '--resume', str(run.folder))}")
         sys.exit(130)
@@ -320,7 +324,8 @@ def _command(*words: str) -> str:
 
 def _saved(run, command: str) -> None:
     """Says where a run is, and how to take up what it has trained."""
-    base = [] if run.settings.has_model else [run.settings.init_from, "--adapter-folder"]
+    settings = run.stage.settings
+    base = [] if settings.has_model else [settings.init_from, "--adapter-folder"]
     say(f"\nSaved in {run.folder}. Next: {_command(command, *base, str(run.folder))}")
 
 
@@ -374,28 +379,30 @@ def pretrain(**options) -> None:
 
     from ..lab import report
     from ..stages import evaluate
-    from ..stages import pretrain as stage
+    from ..stages.pretrain import Pretrain
     from ..text.stream import stream
 
-    run = _resume(stage, options) or _begin(stage, **options)
-    kinds = f"{run.settings.model.vocab_size:,} kinds of token"
-    parts = run.train_tokens, run.val_tokens
-    n, n_val = (part.size if run.world is None else int(part.weights.sum()) for part in parts)
-    _train(stage.pretrain, run, f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on")
-    model, world = run.optimizer.model, run.world
+    run = _resume(Pretrain, options) or _begin(Pretrain, **options)
+    stage = run.stage
+    model, world = stage.model, stage.world
+    parts = stage.train_tokens, stage.val_tokens
+    n, n_val = (part.size if world is None else int(part.weights.sum()) for part in parts)
+    kinds = f"{model.config.vocab_size:,} kinds of token"
+    _train(run, f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on")
     if world is None:  # a sample, which goes on from the first of the validation tokens
-        rng, start = np.random.default_rng(0), run.val_tokens[:1].tolist()
-        text = "".join(stream(model, run.tokenizer, start, 300, temperature=0.8, rng=rng))
+        rng, start = np.random.default_rng(0), stage.val_tokens[:1].tolist()
+        text = "".join(stream(model, stage.tokenizer, start, 300, temperature=0.8, rng=rng))
         say(f"\nA sample:\n{text.strip()}")
     else:  # loss above the floor by kind of document, and recall by how often a fact was told
-        say(f"\n{report.gaps(evaluate.gaps(model, run.tokenizer, world))}")
-        recalled = evaluate.recall_by_exposure(model, run.tokenizer, world, run.documents)
+        say(f"\n{report.gaps(evaluate.gaps(model, stage.tokenizer, world))}")
+        recalled = evaluate.recall_by_exposure(model, stage.tokenizer, world, stage.documents)
         say(f"\n{report.recall(recalled, evaluate.chance(world))}")
     _saved(run, "generate")
 
 
 def _begin(stage, *, preset, init_from, out, overwrite, **options):
     from ..core.config import PRESETS, GPTConfig
+    from ..folders import runs
     from ..folders.checkpoint import read_config
     from ..stages.adapter import LEARNING_RATES
 
@@ -406,8 +413,8 @@ def _begin(stage, *, preset, init_from, out, overwrite, **options):
         if not init_from:
             options |= {name: v for name, v in recipes.PRETRAIN.items() if name not in given}
         say(f"Reading {options['data'][0]} ...")
-    tokenizer, vocab_size = options["tokenizer"], options.pop("vocab_size")  # the model's may be another
-    if tokenizer != "bpe":
+    vocab_size = options.pop("vocab_size")  # of the tokenizer: the model's may be another
+    if options["tokenizer"] != "bpe":
         _refuse(given & {"vocab_size"}, "only --tokenizer bpe is trained to a size")
     if init_from:
         fixed = {"preset", "n_layer", "n_head", "n_embd", "post_norm", "tokenizer"}
@@ -425,9 +432,9 @@ def _begin(stage, *, preset, init_from, out, overwrite, **options):
         options["learning_rate"] = LEARNING_RATES[adapter.kind]
     room = max(1, _room(model, adapter))
     options["block_size"] = options["block_size"] or min(room, 64 if init_from else room)
-    settings = _settings(stage, options, model=model, adapter=adapter)
-    how = {"tokenizer": tokenizer, "vocab_size": vocab_size, "init_from": init_from}
-    return stage.begin(out, settings, **how, overwrite=overwrite)
+    own = {"vocab_size": vocab_size, "init_from": str(init_from or "")}
+    settings = _settings(stage, options, model=model, adapter=adapter, **own)
+    return runs.begin(stage, out, settings, overwrite)
 
 
 @main.command()
@@ -489,34 +496,35 @@ def sft(**options) -> None:
     on. `tinygpt chat` talks with the result.
     """
     from ..core.train import weight_change
-    from ..stages import sft as stage
     from ..stages.answers import answers
     from ..stages.prompts import nearest
+    from ..stages.sft import SFT
 
     is_world = _names_world(options, options["resume"] or options["init_from"])
     needs = "give the model to tune as --init-from and the examples as --data"
-    run = _resume(stage, options, needs, ("data", "val_data"))
+    run = _resume(SFT, options, needs, ("data", "val_data"))
     if run is None and options["show"]:
         _show(options["init_from"], options["data"], options["show"])
         sys.exit()
-    run = run or _begin_sft(stage, is_world, **options)
-    rows, _, count, questions, dropped, _ = run.examples
-    block_size, learned = run.settings.block_size, int(rows.weights.sum())
-    data = f"; {count:,} examples in {len(rows.ids):,} rows of {block_size}, {learned:,} tokens of them "
-    data += f"learned; {len(questions):,} examples to evaluate on"
-    if dropped:
-        data += f"\nLeft out, as longer than --block-size {block_size}: {dropped:,}"
-    _train(stage.sft, run, data)
-    model, asked = run.optimizer.model, [example.messages for example in questions[:3]]
-    if run.before is not None:
-        say(f"\nThe weights moved by {weight_change(run.before, model.params)[0]:.1%} of their norm.")
-    if run.settings.adapter and run.settings.adapter.kind in ("ptuning", "prompt"):
+    run = run or _begin_sft(SFT, is_world, **options)
+    stage, settings = run.stage, run.stage.settings
+    rows, questions, tokenizer = stage.rows, stage.questions, stage.tokenizer
+    block_size, learned = settings.block_size, int(rows.weights.sum())
+    data = f"; {stage.count:,} examples in {len(rows.ids):,} rows of {block_size}, {learned:,} tokens of "
+    data += f"them learned; {len(questions):,} examples to evaluate on"
+    if stage.dropped:
+        data += f"\nLeft out, as longer than --block-size {block_size}: {stage.dropped:,}"
+    _train(run, data)
+    model, asked = stage.model, [example.messages for example in questions[:3]]
+    if stage.before is not None:
+        say(f"\nThe weights moved by {weight_change(stage.before, model.params)[0]:.1%} of their norm.")
+    if settings.adapter and settings.adapter.kind in ("ptuning", "prompt"):
         say("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
         for i, ids in enumerate(nearest(model).tolist()):
-            shown = "  ".join(_shown(run.tokenizer.tokens[i]) for i in ids if i < run.tokenizer.vocab_size)
+            shown = "  ".join(_shown(tokenizer.tokens[i]) for i in ids if i < tokenizer.vocab_size)
             say(f"  {i:3}  {shown}")
-    _show_tasks(run)
-    found = answers(model, run.tokenizer, [messages[:-1] for messages in asked], 100)
+    _show_tasks(stage)
+    found = answers(model, tokenizer, [messages[:-1] for messages in asked], 100)
     for (*before, expected), answer in zip(asked, found, strict=True):
         question = before[-1]["content"].strip() if before else ""
         say(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
@@ -525,8 +533,9 @@ def sft(**options) -> None:
 
 
 def _begin_sft(stage, is_world: bool, *, init_from, adapter_folder, out, overwrite, **options):
-    from ..folders import adapters
+    from ..folders import adapters, runs
     from ..folders.checkpoint import read_config
+    from ..stages.sft import learning_rate
 
     given = _given()
     if is_world:
@@ -541,10 +550,10 @@ def _begin_sft(stage, is_world: bool, *, init_from, adapter_folder, out, overwri
     room = max(1, _room(model, adapter))
     options["block_size"] = options["block_size"] or min(256, room)
     if options["learning_rate"] is None:
-        options["learning_rate"] = stage.learning_rate(model, adapter.kind if adapter else "")
-    settings = _settings(stage, options, model=model, adapter=adapter, packing=not options["no_packing"])
-    how = {"init_from": init_from, "adapter_folder": adapter_folder, "overwrite": overwrite}
-    return stage.begin(out, settings, **how)
+        options["learning_rate"] = learning_rate(model, adapter.kind if adapter else "")
+    own = {"packing": not options["no_packing"], "init_from": str(init_from)}
+    own["adapter_folder"] = str(adapter_folder or "")
+    return runs.begin(stage, out, _settings(stage, options, model=model, adapter=adapter, **own), overwrite)
 
 
 def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
@@ -560,14 +569,14 @@ def _show(init_from: Path, data: tuple[str, ...], count: int) -> None:
             say(f"  {'learned' if is_learned else '-':8}{i:6}  {_shown(found.tokens[i])}")
 
 
-def _show_tasks(run) -> None:
+def _show_tasks(stage) -> None:
     """How well a model that was tuned on a world does its tasks, on people and problems of no tuning set."""
     from ..lab import report
     from ..stages import evaluate
     from ..world import corpus
 
-    for source in filter(corpus.is_source, run.settings.data):
-        found = evaluate.task_scores(run.optimizer.model, run.tokenizer, corpus.world_of(source))
+    for source in filter(corpus.is_source, stage.settings.data):
+        found = evaluate.task_scores(stage.model, stage.tokenizer, corpus.world_of(source))
         say(f"\n{report.scores(found)}")
 
 
@@ -588,7 +597,8 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
 
     from ..folders import checkpoint
     from ..stages import reward as judging
-    from ..stages import rlhf as stage
+    from ..stages.rlhf import read_prompts
+    from ..stages.samples import sample
     from ..text import instructions
     from ..world import corpus
 
@@ -597,7 +607,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
     data = data or _world_of(folder, "prompts")
     before = judging.read_file(out) if out.exists() else []
     done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
-    items = stage.read_prompts(data)
+    items = read_prompts(data)
     prompts = [item["prompt"] for item in items]
     order = np.random.default_rng(seed).permutation(len(prompts))
     keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
@@ -609,7 +619,7 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) ->
             break
         prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
         ids = instructions.prompt(tokenizer, prompt)
-        drawn = stage.sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
+        drawn = sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
         pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
         if len(pair) < 2 or (prompt, frozenset(pair)) in known:
             continue
@@ -671,32 +681,34 @@ def reward(**options) -> None:
     score, for a tenth of the prompts, which are not trained on; in a world they may ask in other words for a
     fact that is. Ctrl-C saves, --resume goes on.
     """
-    from ..stages import reward as stage
+    from ..stages import reward as judging
     from ..world import corpus
 
     needs = "give the model as --init-from and the comparisons as --data"
-    run = _resume(stage, options, needs) or _begin_reward(stage, **options)
-    _train(stage.reward, run, f"; {len(run.train):,} comparisons, {len(run.val):,} to evaluate on")
-    found = stage.judged(run.judge, run.val)
+    run = _resume(judging.Reward, options, needs) or _begin_reward(judging, **options)
+    stage = run.stage
+    settings, val, judge = stage.settings, stage.comparisons.val, stage.judge
+    _train(run, f"; {len(stage.comparisons.train):,} comparisons, {len(val):,} to evaluate on")
+    found = judging.judged(judge, val)
     in_world = any(found.by_kind)
     say(f"\nThe preferred answer has the higher score: {found.right}.")
     if in_world:
         say(f"That is by what is true; the labels go by it in {found.labels_right:.1%} of these.")
     say(f"By {found.margin:.2f} in the mean; its certainty is off by {found.calibration:.1%}.")
-    source = _world_of(Path(run.settings.init_from)) if in_world else None
+    source = _world_of(Path(settings.init_from)) if in_world else None
     if source:
         world = corpus.world_of(source)
         people = world.people("known", "eval") + world.people("never", "eval")
-        pairs = stage.collect(run.judge.author, run.tokenizer, world, people, 2000, error=0)
-        others = stage.judged(run.judge, pairs)
+        pairs = judging.collect(judge.author, judge.tokenizer, world, people, 2000, error=0)
+        others = judging.judged(judge, pairs)
         say(f"About people of whom no comparison was: {others.right}.")
         for kind, rate in others.by_kind.items():
             say(f"  {kind}: {rate}")
-    words = ["--init-from", run.settings.init_from, "--reward-model", str(run.folder), "--data"]
+    words = ["--init-from", settings.init_from, "--reward-model", str(run.folder), "--data"]
     say(f"\nSaved in {run.folder}. Next: {_command('rlhf', *words, 'world' if source else 'FILE')}")
 
 
-def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite, **options):
+def _begin_reward(judging, *, init_from, data, comparisons, error, out, overwrite, **options):
     from ..folders import checkpoint, runs
     from ..text import instructions
     from ..world import corpus
@@ -705,7 +717,8 @@ def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite,
     config = dataclasses.replace(checkpoint.read_config(init_from), dropout=options["dropout"])
     if data == ("world",):
         data = (_world_of(init_from, "" if Path("world").exists() else "comparisons") or "world",)
-    settings = _settings(stage, options, model=config, data=data)
+    own = {"model": config, "data": data, "init_from": str(init_from)}
+    settings = _settings(judging, options, **own)
     if any(map(corpus.is_source, data)):
         if len(data) > 1:
             raise UserError(f"{', '.join(data)}: name one world, or only files")
@@ -713,13 +726,13 @@ def _begin_reward(stage, *, init_from, data, comparisons, error, out, overwrite,
         instructions.check_tuned(tokenizer, init_from)
         world = corpus.world_of(data[0])
         say("Asking the model, and simulated people ...")
-        people = stage.taught_by(world)
-        found = stage.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
+        people = judging.taught_by(world)
+        found = judging.collect(model, tokenizer, world, people, comparisons, error, options["seed"])
         out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
         path = out / f"comparisons-{hashlib.sha256(repr(found).encode()).hexdigest()[:8]}.jsonl"
-        stage.write_file(path, found)
-        settings = dataclasses.replace(settings, data=(path,))
-    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
+        judging.write_file(path, found)
+        settings = dataclasses.replace(settings, data=(str(path),))
+    return runs.begin(judging.Reward, out, settings, overwrite)
 
 
 @main.command()
@@ -758,24 +771,28 @@ def rlhf(**options) -> None:
     """
     import numpy as np
 
-    from ..stages import rlhf as stage
+    from ..stages.rlhf import RLHF
+    from ..stages.samples import sample
     from ..text import instructions
 
     _names_world(options, options["resume"] or options["init_from"])
     needs = "give the model as --init-from and the prompts as --data"
-    run = _resume(stage, options, needs) or _begin_rlhf(stage, **options)
-    rows = run.prompts or [comparison._asdict() for comparison in run.comparisons]
-    _train(stage.rlhf, run, f"; {len(rows):,} prompts")
-    asked = [instructions.prompt(run.tokenizer, row["prompt"]) for row in rows[:3]]
-    found = stage.sample(run.optimizer.model, run.tokenizer, asked, 2, 24, np.random.default_rng(0))
+    run = _resume(RLHF, options, needs) or _begin_rlhf(RLHF, **options)
+    stage = run.stage
+    rows = stage.data.prompts or [comparison._asdict() for comparison in stage.data.comparisons]
+    _train(run, f"; {len(rows):,} prompts")
+    asked = [instructions.prompt(stage.tokenizer, row["prompt"]) for row in rows[:3]]
+    found = sample(stage.model, stage.tokenizer, asked, 2, 24, np.random.default_rng(0))
     for n, row in enumerate(rows[:3]):
         say(f"\n> {row['prompt']}\n" + "\n".join(found.answers[2 * n : 2 * n + 2]))
-    _show_tasks(run)
+    _show_tasks(stage)
     _saved(run, "chat")
 
 
 def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
+    from ..folders import runs
     from ..folders.checkpoint import read_config
+    from ..stages.rlhf import Config
     from ..world.corpus import is_source
 
     if options["algo"] != "dpo" and not reward_model:
@@ -794,9 +811,9 @@ def _begin_rlhf(stage, *, init_from, reward_model, out, overwrite, **options):
         options["ptx_coef"] = 0.0
     settings = _settings(
         stage, options, model=model, adapter=adapter, block_size=_room(model, adapter),
-        rl=stage.Config(**_fields(stage.Config, options)), reward_from=str(reward_model or ""),
+        rl=Config(**_fields(Config, options)), reward_from=str(reward_model or ""), init_from=str(init_from),
     )  # fmt: skip
-    return stage.begin(out, settings, init_from=init_from, overwrite=overwrite)
+    return runs.begin(stage.of(settings), out, settings, overwrite)
 
 
 _adapter_folder = click.option(

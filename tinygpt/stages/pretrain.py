@@ -1,138 +1,107 @@
 """Pre-training: predict each next token of a text, or of the documents of a synthetic world.
 
-A run lives in one folder (`runs`): `begin` makes it, `resume` takes it up where it was saved last, `pretrain`
-trains. A text is one stream, cut anywhere; a world's documents are packed whole, each seeing itself only.
+A text is one stream, cut anywhere. A world's documents are packed whole; each sees itself only.
 
-Not here: the loop itself (`train`), what is in the files (`checkpoint`), printing (`cli`).
+Not here: the loop itself (`core.train`), folders (`folders.runs`), printing (`shell`).
 
 Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.1.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..core import train
+from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
-from ..folders import checkpoint, runs
 from ..text import data
 from ..text import tokenizer as tokenizers
-from ..world import World, corpus
-from . import variants
-from .adapter import fingerprint
-from .variants import build
+from ..text.data import Tokenizer
+from ..world import corpus
+from . import stage, variants
+from .stage import Stage, Store
 
 Source = corpus.Corpus | list[data.Document]
 EVALUATED = 10**6  # tokens of a text for validation, about: of more, batches from all places of it
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runs.Settings):
+class Settings(stage.Settings):
     """Those of every run. data: files and folders, or one world; none: Python's own texts."""
 
     stage: str = "pretrain"
+    tokenizer: str = "char"  # or bpe: both are made from the data; or a folder that has one
+    vocab_size: int = 1024  # of a BPE that is made
 
 
-class Run(NamedTuple):
-    """A run that is ready to go on from update `optimizer.steps`."""
+class Pretrain(Stage):
+    """Pre-training on a text, of which the last part is for validation, or on the documents of a world."""
 
-    folder: Path
-    settings: Settings
-    optimizer: AdamW
-    tokenizer: data.Tokenizer
-    train_tokens: np.ndarray | data.Packed
-    val_tokens: np.ndarray | data.Packed
-    world: World | None = None
-    documents: int = 0  # of the world's corpus, the refrains apart
-    floor: float | None = None  # a world's val loss cannot be less, but for chance
+    name, Settings = "pretrain", Settings
 
+    def __init__(
+        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, source: Source, scratch=None
+    ) -> None:
+        super().__init__(settings, optimizer, tokenizer)
+        self.world, self.documents, T = None, 0, settings.block_size
+        if not isinstance(source, corpus.Corpus):
+            self.depends_on(mark := data.fingerprint(source, tokenizer))
+            tokens = data.stream(source, tokenizer, scratch, mark)
+            self.train_tokens, self.val_tokens = data.split(tokens, T)
+            B, n = settings.batch_size, settings.gradient_accumulation_steps
+            self.weights = np.full((B, T), 1 / (n * B * T), np.float32)
+            return
+        self.depends_on(data.fingerprint(source.text(), tokenizer))
+        self.world, self.documents = source.world, corpus.count(source)  # the refrains apart
+        parts = source.train, source.validation
+        self.train_tokens, self.val_tokens = (corpus.rows(part, tokenizer, T) for part in parts)
+        nats = -sum(map(source.world.logprob, source.validation))
+        if not np.isfinite(nats):
+            raise UserError("validation.txt has a line that this world cannot say: write the world again")
+        self.floor = nats / float(self.val_tokens.weights.sum(dtype=np.float64))  # but for chance
 
-def begin(
-    folder: Path,
-    settings: Settings,
-    *,
-    tokenizer: str = "char",
-    vocab_size: int = 1024,
-    init_from: Path | None = None,
-    overwrite: bool = False,
-) -> Run:
-    """A new run in `folder`: what is there is replaced last, after all that can be wrong has been checked.
+    @classmethod
+    def read(cls, settings: Settings, store: Store) -> Source:
+        """Raises UserError for a world beside other data."""
+        if not any(map(corpus.is_source, settings.data)):
+            return data.documents(settings.data)
+        if len(settings.data) > 1:
+            raise UserError(f"{', '.join(settings.data)}: name one world, or only texts")
+        return corpus.load(settings.data[0])
 
-    The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
+    @classmethod
+    def start(cls, settings: Settings, source: Source, store: Store) -> tuple[Settings, GPT, Tokenizer]:
+        """Without settings.init_from a new model, whose vocabulary is the tokenizer's."""
+        if settings.init_from:
+            return super().start(settings, source, store)
+        tokenizer = _tokenizer(settings.tokenizer, settings.vocab_size, source)
+        config = dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size)
+        model = variants.build(config, np.random.default_rng(settings.train.seed))
+        settings, model = cls.adapted(settings, model)
+        return settings, model, tokenizer
 
-    tokenizer: "char", "bpe" (both are made from the data; `vocab_size` is for the latter) or a folder that
-    has one. init_from: a model's folder, whose weights, sizes and tokenizer are taken; of settings.model only
-    the dropout is. settings.adapter: what is trained beside these weights, or beside random ones. The model's
-    vocabulary is the tokenizer's. Raises UserError, also where `folder` has a model and not `overwrite`.
-    """
-    runs.check_folder(folder, overwrite)
-    source = _source(settings.data)
-    if init_from is not None:
-        model, tok = checkpoint.load(init_from)
-        model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-        where, mark = str(Path(init_from).resolve()), fingerprint(model)
-        settings = dataclasses.replace(settings, init_from=where, init_hash=mark)
-    else:
-        tok = _tokenizer(tokenizer, vocab_size, source)
-        config = dataclasses.replace(settings.model, vocab_size=tok.vocab_size)
-        model = build(config, np.random.default_rng(settings.train.seed))
-    if settings.adapter:
-        rng = np.random.default_rng([settings.train.seed, 0, 3])
-        model = variants.create(model, settings.adapter, rng)
-    mark = _fingerprint(source, tok)
-    parts = _parts(source, tok, folder, mark, settings.block_size)
-    paths = runs.absolute(settings.data)
-    settings = dataclasses.replace(settings, model=model.config, data=paths, fingerprint=mark)
-    optimizer = settings.train.optimizer(model)
-    runs.first_save(folder, optimizer, tok, settings)
-    return Run(folder, settings, optimizer, tok, *parts)
-
-
-def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last. `paths`: where the data is now, if it was moved.
-
-    Raises UserError where there is no run, and where the data is gone or another.
-    """
-    settings, tok = runs.read(folder, Settings, data=paths)
-    source = _source(settings.data)
-    runs.check_data(folder, settings, _fingerprint(source, tok))
-    optimizer = runs.load(folder, settings, tok)
-    parts = _parts(source, tok, folder, settings.fingerprint, settings.block_size)
-    return Run(folder, settings, optimizer, tok, *parts)
-
-
-def pretrain(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
-    """Trains to the end; saves at every evaluation, at the end and on Ctrl-C, then raising KeyboardInterrupt.
-
-    Each record of `train.train`, with `val_loss` where it was evaluated, over the validation part (EVALUATED
-    says of how much of it), becomes a line of metrics.jsonl and goes to `report`.
-    """
-    settings, model = run.settings, run.optimizer.model
-    B, T, n = settings.batch_size, settings.block_size, settings.gradient_accumulation_steps
-    mean = np.full((B, T), 1 / (n * B * T), np.float32)
-
-    def batches(step: int, rng: np.random.Generator) -> list[train.Batch]:
-        if run.world is None:
-            return [train.Batch(*data.random_blocks(run.train_tokens, B, T, rng), mean) for _ in range(n)]
-        rows = data.rows_in_order(run.train_tokens, n * B, step, settings.train.seed)
+    def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
+        settings = self.settings
+        B, count = settings.batch_size, settings.gradient_accumulation_steps
+        if self.world is None:
+            blocks = [data.random_blocks(self.train_tokens, *self.weights.shape, rng) for _ in range(count)]
+            return [train.Batch(*block, self.weights) for block in blocks]
+        rows = data.rows_in_order(self.train_tokens, count * B, n, settings.train.seed)
         rows.weights[:] /= rows.weights.sum()
         return _batches(rows, B)
 
-    def evaluate() -> train.Record:
-        if run.world is not None:
-            val_loss = train.mean_loss(model, _batches(run.val_tokens, B))
-            return {"val_loss": val_loss, "val_floor": run.floor}
-        every = -(-len(run.val_tokens) // EVALUATED)
-        blocks = itertools.islice(data.consecutive_blocks(run.val_tokens, B, T), 0, None, every)
+    def evaluate(self) -> train.Record:
+        """val_loss over the validation part; EVALUATED says of how much of a text."""
+        B, T = self.settings.batch_size, self.settings.block_size
+        if self.world is not None:
+            val_loss = train.mean_loss(self.model, _batches(self.val_tokens, B))
+            return {"val_loss": val_loss, "val_floor": self.floor}
+        every = -(-len(self.val_tokens) // EVALUATED)
+        blocks = itertools.islice(data.consecutive_blocks(self.val_tokens, B, T), 0, None, every)
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
-        return {"val_loss": train.mean_loss(model, batches)}
-
-    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
+        return {"val_loss": train.mean_loss(self.model, batches)}
 
 
 def _batches(rows: data.Packed, count: int) -> list[train.Batch]:
@@ -140,35 +109,7 @@ def _batches(rows: data.Packed, count: int) -> list[train.Batch]:
     return [train.Batch(*(field[i : i + count] for field in rows)) for i in places]
 
 
-# --- a text or a world --------------------------------------------------------------------------------------
-
-
-def _source(paths: tuple[str, ...]) -> Source:
-    """What the paths name. Raises UserError for a world beside other data."""
-    if not any(map(corpus.is_source, paths)):
-        return data.documents(paths)
-    if len(paths) > 1:
-        raise UserError(f"{', '.join(paths)}: name one world, or only texts")
-    return corpus.load(paths[0])
-
-
-def _fingerprint(source: Source, tok: data.Tokenizer) -> str:
-    return data.fingerprint(source.text() if isinstance(source, corpus.Corpus) else source, tok)
-
-
-def _parts(source: Source, tok: data.Tokenizer, folder: Path, mark: str, block_size: int) -> tuple:
-    """The fields of a Run from train_tokens on."""
-    if not isinstance(source, corpus.Corpus):
-        return data.split(data.stream(source, tok, folder, mark), block_size)
-    train_rows, val_rows = (corpus.rows(part, tok, block_size) for part in (source.train, source.validation))
-    nats = -sum(map(source.world.logprob, source.validation))
-    if not np.isfinite(nats):
-        raise UserError("validation.txt has a line that this world cannot say: write the world again")
-    floor = nats / float(val_rows.weights.sum(dtype=np.float64))
-    return train_rows, val_rows, source.world, corpus.count(source), floor
-
-
-def _tokenizer(kind: str, vocab_size: int, source: Source) -> data.Tokenizer:
+def _tokenizer(kind: str, vocab_size: int, source: Source) -> Tokenizer:
     if kind not in ("char", "bpe"):
         return tokenizers.load(kind)
     if isinstance(source, corpus.Corpus):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +37,13 @@ from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
-from ..folders import adapters, checkpoint, runs
 from ..text import instructions
 from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
+from . import stage
+from .adapter import fingerprint
 from .answers import Rate, answers, wilson
+from .stage import Stage, Store
 from .variants import build
 
 ROWS = 16  # at a time, where nothing is trained
@@ -49,7 +51,7 @@ OWN_ANSWER = 32  # tokens of it at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runs.Settings):
+class Settings(stage.Settings):
     """Those of every run. A batch has batch_size comparisons, packed into rows of block_size tokens."""
 
     stage: str = "reward"
@@ -99,21 +101,6 @@ class Judge:
         for room, asked in by_room.items():
             said = answers(self.author, self.tokenizer, list(asked.values()), room)
             self.own |= {question: answer.text for question, answer in zip(asked, said, strict=True)}
-
-
-class Run(NamedTuple):
-    """A run that is ready to go on from update `optimizer.steps`."""
-
-    folder: Path
-    settings: Settings
-    optimizer: AdamW
-    judge: Judge
-    train: list[Comparison]
-    val: list[Comparison]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.judge.tokenizer
 
 
 # --- texts and scores ---------------------------------------------------------------------------------------
@@ -218,15 +205,6 @@ def with_head(model: GPT, seed: int) -> GPT:
     return found
 
 
-def fit(judge: Judge, comparisons: Sequence[Comparison], settings: Settings,
-        report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
-    """Trains a judge in memory, on the comparisons that fit a row."""
-    pairs = [pair for pair in _pairs(judge, comparisons) if max(map(len, pair)) <= settings.block_size]
-    optimizer = settings.train.optimizer(judge.model)
-    train.train(optimizer, lambda n, rng: [batch(pairs, settings, n)], settings.train,
-                compute=partial(loss, optimizer), report=report)  # fmt: skip
-
-
 def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
     """What the judge reads, (n,) each, with the chosen answer and with the rejected one."""
     texts = judge.texts(*_sides(comparisons))
@@ -246,76 +224,72 @@ def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
     return questions, [answer for c in comparisons for answer in (c.chosen, c.rejected)]
 
 
-def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
-    """A new run from a model that was tuned to instructions, or another one."""
-    runs.check_folder(folder, overwrite, needed=(init_from,))  # the author
-    author, tokenizer = checkpoint.load(init_from)
-    tokenizer.chat_template = instructions.TEMPLATE
-    model = with_head(author, settings.train.seed)
-    model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-    settings = runs.from_model(settings, author, init_from)
-    optimizer, judge = settings.train.optimizer(model), Judge(model, author, tokenizer)
-    found, mark = _comparisons(settings, judge)
-    settings = dataclasses.replace(settings, model=model.config, fingerprint=mark)
-    runs.first_save(folder, optimizer, tokenizer, settings)
-    return Run(folder, settings, optimizer, judge, *found)
+class Comparisons(NamedTuple):
+    """What the settings name: comparisons to train on, those of a tenth of the prompts to evaluate on, and
+    the author, whose answers the judge reads."""
+
+    train: list[Comparison]
+    val: list[Comparison]
+    author: GPT
+    fingerprint: str = ""
 
 
-def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last; the paths say where the comparisons are now."""
-    settings, tokenizer = runs.read(folder, Settings, data=paths)
-    optimizer = runs.load(folder, settings, tokenizer)
-    judge = Judge(optimizer.model, _author(folder, settings), tokenizer)
-    found, mark = _comparisons(settings, judge)
-    runs.check_data(folder, settings, mark)
-    return Run(folder, settings, optimizer, judge, *found)
+class Reward(Stage):
+    """A judge of answers, taught by comparisons."""
+
+    name, Settings, needs = "reward", Settings, ("init_from",)
+
+    def __init__(
+        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Comparisons, scratch=None
+    ) -> None:
+        """Raises UserError for a comparison of the settings' files that is longer than a row. In memory those
+        are left out."""
+        super().__init__(settings, optimizer, tokenizer)
+        self.judge, self.comparisons = Judge(self.model, data.author, tokenizer), data
+        self.depends_on(data.fingerprint)
+        self.pairs = _pairs(self.judge, data.train)
+        longest = max(map(len, self.judge.texts(*_sides([*data.train, *data.val]))))
+        if settings.data and longest > settings.block_size:
+            raise UserError(f"a question with two answers has {longest} tokens, and block_size is "
+                            f"{settings.block_size}")  # fmt: skip
+        self.pairs = [pair for pair in self.pairs if max(map(len, pair)) <= settings.block_size]
+        self.compute = partial(loss, optimizer)
+
+    @classmethod
+    def read(cls, settings: Settings, store: Store) -> Comparisons:
+        author, found = store.base(settings), [c for path in settings.data for c in read_file(path)]
+        prompts = sorted({c.prompt for c in found})
+        if len(prompts) < 2:
+            raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
+        order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
+        held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+        parts = [c for c in found if c.prompt not in held_out], [c for c in found if c.prompt in held_out]
+        return Comparisons(*parts, author, hashlib.sha256(repr(found).encode()).hexdigest())
+
+    @classmethod
+    def start(cls, settings: Settings, data: Comparisons, store: Store) -> tuple[Settings, GPT, Tokenizer]:
+        _, tokenizer = store.model(settings.init_from)
+        tokenizer.chat_template = instructions.TEMPLATE
+        settings, model = cls.adapted(settings, with_head(data.author, settings.train.seed))
+        return dataclasses.replace(settings, init_hash=fingerprint(data.author)), model, tokenizer
+
+    def update(self, n: int, rng: np.random.Generator) -> list[Packed]:
+        return [batch(self.pairs, self.settings, n)]
+
+    def evaluate(self) -> train.Record:
+        if not self.comparisons.val:
+            return {}
+        judgement = judged(self.judge, self.comparisons.val)
+        return {"val_right": judgement.right.rate, "val_margin": judgement.margin}
 
 
-def load(folder: Path) -> Judge:
-    """The judge in a folder that `reward` wrote. Raises UserError, also where its author has gone."""
-    model, tokenizer = checkpoint.load(folder, judge=True)
-    if not (folder / checkpoint.TRAINER).exists():
-        raise UserError(f"{folder}: has a judge without the run that says which model it was made from: give "
-                        "a folder that tinygpt reward wrote")  # fmt: skip
-    settings, _ = checkpoint.read_run(folder, Settings)
-    return Judge(model, _author(folder, settings), tokenizer)
-
-
-def _author(folder: Path, settings: Settings) -> GPT:
-    try:
-        author, _ = checkpoint.load(settings.init_from)
-    except (UserError, OSError) as error:
-        raise UserError(f"{folder}: this judge needs the model that it was made from: {error}") from error
-    adapters.check_base(author, settings.init_hash, folder, settings.init_from)
-    return author
-
-
-def reward(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
-    """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
-    settings, pairs = run.settings, _pairs(run.judge, run.train)
-
-    def evaluate() -> train.Record:
-        found = judged(run.judge, run.val)
-        return {"val_right": found.right.rate, "val_margin": found.margin}
-
-    runs.run(run.folder, run.optimizer, run.tokenizer, settings, lambda n, rng: [batch(pairs, settings, n)],
-             evaluate, report, compute=partial(loss, run.optimizer))  # fmt: skip
-
-
-def _comparisons(settings: Settings, judge: Judge) -> tuple[tuple[list, list], str]:
-    """Those to train on, those of a tenth of the prompts to validate on, and what both depend on."""
-    found = [c for path in settings.data for c in read_file(path)]
-    prompts = sorted({c.prompt for c in found})
-    if len(prompts) < 2:
-        raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
-    longest = max(map(len, judge.texts(*_sides(found))))
-    if longest > settings.block_size:
-        raise UserError(f"a question with two answers has {longest} tokens, and block_size is "
-                        f"{settings.block_size}")  # fmt: skip
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
-    held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-    parts = [c for c in found if c.prompt not in held_out], [c for c in found if c.prompt in held_out]
-    return parts, hashlib.sha256(repr(found).encode()).hexdigest()
+def in_memory(
+    author: GPT, tokenizer: Tokenizer, comparisons: Sequence[Comparison], settings: Settings
+) -> Reward:
+    """The stage for a new judge in memory, made of its author. Comparisons that are longer than a row are
+    left out."""
+    optimizer = settings.train.optimizer(with_head(author, settings.train.seed))
+    return Reward(settings, optimizer, tokenizer, Comparisons(list(comparisons), [], author))
 
 
 def read_file(path: str | Path) -> list[Comparison]:

@@ -27,23 +27,22 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..core import train
-from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
-from ..folders import adapters, checkpoint, runs
 from ..text import instructions
 from ..text.data import Array, Tokenizer, shuffled_places
 from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
-from . import reward, sft, variants
+from . import reward, sft, stage
 from .adapter import fingerprint
+from .samples import Samples, learn, sample
+from .stage import Stage, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,54 +61,6 @@ class Config:
     gamma: float = 1.0
     lam: float = 0.95
     ptx_coef: float = 0.0  # weight of the loss of examples beside: Ouyang et al. 2022, equation 2
-
-
-# --- sampling -----------------------------------------------------------------------------------------------
-
-
-class Samples(NamedTuple):
-    """N answers, those to one question side by side. Padding is on the right: nothing sees it."""
-
-    ids: Array  # (N, T) prompt, answer, padding
-    targets: Array  # (N, T)
-    mask: Array  # (N, T): 1 where the target is a token of the answer, its end included
-    answers: list[str]
-    stopped: Array  # (N,)
-
-
-def sample(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
-    rng: np.random.Generator,
-) -> Samples:  # fmt: skip
-    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
-
-    One of max_new_tokens without an end is scored all the same, as if it had ended there.
-    """
-    asked = [prompt for prompt in prompts for _ in range(count)]
-    stop = {tokenizer.eos_id}
-    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
-                   vocab_size=tokenizer.vocab_size)  # fmt: skip
-    return answered(tokenizer, asked, new)
-
-
-def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array]) -> Samples:
-    """Prompts and their answers (ids, with the end-of-text id where they end) as `Samples`."""
-    whole = [np.concatenate(pair) for pair in zip(asked, new, strict=True)]
-    shape = len(whole), max(map(len, whole)) - 1
-    ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, (text, prompt) in enumerate(zip(whole, asked, strict=True)):
-        n = len(text) - 1
-        ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
-    stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
-    answers = [tokenizer.decode(a[: len(a) - end]).strip() for a, end in zip(new, stopped, strict=True)]
-    return Samples(ids, targets, mask, answers, stopped)
-
-
-def logprobs(model: GPT, samples: Samples) -> Array:
-    """log p of each target (N, T), float64, 0 where the mask is 0."""
-    logits, _ = model.forward(samples.ids, keep=False)
-    nll, _ = model.ops.cross_entropy_forward(logits, samples.targets)
-    return -(nll * samples.mask).astype(np.float64)
 
 
 def exact_kl(logits: Array, reference: Array) -> tuple[Array, Array]:
@@ -197,14 +148,6 @@ def k3(logp: Array, ref: Array) -> tuple[Array, Array]:
     return ratio - 1 - (ref - logp), 1 - ratio
 
 
-def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
-    """-log sigmoid(beta (log-ratio of the chosen - that of the rejected)), the mean over N pairs, from the
-    log-probabilities of whole answers (N,); its gradient by the first two. Rafailov et al. 2023, eq. 7."""
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    d = -beta / (1 + np.exp(margin)) / len(margin)
-    return float(np.logaddexp(0, -margin).mean()), d, -d
-
-
 # --- one update ---------------------------------------------------------------------------------------------
 
 
@@ -261,21 +204,6 @@ def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]
     return policy_gradient(logp, mask, e.advantage)
 
 
-def learn(
-    optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]]
-) -> float:
-    """Puts the gradients of objective(logp (N, T), logits (N, T, V)) into `optimizer.flat`; the loss."""
-    model = optimizer.model
-    logits, cache = model.forward(samples.ids)
-    nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
-    loss, d = objective(-(nll * samples.mask).astype(np.float64), logits)
-    weights = (-d * samples.mask).astype(logits.dtype)
-    dlogits = model.ops.cross_entropy_backward(weights, c_nll)
-    del logits, c_nll  # the largest arrays of all
-    model.backward(dlogits, cache, optimizer.grads)
-    return loss
-
-
 def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Array]:
     """Half the squared distance of PPO's values (N, T) to the returns, clipped as the ratio is, and its
     gradient by them: none where the clip decides."""
@@ -285,37 +213,6 @@ def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Arr
     worse = plain**2 >= held**2
     loss = 0.5 * (mask * np.maximum(plain**2, held**2)).sum()
     return float(loss), mask * np.where(worse, plain, 0.0)
-
-
-class Comparisons(NamedTuple):
-    """What DPO learns from: N chosen answers, then the N rejected ones; the reference's log p of each."""
-
-    samples: Samples
-    ref: Array  # (2 N,)
-
-    @property
-    def ids(self) -> Array:
-        return self.samples.ids
-
-
-def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Comparison]) -> Comparisons:
-    """Comparisons as DPO takes them: question, answer and the end-of-text token."""
-    asked = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    samples = answered(tokenizer, asked * 2, [_answer_ids(tokenizer, text) for text in texts])
-    return Comparisons(samples, logprobs(reference, samples).sum(1))
-
-
-def _answer_ids(tokenizer: Tokenizer, text: str) -> Array:
-    """The ids of an answer, with its end."""
-    return np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id))
-
-
-def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
-    """`dpo` of log-probabilities by token, (2 N, T), and its gradient by them, for `learn`."""
-    (chosen, rejected), refs = np.split(logp.sum(1), 2), np.split(c.ref, 2)
-    loss, dchosen, drejected = dpo(chosen, rejected, *refs, beta)
-    return loss, np.concatenate([dchosen, drejected])[:, None] * c.samples.mask
 
 
 class Rollout(NamedTuple):
@@ -447,11 +344,11 @@ def trainer(
                    how.learning_rate_at, beside)  # fmt: skip
 
 
-# --- a run in a folder --------------------------------------------------------------------------------------
+# --- the stage ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runs.Settings):
+class Settings(stage.Settings):
     """Those of every run. data: files with a prompt in each line, or worlds; for DPO, comparisons."""
 
     stage: str = "rlhf"
@@ -460,105 +357,117 @@ class Settings(runs.Settings):
     reward_hash: str = ""  # of its weights
     ptx_data: tuple[str, ...] = ()  # examples that are learned beside: files of pairs, or a world
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c = self.rl
+        few = c.num_generations if c.algo in ("rloo", "grpo") else c.num_generations * c.num_prompts
+        if c.algo in ("reinforce", "rloo", "grpo") and few < 2:
+            raise UserError(
+                f"num_generations is {c.num_generations}: {c.algo} compares answers, so it needs two"
+            )
+        if c.algo == "reinforce" and c.num_iterations > 1:
+            reason = "reinforce learns from its own answers only; others correct for it"
+            raise UserError(f"num_iterations is {c.num_iterations}: {reason}")
+        if any(map(corpus.is_source, self.data)) and len(self.data) > 1:
+            raise UserError(f"{', '.join(self.data)}: name one world, or only files")
 
-class Run(NamedTuple):
-    """A run that is ready to go on from update `optimizer.steps`."""
 
-    folder: Path
-    settings: Settings
-    optimizer: AdamW
-    tokenizer: Tokenizer
+class Material(NamedTuple):
+    """What the settings name."""
+
     reference: GPT
-    judge: reward.Judge | None
+    judge: reward.Judge | None  # None for DPO
     prompts: list[tasks.Item]  # a world's questions, or {"prompt": ...}
-    comparisons: list[reward.Comparison]
+    comparisons: list[reward.Comparison]  # for DPO
     examples: list[list[instructions.Message]]  # learned beside
+    world: World | None = None
 
 
-def begin(folder: Path, settings: Settings, *, init_from: Path, overwrite: bool = False) -> Run:
-    """A new run from a model that was tuned to instructions; all its weights are trained, or an adapter."""
-    runs.check_folder(folder, overwrite, needed=(init_from, settings.reward_from))
-    model, tokenizer = checkpoint.load(init_from)
-    instructions.check_tuned(tokenizer, init_from)
-    c = settings.rl
-    few = c.num_generations if c.algo in ("rloo", "grpo") else c.num_generations * c.num_prompts
-    if c.algo in ("reinforce", "rloo", "grpo") and few < 2:
-        raise UserError(f"num_generations is {c.num_generations}: {c.algo} compares answers, so it needs two")
-    if c.algo == "reinforce" and c.num_iterations > 1:
-        raise UserError("num_iterations: reinforce learns from its own answers only; others correct for it")
-    if any(map(corpus.is_source, settings.data)) and len(settings.data) > 1:
-        raise UserError(f"{', '.join(settings.data)}: name one world, or only files")
-    if model.config.vocab_size != tokenizer.vocab_size:
-        sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
-        raise UserError(f"{init_from}: has {sizes}: what is sampled and what is scored would differ")
-    if settings.adapter:
-        model = variants.create(model, settings.adapter, np.random.default_rng(settings.train.seed))
-    settings = runs.from_model(
-        settings, model, init_from, ptx_data=runs.absolute(settings.ptx_data),
-        reward_from=str(Path(settings.reward_from).resolve()) if settings.reward_from else "",
-    )  # fmt: skip
-    run = _run(folder, settings, settings.train.optimizer(model), tokenizer)
-    if run.judge:
-        taught, _ = checkpoint.read_run(Path(settings.reward_from), reward.Settings)
-        runs.check_folder(folder, overwrite, needed=(taught.init_from,))  # what it reads before an answer
-    hashes = {"reward_hash": fingerprint(run.judge.model) if run.judge else ""}
-    run = run._replace(settings=dataclasses.replace(settings, fingerprint=_fingerprint(run), **hashes))
-    runs.first_save(folder, run.optimizer, tokenizer, run.settings)
-    return run
+class RLHF(Stage):
+    """Policy gradients from a judge's scores, of all weights or of an adapter."""
 
+    name, Settings, needs = "rlhf", Settings, ("init_from", "reward_from")
 
-def resume(folder: Path, paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last. PPO's values begin anew.
+    def __init__(
+        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Material, scratch=None
+    ) -> None:
+        """Raises UserError for a question that may not fit the model together with its answer: whichever
+        update came to it first would end the run."""
+        super().__init__(settings, optimizer, tokenizer)
+        self.data = data
+        self.depends_on(hashlib.sha256(repr(data[2:5]).encode()).hexdigest())
+        longest = self.longest() - 1  # the last token of an answer is a target and takes no place
+        if longest > self.model.context:
+            reason = f"needs {longest} positions with its answer, and the model has {self.model.context}"
+            raise UserError(f"{', '.join(settings.data)}: a question {reason}")
+        self.prepare()
 
-    paths: where the data is now, if it was moved; of a world also what is learned beside.
-    """
-    was, _ = checkpoint.read_run(folder, Settings)
-    beside = paths if was.ptx_data == was.data else ()  # a world has both
-    settings, tokenizer = runs.read(folder, Settings, data=paths, ptx_data=beside)
-    run = _run(folder, settings, runs.load(folder, settings, tokenizer), tokenizer)
-    runs.check_data(folder, settings, _fingerprint(run), settings.ptx_data)
-    if run.judge is not None and fingerprint(run.judge.model) != settings.reward_hash:
-        raise UserError(f"{settings.reward_from}: is another judge than the one of the run in {folder}")
-    return run
-
-
-def _run(folder: Path, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer) -> Run:
-    reference, _ = checkpoint.load(settings.init_from)
-    adapters.check_base(reference, settings.init_hash, folder, settings.init_from)
-    prompts, comparisons, judge = [], [], None
-    if settings.rl.algo == "dpo":
-        comparisons = [c for path in settings.data for c in reward.read_file(path)]
-    else:
-        prompts = [item for path in settings.data for item in read_prompts(path)]
-        judge = reward.load(Path(settings.reward_from))
-        if judge.tokenizer.to_spec() != tokenizer.to_spec():
+    def prepare(self) -> None:
+        settings, data = self.settings, self.data
+        if data.judge.tokenizer.to_spec() != self.tokenizer.to_spec():
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
-    if not prompts and not comparisons:
-        raise UserError(f"{', '.join(settings.data)}: is empty")
-    _check_room(settings, optimizer.model.context, tokenizer, prompts, comparisons)
-    examples = [messages for path in settings.ptx_data for messages in _examples(path)]
-    return Run(folder, settings, optimizer, tokenizer, reference, judge, prompts, comparisons, examples)
+        mark = fingerprint(data.judge.model)
+        if settings.reward_hash not in ("", mark):
+            raise UserError(f"{settings.reward_from}: is another judge than the one that the run began with")
+        self.settings = dataclasses.replace(settings, reward_hash=mark)
+        how, encode = settings.train, partial(instructions.prompt, self.tokenizer)
+        trainer = Trainer(
+            self.optimizer, data.reference, self.tokenizer, settings.rl,
+            [(item["prompt"], encode(item["prompt"])) for item in data.prompts], data.judge,
+            how.optimizer(data.judge.model.copy()) if settings.rl.algo == "ppo" else None,
+            _gold(data.world, data.prompts) if data.world else None, how.seed, how.learning_rate_at,
+            self._beside(),
+        )  # fmt: skip
+        self.update, self.compute = trainer.batches, trainer.compute
 
+    def _beside(self) -> Callable[[int], list[train.Batch]] | None:
+        """The batches of examples that are learned beside: as many examples as fit the model."""
+        size, how = self.model.context, self.settings.train
+        examples = self.data.examples if self.settings.rl.ptx_coef else ()
+        fit = [said for said in examples if len(instructions.encode(self.tokenizer, said)[0]) <= size]
+        rows = sft.Settings(model=self.data.reference.config, train=how, block_size=size, batch_size=4)
+        return sft.updates(self.tokenizer, fit, rows) if fit else None
 
-def _check_room(
-    settings: Settings, context: int, tokenizer: Tokenizer, prompts: Sequence[tasks.Item],
-    comparisons: Sequence[reward.Comparison],
-) -> None:  # fmt: skip
-    """Raises UserError for a question that may not fit the model together with its answer: whichever update
-    came to it first would end the run."""
-    room = settings.rl.max_new_tokens
-    texts = [(item["prompt"], room) for item in prompts]
-    for c in comparisons:
-        texts += [(c.prompt, len(_answer_ids(tokenizer, said))) for said in (c.chosen, c.rejected)]
-    # The last token of an answer is a target and takes no place.
-    longest = max(len(instructions.prompt(tokenizer, asked)) + n - 1 for asked, n in texts)
-    if longest > context:
-        raise UserError(f"{', '.join(settings.data)}: a question needs {longest} positions with its answer, "
-                        f"and the model has {context}")  # fmt: skip
+    def longest(self) -> int:
+        """The tokens of the longest question with its answer."""
+        prompts = (instructions.prompt(self.tokenizer, item["prompt"]) for item in self.data.prompts)
+        return max(map(len, prompts)) + self.settings.rl.max_new_tokens
 
+    @classmethod
+    def of(cls, settings: Settings) -> type[Stage]:
+        from .dpo import DPO
 
-def _fingerprint(run: Run) -> str:
-    return hashlib.sha256(repr((run.prompts, run.comparisons, run.examples)).encode()).hexdigest()
+        return DPO if settings.rl.algo == "dpo" else RLHF
+
+    @classmethod
+    def read(cls, settings: Settings, store: Store) -> Material:
+        prompts = [item for path in settings.data for item in read_prompts(path)]
+        if not prompts:
+            raise UserError(f"{', '.join(settings.data)}: is empty")
+        examples = [messages for path in settings.ptx_data for messages in _examples(path)]
+        source = next(filter(corpus.is_source, settings.data), None)
+        world = corpus.world_of(source) if source else None
+        return Material(store.base(settings), store.judge(settings.reward_from), prompts, [], examples, world)
+
+    @classmethod
+    def start(cls, settings: Settings, data: Material, store: Store) -> tuple[Settings, GPT, Tokenizer]:
+        settings, model, tokenizer = super().start(settings, data, store)
+        instructions.check_tuned(tokenizer, settings.init_from)
+        if model.config.vocab_size != tokenizer.vocab_size:
+            sizes = f"{model.config.vocab_size} rows, and its tokenizer {tokenizer.vocab_size} tokens"
+            reason = "what is sampled and what is scored would differ"
+            raise UserError(f"{settings.init_from}: has {sizes}: {reason}")
+        return settings, model, tokenizer
+
+    def evaluate(self) -> train.Record:
+        if (world := self.data.world) is None:
+            return {}
+        record = {}
+        for kind in ("known", "never"):
+            items = tasks.distinct(tasks.questions(world, world.people(kind, "val")))
+            score = world_evaluate.score(world, items, world_evaluate.ask(self.model, self.tokenizer, items))
+            record |= {f"val_right_{kind}": score.right.rate, f"val_false_{kind}": score.falsehood.rate}
+        return record
 
 
 def _examples(path: str) -> list[list[instructions.Message]]:
@@ -587,39 +496,6 @@ def read_prompts(path: str) -> list[tasks.Item]:
         )
         return 8 * known + 2 * tuned + never
     return [row for _, row in instructions.objects(path, '{"prompt": "..."}', "prompt")]
-
-
-def rlhf(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
-    """Trains to the end; saves, and tells of each update, as all stages do (`runs.run`)."""
-    settings, model, config = run.settings, run.optimizer.model, run.settings.rl
-    source = next(filter(corpus.is_source, settings.data), None)
-    world = corpus.world_of(source) if source else None
-    if config.algo == "dpo":
-
-        def batches(n: int, rng: np.random.Generator) -> list[Comparisons]:
-            drawn = rng.integers(len(run.comparisons), size=settings.batch_size)
-            return [compared(run.tokenizer, run.reference, [run.comparisons[i] for i in drawn])]
-
-        def compute(batches, rng) -> float:
-            (c,) = batches
-            return learn(run.optimizer, c.samples, partial(dpo_loss, c=c, beta=config.beta))
-
-    else:
-        learner = trainer(run.optimizer, run.reference, run.judge, run.prompts, config, settings.train, world,
-                          run.examples)  # fmt: skip
-        batches, compute = learner.batches, learner.compute
-
-    def evaluate() -> train.Record:
-        if world is None:
-            return {}
-        found = {}
-        for kind in ("known", "never"):
-            items = tasks.distinct(tasks.questions(world, world.people(kind, "val")))
-            score = world_evaluate.score(world, items, world_evaluate.ask(model, run.tokenizer, items))
-            found |= {f"val_right_{kind}": score.right.rate, f"val_false_{kind}": score.falsehood.rate}
-        return found
-
-    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report, compute=compute)
 
 
 def _gold(world: World, items: Sequence[tasks.Item]) -> Judging:

@@ -16,11 +16,11 @@ References: Ouyang et al. 2022, "Training language models to follow instructions
 3.5; Krell et al. 2021, "Efficient sequence packing without cross-contamination", section 3.2.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,44 +30,23 @@ from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
-from ..folders import adapters, checkpoint, runs
 from ..text import data, instructions
 from ..text.data import Array, Packed, Tokenizer
 from ..text.instructions import Example, Message
 from ..world import corpus, tasks
-from . import variants
-from .adapter import LEARNING_RATES, fingerprint
+from . import stage
+from .adapter import LEARNING_RATES
+from .stage import Stage, Store
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runs.Settings):
+class Settings(stage.Settings):
     """Those of every run, and what only this stage has. A batch has batch_size rows of block_size tokens."""
 
     stage: str = "sft"
     val_data: tuple[str, ...] = ()  # none: a tenth of the examples
     packing: bool = True  # False: each example has a row of its own
-
-
-class Examples(NamedTuple):
-    """What the files hold."""
-
-    train: Packed
-    val: Packed
-    count: int  # of the examples in train
-    questions: list[Example]  # the examples in val
-    dropped: int  # examples that are too long for a row
-    fingerprint: str
-
-
-class Run(NamedTuple):
-    """A run that is ready to go on from update `optimizer.steps`."""
-
-    folder: Path
-    settings: Settings
-    optimizer: AdamW
-    tokenizer: Tokenizer
-    examples: Examples
-    before: dict[str, Array] | None  # the weights that it began with, if they change and can still be had
+    adapter_folder: str = ""  # an adapter to begin with
 
 
 def learning_rate(config: GPTConfig, adapter: str = "") -> float:
@@ -81,150 +60,125 @@ def learning_rate(config: GPTConfig, adapter: str = "") -> float:
     return float(f"{rate:.1e}")
 
 
-def begin(
-    folder: Path,
-    settings: Settings,
-    *,
-    init_from: Path,
-    adapter_folder: Path | None = None,
-    overwrite: bool = False,
-) -> Run:
-    """A new run in `folder` from the model in `init_from`; of settings.model only the dropout is taken.
+class Examples(NamedTuple):
+    """What the settings name: examples to train on and, unless they are a tenth of these, to evaluate on."""
 
-    settings.adapter: what is trained beside that model, which then stays as it is, and is not copied.
-    adapter_folder: an adapter to begin with instead.
-    The folder is written last, after all that can be wrong has been checked. Raises UserError, also where
-    `folder` has a model and not `overwrite`.
-    """
-    runs.check_folder(folder, overwrite)
-    model, tokenizer = adapters.load_model(init_from, adapter_folder)
-    model.config = dataclasses.replace(model.config, dropout=settings.model.dropout)
-    if not adapter_folder and settings.adapter:
-        rng = np.random.default_rng([settings.train.seed, 0, 3])
-        model = variants.create(model, settings.adapter, rng)
+    train: list[Example]
+    val: list[Example]
+    before: dict[str, Array] | None = None  # the weights that the run began with, where they can be had
+
+
+class SFT(Stage):
+    """Instruction tuning, of all weights or of an adapter."""
+
+    name, Settings = "sft", Settings
+
+    def __init__(
+        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Examples, scratch=None
+    ) -> None:
+        """Raises UserError, with file and line, for what is no example, and where there are too few."""
+        super().__init__(settings, optimizer, tokenizer)
+        self.before = data.before
+        instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
+        encoded, dropped = self._fitting(data.train)
+        order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
+        encoded, n = [encoded[i] for i in order], max(1, len(encoded) // 10)
+        if data.val:
+            val, more = self._fitting(data.val)
+            dropped += more
+        elif not settings.data:  # in memory: nothing is evaluated
+            val = []
+        elif len(encoded) < 2:
+            raise UserError(
+                f"{settings.data[0]}: one example is too few: one is to train on, one to validate on"
+            )
+        else:
+            val, encoded = encoded[:n], encoded[n:]
+        self.rows, self.val_rows = (_packed([ids for _, ids in part], settings) for part in (encoded, val))
+        self.count, self.dropped, self.questions = len(encoded), dropped, [example for example, _ in val]
+        digest = hashlib.sha256()
+        for array in (array for part in (encoded, val) for _, pair in part for array in pair):
+            digest.update(array)
+        self.depends_on(digest.hexdigest())
+
+    @classmethod
+    def read(cls, settings: Settings, store: Store) -> Examples:
+        before = None
+        if not settings.adapter and not settings.adapter_folder:
+            with contextlib.suppress(UserError, OSError):
+                before = store.base(settings).params
+        train, val = read_examples(settings.data), read_examples(settings.val_data, "val")
+        return Examples(train, val, before)
+
+    @classmethod
+    def start(cls, settings: Settings, data: Examples, store: Store) -> tuple[Settings, GPT, Tokenizer]:
+        if settings.adapter_folder:
+            model, tokenizer = store.model(settings.init_from, settings.adapter_folder)
+            settings, base = cls.adapted(settings, model.base)
+            model.config = base.config
+            settings = dataclasses.replace(settings, adapter=model.adapter.config)
+        else:
+            settings, model, tokenizer = super().start(settings, data, store)
+        tokenizer.chat_template = instructions.TEMPLATE
+        return settings, model, tokenizer
+
+    def _fitting(self, examples: Sequence[Example]) -> tuple[list[tuple], int]:
+        """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
+        encoded, limit = [], self.settings.block_size
+        for example in examples:
+            try:
+                encoded.append((example, instructions.encode(self.tokenizer, example.messages)))
+            except UserError as error:
+                raise UserError(f"{example.where}: {error}") from None
+        fit = [pair for pair in encoded if len(pair[1][0]) <= limit + 1]
+        if not fit:
+            file, _, _ = examples[0].where.rpartition(":")
+            least = min(len(ids) for _, (ids, _) in encoded) - 1
+            raise UserError(
+                f"{file}: no example fits into block_size {limit}: the shortest needs {least}, and the model "
+                f"has {self.settings.model.block_size} positions"
+            )
+        return fit, len(encoded) - len(fit)
+
+    def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
+        return update(self.rows, self.settings, n)
+
+    def evaluate(self) -> train.Record:
+        """val_loss, the mean over all learned tokens of the validation examples; weight_change, that of all
+        weights together since the beginning, unless the model of then is gone."""
+        if not self.questions:
+            return {}
+        rows = consecutive(self.val_rows, self.settings.batch_size)
+        record = {"val_loss": train.mean_loss(self.model, rows)}
+        if self.before is not None:
+            record["weight_change"], _ = train.weight_change(self.before, self.model.params)
+        return record
+
+
+def in_memory(
+    model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
+) -> SFT:
+    """The stage for a model in memory, of which `train` changes the weights, or its adapter's. All examples
+    are trained on. Raises UserError for one that is longer than a row."""
+    found = Examples([Example(f"example:{n}", messages) for n, messages in enumerate(examples)], [])
     tokenizer.chat_template = instructions.TEMPLATE
-    settings = runs.from_model(
-        settings, model, init_from, val_data=runs.absolute(settings.val_data),
-        adapter=model.adapter.config if adapter_folder else settings.adapter,
-    )  # fmt: skip
-    examples = read(settings, tokenizer)
-    settings = dataclasses.replace(settings, fingerprint=examples.fingerprint)
-    optimizer = settings.train.optimizer(model)
-    runs.first_save(folder, optimizer, tokenizer, settings)
-    before = None if settings.adapter else {name: p.copy() for name, p in model.params.items()}
-    return Run(folder, settings, optimizer, tokenizer, examples, before)
-
-
-def resume(folder: Path, paths: tuple[str, ...] = (), val_paths: tuple[str, ...] = ()) -> Run:
-    """The run in `folder` as it was saved last. The paths say where the data is now, if it was moved.
-
-    Raises UserError where there is no run, and where the data is gone or another.
-    """
-    settings, tokenizer = runs.read(folder, Settings, data=paths, val_data=val_paths)
-    examples = read(settings, tokenizer)
-    runs.check_data(folder, settings, examples.fingerprint, settings.val_data)
-    optimizer = runs.load(folder, settings, tokenizer)
-    return Run(folder, settings, optimizer, tokenizer, examples, _weights_before(settings))
-
-
-def sft(run: Run, report: Callable[[train.Record], None] = lambda record: None) -> None:
-    """Trains to the end; saves at every evaluation, at the end and on Ctrl-C, then raising KeyboardInterrupt.
-
-    Each record of `train.train` becomes a line of metrics.jsonl and goes to `report`. Where it was evaluated,
-    as at the end, it has `val_loss`, the mean over all learned tokens of the validation examples, and
-    `weight_change`, that of all weights together since the beginning, unless the model of then is gone.
-    """
-    settings, model, examples = run.settings, run.optimizer.model, run.examples
-
-    def batches(n: int, rng: np.random.Generator) -> list[train.Batch]:
-        return update(examples.train, settings, n)
-
-    def evaluate() -> train.Record:
-        found = {"val_loss": train.mean_loss(model, consecutive(examples.val, settings.batch_size))}
-        if run.before is not None:
-            found["weight_change"], _ = train.weight_change(run.before, model.params)
-        return found
-
-    runs.run(run.folder, run.optimizer, run.tokenizer, settings, batches, evaluate, report)
-
-
-def tune(model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings,
-         report: Callable[[train.Record], None] = lambda record: None) -> None:  # fmt: skip
-    """The same training in memory: changes `model` itself, or its adapter, and keeps nothing on disk.
-
-    All examples are trained on. Raises ValueError for one that is longer than a row.
-    """
-    tokenizer.chat_template = instructions.TEMPLATE
-    batches, optimizer = updates(tokenizer, examples, settings), settings.train.optimizer(model)
-    train.train(optimizer, lambda n, rng: batches(n), settings.train, report=report)
-
-
-def updates(
-    tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
-) -> Callable[[int], list[train.Batch]]:
-    """From the number of an update to its batches, of all these examples."""
-    encoded = [instructions.encode(tokenizer, messages) for messages in examples]
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
-    rows = _packed([encoded[i] for i in order], settings)
-    return lambda n: update(rows, settings, n)
-
-
-def _weights_before(settings: Settings) -> dict[str, Array] | None:
-    if settings.adapter:
-        return None
-    try:
-        model, _ = checkpoint.load(settings.init_from)
-    except (UserError, OSError):
-        return None
-    return model.params if fingerprint(model) == settings.init_hash else None
+    sft = SFT(settings, settings.train.optimizer(model), tokenizer, found)
+    if sft.dropped:
+        raise UserError(f"{sft.dropped} examples are longer than a row of {settings.block_size}")
+    return sft
 
 
 # --- examples and batches -----------------------------------------------------------------------------------
 
 
-def read(settings: Settings, tokenizer: Tokenizer) -> Examples:
-    """The examples of the settings' files without those too long for a row, shuffled but for val_data's.
-
-    Raises UserError, with file and line, for what is no example, and where there are too few.
-    """
-    instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
-    found, dropped = _fitting(settings.data, settings, tokenizer)
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(found))
-    found, n = [found[i] for i in order], max(1, len(found) // 10)
-    if settings.val_data:
-        val, more = _fitting(settings.val_data, settings, tokenizer, "val")
-        dropped += more
-    elif len(found) < 2:
-        raise UserError(f"{settings.data[0]}: one example is too few: one is to train on, one to validate on")
-    else:
-        val, found = found[:n], found[n:]
-    digest, packed = hashlib.sha256(), []
-    for part in (found, val):
-        encoded = [pair for _, pair in part]
-        for array in (array for pair in encoded for array in pair):
-            digest.update(array)
-        packed.append(_packed(encoded, settings))
-    return Examples(*packed, len(found), [example for example, _ in val], dropped, digest.hexdigest())
-
-
-def _fitting(
-    paths: tuple[str, ...], settings: Settings, tokenizer: Tokenizer, split: str = "sft"
-) -> tuple[list[tuple], int]:
-    """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
-    found = []
-    for example in read_examples(paths, split):
-        try:
-            found.append((example, instructions.encode(tokenizer, example.messages)))
-        except UserError as error:
-            raise UserError(f"{example.where}: {error}") from None
-    fit = [pair for pair in found if len(pair[1][0]) <= settings.block_size + 1]
-    if not fit:
-        least, limit = min(len(ids) for _, (ids, _) in found) - 1, settings.model.block_size
-        raise UserError(
-            f"{paths[0]}: no example fits into block_size {settings.block_size}: the shortest needs {least}, "
-            f"and the model has {limit} positions"
-        )
-    return fit, len(found) - len(fit)
+def updates(
+    tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
+) -> Callable[[int], list[train.Batch]]:
+    """From the number of an update to its batches, of all these examples, which fit a row."""
+    encoded = [instructions.encode(tokenizer, messages) for messages in examples]
+    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
+    rows = _packed([encoded[i] for i in order], settings)
+    return lambda n: update(rows, settings, n)
 
 
 def _packed(encoded: list[tuple[Array, Array]], settings: Settings) -> Packed:

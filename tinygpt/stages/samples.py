@@ -1,0 +1,78 @@
+"""Answers that a model samples, their log-probabilities, and how a model learns from an objective of these.
+
+An objective maps the log-probabilities of sampled tokens to a loss and d, the gradient of the loss by them.
+What d does to the weights is what a weighted cross-entropy with weights -d does: a policy gradient is
+supervised learning of one's own answers, the better the more.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.generate import generate
+from ..core.model import GPT
+from ..core.optim import AdamW
+from ..text.data import Array, Tokenizer
+
+
+class Samples(NamedTuple):
+    """N answers, those to one question side by side. Padding is on the right: nothing sees it."""
+
+    ids: Array  # (N, T) prompt, answer, padding
+    targets: Array  # (N, T)
+    mask: Array  # (N, T): 1 where the target is a token of the answer, its end included
+    answers: list[str]
+    stopped: Array  # (N,)
+
+
+def sample(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
+    rng: np.random.Generator,
+) -> Samples:  # fmt: skip
+    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
+
+    One of max_new_tokens without an end is scored all the same, as if it had ended there.
+    """
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    stop = {tokenizer.eos_id}
+    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
+                   vocab_size=tokenizer.vocab_size)  # fmt: skip
+    return answered(tokenizer, asked, new)
+
+
+def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array]) -> Samples:
+    """Prompts and their answers (ids, with the end-of-text id where they end) as `Samples`."""
+    whole = [np.concatenate(pair) for pair in zip(asked, new, strict=True)]
+    shape = len(whole), max(map(len, whole)) - 1
+    ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for row, (text, prompt) in enumerate(zip(whole, asked, strict=True)):
+        n = len(text) - 1
+        ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
+    stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
+    answers = [tokenizer.decode(a[: len(a) - end]).strip() for a, end in zip(new, stopped, strict=True)]
+    return Samples(ids, targets, mask, answers, stopped)
+
+
+def logprobs(model: GPT, samples: Samples) -> Array:
+    """log p of each target (N, T), float64, 0 where the mask is 0."""
+    logits, _ = model.forward(samples.ids, keep=False)
+    nll, _ = model.ops.cross_entropy_forward(logits, samples.targets)
+    return -(nll * samples.mask).astype(np.float64)
+
+
+def learn(
+    optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]]
+) -> float:
+    """Puts the gradients of objective(logp (N, T), logits (N, T, V)) into `optimizer.flat`; the loss."""
+    model = optimizer.model
+    logits, cache = model.forward(samples.ids)
+    nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
+    loss, d = objective(-(nll * samples.mask).astype(np.float64), logits)
+    weights = (-d * samples.mask).astype(logits.dtype)
+    dlogits = model.ops.cross_entropy_backward(weights, c_nll)
+    del logits, c_nll  # the largest arrays of all
+    model.backward(dlogits, cache, optimizer.grads)
+    return loss
+
+
