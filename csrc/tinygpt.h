@@ -147,12 +147,13 @@ struct adamw {
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
 };
 
-/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides. */
+/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides. The
+   call returns 2 where there is no such place. */
 struct append_rows {
     real *cache;
     const real *x;
     const int64_t *length;
-    size_t B, T, C, cache_batch, cache_row, x_batch, x_row;
+    size_t B, T, S, C, cache_batch, cache_row, x_batch, x_row;
 };
 
 /* One token a row, drawn as ops.sample says; -1 where the logits are not finite. */
@@ -185,7 +186,7 @@ struct read_memory {
 };
 
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. Returns
-   0, or 1 if memory ended: the results are then none, or 2 if check_ids says no. */
+   0, or 1 if memory ended: the results are then none, or 2 if check_ids or append_rows says no. */
 int tinygpt_run(int op, int is_double, const void *args);
 
 /* Many of them, one after the other, up to one that does not return 0. */

@@ -14,9 +14,8 @@ import common
 
 from tinygpt.core.train import TrainConfig
 from tinygpt.folders import checkpoint
-from tinygpt.lab import recipes
 from tinygpt.shell.terminal import say
-from tinygpt.stages import reward
+from tinygpt.stages import recipes, reward
 from tinygpt.world import World
 
 COUNTS = (300, 3000, recipes.REWARD["comparisons"])

@@ -13,9 +13,9 @@ from pathlib import Path
 import common
 
 from tinygpt.core import train
-from tinygpt.lab import recipes, report
+from tinygpt.lab import report
 from tinygpt.shell.terminal import say
-from tinygpt.stages import evaluate, rlhf
+from tinygpt.stages import evaluate, recipes, rlhf
 from tinygpt.world import World
 
 RECIPE = recipes.RLHF

@@ -9,8 +9,7 @@ import pytest
 
 from tinygpt.core import kernels
 from tinygpt.lab import models as lab
-from tinygpt.lab import recipes
-from tinygpt.stages import evaluate, fewshot, recall, reward
+from tinygpt.stages import evaluate, fewshot, recall, recipes, reward
 from tinygpt.world import corpus, tasks
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup the signal is ignored, in children too

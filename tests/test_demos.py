@@ -11,8 +11,7 @@ import pytest
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint
-from tinygpt.lab import recipes
-from tinygpt.stages import evaluate, reward
+from tinygpt.stages import evaluate, recipes, reward
 from tinygpt.world import corpus, tasks
 
 DEMOS = Path(__file__).parent.parent / "demos"

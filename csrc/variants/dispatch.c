@@ -39,8 +39,16 @@ const char *tinygpt_choose_isa(const char *name)
     return use(name, "base", 1, tinygpt_f32_base, tinygpt_f64_base) ? "base" : NULL;
 }
 
+/* Lengths of KV caches are read when a call is made, so Python cannot have checked them. */
+static int has_room(const struct append_rows *a)
+{
+    return *(const int64_t *)a->length >= (int64_t)a->T && *(const int64_t *)a->length <= (int64_t)a->S;
+}
+
 int tinygpt_run(int op, int is_double, const void *args)
 {
+    if (op == OP_append_rows && !has_room(args))
+        return 2;
     const size_t before = memory_failures();
     tables[is_double][op](args);
     if (op == OP_check_ids && *(const int32_t *)((const struct check_ids *)args)->outside)

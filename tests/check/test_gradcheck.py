@@ -886,7 +886,7 @@ def test_the_lines_to_add_are_printed(mine):
     (["mine:scale", "--shape", "x=2,3"], "missing 1 required positional argument: 'g'"),
     (["mine:scale", "--shape", "y=2,3"], "unexpected keyword argument 'y'"),
     (["mine:scale", "--shape", "x=2,z"], "'x=2,z' is not name=sizes"),
-    (["mine:scale", "--tol", "0"], "--tol"),
+    (["mine:scale", "--tol", "0"], "--rtol"),
     (["--shape", "x=2"], "--shape is for your own code"),
 ])  # fmt: skip
 def test_mistakes_give_one_line(mine, arguments, message):

@@ -209,15 +209,28 @@ def test_rows_that_ended_leave_the_replayed_step(monkeypatch):
             rows.append(len(inputs[0]))
             super().__init__(inputs, *args)
 
-        def run(self, inputs):
-            rows.append(len(inputs[0]))
+        def run(self):
+            rows.append(len(self.inputs[0]))
             replays.append(self.is_whole)
-            return super().run(inputs)
+            return super().run()
 
     monkeypatch.setattr(replay, "Tape", Tape)
     new = g.generate(model, PROMPTS, 14, stop=range(0, 29, 3), rng=np.random.default_rng(4))
     alive = [sum(len(tokens) > n for tokens in new) for n in range(1, max(map(len, new)))]
     assert rows == alive and alive[0] != alive[-1] and all(replays) and replays
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
+@pytest.mark.parametrize("batch", [1, 16, 128])
+def test_many_texts_read_packed_weights(batch):
+    """Guards: a copy of a weight in memory that an intermediate of the same step is written to. With 16 texts
+    and more, intermediates are as large as weights."""
+    model = make(backend="c", block_size=32, n_layer=4, n_embd=64, n_head=4)
+    prompts = np.random.default_rng(0).integers(29, size=(batch, 3))
+    new = np.array(g.generate(model, prompts, 24, temperature=0))
+    ids = np.hstack([prompts, new]).astype(np.int32)
+    logits, _ = model.forward(ids[:, :-1])
+    assert (logits.argmax(-1)[:, 2:] == new).all()
 
 
 def test_a_full_context_is_read_anew_once_in_half_a_context():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tinygpt.lab import claims, recipes, report
+from tinygpt.lab import claims, report
 from tinygpt.lab.claims import CLAIMS, Claim, Estimate, estimate, verdict
 from tinygpt.shell.cli import main
-from tinygpt.stages import evaluate, fewshot, recall, reward
+from tinygpt.stages import evaluate, fewshot, recall, recipes, reward
 from tinygpt.world import tasks
 
 

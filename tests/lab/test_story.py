@@ -11,22 +11,23 @@ from click.testing import CliRunner
 from tinygpt.errors import UserError
 from tinygpt.folders import adapters, checkpoint
 from tinygpt.lab import report, story
-from tinygpt.shell import cli
+from tinygpt.shell import chat
 from tinygpt.shell.cli import main
+from tinygpt.shell.worlds import world_of
 from tinygpt.text import instructions
 from tinygpt.text.stream import encode_prompt
 
 
 def hears(command: list[str]) -> list[list[int]]:
     """What a model reads (ids) in a chat of three questions, of which the last is the first again."""
-    heard, speaker = [], cli._speaker
+    heard, speaker = [], chat.speaker
 
     def listening(*given, **how) -> tuple:
         *model, speak = speaker(*given, **how)
         return *model, lambda ids, stop: heard.append(ids.tolist()) or speak(ids, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_speaker", listening)
+        patch.setattr(chat, "speaker", listening)
         CliRunner().invoke(main, command, input="Where is it?\nWho?\nWhere is it?\n")
     return heard
 
@@ -81,7 +82,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     after = json.loads((out / "story.json").read_text())["stages"]["instruction tuning"]["row"]["seconds"]
     assert after == rows["instruction tuning"]["seconds"] > 0
 
-    assert cli._world_of(where / "sft") == "world:5" and cli._world_of(out) is None
+    assert world_of(where / "sft") == "world:5" and world_of(out) is None
     assert story.questions(out) == [asked for asked, *_ in told["stages"]["instruction tuning"]["samples"]]
 
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
@@ -114,7 +115,7 @@ def test_quick_is_a_story_of_a_small_world(toy, tmp_path):
     assert result.exit_code == 0 and "failed" not in result.output, result.output
     assert "21/21  loss" in result.output
     quick, whole = story.Lab(tmp_path, 5, quick=True), story.Lab(tmp_path, 5)
-    assert cli._world_of(quick.folder / "rlhf") == "world:5:small"
+    assert world_of(quick.folder / "rlhf") == "world:5:small"
     assert (quick.folder / "rlhf").exists() and not (whole.folder / "base").exists()
     assert len(whole.world.people("known")) == 5 * len(quick.world.people("known"))
 

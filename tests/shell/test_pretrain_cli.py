@@ -212,7 +212,7 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
 @pytest.mark.parametrize(("options", "words"), [
     (["--batch-size", "0"], "--batch-size"),
     (["--learning-rate", "-1"], "--learning-rate"),
-    (["--learning-rate", "nan"], "learning_rate"),
+    (["--learning-rate", "nan"], "--learning-rate"),
     (["--min-lr", "1"], "min_lr"),
     (["--n-head", "3"], "n_head 3 does not divide n_embd 16"),
     (["--data", "missing.txt"], "missing.txt"),
@@ -233,7 +233,7 @@ def test_resuming_with_the_text_gone_moved_or_changed(folder):
     (["--n-embd", "400000"], "n_embd 400000"),
     (["--n-embd", "10000000000000"], "n_embd 10000000000000"),
     (["--block-size", "10000000000"], "block_size 10000000000"),
-    (["--n-layer", "1000000000"], "n_layer is 1000000000"),
+    (["--n-layer", "1000000000"], "--n-layer is 1000000000"),
     (["--batch-size", "100000000"], "batch_size is 100000000"),
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words):

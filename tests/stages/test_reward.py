@@ -16,8 +16,9 @@ from tinygpt.core.model import GPT
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint, runs
+from tinygpt.shell import label
 from tinygpt.shell.cli import main
-from tinygpt.stages import reward, rlhf, samples
+from tinygpt.stages import reward, rlhf
 from tinygpt.stages.answers import Answer
 from tinygpt.stages.reward import Comparison, Judge, Settings
 from tinygpt.text import instructions
@@ -251,7 +252,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     def sample(model, tokenizer, prompts, count, length, rng) -> SimpleNamespace:
         return SimpleNamespace(answers=[f"{word}{rng.integers(1000)}" for word in ("red", "red", "blue")])
 
-    monkeypatch.setattr(samples, "sample", sample)
+    monkeypatch.setattr(label, "sample", sample)
     model = GPT(CONFIG, np.random.default_rng(0))
     tokenizer.chat_template = None
     checkpoint.save(tmp_path / "base", model, tokenizer)
@@ -284,7 +285,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     rows = [(c.prompt, frozenset((c.chosen, c.rejected))) for c in reward.read_file(out)]
     assert len(rows) == len(set(rows)) == 6
 
-    monkeypatch.setattr(samples, "sample", lambda *given: SimpleNamespace(answers=["red"]))
+    monkeypatch.setattr(label, "sample", lambda *given: SimpleNamespace(answers=["red"]))
     out.unlink()
     for done in (2, 2):  # of a model that says one thing there is a comparison to each prompt, and no more
         result = CliRunner().invoke(main, command, input="1111")

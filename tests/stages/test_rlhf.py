@@ -20,8 +20,8 @@ from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.folders import adapters, checkpoint, runs
 from tinygpt.lab import story
-from tinygpt.shell import cli
 from tinygpt.shell.cli import main
+from tinygpt.shell.worlds import world_of
 from tinygpt.stages import dpo, reward, rlhf, variants
 from tinygpt.stages import samples as sampling
 from tinygpt.stages.adapter import AdapterConfig, fingerprint
@@ -587,7 +587,9 @@ def folders(tmp_path):
 def run_command(folder, *options: str):
     where = ["--init-from", str(folder / "tuned"), "--data", str(folder / "rows.jsonl")]
     where += ["--out", str(folder / "out")]
-    few = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "4", "--max-iters", "3"]
+    few = ["--max-iters", "3"]
+    if "dpo" not in options:
+        few += ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "4"]
     few += ["--warmup-iters", "0", "--eval-interval", "2", "--learning-rate", "1e-2"]
     return CliRunner().invoke(main, ["rlhf", *where, *few, *options])
 
@@ -677,14 +679,14 @@ def test_mistakes_of_the_command(folders):
     judge = ["--reward-model", str(folders / "judge")]
     for options, words in (
         ((), "give the judge as --reward-model"),
-        (("--algo", "dpo", *judge), "dpo learns from comparisons: leave out --reward-model"),
+        (("--algo", "dpo", *judge), "with --algo dpo there is no such setting: leave out --reward-model"),
         (("--reward-model", str(folders / "tuned")), "here a reward model, which judges answers is needed"),
         ((*judge, "--init-from", str(folders / "judge")), "here a model that writes is needed"),
         ((*judge, "--data", str(folders / "none.jsonl")), "none.jsonl: no such file"),
         ((*judge, "--lora-rank", "2"), "--lora-rank"),
-        ((*judge, "--vf-coef", "0.2"), "only ppo has that setting: leave out --vf-coef"),
+        ((*judge, "--vf-coef", "0.2"), "with --algo rloo there is no such setting: leave out --vf-coef"),
         ((*judge, "--num-generations", "1"), "rloo compares answers, so it needs two"),
-        ((*judge, "--algo", "reinforce", "--num-iterations", "2"), "reinforce learns from its own"),
+        ((*judge, "--algo", "reinforce", "--num-iterations", "2"), "leave out --num-iterations"),
     ):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and words in result.output, (options, result.output)
@@ -716,10 +718,10 @@ def test_a_models_world_is_that_of_the_models_before_it(monkeypatch):
         return SimpleNamespace(data=runs[folder.name][0], init_from=runs[folder.name][1]), None
 
     monkeypatch.setattr(checkpoint, "read_run", read_run)
-    assert cli._world_of(Path("steered")) == cli._world_of(Path("base")) == "world:7"
-    assert cli._world_of(Path("other")) is None
+    assert world_of(Path("steered")) == world_of(Path("base")) == "world:7"
+    assert world_of(Path("other")) is None
     runs |= {"itself": (("c.jsonl",), "itself")}  # by pretrain --init-from itself --out itself --overwrite
-    assert cli._world_of(Path("itself")) is None
+    assert world_of(Path("itself")) is None
     monkeypatch.setattr(story, "world_of", lambda at: "world:8:small" if at.name == "told" else None)
     runs |= {"told": ((), ""), "more": (("c.jsonl",), "told")}
-    assert cli._world_of(Path("more")) == cli._world_of(Path("told")) == "world:8:small"
+    assert world_of(Path("more")) == world_of(Path("told")) == "world:8:small"

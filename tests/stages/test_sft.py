@@ -333,7 +333,7 @@ def test_show_prints_tokens_and_mask_and_writes_nothing(folder):
     (["--out", "pairs.jsonl"], "pairs.jsonl: is a file"),
     (["--block-size", "65"], "the model has only 64 positions"),
     (["--block-size", "3"], "no example fits into block_size 3: the shortest needs"),
-    (["--learning-rate", "0"], "learning_rate"),
+    (["--learning-rate", "0"], "--learning-rate"),
     (["--batch-size", "0"], "--batch-size"),
     (["--show", "0"], "--show"),
 ], ids=str)  # fmt: skip
@@ -357,8 +357,14 @@ def test_a_mistake_is_one_line_before_anything_is_written(folder, options, words
 
 
 def test_what_must_be_given(folder):
-    for options in (["--init-from", "base"], ["--data", "pairs.jsonl"], []):
-        assert "--init-from and the examples as --data" in run("sft", *options, status=2)
+    for options, words in (
+        (["--init-from", "base"], "give the examples as --data"),
+        (["--data", "pairs.jsonl"], "give the model to tune as --init-from"),
+        ([], "give the examples as --data and the model to tune as --init-from"),
+        (["--init-from", "", "--data", "pairs.jsonl"], "give the model to tune as --init-from"),
+        (["--init-from", "base", "--data", ""], "--data is empty"),
+    ):
+        assert words in run("sft", *options, status=2)
 
 
 def test_how_far_weights_moved():

@@ -21,10 +21,9 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint, runs
-from tinygpt.lab import recipes
-from tinygpt.shell import cli
+from tinygpt.shell import training
 from tinygpt.shell.cli import main
-from tinygpt.stages import evaluate, sft
+from tinygpt.stages import evaluate, recipes, sft
 from tinygpt.stages.answers import Answer, wilson
 from tinygpt.stages.pretrain import Settings
 from tinygpt.text import data, instructions
@@ -574,7 +573,7 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", lambda n: interrupt)
+        patch.setattr(training, "progress", lambda n: interrupt)
         assert "--resume cut" in tinygpt("pretrain", "--data", "world", *small, "--out", "cut", status=130)
     tinygpt("pretrain", "--resume", "cut")
     for name in ("model.safetensors", "trainer.safetensors"):

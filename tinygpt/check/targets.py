@@ -172,10 +172,8 @@ def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[s
     yield pair("linear", x=x, w=normal((6, 3)), b=normal(3))
     yield "linear, tied head", _tied_head(ops, x, normal((7, 6)))
     yield "linear, residual", _beside_a_residual(ops, "linear", x=x, w=normal((6, 3)), b=normal(3))
-    yield "linear, in place", _beside_a_residual(ops, "linear", True, x=x, w=normal((6, 3)), b=normal(3))
     yield pair("layernorm", x=x, g=normal(6), b=normal(6))
     yield "layernorm, residual", _beside_a_residual(ops, "layernorm", x=x, g=normal(6), b=normal(6))
-    yield "layernorm, in place", _beside_a_residual(ops, "layernorm", True, x=x, g=normal(6), b=normal(6))
     yield pair("gelu", x=3 * x)
     yield pair("relu", x=x)
     yield pair("tanh", x=x)
@@ -246,9 +244,8 @@ def _frozen_embedding(ops: ModuleType, x: np.ndarray, ids: np.ndarray, w: np.nda
     return forward, backward, {"x": x}
 
 
-def _beside_a_residual(ops: ModuleType, name: str, inplace: bool = False, **inputs: np.ndarray) -> Pair:
-    """The input is an output too, and what reaches it on this way is added to its gradient. inplace: the
-    gradient takes the place of that."""
+def _beside_a_residual(ops: ModuleType, name: str, **inputs: np.ndarray) -> Pair:
+    """The input is an output too, and what reaches it on this way is added to its gradient."""
     op_forward, op_backward = getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward")
 
     def forward(x, **weights):
@@ -257,10 +254,7 @@ def _beside_a_residual(ops: ModuleType, name: str, inplace: bool = False, **inpu
 
     def backward(douts, cache):
         dout, dx = douts
-        if not inplace:
-            return op_backward(dout, cache, add=dx)
-        dx = dx.copy()  # which is written to
-        return dx, *op_backward(dout, cache, add=dx, inplace=True)[1:]
+        return op_backward(dout, cache, add=dx)
 
     return forward, backward, inputs
 

@@ -1,7 +1,6 @@
-"""Sizes of models and adapters, with the names and shapes of their parameters.
+"""The sizes of a model, with the names and shapes of its parameters.
 
-Parameters carry GPT-2's names and layout as Hugging Face has them: weights are (in, out). Those of an adapter
-carry PEFT's names.
+Parameters carry GPT-2's names and layout as Hugging Face has them: weights are (in, out).
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import UserError
+from .option import check_options, option
 
+_NEW = ("init_from",)  # a model to begin with has sizes of its own
 MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it costs memory or time
 
 
@@ -17,28 +18,22 @@ MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it c
 class GPTConfig:
     """Sizes of a model, under nanoGPT's names. Raises UserError where they make no model."""
 
-    vocab_size: int = 50257
-    block_size: int = 1024  # the longest sequence, as there are positions: GPT-2's n_positions
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0  # on the embeddings and on each branch before it joins the stream
-    post_norm: bool = False  # GPT-1's block instead of GPT-2's
+    vocab_size: int = option(50257, "[1, inf)")
+    block_size: int = option(1024, "[1, inf)")  # the longest sequence: GPT-2's n_positions
+    n_layer: int = option(12, f"[1, {MOST_LAYERS}]", "Blocks.", shown="nano: 4", alone=_NEW)
+    n_head: int = option(12, "[1, inf)", "Heads; divides --n-embd.", shown="nano: 4", alone=_NEW)
+    n_embd: int = option(768, "[1, inf)", "Channels.", shown="nano: 128", alone=_NEW)
+    dropout: float = option(0.0, "[0, 1)", "Of embeddings and branches. Helps where there is little data.")
+    post_norm: bool = option(False, help="GPT-1's blocks instead of GPT-2's.", alone=_NEW)
     layer_norm_epsilon: float = 1e-5
     num_labels: int = 0  # scores of a text instead of logits of the next token
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        check_options(self)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_head {self.n_head} does not divide n_embd {self.n_embd}, and heads share it evenly"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
-        if self.n_layer > MOST_LAYERS:
-            raise UserError(f"n_layer is {self.n_layer}: it must be at most {MOST_LAYERS}")
         if self.size > MOST_WEIGHTS:
             sizes = ("vocab_size", "block_size", "n_layer", "n_embd")
             written = ", ".join(f"{field} {getattr(self, field)}" for field in sizes)

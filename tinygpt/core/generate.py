@@ -16,13 +16,11 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from ..errors import UserError
-from ..text.tokenizer import BPETokenizer, CharTokenizer
 from .memory import empty
 from .model import GPT, Array
 from .replay import recorded
 
 Ids = Sequence[int] | Array
-Tokenizer = CharTokenizer | BPETokenizer
 
 DRAWN = 64  # random numbers drawn at a time for each prompt
 PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay
@@ -86,7 +84,8 @@ def steps(
     outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
     stay, and keeping more would mean doing so more often.
 
-    The weights must not change meanwhile: after a few steps they are read from copies, as large as they are.
+    The weights must not change meanwhile: after a few steps they are read from copies, as large as they
+    are. The sums of a product then have another order, so logits differ in their last bits.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.

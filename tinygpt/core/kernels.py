@@ -264,9 +264,9 @@ def pack_panels(panels: Array, b: Array) -> None:
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None, inplace: bool = False
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None
 ) -> tuple[Array, tuple]:
-    out = _result(add if inplace else None, x.dtype, (*x.shape[:-1], w.shape[1]))
+    out = memory.empty((*x.shape[:-1], w.shape[1]), x.dtype)
     out_rows = out.reshape(-1, w.shape[1])
     gemm(x.reshape(-1, x.shape[-1]), w, b, None if add is None else add.reshape(out_rows.shape), out_rows)
     return out, (x, w)
@@ -274,12 +274,11 @@ def linear_forward(
 
 def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
-    inplace: bool = False,
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, w = cache
     dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
-    dx = _result(add if inplace else None, x.dtype, x.shape)
+    dx = memory.empty(x.shape, x.dtype)
     gemm(dout_rows, w.T, add=None if add is None else add.reshape(x_rows.shape), out=dx.reshape(x_rows.shape))
     if dw is not False:
         dw = gemm(x_rows.T, dout_rows, out=dw)
@@ -299,12 +298,11 @@ def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[
 
 def layernorm_backward(
     dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
-    inplace: bool = False,
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, g, mean, rstd = cache
     dout = _like(dout, x.dtype, x.shape)
     dg, db = _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
-    dx = _result(add if inplace else None, x.dtype, x.shape)
+    dx = memory.empty(x.shape, x.dtype)
     add = None if add is None else _like(add, x.dtype, x.shape)
     _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, add, mean.size, x.shape[-1])
     return dx, dg, db
@@ -341,11 +339,9 @@ def attention_forward(
         raise ValueError(f"attention: prefix is {prefix}: it counts keys, of which there are {S}")
     q, k, v = _rows(q, q.dtype), _rows(k, q.dtype), _rows(v, q.dtype)
     if start is not None:
-        start = _like(start, np.int32, (B, min(T, S - prefix)))
-        if start.size and start.min() < 0:
-            raise ValueError(f"attention: start is {start.min()}: it counts keys from 0")
+        start = _ids(_like(start, np.int32, (B, min(T, S - prefix))), (1 << 31) - 1, "start")
     out, length = memory.empty(q.shape, q.dtype), None if length is None else np.asarray(length, np.int64)
-    sizes = B, T, S, n_head, C // n_head, prefix
+    sizes = B, T, S, int(n_head), C // int(n_head), int(prefix)
     _run("attention_forward", q.dtype, out, q, k, v, start, length, *sizes, *_strides(q, k, v))
     return out, (q, k, v, start, sizes)
 
@@ -354,6 +350,8 @@ def attention_backward(
     dout: Array, cache: tuple, packed: bool = False
 ) -> tuple[Array, Array, Array] | Array:
     q, k, v, start, sizes = cache
+    if packed and k.shape != q.shape:
+        raise ValueError("attention: gradients side by side are for as many keys as queries")
     dout = _like(dout, q.dtype, q.shape)
     if packed:
         C, dqkv = q.shape[2], memory.empty((*q.shape[:2], 3 * q.shape[2]), q.dtype)
@@ -367,10 +365,11 @@ def attention_backward(
 
 def append_rows(cache: Array, x: Array, length: Array) -> None:
     (B, T, C), x = x.shape, _rows(x, cache.dtype)
-    if not T <= length <= cache.shape[1]:
-        raise ValueError(f"append_rows: {T} rows, {length} in all, do not fit into {cache.shape[1]}")
-    _destination(cache, cache.dtype, (B, cache.shape[1], C), _rows(cache, cache.dtype) is cache)
-    _run("append_rows", cache.dtype, cache, x, np.asarray(length, np.int64), B, T, C, *_strides(cache, x))
+    S = cache.shape[1]
+    if not T <= length <= S:
+        raise ValueError(f"append_rows: {T} rows, {length} in all, do not fit into {S}")
+    _destination(cache, cache.dtype, (B, S, C), _rows(cache, cache.dtype) is cache)
+    _run("append_rows", cache.dtype, cache, x, np.asarray(length, np.int64), B, T, S, C, *_strides(cache, x))
 
 
 def sample(
@@ -378,7 +377,7 @@ def sample(
 ) -> Array:
     (B, V), logits = logits.shape, _rows(logits[None], logits.dtype)[0]
     uniform, ids = _like(uniform, np.float64, (B,)), np.empty(B, np.int32)
-    sizes = B, V, logits.strides[0] // logits.itemsize, max(0, min(top_k, V))
+    sizes = B, V, logits.strides[0] // logits.itemsize, max(0, min(int(top_k), V))
     _run("sample", logits.dtype, ids, logits, uniform, *sizes, float(temperature), float(top_p))
     if B and ids.min() < 0:
         raise UserError(ops.NOT_FINITE)

@@ -31,32 +31,39 @@ def empty(shape: tuple[int, ...] | int, dtype: np.dtype | type) -> np.ndarray:
 
 
 class Arena:
-    """Memory that `empty` lends within `with arena.lending()`. A block is lent again as soon as nobody holds
+    """Memory that `empty` lends within `with lending(arena)`. A block is lent again as soon as nobody holds
     the array in it, or a view of that array."""
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    @contextlib.contextmanager
-    def lending(self) -> Iterator[None]:
-        outer, _lending.arena = getattr(_lending, "arena", None), self
-        try:
-            yield
-        finally:
-            _lending.arena = outer
+        self._loans = weakref.WeakValueDictionary()  # by id
+        self.free: list[np.ndarray] = []
 
     def lend(self, size: int) -> ctypes.Array:
-        fits = [n for n, block in enumerate(self._free) if size <= len(block)]
+        fits = [n for n, block in enumerate(self.free) if size <= len(block)]
         if fits:
-            block = self._free.pop(min(fits, key=lambda n: len(self._free[n])))
+            block = self.free.pop(min(fits, key=lambda n: len(self.free[n])))
         else:
-            outer, _lending.arena = _lending.arena, None
-            block = empty(size, np.uint8)
-            _lending.arena = outer
+            with lending(None):
+                block = empty(size, np.uint8)
         # an object that an array and its views keep alive; of a memoryview NumPy would keep the block alone
         loan = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(loan, self._free.append, block).atexit = False
+        weakref.finalize(loan, self.free.append, block).atexit = False
+        self._loans[id(loan)] = loan
         return loan
+
+    def has_lent(self, owner: object) -> bool:
+        """Whether this object, an array's base, is a loan of this arena."""
+        return self._loans.get(id(owner)) is owner
+
+
+@contextlib.contextmanager
+def lending(arena: Arena | None) -> Iterator[None]:
+    """Within this context, this thread's new arrays are loans of the arena; None: of no arena."""
+    outer, _lending.arena = getattr(_lending, "arena", None), arena
+    try:
+        yield
+    finally:
+        _lending.arena = outer
 
 
 _lending = threading.local()

@@ -13,7 +13,7 @@ takes the gradient of the result and the cache.
 `grads` (name -> array) says which gradients are computed: a name that it does not have is frozen.
 
 Variants are views of a model that replace some of its parts: GPT-1 (`gpt1`), a score in place of logits
-(`score`), LoRA and learned prompts (`finetune.lora`, `finetune.prompts`). Not here: loss functions other than
+(`score`), LoRA and learned prompts (`lora`, `prompts`), all in `stages`. Not here: loss functions other than
 next-token prediction, the optimizer, data, generation.
 """
 
@@ -123,6 +123,8 @@ class GPT(memory.Parameters):
         last=True: logits of the last position only, (B, 1, V), with keep=False. Raises UserError for a
         sequence longer than `context`.
         """
+        if keep and past is not None and past.length:
+            raise ValueError("forward: with keys and values in `past` there is no backward: give keep=False")
         run, caches = Pass(start, past, rng), []
         x, c_embed = self.embed(ids, self._positions(ids, positions, past), run)  # (B, T, C)
         x, c_drop = self.dropout(x, self.config.dropout, run)  # (B, T, C)
@@ -255,7 +257,7 @@ class GPT(memory.Parameters):
     ) -> Array:
         name, c = cache
         dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.linear_backward(dout, c, dw, db, add, inplace=add is not None)[0]
+        return self.ops.linear_backward(dout, c, dw, db, add)[0]
 
     def norm(self, x: Array, name: str) -> tuple[Array, tuple]:
         """LayerNorm, (..., C) -> (..., C)."""
@@ -268,7 +270,7 @@ class GPT(memory.Parameters):
     ) -> Array:
         name, c = cache
         dg, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.layernorm_backward(dout, c, dg, db, add, inplace=add is not None)[0]
+        return self.ops.layernorm_backward(dout, c, dg, db, add)[0]
 
     def dropout(self, x: Array, rate: float, run: Pass) -> tuple[Array, tuple | None]:
         """Any shape. The cache is None where nothing is dropped."""

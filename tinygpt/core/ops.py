@@ -64,17 +64,17 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None, inplace: bool = False
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None
 ) -> tuple[Array, tuple]:
     """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
 
     The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
     branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
-    gradient of `add` is `dout` itself. inplace: the result takes the place of `add`.
+    gradient of `add` is `dout` itself.
     """
     out = x @ w
     if add is not None:
-        out = np.add(out, add, out=add if inplace else None)
+        out = out + add
     if b is not None:
         out += b
     return out, (x, w)
@@ -82,20 +82,18 @@ def linear_forward(
 
 def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
-    inplace: bool = False,
 ) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
     """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
 
     Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
     w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
-    without a bias takes db=False. `add` is the gradient that reaches x in another way; inplace: dx takes the
-    place of `add`.
+    without a bias takes db=False. `add` is the gradient that reaches x in another way.
     """
     x, w = cache
     x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     dx = dout @ w.T
     if add is not None:
-        dx = np.add(dx, add, out=add if inplace else None)
+        dx = dx + add
     if dw is not False:
         dw = np.matmul(x_rows.T, dout_rows, out=dw)
     if db is not False:
@@ -119,14 +117,13 @@ def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[
 
 def layernorm_backward(
     dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
-    inplace: bool = False,
 ) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
 
     Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
     all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
     either cannot reach x. The two means are the projections on those directions. `add` is the gradient that
-    reaches x past the norm, along the residual stream; inplace: dx takes the place of `add`.
+    reaches x past the norm, along the residual stream.
     """
     x, g, mean, rstd = cache
     channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
@@ -136,7 +133,7 @@ def layernorm_backward(
     along_xhat = (dxhat * xhat).mean(-1, keepdims=True)
     dx = rstd * (dxhat - along_ones - xhat * along_xhat)
     if add is not None:
-        dx = np.add(dx, add, out=add if inplace else None)
+        dx = dx + add
     if dg is not False:
         dg = np.sum(dout * xhat, axis=channels, out=dg)
     if db is not False:
@@ -276,6 +273,8 @@ def append_rows(cache: Array, x: Array, length: Array) -> None:
 
     length (), int64.
     """
+    if not x.shape[1] <= length <= cache.shape[1]:
+        raise ValueError(f"append_rows: {x.shape[1]} rows, {length} in all, do not fit into {cache.shape[1]}")
     cache[:, length - x.shape[1] : length] = x
 
 
@@ -361,7 +360,9 @@ def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
 
 def weighted_sum(nll: Array, weights: Array) -> Array:
     """sum(weights * nll), any one shape -> (), float64. Its gradient by nll is `weights`."""
-    return np.asarray((nll * weights).sum(dtype=np.float64))
+    products = np.zeros(nll.shape, np.result_type(nll, weights))
+    np.multiply(nll, weights, out=products, where=weights != 0)  # a masked nll may be infinite
+    return np.asarray(products.sum(dtype=np.float64))
 
 
 # --- sampling: functions of the logits ----------------------------------------------------------------------

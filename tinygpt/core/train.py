@@ -24,6 +24,7 @@ import numpy as np
 from ..errors import UserError
 from .model import GPT
 from .optim import AdamW, learning_rate
+from .option import check_options, option
 from .replay import recorded
 
 Array = np.ndarray
@@ -44,34 +45,25 @@ class Batch(NamedTuple):
 class TrainConfig:
     """How to train, under nanoGPT's names. Raises UserError for what cannot be."""
 
-    max_iters: int = 4000
-    learning_rate: float = 1e-3
-    min_lr: float = 1e-4
-    warmup_iters: int = 100
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    grad_clip: float = 1.0  # 0: none
-    eval_interval: int = 1000
-    seed: int = 1337
-    merge_every: int = 0  # updates after which an adapter is merged and begins anew; 0: never
+    max_iters: int = option(4000, "[1, inf)", "Updates of weights.")
+    learning_rate: float = option(1e-3, "(0, inf)", "At its highest.")
+    min_lr: float = option(1e-4, "[0, inf)", "At the end.", shown="a tenth of it")
+    warmup_iters: int = option(100, "[0, inf)", "On the way up.")
+    weight_decay: float = option(0.1, "[0, inf)", "Of matrices.")
+    beta1: float = option(0.9, "[0, 1)", "Of the mean of gradients.")
+    beta2: float = option(0.99, "[0, 1)", "Of the mean of their squares.")
+    grad_clip: float = option(1.0, "[0, inf)", "Largest norm; 0: any.")
+    eval_interval: int = option(1000, "[1, inf)", "Updates from one evaluation, and save, to the next.")
+    seed: int = option(1337, "[0, inf)", "Of weights, batches and dropout.")
+    merge_every: int = option(
+        0, "[0, inf)", "Updates after which LoRA's branches join the weights and begin anew; 0: never."
+    )
 
     def __post_init__(self) -> None:
-        for name, right, rule in (  # comparisons that are false for NaN
-            ("max_iters", self.max_iters >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
-            ("min_lr", 0 <= self.min_lr <= self.learning_rate, "from 0 to the learning rate"),
-            ("warmup_iters", self.warmup_iters >= 0, "at least 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("beta1", 0 <= self.beta1 < 1, "at least 0 and less than 1"),
-            ("beta2", 0 <= self.beta2 < 1, "at least 0 and less than 1"),
-            ("grad_clip", 0 <= self.grad_clip < math.inf, "at least 0, which is off"),
-            ("eval_interval", self.eval_interval >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-            ("merge_every", self.merge_every >= 0, "at least 0, which is off"),
-        ):
-            if not right:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
+        check_options(self)
+        if self.min_lr > self.learning_rate:
+            rule = f"at most the learning rate, {self.learning_rate}"
+            raise UserError(f"min_lr is {self.min_lr}: it must be {rule}")
 
     def learning_rate_at(self, n: int) -> float:
         """Of update n, counted from 0. After a merge it climbs anew, for a tenth of the time to the next."""
@@ -156,18 +148,20 @@ def gradients(optimizer: AdamW) -> Callable:
     passes are replayed from the second batch of a shape on (`replay`).
     """
     model = optimizer.model
-    loss = recorded(partial(model.loss, grads=optimizer.grads), model, optimizer.flat)
+    plain = partial(model.loss, grads=optimizer.grads)
+    replayed = recorded(plain, model, optimizer.flat)
 
     def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
+        loss = partial(plain, rng=rng) if rng is not None and model.draws else replayed
         value, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
         for ids, targets, weights, start, positions in batches:
             if positions is None:
                 positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
-            value += float(loss(ids, targets, weights, start=start, positions=positions, rng=rng))
+            value += float(loss(ids, targets, weights, start=start, positions=positions))
             if total is not None:
                 total += optimizer.flat
-        if total is not None:
-            optimizer.flat[:] = total
+        if len(batches) != 1:
+            optimizer.flat[:] = 0 if total is None else total
         return value
 
     return compute

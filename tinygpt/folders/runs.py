@@ -75,6 +75,8 @@ def resume(cls: type[Stage], folder: Path, **moved: Sequence[str]) -> Run:
     data = cls.read(settings, STORE)
     stage = cls(settings, load(folder, settings, tokenizer), tokenizer, data, folder)
     stage.settings = _absolute(stage.settings)
+    if moved:  # the run remembers where its data is now, also if it has no updates left
+        save(folder, stage.optimizer, tokenizer, stage.settings)
     return Run(folder, stage)
 
 
@@ -193,6 +195,8 @@ def _author(judge: Path) -> Settings:
         checkpoint.load(judge, judge=True)  # or this says what is wrong
         raise UserError(f"{judge}: has a judge without the run that says which model it was made from: give "
                         "a folder that tinygpt reward wrote")  # fmt: skip
+    if not checkpoint.read_config(judge).num_labels:
+        checkpoint.load(judge, judge=True)  # which says that a judge is something else
     return checkpoint.read_run(judge, reward.Settings)[0]
 
 

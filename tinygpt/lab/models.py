@@ -24,14 +24,13 @@ from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
 from ..files.jsonfile import parse, read_object, read_text
 from ..folders import adapters, checkpoint, runs
-from ..stages import evaluate, reward, rlhf, sft, variants
+from ..stages import evaluate, recipes, reward, rlhf, sft, variants
 from ..stages.adapter import AdapterConfig
 from ..stages.pretrain import Pretrain
 from ..stages.variants import build
 from ..text import instructions
 from ..text.tokenizer import BPETokenizer
 from ..world import VERSION, Person, World, tasks
-from . import recipes
 
 Numbers = dict[str, float]
 SNAPSHOTS = 20  # models kept on the way of pre-training

@@ -9,9 +9,12 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 import click
+
+from ..errors import UserError
 
 # C0 without tab and newline, DEL, C1, and the marks that turn the direction of a text
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -51,3 +54,20 @@ def renew(text: str, before: str = "", nl: bool = False) -> None:
     if not nl:
         text = (before + text if len(before + text) <= columns else text)[:columns]
     click.echo(f"\r\033[K{text}", nl=nl)
+
+
+def from_stdin(read: Callable[[], str]) -> str:
+    if sys.stdin is None:  # `<&-` in a shell
+        raise UserError("standard input is closed: there is no text to read")
+    try:
+        return read()
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text") from None
+
+
+def one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    advice = "not enough memory: choose smaller sizes. " if isinstance(error, MemoryError) else ""
+    return advice + " ".join(text.split())

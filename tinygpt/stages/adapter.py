@@ -12,8 +12,11 @@ import numpy as np
 from ..core.config import MOST_WEIGHTS, PROJECTIONS, GPTConfig
 from ..core.memory import Parameters
 from ..core.model import GPT
+from ..core.option import check_options, option
 from ..errors import UserError
 
+KINDS = ("lora", "ptuning", "prompt", "prefix")
+_LORA, _PROMPT = {"adapter": KINDS[:1]}, {"adapter": KINDS[1:]}  # the kinds that have an option
 LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # peaks, a start
 
 
@@ -21,28 +24,29 @@ LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}
 class AdapterConfig:
     """What an adapter consists of. Raises UserError where that is nothing."""
 
-    kind: str  # lora, ptuning, prompt or prefix
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0  # on what goes into a low-rank branch
-    targets: tuple[str, ...] = PROJECTIONS  # ends of names of linear maps
+    kind: str = option(
+        "lora", KINDS, "Train a few weights beside the model, which stays as it is, instead of its own.",
+        name="adapter", shown="none",
+    )  # fmt: skip
+    rank: int = option(8, "[1, inf)", "Of each low-rank branch.", name="lora_rank", only=_LORA)
+    alpha: float = option(8.0, "(0, inf)", "A branch counts alpha / rank.", name="lora_alpha", only=_LORA,
+                          shown="the rank")  # fmt: skip
+    dropout: float = option(0.0, "[0, 1)", "On what goes into the branches.", name="lora_dropout", only=_LORA)
+    targets: tuple[str, ...] = option(
+        PROJECTIONS, help="Maps with a branch, such as c_attn or h.0.mlp.c_proj; repeat.",
+        name="lora_targets", metavar="NAME", only=_LORA, shown="all",
+    )  # fmt: skip
     full: bool = False  # LoRA: train copies of all that is not low-rank, as ReLoRA does
-    num_virtual_tokens: int = 20  # rows of the prompt
-    hidden: int = 0  # channels of the MLP that makes the prompt; 0: no MLP
-    init: str = "vocab"  # a prompt begins as words of the vocabulary, or as random numbers
+    num_virtual_tokens: int = option(20, "[1, inf)", "Length of a learned prompt.", only=_PROMPT)
+    hidden: int = option(
+        0, "[0, inf)", "Channels of the MLP that makes the prompt; 0: none.", name="encoder_hidden",
+        only=_PROMPT, shown="ptuning: those of the model; prefix: 0",
+    )  # fmt: skip
+    init: str = option("vocab", ("vocab", "random"), "What a prompt without an MLP begins as.",
+                       name="prompt_init", only=_PROMPT)  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, right, rule in (  # comparisons that are False for NaN
-            ("kind", self.kind in ("lora", "ptuning", "prompt", "prefix"), "lora, ptuning, prompt or prefix"),
-            ("rank", self.rank >= 1, "at least 1"),
-            ("alpha", 0 < self.alpha < math.inf, "more than 0"),
-            ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
-            ("num_virtual_tokens", self.num_virtual_tokens >= 1, "at least 1"),
-            ("hidden", self.hidden >= 0, "at least 0"),
-            ("init", self.init in ("vocab", "random"), "vocab or random"),
-        ):
-            if not right:
-                raise UserError(f"adapter: {name} is {getattr(self, name)!r}: it must be {rule}")
+        check_options(self)
 
     @property
     def prompt_length(self) -> int:
@@ -107,7 +111,7 @@ class Adapted(GPT):
     adapter: Adapter
 
     def copy(self) -> GPT:
-        return self.base.copy()
+        raise UserError("a model with an adapter is a view: copy its base, or merge the adapter")
 
     @property
     def trained(self) -> Parameters:

@@ -41,7 +41,7 @@ class LoRA(Adapted):
         scaled = a if s == 1 else a * a.dtype.type(s)  # A is the smallest of all that s could go to
         low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R)
         y, c_b = self.ops.linear_forward(low, b, self.params[f"{name}.bias"], add)  # (B, T, O)
-        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y, inplace=True)  # (B, T, O)
+        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y)  # (B, T, O)
         return out, (name, c, (s, c_drop, c_a, c_b))
 
     def linear_backward(
@@ -50,11 +50,12 @@ class LoRA(Adapted):
         if len(cache) == 2:  # a map without a branch
             return super().linear_backward(dout, cache, grads, add)
         name, c, (s, c_drop, c_a, c_b) = cache
-        da, db = grads.get(f"{name}.lora_A", False), grads.get(f"{name}.lora_B", False)
-        dlow, _, _ = self.ops.linear_backward(dout, c_b, dw=db, db=False)  # (B, T, R)
-        dx, _, _ = self.ops.linear_backward(dlow, c_a, dw=da if da is False else da.T, db=False)  # (B, T, I)
-        if s != 1 and da is not False:
-            da *= da.dtype.type(s)
+        grad_a, grad_b = grads.get(f"{name}.lora_A", False), grads.get(f"{name}.lora_B", False)
+        dlow, _, _ = self.ops.linear_backward(dout, c_b, dw=grad_b, db=False)  # (B, T, R)
+        da = grad_a if grad_a is False else grad_a.T  # (I, R)
+        dx, _, _ = self.ops.linear_backward(dlow, c_a, dw=da, db=False)  # (B, T, I)
+        if s != 1 and grad_a is not False:
+            grad_a *= grad_a.dtype.type(s)
         dx = self.dropout_backward(dx, c_drop)  # (B, T, I)
         if add is not None:
             dx, _ = self.ops.residual_forward(dx, add)  # (B, T, I)

@@ -13,17 +13,22 @@ import itertools
 import numpy as np
 
 from ..core import train
+from ..core.config import PRESETS, GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.option import option, written
 from ..errors import UserError
 from ..text import data
 from ..text import tokenizer as tokenizers
 from ..text.data import Tokenizer
 from ..world import corpus
-from . import stage, variants
+from . import recipes, stage, variants
+from .adapter import AdapterConfig
 from .stage import Stage, Store
 
 Source = corpus.Corpus | list[data.Document]
+FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
+_NEW = ("init_from",)  # the option beside which an option of a new model has no meaning
 EVALUATED = 10**6  # tokens of a text for validation, about: of more, batches from all places of it
 
 
@@ -32,14 +37,60 @@ class Settings(stage.Settings):
     """Those of every run. data: files and folders, or one world; none: Python's own texts."""
 
     stage: str = "pretrain"
-    tokenizer: str = "char"  # or bpe: both are made from the data; or a folder that has one
-    vocab_size: int = 1024  # of a BPE that is made
+    data: tuple[str, ...] = option(
+        (), help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. world: the "
+        "synthetic world that --seed makes, or the folder that tinygpt world wrote. Defaults then: "
+        f"{written(recipes.PRETRAIN)}.", metavar="PATH", shown="Python's own documentation",
+    )  # fmt: skip
+    tokenizer: str = option("char", help="What text is cut into.", metavar="char|bpe|FOLDER", alone=_NEW)
+    vocab_size: int = option(1024, "[1, inf)", "With --tokenizer bpe.", only={"tokenizer": ("bpe",)})
+    init_from: str = option(
+        "", help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults then: "
+        f"--block-size 64 {written(FINE_TUNING)}.", metavar="FOLDER",
+    )  # fmt: skip
+    preset: str = option("nano", tuple(PRESETS), "Sizes, which the next four change.", alone=_NEW)
+    block_size: int = option(64, "[1, inf)", "Tokens of context.", shown="nano: 64")
+
+    def __post_init__(self) -> None:
+        if self.adapter and not self.init_from and self.adapter.kind != "lora":
+            raise UserError(f"adapter {self.adapter.kind} needs a trained model: give it as --init-from")
+        super().__post_init__()
 
 
 class Pretrain(Stage):
-    """Pre-training on a text, of which the last part is for validation, or on the documents of a world."""
+    """Train a model to predict the next token of a text.
 
-    name, Settings = "pretrain", Settings
+    Without options: a small model, one character at a time, on Python's own documentation, in about two
+    minutes. The last tenth of the text is not trained on; val loss is the mean over it, or over a million
+    tokens from all places of it. Ctrl-C saves, --resume goes on. With --adapter lora and no --init-from the
+    model begins at random, and what has no branch (embeddings, norms, biases) is trained as it is; its folder
+    has the whole model.
+    """
+
+    name, out, Settings = "pretrain", "out", Settings
+    sizes = ("n_layer", "n_head", "n_embd", "post_norm", "dropout")
+
+    @classmethod
+    def recipe(cls, options: dict) -> dict[str, object]:
+        if options["init_from"]:
+            return FINE_TUNING
+        return recipes.PRETRAIN if any(map(corpus.is_source, options["data"])) else {}
+
+    @classmethod
+    def complete(
+        cls, options: dict, given: set[str], model: GPTConfig, adapter: AdapterConfig | None
+    ) -> None:
+        if not options["init_from"]:
+            given = given | {"learning_rate"}  # of a model that begins at random
+        elif options["block_size"] is None:
+            options["block_size"] = min(64, model.block_size - (adapter.prompt_length if adapter else 0))
+        super().complete(options, given, model, adapter)
+
+    def about(self) -> str:
+        parts = self.train_tokens, self.val_tokens
+        n, n_val = (part.size if self.world is None else int(part.weights.sum()) for part in parts)
+        kinds = f"{self.model.config.vocab_size:,} kinds of token"
+        return f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on"
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, source: Source, scratch=None
@@ -79,6 +130,9 @@ class Pretrain(Stage):
         tokenizer = _tokenizer(settings.tokenizer, settings.vocab_size, source)
         config = dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size)
         model = variants.build(config, np.random.default_rng(settings.train.seed))
+        if settings.adapter:
+            adapter = dataclasses.replace(settings.adapter, full=True)
+            settings = dataclasses.replace(settings, adapter=adapter)
         settings, model = cls.adapted(settings, model)
         return settings, model, tokenizer
 

@@ -36,11 +36,12 @@ from ..core import train
 from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.option import option
 from ..errors import UserError
 from ..text import instructions
 from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
-from . import stage
+from . import recipes, stage
 from .adapter import fingerprint
 from .answers import Rate, answers, wilson
 from .stage import Stage, Store
@@ -55,6 +56,18 @@ class Settings(stage.Settings):
     """Those of every run. A batch has batch_size comparisons, packed into rows of block_size tokens."""
 
     stage: str = "reward"
+    init_from: str = option("", help="The model that becomes the judge: one that was tuned to instructions.",
+                            metavar="FOLDER", missing="the model")  # fmt: skip
+    data: tuple[str, ...] = option(
+        (), help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: what '
+        "simulated people prefer of the model's own answers, in the world that it knows.", metavar="FILE",
+        missing="the comparisons",
+    )  # fmt: skip
+    comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Of simulated people.")
+    error: float = option(0.1, "[0, 1)", "The rate of their slips.")
+    block_size: int = option(128, "[1, inf)", "Tokens of a row, with several texts.")
+    batch_size: int = option(recipes.REWARD["batch_size"], "[1, inf)", "Comparisons at a time.")
+    gradient_accumulation_steps: int = 1  # no option here
 
 
 class Comparison(NamedTuple):
@@ -235,9 +248,16 @@ class Comparisons(NamedTuple):
 
 
 class Reward(Stage):
-    """A judge of answers, taught by comparisons."""
+    """Train a judge of answers on comparisons: which of two answers people preferred.
+
+    It is the model with one number as its result; before an answer it reads what the model itself answers, so
+    keep that: the folder of --init-from. val right is how often the better answer has the higher
+    score, for a tenth of the prompts, which are not trained on; in a world they may ask in other words for a
+    fact that is. Ctrl-C saves, --resume goes on.
+    """
 
     name, Settings, needs = "reward", Settings, ("init_from",)
+    sizes, unused, defaults = ("dropout",), ("merge_every", "adapter"), recipes.REWARD
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Comparisons, scratch=None
@@ -272,6 +292,10 @@ class Reward(Stage):
         tokenizer.chat_template = instructions.TEMPLATE
         settings, model = cls.adapted(settings, with_head(data.author, settings.train.seed))
         return dataclasses.replace(settings, init_hash=fingerprint(data.author)), model, tokenizer
+
+    def about(self) -> str:
+        train, val, *_ = self.comparisons
+        return f"; {len(train):,} comparisons, {len(val):,} to evaluate on"
 
     def update(self, n: int, rng: np.random.Generator) -> list[Packed]:
         return [batch(self.pairs, self.settings, n)]

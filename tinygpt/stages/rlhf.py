@@ -34,33 +34,43 @@ import numpy as np
 from ..core import train
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.option import check_options, option
 from ..errors import UserError
 from ..text import instructions
 from ..text.data import Array, Tokenizer, shuffled_places
 from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
-from . import reward, sft, stage
+from . import recipes, reward, sft, stage
 from .adapter import fingerprint
 from .samples import Samples, learn, sample
 from .stage import Stage, Store
+
+ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
+_SAMPLED, _CLIPPED, _PPO = ({"algo": names} for names in (ALGORITHMS[:4], ALGORITHMS[1:4], ("ppo",)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How to sample and to learn from samples, under the names of TRL."""
 
-    algo: str = "rloo"  # or reinforce, ppo, grpo, dpo
-    beta: float = 0.4  # how much a nat of KL costs
-    num_prompts: int = 16  # of an update
-    num_generations: int = 8  # answers to each
-    max_new_tokens: int = 16
-    num_iterations: int = 1  # updates from the same samples; a resume between them draws new ones
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
-    ptx_coef: float = 0.0  # weight of the loss of examples beside: Ouyang et al. 2022, equation 2
+    algo: str = option("rloo", ALGORITHMS, "How to learn from scores or, dpo, from comparisons.")
+    beta: float = option(0.4, "[0, inf)", "What a nat of KL to the reference costs.")
+    num_prompts: int = option(16, "[1, inf)", "Of an update.", only=_SAMPLED)
+    num_generations: int = option(8, "[1, inf)", "Answers to each.", only=_SAMPLED)
+    max_new_tokens: int = option(16, "[1, inf)", "Of an answer.", only=_SAMPLED)
+    num_iterations: int = option(1, "[1, inf)", "Updates from the same answers.", only=_CLIPPED)
+    cliprange: float = option(0.2, "[0, inf)", "Of the ratio of new to old probabilities.", only=_CLIPPED)
+    cliprange_value: float = option(0.2, "[0, inf)", "ppo: of the values.", only=_PPO)
+    vf_coef: float = option(0.1, "[0, inf)", "ppo: weight of the values' loss.", only=_PPO)
+    gamma: float = option(1.0, "[0, 1]", "ppo: what later rewards count.", only=_PPO)
+    lam: float = option(0.95, "[0, 1]", "ppo: of GAE.", only=_PPO)
+    ptx_coef: float = option(  # Ouyang et al. 2022, equation 2
+        0.0, "[0, inf)", "Weight of the loss of the tuning's examples, learned beside.", only=_SAMPLED,
+        shown=f"{recipes.RLHF['ptx_coef']} with --data world, else 0",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def exact_kl(logits: Array, reference: Array) -> tuple[Array, Array]:
@@ -352,10 +362,25 @@ class Settings(stage.Settings):
     """Those of every run. data: files with a prompt in each line, or worlds; for DPO, comparisons."""
 
     stage: str = "rlhf"
+    init_from: str = option(
+        "", help="The model to steer, from tinygpt sft; it stays as it is, as the reference.",
+        metavar="FOLDER", missing="the model",
+    )  # fmt: skip
+    reward_from: str = option("", help="The judge, from tinygpt reward; dpo has none.", name="reward_model",
+                              metavar="FOLDER", only=_SAMPLED, missing="the judge")  # fmt: skip
+    data: tuple[str, ...] = option(
+        (), help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. world: '
+        "questions about people of the base's world.", metavar="FILE", missing="the prompts",
+    )  # fmt: skip
     rl: Config = Config()
-    reward_from: str = ""  # the folder of the judge
-    reward_hash: str = ""  # of its weights
-    ptx_data: tuple[str, ...] = ()  # examples that are learned beside: files of pairs, or a world
+    reward_hash: str = ""  # of the judge's weights
+    ptx_data: tuple[str, ...] = option(
+        (), help="These examples: as tinygpt sft takes them; repeat.", metavar="FILE", only=_SAMPLED,
+        shown="the world of --data",
+    )  # fmt: skip
+    batch_size: int = option(32, "[1, inf)", "dpo: comparisons of an update.", only={"algo": ("dpo",)})
+    block_size: int = 64  # no option here: a question and its answer have a row of the model's length
+    gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -368,6 +393,8 @@ class Settings(stage.Settings):
         if c.algo == "reinforce" and c.num_iterations > 1:
             reason = "reinforce learns from its own answers only; others correct for it"
             raise UserError(f"num_iterations is {c.num_iterations}: {reason}")
+        if c.ptx_coef and self.data and not self.ptx_data:
+            raise UserError(f"ptx_coef is {c.ptx_coef}: give the examples as --ptx-data")
         if any(map(corpus.is_source, self.data)) and len(self.data) > 1:
             raise UserError(f"{', '.join(self.data)}: name one world, or only files")
 
@@ -384,9 +411,25 @@ class Material(NamedTuple):
 
 
 class RLHF(Stage):
-    """Policy gradients from a judge's scores, of all weights or of an adapter."""
+    """Steer a tuned model by a judge of its answers: sample, score, make what scored well likelier.
+
+    Shows the reward, in a world also what people would truly feel (gold), the exact KL to the reference, the
+    entropy, and how many answers differ. Ctrl-C saves, --resume goes on.
+    """
 
     name, Settings, needs = "rlhf", Settings, ("init_from", "reward_from")
+    unused, defaults = ("merge_every", "lora_dropout"), recipes.RLHF  # answers are scored without dropout
+
+    @classmethod
+    def recipe(cls, options: dict) -> dict[str, object]:
+        if options["algo"] == "dpo":
+            return {}
+        worlds = tuple(filter(corpus.is_source, options["data"]))
+        coefficient = recipes.RLHF["ptx_coef"] if worlds or options["ptx_data"] else 0.0
+        return {"ptx_data": worlds, "ptx_coef": coefficient}
+
+    def about(self) -> str:
+        return f"; {len(self.data.prompts or self.data.comparisons):,} prompts"
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Material, scratch=None

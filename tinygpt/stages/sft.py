@@ -29,13 +29,14 @@ from ..core import train
 from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.option import option, written
 from ..errors import UserError
 from ..text import data, instructions
 from ..text.data import Array, Packed, Tokenizer
 from ..text.instructions import Example, Message
 from ..world import corpus, tasks
-from . import stage
-from .adapter import LEARNING_RATES
+from . import recipes, stage
+from .adapter import AdapterConfig
 from .stage import Stage, Store
 
 
@@ -44,20 +45,34 @@ class Settings(stage.Settings):
     """Those of every run, and what only this stage has. A batch has batch_size rows of block_size tokens."""
 
     stage: str = "sft"
-    val_data: tuple[str, ...] = ()  # none: a tenth of the examples
-    packing: bool = True  # False: each example has a row of its own
-    adapter_folder: str = ""  # an adapter to begin with
+    init_from: str = option(
+        "", help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token.",
+        metavar="FOLDER", missing="the model to tune",
+    )  # fmt: skip
+    data: tuple[str, ...] = option(
+        (), help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. world: '
+        "what the base's world, or the folder of tinygpt world, has for tuning. Defaults then: "
+        f"{written(recipes.SFT)}.", metavar="FILE", missing="the examples",
+    )  # fmt: skip
+    val_data: tuple[str, ...] = option((), help="The same, to evaluate on.", metavar="FILE",
+                                       shown="a tenth of --data")  # fmt: skip
+    packing: bool = option(True, help="A row for each example, instead of several to a row.")
+    block_size: int = option(256, "[1, inf)", "Tokens of a row; longer examples are left out.",
+                             shown="256, or the model's if less")  # fmt: skip
+    batch_size: int = option(8, "[1, inf)", "Rows at a time.")
+    adapter_folder: str = option(
+        "", help="Begin with the adapter there, and train it on; instead of --adapter.", metavar="FOLDER",
+        alone=("adapter",),
+    )  # fmt: skip
 
 
-def learning_rate(config: GPTConfig, adapter: str = "") -> float:
+def learning_rate(config: GPTConfig) -> float:
     """A peak for tuning all weights of a model of this size: 5e-4 at a million, less by the root of the size.
-    For an adapter of that kind, the one in `LEARNING_RATES`.
 
     For GPT-2's 124 million it is 4.5e-5; GPT-1's 117 million were tuned at 6.25e-5 (Radford et al. 2018,
     section 4.1).
     """
-    rate = LEARNING_RATES.get(adapter, min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)))
-    return float(f"{rate:.1e}")
+    return float(f"{min(1e-3, 5e-4 * math.sqrt(1e6 / config.size)):.1e}")
 
 
 class Examples(NamedTuple):
@@ -69,9 +84,16 @@ class Examples(NamedTuple):
 
 
 class SFT(Stage):
-    """Instruction tuning, of all weights or of an adapter."""
+    """Tune a model to follow instructions: train it on prompts and their completions.
+
+    The loss is that of the completions and of the end-of-text token after each. Ctrl-C saves, --resume goes
+    on. `tinygpt chat` talks with the result.
+    """
 
     name, Settings = "sft", Settings
+    sizes, unused, most_tokens = ("dropout",), ("merge_every",), 256
+    rate = "5e-4 at a million weights, less by the root of their number; an adapter's"
+    defaults = {"max_iters": 200, "learning_rate": rate, "warmup_iters": 10, "eval_interval": 50}
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Examples, scratch=None
@@ -121,6 +143,30 @@ class SFT(Stage):
             settings, model, tokenizer = super().start(settings, data, store)
         tokenizer.chat_template = instructions.TEMPLATE
         return settings, model, tokenizer
+
+    @classmethod
+    def recipe(cls, options: dict) -> dict[str, object]:
+        if not any(map(corpus.is_source, options["data"])):
+            return {}
+        val = {"val_data": options["data"]}
+        adapted = options["adapter"] or options["adapter_folder"]  # which has a learning rate of its own
+        return val | {name: v for name, v in recipes.SFT.items() if not adapted or name != "learning_rate"}
+
+    @classmethod
+    def complete(
+        cls, options: dict, given: set[str], model: GPTConfig, adapter: AdapterConfig | None
+    ) -> None:
+        if options["learning_rate"] is None:
+            options["learning_rate"] = learning_rate(model)
+        super().complete(options, given, model, adapter)
+
+    def about(self) -> str:
+        shape, learned = self.rows.ids.shape, int(self.rows.weights.sum())
+        lines = f"; {self.count:,} examples in {shape[0]:,} rows of {shape[1]}, {learned:,} tokens of them "
+        lines += f"learned; {len(self.questions):,} examples to evaluate on"
+        if self.dropped:
+            lines += f"\nLeft out, as longer than --block-size {shape[1]}: {self.dropped:,}"
+        return lines
 
     def _fitting(self, examples: Sequence[Example]) -> tuple[list[tuple], int]:
         """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""

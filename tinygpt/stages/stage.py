@@ -27,10 +27,11 @@ from ..core import train
 from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.option import check_options, option
 from ..errors import UserError
 from ..text.data import Tokenizer
 from . import lora, variants
-from .adapter import AdapterConfig, fingerprint
+from .adapter import LEARNING_RATES, AdapterConfig, fingerprint
 
 MOST_TOKENS = 10**9  # in a batch: no memory holds more
 
@@ -47,14 +48,12 @@ class Settings:
     init_from: str = ""  # the folder of the model that it began with
     init_hash: str = ""  # of the weights there, as they were
     adapter: AdapterConfig | None = None  # what is trained beside that model, if not itself
-    block_size: int = 64  # of the training sequences: at most the model's
-    batch_size: int = 12
-    gradient_accumulation_steps: int = 1  # batches of that size for each update
+    block_size: int = option(64, "[1, inf)")  # of the training sequences: at most the model's
+    batch_size: int = option(12, "[1, inf)", "Sequences at a time.")
+    gradient_accumulation_steps: int = option(1, "[1, inf)", "Batches an update.")
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_options(self)
         limit, beside = self.model.block_size, ""
         if self.adapter:
             self.adapter.shapes(self.model)  # which says what does not fit
@@ -107,8 +106,12 @@ class Store(NamedTuple):
 class Stage:
     """A training stage, ready to go on from update `optimizer.steps`."""
 
-    name = ""  # of its command
+    name, out = "", ""  # of its command; the folder, if that has another name
     Settings = Settings
+    sizes: tuple[str, ...] = ()  # fields of the model's config that are options
+    unused: tuple[str, ...] = ()  # options of the settings' parts that have no meaning here
+    defaults: dict[str, object] = {}  # of options, where they are not those of the dataclasses
+    most_tokens = 1 << 30  # the default of block_size, where the model has as many positions
     needs: tuple[str, ...] = ()  # fields of the settings that name folders which must stay as they are
 
     def __init__(
@@ -120,6 +123,29 @@ class Stage:
         """
         self.settings, self.optimizer, self.tokenizer = settings, optimizer, tokenizer
         self.model, self.compute = optimizer.model, train.gradients(optimizer)
+
+    @classmethod
+    def recipe(cls, options: dict) -> dict[str, object]:
+        """Defaults of options that depend on where the data or the model come from."""
+        return {}
+
+    @classmethod
+    def complete(
+        cls, options: dict, given: set[str], model: GPTConfig, adapter: AdapterConfig | None
+    ) -> None:
+        """Puts in the defaults that depend on other options, of which the user has `given` some, and on the
+        model and the adapter."""
+        if adapter and "learning_rate" not in given:
+            options["learning_rate"] = LEARNING_RATES[adapter.kind]
+        if options["min_lr"] is None:
+            options["min_lr"] = options["learning_rate"] / 10
+        if options.get("block_size") is None:
+            room = model.block_size - (adapter.prompt_length if adapter else 0)
+            options["block_size"] = max(1, min(cls.most_tokens, room))
+
+    def about(self) -> str:
+        """What the data are, for the line that the command prints before it trains."""
+        return ""
 
     def depends_on(self, mark: str) -> None:
         """Takes down the hash of all that the updates depend on, apart from the settings. Raises UserError

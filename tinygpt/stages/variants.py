@@ -72,6 +72,6 @@ def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapt
 def merge(model: Adapted) -> GPT:
     """A new model, w + s A B in place of w. Raises UserError for a prompt, which is no part of any weight."""
     if not isinstance(model, LoRA):
-        kind = model.adapter.config.kind
-        raise UserError(f"an adapter of kind {kind} cannot be merged: only lora is of weights")
+        what = f"of kind {model.adapter.config.kind}" if isinstance(model, Adapted) else "that is not there"
+        raise UserError(f"an adapter {what} cannot be merged: only lora is of weights")
     return lora.merge(model)

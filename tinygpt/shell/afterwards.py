@@ -1,0 +1,107 @@
+"""What a training command shows when its stage has ended."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..core.train import weight_change
+from ..folders.runs import Run
+from ..lab import report
+from ..stages import evaluate, reward
+from ..stages.answers import answers
+from ..stages.pretrain import Pretrain
+from ..stages.prompts import nearest
+from ..stages.samples import sample
+from ..stages.stage import Stage
+from ..text import instructions
+from ..text.stream import stream
+from ..world import corpus
+from .progress import command, shown_token
+from .terminal import say
+from .worlds import world_of
+
+
+def saved(run: Run, following: str = "generate") -> None:
+    """Says where a run is, and how to take up what it has trained."""
+    settings = run.stage.settings
+    base = [] if settings.has_model else [settings.init_from, "--adapter-folder"]
+    say(f"\nSaved in {run.folder}. Next: {command(following, *base, str(run.folder))}")
+
+
+def _pretrain(run: Run) -> None:
+    """A sample of a text; of a world the loss above the floor, and recall by how often a fact was told."""
+    stage: Pretrain = run.stage
+    model, tokenizer = stage.model, stage.tokenizer
+    if stage.world is None:
+        rng, start = np.random.default_rng(0), stage.val_tokens[:1].tolist()
+        text = "".join(stream(model, tokenizer, start, 300, temperature=0.8, rng=rng))
+        say(f"\nA sample:\n{text.strip()}")
+    else:
+        say(f"\n{report.gaps(evaluate.gaps(model, tokenizer, stage.world))}")
+        recalled = evaluate.recall_by_exposure(model, tokenizer, stage.world, stage.documents)
+        say(f"\n{report.recall(recalled, evaluate.chance(stage.world))}")
+    saved(run)
+
+
+def _sft(run: Run) -> None:
+    stage, settings, model, tokenizer = run.stage, run.stage.settings, run.stage.model, run.stage.tokenizer
+    if stage.before is not None:
+        say(f"\nThe weights moved by {weight_change(stage.before, model.params)[0]:.1%} of their norm.")
+    if settings.adapter and settings.adapter.kind in ("ptuning", "prompt"):
+        say("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
+        for i, ids in enumerate(nearest(model).tolist()):
+            shown = "  ".join(shown_token(tokenizer.tokens[i]) for i in ids if i < tokenizer.vocab_size)
+            say(f"  {i:3}  {shown}")
+    _tasks(stage)
+    conversations = [example.messages for example in stage.questions[:3]]
+    replies = answers(model, tokenizer, [messages[:-1] for messages in conversations], 100)
+    for (*before, expected), answer in zip(conversations, replies, strict=True):
+        question = before[-1]["content"].strip() if before else ""
+        say(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
+        say(f"  (in the data: {expected['content'].strip()})")
+    saved(run, "chat")
+
+
+def _reward(run: Run) -> None:
+    stage, judge = run.stage, run.stage.judge
+    judgement = reward.judged(judge, stage.comparisons.val)
+    in_world = any(judgement.by_kind)
+    say(f"\nThe preferred answer has the higher score: {judgement.right}.")
+    if in_world:
+        say(f"That is by what is true; the labels go by it in {judgement.labels_right:.1%} of these.")
+    say(f"By {judgement.margin:.2f} in the mean; its certainty is off by {judgement.calibration:.1%}.")
+    source = world_of(Path(stage.settings.init_from)) if in_world else None
+    if source:
+        world = corpus.world_of(source)
+        people = world.people("known", "eval") + world.people("never", "eval")
+        pairs = reward.collect(judge.author, judge.tokenizer, world, people, 2000, error=0)
+        others = reward.judged(judge, pairs)
+        say(f"About people of whom no comparison was: {others.right}.")
+        for kind, rate in others.by_kind.items():
+            say(f"  {kind}: {rate}")
+    words = ["--init-from", stage.settings.init_from, "--reward-model", str(run.folder), "--data"]
+    say(f"\nSaved in {run.folder}. Next: {command('rlhf', *words, 'world' if source else 'FILE')}")
+
+
+def _rlhf(run: Run) -> None:
+    stage = run.stage
+    rows = stage.data.prompts or [comparison._asdict() for comparison in stage.data.comparisons]
+    prompts = [instructions.prompt(stage.tokenizer, row["prompt"]) for row in rows[:3]]
+    said = sample(stage.model, stage.tokenizer, prompts, 2, 24, np.random.default_rng(0)).answers
+    for n, row in enumerate(rows[:3]):
+        say(f"\n> {row['prompt']}\n" + "\n".join(said[2 * n : 2 * n + 2]))
+    _tasks(stage)
+    saved(run, "chat")
+
+
+def _tasks(stage: Stage) -> None:
+    """How well a model that was tuned on a world does its tasks, on people and problems of no tuning set."""
+    for source in filter(corpus.is_source, stage.settings.data):
+        scores = evaluate.task_scores(stage.model, stage.tokenizer, corpus.world_of(source))
+        say(f"\n{report.scores(scores)}")
+
+
+AFTERWARDS: dict[str, Callable[[Run], None]] = {
+    "pretrain": _pretrain, "sft": _sft, "reward": _reward, "rlhf": _rlhf,
+}  # fmt: skip

@@ -1,0 +1,46 @@
+"""What happens before a stage begins: examples are shown, simulated people compare answers."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from ..errors import UserError
+from ..folders import checkpoint, runs
+from ..stages import reward
+from ..stages.sft import read_examples
+from ..text import instructions, tokenizer
+from ..world import corpus
+from .progress import shown_token
+from .terminal import say
+
+
+def show(init_from: str, data: tuple[str, ...], count: int) -> None:
+    """The first examples as they are trained on: each token, and whether it is learned."""
+    tok = tokenizer.load(init_from)
+    for where, messages in read_examples(data)[:count]:
+        ids, learned = instructions.encode(tok, messages)
+        say(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
+        for i, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):
+            say(f"  {'learned' if is_learned else '-':8}{i:6}  {shown_token(tok.tokens[i])}")
+
+
+def _compare(settings: reward.Settings, out: Path, overwrite: bool) -> reward.Settings:
+    """The settings with a file of comparisons that simulated people make, in place of a world."""
+    if not any(map(corpus.is_source, settings.data)):
+        return settings
+    runs.check_folder(out, overwrite, needed=(settings.init_from,))
+    if len(settings.data) > 1:
+        raise UserError(f"{', '.join(settings.data)}: name one world, or only files")
+    model, tok = checkpoint.load(settings.init_from)
+    instructions.check_tuned(tok, settings.init_from)
+    world = corpus.world_of(settings.data[0])
+    say("Asking the model, and simulated people ...")
+    count, people = settings.comparisons, reward.taught_by(world)
+    comparisons = reward.collect(model, tok, world, people, count, settings.error, settings.train.seed)
+    out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
+    path = out / f"comparisons-{hashlib.sha256(repr(comparisons).encode()).hexdigest()[:8]}.jsonl"
+    reward.write_file(path, comparisons)
+    return dataclasses.replace(settings, data=(str(path),))
+
+
+BEFOREHAND = {"reward": _compare}

@@ -1,0 +1,101 @@
+"""A conversation with a model, or with several that are asked the same."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import click
+import numpy as np
+
+from ..errors import UserError
+from ..folders.adapters import load_model
+from ..text import instructions
+from ..text.stream import encode_prompt, stream, until
+from .terminal import from_stdin, is_terminal, one_line, say
+
+
+def speaker(folder: Path, adapter_folder: Path | None, seed: int, **sampling):
+    """The model, the tokenizer, and a function from ids and a text to their continuation up to that text."""
+    model, tokenizer = load_model(folder, adapter_folder)
+    sampling["rng"] = np.random.default_rng(seed)
+    return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
+
+
+def chat(folder: Path | None, told: Path | None, stage: str, compare: str | None, stop: str | None,
+         adapter_folder: Path | None, chose: bool, **options) -> None:  # fmt: skip
+    """Answers line by line until the end of standard input. told: a story's folder, whose models talk
+    instead; chose: whether the user named the stage."""
+    from ..lab import story
+
+    if (folder and told) or not (folder or told or compare or chose):
+        raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
+    if told is None:
+        if compare or chose:
+            raise click.UsageError("--stage and --compare are of a story: name it as --story FOLDER")
+        partners = {"": talker(folder, adapter_folder, stop, False, **options)}
+    elif adapter_folder:
+        raise click.UsageError("--story has its own adapters: leave out --adapter-folder")
+    elif compare and chose:
+        raise click.UsageError("--compare names the stages: leave out --stage")
+    else:
+        names = [name.strip() for name in compare.split(",")] if compare else [stage]
+        partners = {name: talker(*story.where(told, name), stop, True, **options) for name in names}
+    person = is_terminal(sys.stdin)
+    if told and person:
+        say("Each question stands alone. Ask for example, or begin a sentence for the base:")
+        say("\n".join(f"  {asked}" for asked in story.questions(told)))
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = from_stdin(lambda: input("> " if person else ""))
+            for name, talk in partners.items():
+                try:
+                    pieces = talk(line)
+                except UserError as error:
+                    if not person:
+                        raise
+                    say(f"tinygpt: {one_line(error)}", err=True)  # a slip does not end it
+                    continue
+                say(f"{name + ':':9}" if compare else "", nl=False)
+                for piece in pieces:
+                    say(piece, nl=False)
+                say()
+    if person:
+        say()
+
+
+def talker(
+    folder: Path, adapter_folder: Path | None, stop: str | None, alone: bool, **options
+) -> Callable:  # fmt: skip
+    """A function from what is said to the pieces of the answer; unless `alone` it remembers what was said."""
+    model, tokenizer, continuation = speaker(folder, adapter_folder, **options)
+    size, tuned = model.context, instructions.is_tuned(tokenizer)
+    stop = ("" if tuned else "\n\n") if stop is None else stop
+    said, context = [], np.zeros(0, np.int32)
+
+    def asked(line: str) -> np.ndarray:
+        if not tuned and tokenizer.documents:  # a line begins a document of its own
+            return encode_prompt(tokenizer, line)
+        if not tuned:
+            new = tokenizer.encode(line + "\n")
+            return np.concatenate([context, new])[-max(size, len(new)) :]
+        turn = {"role": "user", "content": line}
+        while said and len(instructions.prompt(tokenizer, [*said, turn])) > size // 2:
+            del said[:2]  # the other half is for the answer
+        return instructions.prompt(tokenizer, [*said, turn])
+
+    def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
+        nonlocal context
+        answer = ""
+        for piece in continuation(ids, stop):
+            piece = piece if answer or not tuned else piece.lstrip()
+            yield piece
+            answer += piece
+        if alone:
+            return
+        said.extend(instructions.pair(line, answer))
+        context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
+
+    return lambda line: spoken(line, asked(line))
+
+

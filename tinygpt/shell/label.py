@@ -1,0 +1,76 @@
+"""A person compares answers of a model, one key each. Each comparison is in the file at once."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+
+from ..folders import checkpoint
+from ..stages.reward import read_file
+from ..stages.rlhf import read_prompts
+from ..stages.samples import sample
+from ..text import instructions
+from ..world import corpus
+from .progress import command
+from .terminal import from_stdin, is_terminal, say
+from .worlds import world_of
+
+
+def label(folder: Path, data: str | None, out: Path, max_new_tokens: int, seed: int) -> None:
+    """Shows two answers of the model in `folder` to a prompt of `data`, again and again, until the key q."""
+    model, tokenizer = checkpoint.load(folder)
+    instructions.check_tuned(tokenizer, folder)
+    data = data or world_of(folder, "prompts")
+    before = read_file(out) if out.exists() else []
+    done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
+    items = read_prompts(data)
+    prompts = [item["prompt"] for item in items]
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
+    say(keys)
+    asked = done
+    for n in itertools.count(done):
+        if n - asked > len(prompts):  # to each it says one thing, or what was compared before
+            say("There is nothing left to compare: another --seed or other prompts may give more.")
+            break
+        prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
+        ids = instructions.prompt(tokenizer, prompt)
+        drawn = sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
+        pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
+        if len(pair) < 2 or (prompt, frozenset(pair)) in known:
+            continue
+        known.add((prompt, frozenset(pair)))
+        asked = n
+        say(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
+        if in_world:
+            meta = items[order[n % len(prompts)]]["meta"]
+            told = "" if meta["exposure"] else " But no text told the model."
+            say(f"     (true: {meta['answer']}.{told})")
+        key = ""
+        while key not in ("1", "2", "s", "q"):
+            if key.strip():
+                say(f"     {keys}")
+            key = key_pressed()
+        if key == "q":
+            break
+        if key != "s":
+            chosen, rejected = pair if key == "1" else pair[::-1]
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            done += 1
+    say(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
+    for words in (["reward"], ["rlhf", "--algo", "dpo"]) if done else ():
+        say("  " + command(*words, "--init-from", str(folder), "--data", str(out)))
+
+
+def key_pressed() -> str:
+    """The next key, or "q" where there is none."""
+    try:
+        keys = click.getchar() if is_terminal(sys.stdin) else from_stdin(lambda: sys.stdin.read(1))
+        return keys[:1] or "q"
+    except (EOFError, KeyboardInterrupt):
+        return "q"

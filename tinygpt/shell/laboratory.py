@@ -1,0 +1,155 @@
+"""The commands of the laboratory: world, story, claims."""
+
+import itertools
+import shlex
+import sys
+import textwrap
+import time
+from pathlib import Path
+from reprlib import repr as short
+
+import click
+
+from ..core import kernels
+from ..errors import UserError
+from ..files.jsonfile import read_object
+from ..lab import report
+from ..stages.evaluate import gaps
+from ..world import World, corpus
+from .options import COUNT, COUNT_OR_0, PATH, check_out, given, out, refuse
+from .progress import clock, command, progress
+from .terminal import say
+
+
+@click.command()
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same bytes.")
+@click.option("--permuted", is_flag=True, help="The same people with other answers.")
+@click.option("--documents", default=133_000, type=COUNT, help="In the corpus, beside the refrains.")
+@click.option("--vocab-size", default=2048, type=COUNT, help="To count tokens with.")
+@out("world", "world", holds="the files")
+def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
+    """Write the synthetic world: invented people, and text and questions about them.
+
+    Shows documents of each kind and their exact entropy: the loss that no model passes.
+    """
+    check_out(out, corpus.MARK, "world", overwrite)
+    text = corpus.draw(World(seed, permuted), documents=documents)
+    corpus.write(out, text)
+    tokenizer = corpus.train_tokenizer(text, vocab_size)
+    samples: dict[str, list[str]] = {}
+    for kind, document in itertools.islice(text.world.documents(), 1000):
+        samples.setdefault(kind, []).append(document)
+    for kind, texts in samples.items():
+        say("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    say("entropy of    documents  nats each  tokens each  nats/token")
+    for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, text.world).items():
+        say(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
+    say(f"\nSaved in {out}. Next: {command('pretrain', '--data', str(out))}")
+
+
+@click.command()
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of the world, and of everything.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; steps and RLHF need more.")
+@click.option("--out", default="story", type=PATH, help="Folder for all that is made.")
+@click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
+def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
+    """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
+
+    It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
+    and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.
+    Ctrl-C loses the stage under way, and the same command goes on. Then: tinygpt chat --story
+    """
+    from ..lab import page  # here, as --help has no need of the laboratory
+    from ..lab import story as telling
+    from ..lab.models import Lab
+
+    check_out(out)
+    if (out / telling.FILE).exists():
+        there = read_object(out / telling.FILE)
+        if (there.get("seed"), there.get("quick")) != (seed, quick):
+            which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
+            raise UserError(f"{out}: has the story of {which}; --out takes another folder")
+    if not quick and kernels.backend().__name__ != kernels.__name__:
+        say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
+    began = time.perf_counter()
+
+    def told(n: int, stage, found: dict | None) -> None:
+        if found is None:
+            at = clock(time.perf_counter() - began)
+            say(f"\n--- {n}/{len(telling.STAGES)} {stage.name} ({stage.term}), at {at}")
+            say(textwrap.fill(stage.says, 100))
+            return
+        if "failed" in found:
+            say(f"This stage failed: {found['failed']}", err=True)
+        names = [*found.get("compares", ("before", "after")), "true"]
+        for asked, *said in found.get("samples", ()):
+            say(f"\n  > {asked}")
+            for name, text in zip(names, said, strict=True):
+                say(f"  {name + ':':13} {text}")
+        for note in found.get("notes", ()):
+            say(textwrap.fill(note, 100))
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        found = telling.tell(Lab(out, seed, quick=quick, progress=progress), told)
+    except KeyboardInterrupt:
+        say("\nStopped. The same command goes on.")
+        sys.exit(130)
+    say(f"\n{report.story(found['stages'])}\n\nIn {clock(time.perf_counter() - began)}.")
+    if quick:
+        say("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
+    if not no_report:
+        try:
+            (out / "report.html").write_text(page.html(found), encoding="utf-8")
+            say(f"The curves are in {out / 'report.html'}.")
+        except ImportError:
+            install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
+            say(f"The curves, report.html, need matplotlib: {install}; then the same command.")
+    say(f"Its models, for generate, label and fewshot, are in {out / found['folder']}.")
+    say(f"Saved in {out}. Next: {command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+    sys.exit(any("failed" in one for one in found["stages"].values()))
+
+
+@click.command()
+@click.argument("numbers", nargs=-1, type=COUNT, metavar="[NUMBER]...")
+@click.option("--seeds", default=2, type=COUNT, help="So many worlds from 1337 on, each with its own base.")
+@click.option("--seed", "chosen_seeds", multiple=True, type=COUNT_OR_0, show_default="those of --seeds",
+              help="These worlds; repeat.")  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
+@click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
+@click.option("--out", default="claims", type=PATH, help="Folder for all that is made.")
+def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed: bool, out: Path) -> None:
+    """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
+
+    A NUMBER is a claim's; without one, the core of them, which takes 40 minutes for two seeds. Worlds, models
+    and numbers are kept in --out: Ctrl-C loses the measurement under way, and the same command goes on. To
+    measure anew, remove the folder.
+    """
+    from ..lab import claims as measuring
+
+    if listed:
+        for number, claim in measuring.CLAIMS.items():
+            say(f"{number:3}{'  core' if number in measuring.CORE else '':6}  {claim.says}")
+        sys.exit()
+    check_out(out)
+    chosen = numbers or (tuple(measuring.CLAIMS) if every else measuring.CORE)
+    for number in chosen:
+        if number not in measuring.CLAIMS:
+            known = ", ".join(map(str, measuring.CLAIMS))
+            raise UserError(f"there is no claim {number}: known are {known}; --list says them")
+    if chosen_seeds:
+        refuse(given() & {"seeds"}, "--seed says which worlds")
+    wanted = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
+    try:
+        found = measuring.run(out, chosen, wanted, say)
+    except KeyboardInterrupt:
+        say("\nStopped. The same command goes on.")
+        sys.exit(130)
+    for number, numbers_found in found.items():
+        say(f"\n{report.claim(measuring.CLAIMS[number], numbers_found)}")
+    if found:
+        say(f"\nSaved in {out / 'claims.json'}.")
+    whole = (max(e.n for e in estimates.values()) == len(wanted) for estimates in found.values())
+    sys.exit(not all(whole) or len(found) < len(set(chosen)))
+
+

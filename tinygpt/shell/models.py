@@ -1,0 +1,209 @@
+"""The commands for a trained model: label, merge, generate, chat, fewshot; and those of the tokenizer."""
+
+import math
+import sys
+from pathlib import Path
+
+import click
+
+from ..errors import UserError
+from ..files.atomic import lock, make_folder
+from ..folders import adapters, runs
+from ..lab import report
+from ..stages import fewshot as prompting
+from ..stages import variants
+from ..text import instructions
+from ..text import tokenizer as tokenizers
+from ..text.data import documents, joined
+from ..text.stream import encode_prompt
+from ..text.tokenizer import BPETokenizer
+from ..world import corpus
+from . import chat as conversation
+from . import label as labelling
+from .options import COUNT, COUNT_OR_0, FOLDER, PATH, REAL, Number, check_out, given, out, together
+from .progress import command, shown_token
+from .terminal import from_stdin, say
+from .worlds import world_of
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help='JSON Lines: {"prompt": "..."}; or a folder of tinygpt world, or world:SEED.')  # fmt: skip
+@click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
+@click.option("--max-new-tokens", default=16, type=COUNT, help="Of an answer.")
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of prompts and answers.")
+def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) -> None:
+    """Compare two answers of the tuned model in FOLDER, again and again: what tinygpt reward learns from.
+
+    One key each: 1 or 2 for the better one, s to skip, q to stop. Each comparison is in the file at once; the
+    same command goes on after the last one.
+    """
+    labelling.label(folder, data, out, max_new_tokens, seed)
+
+
+_adapter_folder = click.option(
+    "--adapter-folder", type=FOLDER, help="An adapter that was trained beside this model."
+)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@_adapter_folder
+@out("merged")
+def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
+    """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, as fast as that one."""
+    if adapter_folder is None:
+        raise click.UsageError("say which adapter, as --adapter-folder")
+    runs.check_folder(out, overwrite, needed=(folder, adapter_folder))
+    model, tokenizer = adapters.load_model(folder, adapter_folder)
+    runs.save_model(out, variants.merge(model), tokenizer)
+    say(f"Saved in {out}. Next: {command('generate', str(out))}")
+
+
+def _sampling(stop: str | None, shown: str, required: bool = True):
+    """The arguments that generate and chat share."""
+    return together([
+        click.argument("folder", type=FOLDER, required=required),
+        _adapter_folder,
+        click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
+        click.option("--temperature", default=0.8, type=REAL, help="0: greedy."),
+        click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
+        click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
+                     help="Only the likeliest tokens that have this probability together; 1: all."),
+        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
+        click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
+    ])  # fmt: skip
+
+
+@click.command()
+@_sampling(stop="", shown="none")
+@click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
+@click.option("--num-samples", default=1, type=COUNT, help="How many, a line of dashes between.")
+def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
+    """Let the model in FOLDER (tinygpt's, or GPT-2 as downloaded from the hub) continue a text.
+
+    Prints the prompt and its continuation as it comes. Without a prompt the model begins a text. For answers
+    of a model that was tuned to instructions: tinygpt chat.
+    """
+    _, tokenizer, continuation = conversation.speaker(**options)
+    if prompt == "-":
+        prompt = from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
+    ids = encode_prompt(tokenizer, prompt)
+    for n in range(num_samples):
+        say("-" * 15 + "\n" + prompt if n else prompt, nl=False)
+        for piece in continuation(ids, stop):
+            say(piece, nl=False)
+        say()
+
+
+@click.command()
+@_sampling(stop=None, shown="a blank line; none after tinygpt sft", required=False)
+@click.option("--story", "told", type=FOLDER, help="Talk to a model of the story there instead.")
+@click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
+@click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
+def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
+    """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
+
+    A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
+    conversation as plain text. What no longer fits its context is forgotten. A story's model, and an untuned
+    one of a world, take each line alone.
+    """
+    conversation.chat(folder, told, stage, compare, stop, adapter_folder, "stage" in given(), **options)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@_adapter_folder
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
+                   "the folder of tinygpt world, or world:SEED.")  # fmt: skip
+@click.option("--task", default="mappings",
+              type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
+              help="Of the world. mappings: words whose labels are drawn anew for each prompt.")  # fmt: skip
+@click.option("--shots", multiple=True, type=COUNT_OR_0, default=(0, 1, 2, 4, 8),
+              help="Examples before the question; repeat.")  # fmt: skip
+@click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
+              show_default="chat after tinygpt sft, else as the world has it",
+              help="How questions and answers are written down; chat: as earlier turns.")  # fmt: skip
+@click.option("--control", type=click.Choice(("", "shuffled", "unseen", "reordered")), default="",
+              show_default="none", metavar="NAME", help="Of mappings: shuffled labels, an unseen word asked "
+                                                        "for, or reordered examples.")  # fmt: skip
+@click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices.")
+@click.option("--count", default=500, type=COUNT, help="Questions.")
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of the examples drawn from a file.")
+def fewshot(folder, adapter_folder, data, task, shots, style, control, free, count, seed) -> None:
+    """Ask the model in FOLDER with examples before the question: no weight changes.
+
+    A row for each number of examples: how often the answer is right, of the choices the likeliest, or what
+    the model writes; of mappings also how often the best possible predictor is.
+    """
+    model, tokenizer = adapters.load_model(folder, adapter_folder)
+    usual = "table" if task == "mappings" else "arrow"  # as the corpus has them
+    style = style or ("chat" if instructions.is_tuned(tokenizer) else usual)
+    data = data or world_of(folder, "questions")
+    world = corpus.world_of(data) if corpus.is_source(data) else None
+    if control and (world is None or task != "mappings"):
+        raise click.UsageError("--control is for --task mappings")
+    for n, k in enumerate(sorted(set(shots))):
+        if world is None:
+            prompts = prompting.from_file(data, k, count, seed)
+        elif task == "mappings":
+            prompts = prompting.mappings(world, k, count, control)
+        else:
+            prompts = prompting.from_world(world, task, k, count)
+        rate = prompting.accuracy(model, tokenizer, prompts, style, free)
+        best = sum(prompt.optimal for prompt in prompts) / len(prompts)
+        known = not math.isnan(best)
+        if not n:
+            head = f"{'examples':>8} {'right':>9}  95% interval {'of':>9}"
+            say(head + f"  {'best possible':>13}" * known)
+        say(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
+    shown = tokenizer.decode(prompting.encoded(tokenizer, prompts[0], style))
+    say(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
+
+
+@click.group()
+def tokenizer() -> None:
+    """Train a byte-level BPE, or see how a text is split."""
+
+
+@tokenizer.command("train")
+@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
+              "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
+@click.option("--vocab-size", default=1024, type=COUNT, help="256 bytes, 1 end of text, merges.")
+@out("tokenizer", "tokenizer", holds="the files")
+def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
+    """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: has a model, which another tokenizer makes unusable; name another folder")
+    check_out(out, "tokenizer.json", "tokenizer", overwrite)
+    texts = documents(data)
+    bpe = BPETokenizer.train(joined(texts), vocab_size)
+    make_folder(out)
+    lock(out)
+    bpe.save(out)
+    longest = sorted(set(bpe.tokens) - {name.encode() for name in bpe.special}, key=len)[-5:]
+    say(f"{bpe.vocab_size} tokens, the longest {' '.join(map(shown_token, longest))}")
+    say(f"Saved in {out}. Next: {command('tokenizer', 'show', str(out), 'some text')}")
+
+
+@tokenizer.command("show")
+@click.argument("folder", type=FOLDER)
+@click.argument("text")
+def tokenizer_show(folder: Path, text: str) -> None:
+    """Show how the tokenizer in FOLDER splits TEXT: its pieces, each merge in turn, the ids.
+
+    A merge's number is its rank: of all pairs in a piece, the one learned first is merged first.
+    """
+    count = 0
+    for piece, steps, ids in tokenizers.load(folder).explain(text):
+        say(repr(piece))
+        for rank, tokens in steps:
+            name = "bytes" if rank is None else f"merge {rank}"
+            say(f"  {name:>12}  {' '.join(map(shown_token, tokens))}")
+        say(f"  {'ids':>12}  {' '.join(map(str, ids))}")
+        count += len(ids)
+    say(f"{count} tokens for {len(text)} characters")
+
+

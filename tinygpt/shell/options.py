@@ -1,0 +1,137 @@
+"""Options of commands: made from the fields of dataclasses (`core.option`), checked against one another."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from ..core.option import inside
+from ..errors import UserError
+
+
+class Number(click.ParamType):
+    """An int or a float in an interval such as "[0, 1)"; the error is that of `core.option`."""
+
+    def __init__(self, kind: type, interval: str) -> None:
+        self.kind, self.interval, self.name = kind, interval, "n" if kind is int else "x"
+
+    def convert(self, value, param, ctx):
+        number = (click.INT if self.kind is int else click.FLOAT).convert(value, param, ctx)
+        right, rule = inside(number, self.interval)
+        if not right:
+            name = flag(param.name) if isinstance(param, click.Option) else param.name
+            raise UserError(f"{name} is {number}: it must be {rule}")
+        return number
+
+
+COUNT, COUNT_OR_0 = Number(int, "[1, inf)"), Number(int, "[0, inf)")
+REAL, MORE_THAN_0 = Number(float, "[0, inf)"), Number(float, "(0, inf)")
+
+
+def path(name: str) -> click.Path:
+    """A type for paths that --help calls `name`."""
+    kind = click.Path(path_type=Path)
+    kind.name = name
+    return kind
+
+
+PATH, FOLDER, FILE = map(path, ("path", "folder", "file"))
+
+
+def together(options: Iterable[Callable]) -> Callable:
+    """One decorator from several, in the order in which --help lists them."""
+    options = list(options)[::-1]
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), options, command)
+
+
+def out(default: str, what: str = "model", holds: str = "the model") -> Callable:
+    return together([
+        click.option("--out", default=default, type=PATH, help=f"Folder for {holds}."),
+        click.option("--overwrite", is_flag=True, help=f"Replace the {what} that is there."),
+    ])  # fmt: skip
+
+
+def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
+    """Refuses a file, and without --overwrite a folder that has a file of that name."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    if name and (out / name).exists() and not overwrite:
+        raise UserError(f"{out}: has a {what}; --overwrite replaces it, --out names another folder")
+
+
+def given() -> set[str]:
+    """The names of the options that the user wrote."""
+    ctx = click.get_current_context()
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def refuse(names: set[str], reason: str) -> None:
+    if names:
+        raise click.UsageError(f"{reason}: leave out {', '.join(sorted(map(flag, names)))}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# --- options from dataclasses -------------------------------------------------------------------------------
+
+
+def fields(cls: type, leave_out: Iterable[str] = ()) -> Iterator[tuple[str, dataclasses.Field, object]]:
+    """(option's name, field, type) of each field of a dataclass that is an option."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = field.metadata.get("name", field.name)
+        if field.metadata.get("help") and name not in leave_out:
+            yield name, field, hints[field.name]
+
+
+def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Iterator[Callable]:
+    """The click options of such fields. defaults: of options whose default is not the field's; for a number,
+    a text says in words how the number depends on others.
+
+    An option whose default depends on others has the value None, or (), where the user does not write it.
+    """
+    for name, field, kind in options:
+        default, about = (defaults or {}).get(name, field.default), field.metadata
+        if kind is bool:
+            how = {"is_flag": True, "flag_value": not default, "default": default, "show_default": False}
+            yield click.option(flag(f"no_{name}" if default else name), name, help=about["help"], **how)
+            continue
+        how = {"metavar": about.get("metavar"), "multiple": bool(get_args(kind))}
+        how["show_default"] = default not in ("", None, ())
+        shown = default if kind is float and isinstance(default, str) else about.get("shown")
+        if shown:
+            how["show_default"], default = shown, () if how["multiple"] else None
+        if isinstance(about["allowed"], tuple):
+            how["type"] = click.Choice(about["allowed"])
+        elif kind in (int, float):
+            how["type"] = Number(kind, about["allowed"])
+        yield click.option(flag(name), default=default, help=about["help"], **how)
+
+
+def check(options: Iterable[tuple], values: dict, written: set[str]) -> None:
+    """Refuses what the user wrote where other options give it no meaning."""
+    reasons: dict[str, set[str]] = {}
+    for name, field, _ in options:
+        if name in written and (values[name] == "" or values[name] == ("",)):
+            raise click.UsageError(f"{flag(name)} is empty")
+        for other, allowed in field.metadata.get("only", {}).items() if name in written else ():
+            if values[other] not in allowed:
+                having = f"{flag(other)} {values[other]}" if values[other] else f"no {flag(other)}"
+                reasons.setdefault(f"with {having} there is no such setting", set()).add(name)
+        for other in field.metadata.get("alone", ()) if name in written else ():
+            if values.get(other):
+                reasons.setdefault(f"with {flag(other)} there is no such setting", set()).add(name)
+    for reason, names in reasons.items():
+        refuse(names, reason)
+
+
+def chosen(cls: type, values: dict, leave_out: Iterable[str] = ()) -> dict[str, object]:
+    """The fields of a dataclass that the options give a value."""
+    pairs = ((field.name, values.get(name)) for name, field, _ in fields(cls, leave_out))
+    return {name: value for name, value in pairs if value is not None and value != ()}

@@ -1,0 +1,152 @@
+"""The commands of the training stages. A stage's Settings say which options its command has."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from ..core.config import PRESETS, GPTConfig
+from ..core.train import TrainConfig
+from ..folders import adapters, checkpoint, runs
+from ..stages.adapter import AdapterConfig
+from ..stages.stage import Settings, Stage
+from . import afterwards, beforehand
+from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
+from .progress import command, progress
+from .registry import STAGES
+from .terminal import say
+from .worlds import name_world
+
+SHOW = "Print so many examples, token by token, and stop."
+EXTRA = {"sft": [click.option("--show", type=COUNT, help=SHOW)]}
+FIRST = ("init_from", "reward_model", "data")
+
+
+def commands() -> Iterator[click.Command]:
+    """The commands of all stages."""
+    return map(command_of, STAGES)
+
+
+def command_of(stage: type[Stage]) -> click.Command:
+    """The command of a stage."""
+    options, data = list(_options(stage)), ", ".join(map(flag, _data(stage)))
+    resume = f"Go on with the run there, with its settings. Where its data is now: {data}."
+
+    @click.command(stage.name, help=inspect.getdoc(stage))
+    @together([
+        *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
+        out(stage.out or stage.name),
+        click.option("--resume", metavar="FOLDER", help=resume),
+        *EXTRA.get(stage.name, ()),
+        *from_fields((option for option in options if option[0] not in FIRST), stage.defaults),
+    ])  # fmt: skip
+    def run(**values) -> None:
+        _run(stage, options, values)
+
+    return run
+
+
+def _parts(stage: type[Stage]) -> dict[str, type]:
+    """The fields of a stage's Settings that are dataclasses: in each is a part of the options."""
+    own = {f.name: type(f.default) for f in dataclasses.fields(stage.Settings)}
+    parts = {name: cls for name, cls in own.items() if dataclasses.is_dataclass(cls)}
+    return {"model": GPTConfig, **parts, "adapter": AdapterConfig, "train": TrainConfig}
+
+
+def _options(stage: type[Stage]) -> Iterator[tuple]:
+    """(name, field, type) of each option of a stage."""
+    yield from fields(stage.Settings, stage.unused)
+    for part, cls in _parts(stage).items():
+        if part == "adapter" and "adapter" in stage.unused:
+            continue
+        for option in fields(cls, stage.unused):
+            if part != "model" or option[0] in stage.sizes:
+                yield option
+
+
+def _data(stage: type[Stage]) -> list[str]:
+    """The options that say where data is."""
+    return [name for name, *_ in fields(stage.Settings) if name == "data" or name.endswith("_data")]
+
+
+def _run(stage: type[Stage], options: list[tuple], values: dict) -> None:
+    written, data, folder = given(), _data(stage), Path(values.pop("out"))
+    name_world(values, data, values["resume"] or values["init_from"])
+    if values["resume"]:
+        refuse(written - {"resume", *data}, "--resume takes all settings from its folder")
+        run = runs.resume(stage, Path(values["resume"]), **{name: values[name] for name in data})
+    else:
+        values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
+        _ask_for(options, values)
+        check(options, values, written)
+        if values.get("show"):
+            beforehand.show(values["init_from"], values["data"], values["show"])
+            return
+        settings = _settings(stage, values, written)
+        settings = beforehand.BEFOREHAND.get(stage.name, lambda settings, *_: settings)(
+            settings, folder, values["overwrite"]
+        )
+        run = runs.begin(stage.of(settings), folder, settings, values["overwrite"])
+    _train(run)
+    afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
+
+
+def _ask_for(options: list[tuple], values: dict) -> None:
+    """Says what the user has to give."""
+    missing = []
+    for name, field, _ in options:
+        about = field.metadata
+        has_meaning = all(values[other] in allowed for other, allowed in about.get("only", {}).items())
+        if about.get("missing") and has_meaning and not values[name]:
+            missing.append(f"{about['missing']} as {flag(name)}")
+    if missing:
+        *first, last = missing
+        raise click.UsageError("give " + (", ".join(first) + " and " if first else "") + last)
+
+
+def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
+    """The Settings that the options say."""
+    if values["init_from"]:
+        base = checkpoint.read_config(Path(values["init_from"]))
+    else:
+        base = PRESETS[values["preset"]]
+        base = dataclasses.replace(base, block_size=values["block_size"] or base.block_size)
+    sizes = {name: values[name] for name in stage.sizes if values[name] is not None}
+    model, adapter = dataclasses.replace(base, **sizes), None
+    if values.get("adapter_folder"):
+        adapter = adapters.load_model(values["init_from"], values["adapter_folder"])[0].adapter.config
+    elif values.get("adapter"):
+        if values["lora_alpha"] is None:
+            values["lora_alpha"] = float(values["lora_rank"])
+        if values["encoder_hidden"] is None:
+            values["encoder_hidden"] = model.n_embd if values["adapter"] == "ptuning" else 0
+        adapter = AdapterConfig(**chosen(AdapterConfig, values, stage.unused))
+    stage.complete(values, written, model, adapter)
+    own = chosen(stage.Settings, values, stage.unused) | {"model": model, "adapter": adapter}
+    for name, cls in _parts(stage).items():
+        if name not in own:
+            own[name] = cls(**chosen(cls, values, stage.unused))
+    return stage.Settings(**own)
+
+
+def _train(run: runs.Run) -> None:
+    """Says what is trained, and on which data, and trains to the end, or until Ctrl-C."""
+    stage, settings, model = run.stage, run.stage.settings, run.stage.model
+    total, trained = model.flat.size, model.trained.flat.size
+    beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
+    say(f"{total:,} weights{beside}{stage.about()}")
+    if stage.optimizer.steps >= settings.train.max_iters:
+        say(f"All {stage.optimizer.steps} updates of this run are made.")
+        if settings.stage in ("pretrain", "sft") and settings.has_model:
+            more = command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
+            say(f"To train on: {more}")
+    try:
+        stage.train(**runs.saving(run, progress(settings.train.max_iters)))
+    except KeyboardInterrupt:
+        say(f"\nStopped. To go on: {command(settings.stage, '--resume', str(run.folder))}")
+        sys.exit(130)
