@@ -1,5 +1,6 @@
 """The model against transformers (stored results), and the promises of its docstrings."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from tinygpt.core.config import PRESETS, GPTConfig
-from tinygpt.core.model import GPT
+from tinygpt.core.generate import KVCache
+from tinygpt.core.model import GPT, Pass
 from tinygpt.core.optim import AdamW
 from tinygpt.errors import UserError
 from tinygpt.stages.variants import build
@@ -314,3 +316,25 @@ def test_a_copy_has_the_weights_and_nothing_in_common(model):
     assert other.flat.tobytes() == model.flat.tobytes() and not np.shares_memory(other.flat, model.flat)
     other.params["wte.weight"][:] = 0
     assert model.params["wte.weight"].any() and not other.flat[: other.params["wte.weight"].size].any()
+
+
+def test_a_part_can_go_backwards_twice(ops):
+    """Guards: a gradient that is written to, where the stream's own is added: a second call shows it."""
+    rng = np.random.default_rng(0)
+    for config in (CONFIG, dataclasses.replace(CONFIG, post_norm=True)):
+        model = build(config, rng, np.float64, ops)
+        x = rng.standard_normal((2, 5, config.n_embd))
+        _, cache = model.block(x, 0, Pass())
+        _, grads = model.gradients()
+        dx = rng.standard_normal(x.shape)
+        before, first = dx.copy(), model.block_backward(dx, cache, grads)
+        assert (dx == before).all()
+        np.testing.assert_array_equal(model.block_backward(dx, cache, grads), first)
+
+
+def test_a_cache_of_keys_has_no_backward(ops):
+    model = build(CONFIG, np.random.default_rng(0), np.float64, ops)
+    past = KVCache(model, 1, 8)
+    model.forward(np.array([[1, 2]]), past=past, keep=False)
+    with pytest.raises(ValueError, match="keep=False"):
+        model.forward(np.array([[3]]), past=past)

@@ -15,7 +15,7 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint
-from tinygpt.shell import models
+from tinygpt.shell import inference
 from tinygpt.shell.cli import main
 from tinygpt.stages import answers as evaluate
 from tinygpt.stages import fewshot, recall
@@ -45,7 +45,7 @@ def test_doctests():
 
 
 def test_what_the_command_offers_is_what_there_is():
-    chosen = [option for option in models.fewshot.params if hasattr(option.type, "choices")]
+    chosen = [option for option in inference.fewshot.params if hasattr(option.type, "choices")]
     options = {option.name: option.type.choices for option in chosen}
     assert tuple(options["style"]) == (*fewshot.STYLES, "chat")
     assert tuple(options["task"]) == ("mappings", *fewshot.WORLD_TASKS)

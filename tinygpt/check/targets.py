@@ -1,6 +1,6 @@
 """What `tinygpt gradcheck` is pointed at: the reader's own code, by name, or everything in this project.
 
-The checking is in `gradcheck.py`; printing is in `cli.py`.
+The checking is in `gradcheck.py`; printing is in `shell`.
 """
 
 from __future__ import annotations

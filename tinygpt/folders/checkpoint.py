@@ -12,7 +12,7 @@ it has everything, the other files can be written again from it.
 Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
 read into the model's own buffer, so that loading takes the memory of the weights and no more.
 
-Not here: pytorch_model.bin; adapters (`finetune.adapters`); the format of the tensors' files, which is
+Not here: pytorch_model.bin; adapters (`adapters`); the format of the tensors' files, which is
 `tensorfile`'s.
 """
 

@@ -7,7 +7,7 @@
 A Lab is a seed's world and the models trained in it. These, and what was measured, are kept in a folder, so
 that a run that was interrupted goes on. All arms of a claim share a seed's world and base.
 
-Not here: what is measured (`world.evaluate`), training (`pretrain`, `finetune`), printing (`report`).
+Not here: what is measured (`stages.evaluate`), training (`stages`), printing (`report`).
 """
 
 from __future__ import annotations

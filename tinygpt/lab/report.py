@@ -1,4 +1,4 @@
-"""Tables of what was measured, as text for a terminal. Not here: measuring (`world.evaluate`), printing."""
+"""Tables of what was measured, as text for a terminal. Not here: measuring (`stages.evaluate`), printing."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class Commands(click.Group):
     def _load(self) -> None:
         """Imports all commands, and NumPy and the C core with them."""
         if not self.commands:
-            from . import checks, laboratory, models, training
+            from . import checks, inference, laboratory, training
 
-            for module in (models, laboratory, checks):
+            for module in (inference, laboratory, checks):
                 for name, value in vars(module).items():
                     if isinstance(value, click.Command) and value.name == name:
                         self.add_command(value)

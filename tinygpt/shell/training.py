@@ -15,10 +15,9 @@ from ..core.train import TrainConfig
 from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage
-from . import afterwards, beforehand
+from . import afterwards, beforehand, registry
 from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
 from .progress import command, progress
-from .registry import STAGES
 from .terminal import say
 from .worlds import name_world
 
@@ -29,7 +28,7 @@ FIRST = ("init_from", "reward_model", "data")
 
 def commands() -> Iterator[click.Command]:
     """The commands of all stages."""
-    return map(command_of, STAGES)
+    return map(command_of, registry.STAGES)
 
 
 def command_of(stage: type[Stage]) -> click.Command:
@@ -76,7 +75,7 @@ def _data(stage: type[Stage]) -> list[str]:
 
 def _run(stage: type[Stage], options: list[tuple], values: dict) -> None:
     written, data, folder = given(), _data(stage), Path(values.pop("out"))
-    name_world(values, data, values["resume"] or values["init_from"])
+    name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
         refuse(written - {"resume", *data}, "--resume takes all settings from its folder")
         run = runs.resume(stage, Path(values["resume"]), **{name: values[name] for name in data})
@@ -111,10 +110,10 @@ def _ask_for(options: list[tuple], values: dict) -> None:
 
 def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
     """The Settings that the options say."""
-    if values["init_from"]:
+    if values.get("init_from"):
         base = checkpoint.read_config(Path(values["init_from"]))
     else:
-        base = PRESETS[values["preset"]]
+        base = PRESETS[values.get("preset", "nano")]
         base = dataclasses.replace(base, block_size=values["block_size"] or base.block_size)
     sizes = {name: values[name] for name in stage.sizes if values[name] is not None}
     model, adapter = dataclasses.replace(base, **sizes), None

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..folders import checkpoint
 from ..world.corpus import is_source
-from .registry import STAGES
+from . import registry
 
 
 def name_world(values: dict, names: list[str], base: str | None) -> None:
@@ -27,7 +27,7 @@ def world_of(folder: Path, wanted: str = "") -> str | None:
     while before and source is None and (at := Path(before).resolve()) not in seen:
         seen.add(at)  # a model that was tuned on files has a base, which may be itself as it was before
         sources, before = (), ""
-        for stage in STAGES:
+        for stage in registry.STAGES:
             with contextlib.suppress(UserError):
                 settings, _ = checkpoint.read_run(at, stage.Settings)
                 sources, before = settings.data, settings.init_from
