@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -36,18 +37,14 @@ def command_of(stage: type[Stage]) -> click.Command:
     options, data = list(_options(stage)), ", ".join(map(flag, _data(stage)))
     resume = f"Go on with the run there, with its settings. Where its data is now: {data}."
 
-    @click.command(stage.name, help=inspect.getdoc(stage))
-    @together([
+    decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
         out(stage.out or stage.name),
         click.option("--resume", metavar="FOLDER", help=resume),
         *EXTRA.get(stage.name, ()),
         *from_fields((option for option in options if option[0] not in FIRST), stage.defaults),
     ])  # fmt: skip
-    def run(**values) -> None:
-        _run(stage, options, values)
-
-    return run
+    return click.command(stage.name, help=inspect.getdoc(stage))(decorate(partial(_run, stage, options)))
 
 
 def _parts(stage: type[Stage]) -> dict[str, type]:
@@ -73,26 +70,42 @@ def _data(stage: type[Stage]) -> list[str]:
     return [name for name, *_ in fields(stage.Settings) if name == "data" or name.endswith("_data")]
 
 
-def _run(stage: type[Stage], options: list[tuple], values: dict) -> None:
+def _run(stage: type[Stage], options: list[tuple], **values) -> None:
+    """Begins a run or takes one up, and trains to the end, or until Ctrl-C."""
+    run = _begin_or_resume(stage, options, values)
+    settings, model = run.stage.settings, run.stage.model
+    total, trained = model.flat.size, model.trained.flat.size
+    beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
+    say(f"{total:,} weights{beside}{run.stage.about()}")
+    if run.stage.optimizer.steps >= settings.train.max_iters:
+        say(f"All {run.stage.optimizer.steps} updates of this run are made.")
+        if settings.stage in ("pretrain", "sft") and settings.has_model:
+            more = command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
+            say(f"To train on: {more}")
+    try:
+        run.stage.train(**runs.saving(run, progress(settings.train.max_iters)))
+    except KeyboardInterrupt:
+        say(f"\nStopped. To go on: {command(settings.stage, '--resume', str(run.folder))}")
+        sys.exit(130)
+    afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
+
+
+def _begin_or_resume(stage: type[Stage], options: list[tuple], values: dict) -> runs.Run:
     written, data, folder = given(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
         refuse(written - {"resume", *data}, "--resume takes all settings from its folder")
-        run = runs.resume(stage, Path(values["resume"]), **{name: values[name] for name in data})
-    else:
-        values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
-        _ask_for(options, values)
-        check(options, values, written)
-        if values.get("show"):
-            beforehand.show(values["init_from"], values["data"], values["show"])
-            return
-        settings = _settings(stage, values, written)
-        settings = beforehand.BEFOREHAND.get(stage.name, lambda settings, *_: settings)(
-            settings, folder, values["overwrite"]
-        )
-        run = runs.begin(stage.of(settings), folder, settings, values["overwrite"])
-    _train(run)
-    afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
+        return runs.resume(stage, Path(values["resume"]), **{name: values[name] for name in data})
+    values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
+    _ask_for(options, values)
+    check(options, values, written)
+    if values.get("show"):
+        beforehand.show(values["init_from"], values["data"], values["show"])
+        sys.exit()
+    settings = _settings(stage, values, written)
+    if stage.name in beforehand.BEFOREHAND:
+        settings = beforehand.BEFOREHAND[stage.name](settings, folder, values["overwrite"])
+    return runs.begin(stage.of(settings), folder, settings, values["overwrite"])
 
 
 def _ask_for(options: list[tuple], values: dict) -> None:
@@ -114,7 +127,7 @@ def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
         base = checkpoint.read_config(Path(values["init_from"]))
     else:
         base = PRESETS[values.get("preset", "nano")]
-        base = dataclasses.replace(base, block_size=values["block_size"] or base.block_size)
+        base = dataclasses.replace(base, block_size=values.get("block_size") or base.block_size)
     sizes = {name: values[name] for name in stage.sizes if values[name] is not None}
     model, adapter = dataclasses.replace(base, **sizes), None
     if values.get("adapter_folder"):
@@ -126,26 +139,9 @@ def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
             values["encoder_hidden"] = model.n_embd if values["adapter"] == "ptuning" else 0
         adapter = AdapterConfig(**chosen(AdapterConfig, values, stage.unused))
     stage.complete(values, written, model, adapter)
-    own = chosen(stage.Settings, values, stage.unused) | {"model": model, "adapter": adapter}
+    own = chosen(stage.Settings, values, stage.unused)
+    own |= {"model": model, "adapter": adapter, "block_size": values["block_size"]}
     for name, cls in _parts(stage).items():
         if name not in own:
             own[name] = cls(**chosen(cls, values, stage.unused))
     return stage.Settings(**own)
-
-
-def _train(run: runs.Run) -> None:
-    """Says what is trained, and on which data, and trains to the end, or until Ctrl-C."""
-    stage, settings, model = run.stage, run.stage.settings, run.stage.model
-    total, trained = model.flat.size, model.trained.flat.size
-    beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
-    say(f"{total:,} weights{beside}{stage.about()}")
-    if stage.optimizer.steps >= settings.train.max_iters:
-        say(f"All {stage.optimizer.steps} updates of this run are made.")
-        if settings.stage in ("pretrain", "sft") and settings.has_model:
-            more = command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
-            say(f"To train on: {more}")
-    try:
-        stage.train(**runs.saving(run, progress(settings.train.max_iters)))
-    except KeyboardInterrupt:
-        say(f"\nStopped. To go on: {command(settings.stage, '--resume', str(run.folder))}")
-        sys.exit(130)
