@@ -6,6 +6,7 @@ TINYGPT_FUZZ=10000 sets the number of mutated files.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -244,6 +245,46 @@ def test_files_that_are_no_safetensors(folder, content):
     refused(folder, str(folder))
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()
+
+
+def test_a_header_is_refused_where_the_library_refuses_it(tmp_path):
+    """Guards: overlaps, gaps, sizes that do not fit, numbers that are none: what a forger would try."""
+    library, rng = pytest.importorskip("safetensors"), random.Random(0)
+    odd = [-1, 1 << 63, 1 << 64, 0.5, True, None, "4", [], {}, 4.0]
+    path, verdicts = tmp_path / "a.safetensors", {True: 0, False: 0}
+    for _ in range(FUZZ * 5):
+        header, end = {}, 0
+        for name in "abc"[: rng.randint(0, 3)]:
+            dtype, shape = rng.choice(["F32", "F16", "I64", "BOOL"]), [rng.randint(0, 3), rng.randint(1, 2)]
+            begin, end = end, end + math.prod(shape) * tensorfile.SIZES[dtype]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        for tensor in header.values():
+            if rng.random() < 0.2:
+                key = rng.choice(list(tensor))
+                if rng.random() < 0.3:
+                    tensor[key] = rng.choice([*odd, "F99", [1, 2, 3], [4], "bf16"])
+                elif key != "dtype":
+                    tensor[key][rng.randrange(2)] = rng.choice([*odd, *range(9)])
+                else:
+                    tensor[key] = rng.choice(["F64", "U8", "BF16"])
+        if rng.random() < 0.1:
+            header["__metadata__"] = rng.choice([{"a": "b"}, {"a": 1}, [], None, "x"])
+        text = json.dumps(header).encode()
+        size = max(0, end + (rng.choice([-1, 0, 1, 4]) if rng.random() < 0.1 else 0))
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+        try:
+            with library.safe_open(path, "np"):
+                expected = True
+        except library.SafetensorError:
+            expected = False
+        try:
+            tensorfile.tensors(path)
+            verdict = True
+        except UserError:
+            verdict = False
+        assert verdict == expected, text
+        verdicts[verdict] += 1
+    assert min(verdicts.values()) > FUZZ
 
 
 @pytest.mark.parametrize(("removed", "words"), [

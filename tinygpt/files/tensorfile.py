@@ -1,7 +1,7 @@
 """The safetensors format: 8 bytes of length, a JSON header of that length, the tensors.
 
-Reading never trusts a file: the library checks that header, sizes and places fit each other and the file, and
-tensors are read part by part into memory that the caller has. Half precision becomes whole on the way.
+Reading never trusts a file: header, sizes and places must fit each other and the file, as the library has it.
+Tensors are read part by part into memory that the caller has. Half precision becomes whole on the way.
 
 Not here: names, which are `checkpoint`'s; other types than F32, F16 and BF16; big-endian machines.
 
@@ -9,12 +9,12 @@ Reference: https://github.com/huggingface/safetensors, "Format".
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from .jsonfile import MOST_BYTES, parse
@@ -26,6 +26,11 @@ TYPES = {  # as stored, and how that becomes numbers
     "F16": ("<f2", lambda values: values),
     "BF16": ("<u2", lambda values: (values.astype(np.uint32) << 16).view(np.float32)),  # the upper half
 }
+SIZES = {  # bytes of a number, of all types of the format
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2), **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}  # fmt: skip
 PART = 1 << 20  # numbers read at a time
 
 
@@ -72,13 +77,41 @@ def tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if length > MOST_BYTES:
                 raise ValueError(f"a header of {length:,} bytes")
             header = parse(file.read(length).decode())
-        with safe_open(path, "np"):
-            pass
-    except (SafetensorError, ValueError) as error:
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not (isinstance(metadata, dict) and all(type(text) is str for text in metadata.values())):
+            raise ValueError("the metadata are no texts")
+        _check(header, path.stat().st_size - 8 - length)
+    except ValueError as error:
         raise UserError(f"{path}: is no safetensors file, or damaged ({str(error)[:80]})") from None
-    metadata = header.pop("__metadata__", None) or {}
     offsets = {name: 8 + length + t["data_offsets"][0] for name, t in header.items()}
     return {n: Tensor(path, t["dtype"], tuple(t["shape"]), offsets[n]) for n, t in header.items()}, metadata
+
+
+def _check(header: dict, size: int) -> None:
+    """Raises ValueError unless the tensors fill `size` bytes, one behind the other, without gaps."""
+    places = []
+    for name, tensor in header.items():
+        if not (isinstance(tensor, dict) and {"dtype", "shape", "data_offsets"} <= tensor.keys()):
+            raise ValueError(f"{name} is not described")
+        dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not lists or any(type(n) is not int or not 0 <= n < 1 << 64 for n in (*shape, *offsets)):
+            raise ValueError(f"{name} has a shape or a place that is none")
+        if not isinstance(dtype, str) or dtype not in SIZES:
+            raise ValueError(f"{name} has a type that is none")
+        if offsets[1] - offsets[0] != math.prod(shape) * SIZES[dtype]:
+            raise ValueError(f"{name} has a shape that does not fit its bytes")
+        places.append(tuple(offsets))
+    end = 0
+    for begin, after in sorted(places):
+        if begin != end:
+            raise ValueError("tensors overlap, or there are gaps")
+        end = after
+    if end != size:
+        raise ValueError(f"{size} bytes of tensors instead of {end}")
 
 
 def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
