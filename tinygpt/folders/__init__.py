@@ -1,0 +1,1 @@
+"""What is saved: models, adapters, runs."""

@@ -1,0 +1,1 @@
+"""All stages on the synthetic world, measured."""

@@ -1,0 +1,1 @@
+"""Text becomes numbers, and numbers become text."""
