@@ -47,6 +47,7 @@ static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
     const struct layernorm_parts *t = args;
     const struct layernorm_backward *a = t->a;
     const size_t C = a->C;
+    const int sums = a->dg || a->db; /* a frozen norm has none */
     for (size_t part = begin; part < end; part++) {
         real *dg = t->dg + part * C, *db = t->db + part * C;
         memset(dg, 0, C * sizeof(real));
@@ -59,6 +60,8 @@ static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
                 const vec dxhat = dy * load_n(a->g + c, C - c, 0);
                 ones += dxhat;
                 along += dxhat * xhat;
+                if (!sums)
+                    continue;
                 store_n(dg + c, load_n(dg + c, C - c, 0) + dy * xhat, C - c);
                 store_n(db + c, load_n(db + c, C - c, 0) + dy, C - c);
             }
@@ -84,7 +87,7 @@ static void layernorm_backward(const void *args)
     real *db = dg + MOST_PARTS * C;
     const struct layernorm_parts t = {a, dg, db, rows};
     parallel(layernorm_backward_parts, &t, parts, 1 + 4096 / (rows * C + 1));
-    for (size_t c = 0; c < C; c++) {
+    for (size_t c = 0; c < C && (a->dg || a->db); c++) {
         real g = 0, b = 0;
         for (size_t part = 0; part < parts; part++) {
             g += dg[part * C + c];
