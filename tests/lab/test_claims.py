@@ -143,7 +143,7 @@ def test_a_claim_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch
     saved = json.loads((tmp_path / "claims.json").read_text())  # of all seeds that were ever measured
     assert {number: list(saved[number]["seeds"]) for number in saved} == {"98": ["2"], "99": ["1", "2"]}
     assert saved["99"]["estimates"]["effect"]["n"] == 2
-    monkeypatch.setattr(claims.Lab, "kept", lambda lab, name, *how: {"effect": 3.0})
+    monkeypatch.setattr(claims.Lab, "measurement", lambda lab, name, *how: {"effect": 3.0})
     monkeypatch.setattr(recipes, "SFT", recipes.SFT | {"max_iters": 7})  # of another recipe
     CliRunner().invoke(main, ["claims", "99", "--seed", "5", "--out", str(tmp_path)])
     assert list(json.loads((tmp_path / "claims.json").read_text())["99"]["seeds"]) == ["5"]

@@ -256,8 +256,8 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
         facts = [fact for fact in facts if fact not in others]
         places.add(text.split(". ").index(others[0]) if rival else 0)
         words = last.removeprefix(f"{person.name} ")
-        assert words in attributes[a].told and not any(f" {words} " in fact for fact in facts)
-        told = [fact for fact in facts if any(f" {t} " in fact for t in attributes[a].told)]
+        assert words in attributes[a].wordings and not any(f" {words} " in fact for fact in facts)
+        told = [fact for fact in facts if any(f" {t} " in fact for t in attributes[a].wordings)]
         values = {next(v for v in attributes[a].values if fact.endswith(f" {v}")) for fact in told}
         mine = attributes[a].values[person.values[a]]
         assert len(told) == repeats and len(facts) == repeats + 2 and len(values) == 1
@@ -265,7 +265,7 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
         for other in others:  # the same kind of fact about somebody else, with another value
             assert any(other.startswith(f"{p.name} ") for p in people)
             (value,) = (v for v in attributes[a].values if other.endswith(f" {v}"))
-            assert any(f" {t} " in other for t in attributes[a].told) and value not in values
+            assert any(f" {t} " in other for t in attributes[a].wordings) and value not in values
         nats += attributes[a].values.index(*values) - person.values[a]
     assert found.nats == pytest.approx(nats / len(asked))
     assert len(places) == (repeats + 3 if rival else 1)  # it stands anywhere before the question

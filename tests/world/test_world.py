@@ -51,7 +51,8 @@ HASHES = {
 
 
 def tiny(longest: int = 2) -> World:
-    return World(3, lexicon=TINY, known={2: {"eval": 1}, 1: {"eval": 1}}, never={"eval": 1}, longest=longest)
+    exposures = {2: {"eval": 1}, 1: {"eval": 1}}
+    return World(3, lexicon=TINY, exposures=exposures, never={"eval": 1}, longest=longest)
 
 
 def take(world: World, count: int, stream: int = CORPUS) -> list[tuple[str, str]]:
@@ -353,7 +354,7 @@ def test_completions_are_well_formed_and_right_and_others_are_not():
     name, end = summary["meta"]["about"][0], summary["meta"]["answer"]
     other = WORLD.people("never", "eval")[0].name
     assert other != name
-    first, *_, last = next(a for a in WORLD.lexicon.attributes if end in a.values).told
+    first, *_, last = next(a for a in WORLD.lexicon.attributes if end in a.values).wordings
     wrong = [f"{other} {first} {end}.", f"{name} {first}.", f"{name} is {end}.", f"{name} {first} x {end}."]
     for text, expected in [(f"{name} {last} {end}.", 1), *((text, 0) for text in wrong)]:
         assert evaluate.score(WORLD, [summary], [Answer(text, True)]).right.rate == expected, text

@@ -208,7 +208,7 @@ def _rloo(size: str) -> Callable[[], object]:
     how = rlhf.Config(num_prompts=prompts, num_generations=answers, max_new_tokens=new)
     learner = rlhf.Trainer(
         optimizer, model.copy(), tokens, how, [(str(n), ids) for n, ids in enumerate(spoken)],
-        lambda questions, said: np.array([float(len(text)) for text in said]),
+        lambda questions, replies: np.array([float(len(text)) for text in replies]),
     )  # fmt: skip
 
     def step() -> None:

@@ -113,13 +113,13 @@ def layer_pair(layer: object, make_inputs: MakeInputs) -> Pair:
         if kind != "float64":
             raise UserError(f"params[{n!r}] is {kind}: params must be a dict of float64 arrays")
     params = {f"grads[{n!r}]": p for n, p in layer.params.items()}
-    kept = {n: p.copy() for n, p in params.items()}
+    originals = {n: p.copy() for n, p in params.items()}
     names: dict = {}  # the inputs by name, without the parameters
 
     def inputs(rng: np.random.Generator) -> dict:
         names.clear()
         names.update(named(layer.forward, make_inputs(rng)))
-        return names | {n: p * (1 + 0.05 * rng.uniform(-1, 1, p.shape)) for n, p in kept.items()}
+        return names | {n: p * (1 + 0.05 * rng.uniform(-1, 1, p.shape)) for n, p in originals.items()}
 
     def forward(**values):
         for n, p in params.items():

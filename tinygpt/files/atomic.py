@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block raises, `path` stays as it was and what was written is removed. What a kill leaves behind,
     `.NAME.*.part`, the next process that locks the folder removes. Raises what `writing` raises.
     """
-    beside, kept = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"), False
+    beside, is_step = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"), False
     steps = _steps.get(path.parent.resolve())
     try:
         with writing(path):
@@ -42,13 +42,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield beside
             sync(beside)
-            if kept := steps is not None:
+            if is_step := steps is not None:
                 steps.append((beside.name, path.name))
             else:
                 os.replace(beside, path)
                 sync(path.parent)  # the new name itself
     finally:
-        if not kept:
+        if not is_step:
             beside.unlink(missing_ok=True)
 
 

@@ -126,10 +126,10 @@ def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Ada
     for name, allowed in _SUPPORTED.items():
         if name in raw and raw[name] not in allowed:
             raise UserError(f"{where}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
-    found, metadata = tensorfile.tensors(folder / WEIGHTS)
+    weights, metadata = tensorfile.tensors(folder / WEIGHTS)
     if "base_sha256" in metadata:
         check_base(model, metadata["base_sha256"], folder, base)
-    return (_load_lora if kind == "lora" else _load_prompt)(folder, model, kind, raw, found)
+    return (_load_lora if kind == "lora" else _load_prompt)(folder, model, kind, raw, weights)
 
 
 def _config(raw: dict, where: Path, names: dict[str, str], **more) -> AdapterConfig:
@@ -137,10 +137,10 @@ def _config(raw: dict, where: Path, names: dict[str, str], **more) -> AdapterCon
     return checkpoint.from_json(AdapterConfig, values | more, str(where))
 
 
-def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapted:
+def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:
     pattern = r"(?:base_model\.model\.)?(?:transformer\.)?(.+\.lora_[AB])(?:\.default)?\.weight"
     tensors = {}
-    for name, tensor in found.items():
+    for name, tensor in weights.items():
         match = re.fullmatch(pattern, name)
         if not match:
             raise UserError(f"{folder}: the tensor {short(name)} is no part of a LoRA")
@@ -156,12 +156,12 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, 
     return _read_into(config, model, tensors, folder / WEIGHTS)
 
 
-def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, found: dict[str, Tensor]) -> Adapted:
+def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
-    _check(found, {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}, folder / WEIGHTS)
+    _check(weights, {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}, folder / WEIGHTS)
     plain = beside(model, config)
-    found["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
+    weights["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
     if not (folder / ENCODER).is_file():
         return plain
     tensors, _ = tensorfile.tensors(folder / ENCODER)
@@ -185,14 +185,14 @@ def _read_into(config: AdapterConfig, model: GPT, tensors: dict[str, Tensor], wh
     return other
 
 
-def _check(found: dict[str, Tensor], wanted: dict[str, tuple], where: Path) -> None:
-    for name in [*wanted, *found]:
-        if name not in found:
+def _check(tensors: dict[str, Tensor], shape_of: dict[str, tuple], where: Path) -> None:
+    for name in [*shape_of, *tensors]:
+        if name not in tensors:
             raise UserError(f"{where}: has no tensor for {name}, which {ADAPTER_CONFIG} calls for")
-        if name not in wanted:
+        if name not in shape_of:
             raise UserError(f"{where}: the tensor {short(name)} belongs nowhere in this model")
-        if found[name].shape != wanted[name]:
-            shapes = f"{found[name].shape}, not {wanted[name]}"
+        if tensors[name].shape != shape_of[name]:
+            shapes = f"{tensors[name].shape}, not {shape_of[name]}"
             raise UserError(f"{where}: {name} has shape {shapes}: it is for another model")
 
 

@@ -106,8 +106,8 @@ def read_config(folder: Path) -> GPTConfig:
         base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
         raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
     if not path.is_file():
-        found = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
-        inside = f"; there are models in {', '.join(str(p.parent) for p in found[:9])}" * bool(found)
+        paths = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
+        inside = f"; there are models in {', '.join(str(p.parent) for p in paths[:9])}" * bool(paths)
         raise UserError(f"{folder}: has no {CONFIG}: it is not a model's folder{inside}")
     raw = read_object(path)
     kind = raw.get("model_type")
@@ -203,14 +203,14 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     if bool(config.num_labels) != judge:
         kinds = "a model that writes", "a reward model, which judges answers"
         raise UserError(f"{folder}: has {kinds[not judge]}; here {kinds[judge]} is needed")
-    found = _tensors_of(folder)
-    head = found.pop("lm_head.weight", None)
-    _check_shapes(found, config, folder)
+    tensors = _tensors_of(folder)
+    head = tensors.pop("lm_head.weight", None)
+    _check_shapes(tensors, config, folder)
     tokenizer = tokenizers.load(folder)
     check_vocabulary(tokenizer, config, folder)
     model = build(config)
     for name, p in model.params.items():
-        found[_their_name(name, config)].read(p)
+        tensors[_their_name(name, config)].read(p)
     if head is not None and not head.equals(model.params["wte.weight"]):
         raise UserError(f"{folder}: lm_head.weight is not the token table: only a tied head is supported")
     return model, tokenizer
@@ -252,15 +252,15 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and Path(value).name == value
 
 
-def _check_shapes(found: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
-    wanted = {_their_name(name, config): shape for name, shape in config.shapes().items()}
-    for name in [*wanted, *found]:
-        if name not in found:
+def _check_shapes(tensors: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
+    shapes = {_their_name(name, config): shape for name, shape in config.shapes().items()}
+    for name in [*shapes, *tensors]:
+        if name not in tensors:
             raise UserError(f"{folder}: has no tensor {name}, which {CONFIG} calls for")
-        if name not in wanted:
+        if name not in shapes:
             raise UserError(f"{folder}: the tensor {short(name)} is no part of the model in {CONFIG}")
-        if found[name].shape != wanted[name]:
-            raise UserError(f"{folder}: {name} has shape {found[name].shape}, by {CONFIG} {wanted[name]}")
+        if tensors[name].shape != shapes[name]:
+            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, by {CONFIG} {shapes[name]}")
 
 
 # --- trainer.safetensors ------------------------------------------------------------------------------------

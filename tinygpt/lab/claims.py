@@ -69,7 +69,7 @@ def patterns_and_knowledge(lab: Lab) -> Numbers:
     chance = evaluate.chance(world)
     return {
         "loss above the floor, worst kind but retrieval, nats": max(
-            found.gap for kind, found in gaps.items() if kind not in ("retrieval", "all")
+            gap.gap for kind, gap in gaps.items() if kind not in ("retrieval", "all")
         ),
         "loss above the floor, retrieval": gaps["retrieval"].gap,
         "loss above the floor, all": gaps["all"].gap,
@@ -106,12 +106,12 @@ def _distance(before: GPT, after: GPT) -> float:
 
 def _directions(before: GPT, after: GPT) -> float:
     """Of the maps of all blocks, the mean number of singular values that hold 90% of the squared change."""
-    found = []
+    counts = []
     for name, p in before.params.items():
         if p.ndim == 2 and name.startswith("h."):
             energy = np.cumsum(np.square(np.linalg.svd(after.params[name] - p, compute_uv=False)))
-            found.append(1 + int(np.searchsorted(energy, 0.9 * energy[-1])))
-    return float(np.mean(found))
+            counts.append(1 + int(np.searchsorted(energy, 0.9 * energy[-1])))
+    return float(np.mean(counts))
 
 
 @claim(
@@ -125,11 +125,11 @@ def parametric_memory(lab: Lab) -> Numbers:
     for person in world.everyone:
         if person.weight > 0:
             groups.setdefault(person.weight, []).append(person)
-    found = {weight: evaluate.recall(lab.base, lab.tokenizer, world, people)
+    recalls = {weight: evaluate.recall(lab.base, lab.tokenizer, world, people)
              for weight, people in groups.items()}  # fmt: skip
-    rates = {weight: recall.rate().rate for weight, recall in found.items()}
-    facts, nats = zip(*((len(r.right), r.nats.sum()) for r in found.values()), strict=True)
-    wordings = sum(len(a.told) for a in world.lexicon.attributes) / len(world.lexicon.attributes)
+    rates = {weight: recall.rate().rate for weight, recall in recalls.items()}
+    facts, nats = zip(*((len(r.right), r.nats.sum()) for r in recalls.values()), strict=True)
+    wordings = sum(len(a.wordings) for a in world.lexicon.attributes) / len(world.lexicon.attributes)
     guess = np.mean([math.log(len(a.values)) for a in world.lexicon.attributes])
     bits = (sum(facts) * guess - sum(nats)) / wordings / math.log(2)
     other, tokenizer = lab.pretrained("permuted", f"world:{lab.seed}:permuted")
@@ -149,16 +149,16 @@ def parametric_memory(lab: Lab) -> Numbers:
 @claim(4, "Adapters such as LoRA can be used while pre-training")
 def adapters_in_pretraining(lab: Lab) -> Numbers:
     """No limit: loss above full pre-training at equal tokens, by rank, and with merging ten times."""
-    full, found = evaluate.gaps(lab.base, lab.tokenizer, lab.world)["all"].gap, {}
+    full, numbers = evaluate.gaps(lab.base, lab.tokenizer, lab.world)["all"].gap, {}
     arms = [(rank, 0) for rank in (4, 16, 64)] + [(16, lab.pretraining["max_iters"] // 10)]
     for rank, merge_every in arms:
         name = f"rank {rank}" + ", merged ten times" * bool(merge_every)
         config = AdapterConfig("lora", rank=rank, alpha=float(rank), full=True)
         model, tokenizer = lab.pretrained(name.replace(" ", "-"), adapter=config, merge_every=merge_every)
         gap = evaluate.gaps(model, tokenizer, lab.world)["all"].gap
-        found[f"nats above full training, {name}"] = gap - full
-        found[f"recall of facts told often, {name}"] = lab.recall(model, lab.world.people("known"))
-    return found
+        numbers[f"nats above full training, {name}"] = gap - full
+        numbers[f"recall of facts told often, {name}"] = lab.recall(model, lab.world.people("known"))
+    return numbers
 
 
 @claim(
@@ -198,7 +198,7 @@ def zero_shot(lab: Lab) -> Numbers:
     ("a false step changes the answer", ">=", 0.8),
 )  # fmt: skip
 def chain_of_thought(lab: Lab) -> Numbers:
-    world, found, rates = lab.world, {}, {}
+    world, numbers, rates = lab.world, {}, {}
     problems = {k: tasks.distinct(tasks.journeys(world, "eval", k, 4000))[:1000] for k in range(1, 6)}
     items = {style: tasks.journeys(world, "sft", range(1, 6), 1000, style)
              for style in ("direct", "filler", "shuffled", "steps")}  # fmt: skip
@@ -213,12 +213,12 @@ def chain_of_thought(lab: Lab) -> Numbers:
     ):
         model = lab.tune(items[style], max_iters=times, learning_rate=5e-4)
         rates[name] = [lab.score(model, problems[k]).right.rate for k in problems]
-        found |= {f"{name}: right, {k} rides": rate for k, rate in zip(problems, rates[name], strict=True)}
+        numbers |= {f"{name}: right, {k} rides": rate for k, rate in zip(problems, rates[name], strict=True)}
     hard = [item for k in (3, 4, 5) for item in problems[k]]
     changed, followed = evaluate.corrupted(model, lab.tokenizer, world, hard)
     best = np.max([rates[name] for name in rates if name != "step by step"], axis=0)
     gain = float((rates["step by step"] - best)[2:].min())
-    return found | {
+    return numbers | {
         "right, above the best control, least of 3 to 5 rides": gain,
         "a false step changes the answer": changed.rate if changed.n else 0.0,  # none was right before
         "to what follows from that step": followed.rate if followed.n else 0.0,
@@ -233,12 +233,12 @@ def chain_of_thought(lab: Lab) -> Numbers:
 def falsehoods(lab: Lab) -> Numbers:
     """Without refusals in the tuning nearly all answers are false already, and nothing could rise: 300 are in
     all arms with unknown facts. (That of other claims has 40 refusals, and 160 unknown facts.)"""
-    name, found = "questions, never seen", {}
-    found["base, asked"] = lab.score(lab.base, name).falsehood.rate
+    name, numbers = "questions, never seen", {}
+    numbers["base, asked"] = lab.score(lab.base, name).falsehood.rate
     never = evaluate.recall(lab.base, lab.tokenizer, lab.world, lab.world.people("never", "eval"))
-    found["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
+    numbers["base, completing a sentence: likeliest value false"] = 1 - never.rate().rate
     plain = lab.tune(tasks.tuning(lab.world, refused=0, answered=0))
-    found["false about people never seen"] = lab.score(plain, name).falsehood.rate
+    numbers["false about people never seen"] = lab.score(plain, name).falsehood.rate
     more = tasks.questions(lab.world, lab.world.people("known", "rl"))
     rates = {}
     for title, facts, beside in (("no", 0, []), ("300", 300, []), ("600", 600, []), ("600 known", 0, more)):
@@ -246,14 +246,14 @@ def falsehoods(lab: Lab) -> Numbers:
         model = lab.tune(taught + beside)
         rates[title] = lab.score(model, name).falsehood.rate
         arm = f"tuned with 300 refusals and {title} " + ("facts more" if beside else "unknown facts")
-        found[f"{arm}: false"] = rates[title]
-        found[f"{arm}: known people right"] = lab.score(model, "questions, known").right.rate
+        numbers[f"{arm}: false"] = rates[title]
+        numbers[f"{arm}: known people right"] = lab.score(model, "questions, known").right.rate
         if facts:
             unknown = [item for item in taught if item["meta"].get("exposure") == 0]
             unknown = [item for item in unknown if item["completion"] != tasks.REFUSAL]
-            found[f"{arm}: these answered right"] = lab.score(model, unknown).right.rate
-    return found | {
-        "fall by refusals in the tuning": found["false about people never seen"] - rates["no"],
+            numbers[f"{arm}: these answered right"] = lab.score(model, unknown).right.rate
+    return numbers | {
+        "fall by refusals in the tuning": numbers["false about people never seen"] - rates["no"],
         "rise with unknown facts in the tuning": rates["600"] - rates["no"],
         "rise with unknown facts, above that with known ones": rates["600"] - rates["600 known"],
     }
@@ -268,24 +268,24 @@ def taught_judge(lab: Lab) -> Numbers:
     """Held out are people of whom no comparison was; one label in ten is a slip. A judge may prefer "I do not
     know." to any value by chance, and so be right or wrong in most pairs: not so where both are values."""
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
-    pairs, found = lab.comparisons(people, 3000, error=0.0), {}
+    pairs, numbers = lab.comparisons(people, 3000, error=0.0), {}
     labelled = lab.comparisons(reward.taught_by(lab.world), lab.judging["comparisons"])
     for count in (300, 1000, 3000):
         few = reward.judged(lab.teach(labelled[:count]), pairs)
-        found[f"right, of what is true, {count} labels"] = few.right.rate
-        found |= {f"{kind}, {count} labels": rate.rate for kind, rate in few.by_kind.items()}
+        numbers[f"right, of what is true, {count} labels"] = few.right.rate
+        numbers |= {f"{kind}, {count} labels": rate.rate for kind, rate in few.by_kind.items()}
     full = reward.judged(lab.judge, pairs)
     slips = reward.judged(lab.judge, lab.comparisons(people, 3000))  # it is as sure as labels like its own
-    found |= {"right, of what is true": full.right.rate, "margin": full.margin}
-    found["calibration"] = slips.calibration
-    found |= {kind: rate.rate for kind, rate in full.by_kind.items()}
+    numbers |= {"right, of what is true": full.right.rate, "margin": full.margin}
+    numbers["calibration"] = slips.calibration
+    numbers |= {kind: rate.rate for kind, rate in full.by_kind.items()}
     hard = [rate.rate for kind, rate in full.by_kind.items() if "garbled" not in kind]
-    found["right, mean over kinds of pairs without a garbled answer"] = float(np.mean(hard))
-    found["agreement with labels, over the ceiling"] = slips.agreed / slips.labels_right
+    numbers["right, mean over kinds of pairs without a garbled answer"] = float(np.mean(hard))
+    numbers["agreement with labels, over the ceiling"] = slips.agreed / slips.labels_right
     shuffled = lab.teach(lab.comparisons(reward.taught_by(lab.world), len(labelled), error=0.5))
     nothing = abs(reward.judged(shuffled, pairs).by_kind["right over wrong"].rate - 0.5)
-    found["taught by shuffled labels: right over wrong, distance from a half"] = nothing
-    return found
+    numbers["taught by shuffled labels: right over wrong, distance from a half"] = nothing
+    return numbers
 
 
 @claim(
@@ -302,9 +302,9 @@ def steered(lab: Lab) -> Numbers:
     strangers = lab.sets["questions, never seen"]
 
     def measured(model: GPT) -> tuple[float, float, float]:
-        said = evaluate.ask(model, lab.tokenizer, strangers)
-        false = evaluate.score(lab.world, strangers, said).falsehood.rate
-        refused = float(np.mean([answer.text == tasks.REFUSAL for answer in said]))
+        answers = evaluate.ask(model, lab.tokenizer, strangers)
+        false = evaluate.score(lab.world, strangers, answers).falsehood.rate
+        refused = float(np.mean([answer.text == tasks.REFUSAL for answer in answers]))
         return false, refused, lab.score(model, "questions, known").right.rate
 
     false, refused, right = measured(lab.tuned)
@@ -348,22 +348,22 @@ def steered(lab: Lab) -> Numbers:
 )  # fmt: skip
 def base_untouched(lab: Lab) -> Numbers:
     ids = instructions.prompt(lab.tokenizer, lab.sets["questions, known"][0]["prompt"])[None]
-    before, untuned, found = fingerprint(lab.base), lab.base.forward(ids)[0].copy(), {}
+    before, untuned, values = fingerprint(lab.base), lab.base.forward(ids)[0].copy(), {}
     changed, off = 0, 0.0
     for name in ("LoRA rank 1", "p-tuning, 16 tokens"):
         config, rates = ARMS[name]
         model = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, max_iters=200, learning_rate=rates[1])
         trained, added = _sizes(model)
-        found |= {f"{name}: share of weights": added, f"{name}: share of weights, with its encoder": trained}
+        values |= {f"{name}: share of weights": added, f"{name}: share of weights, with its encoder": trained}
         changed += fingerprint(model) != before
         if config.kind == "lora":
             tuned = model.forward(ids)[0].copy()
             merged = variants.merge(model).forward(ids)[0]
-            found["change of logits by merging, over the largest"] = float(
+            values["change of logits by merging, over the largest"] = float(
                 abs(merged - tuned).max() / abs(tuned).max()
             )
         off = max(off, float(abs(model.base.forward(ids)[0] - untuned).max()))
-    return found | {
+    return values | {
         "weights of the base that changed": changed, "change of logits with the adapter off": off
     }  # fmt: skip
 
@@ -401,11 +401,11 @@ def less_dramatic(lab: Lab) -> Numbers:
     """Tuned to the tasks and to 200 new facts at once. A fact is tested in a wording it was not taught in.
     RLHF is that of claim 10, by an adapter of the tuned model too."""
     people, world = lab.world.people("never", "sft")[:50], lab.world
-    asked = {n: [] for n in range(5)}
+    questions = {n: [] for n in range(5)}
     for n, item in enumerate(tasks.questions(world, people)):
-        asked[n % 5].append(item)  # five wordings of each
-    items = tasks.tuning(world, "sft", 0, 0) + asked[0] + asked[1] + asked[2]
-    known = world.people("known", "eval")
+        questions[n % 5].append(item)  # five wordings of each
+    items = tasks.tuning(world, "sft", 0, 0) + questions[0] + questions[1] + questions[2]
+    known_people = world.people("known", "eval")
 
     def measure(name: str, rate: float) -> Numbers:
         model = lab.tune(items, ARMS[name][0], learning_rate=rate)
@@ -413,22 +413,22 @@ def less_dramatic(lab: Lab) -> Numbers:
         trained, added = _sizes(model)
         values = tasks.questions(world, world.people("known", "val"))
         return {
-            "chosen by": lab.score(model, values).right.rate + lab.score(model, asked[3]).right.rate,
+            "chosen by": lab.score(model, values).right.rate + lab.score(model, questions[3]).right.rate,
             "weights trained": trained,
             "weights added": added,
             "form": float(np.mean([score.formed.rate for score in scores.values()])),
             "right about known people": scores["questions, known"].right.rate,
-            "new facts": lab.score(model, asked[4]).right.rate,
-            "forgotten": lab.recall(lab.base, known) - lab.recall(model, known),
+            "new facts": lab.score(model, questions[4]).right.rate,
+            "forgotten": lab.recall(lab.base, known_people) - lab.recall(model, known_people),
             "learning rate": rate,
         }
 
     def mended(config: AdapterConfig | None, rate: float) -> Numbers:
         model = lab.steer(lab.judge, config, learning_rate=rate)[0] if config else lab.steered
-        known, strange = (tasks.questions(world, world.people(kind, "val")) for kind in ("known", "never"))
+        facts, strange = (tasks.questions(world, world.people(kind, "val")) for kind in ("known", "never"))
         mine, before = (lab.score(m, "questions, never seen").falsehood.rate for m in (model, lab.tuned))
         return {
-            "chosen by": lab.score(model, known).right.rate - lab.score(model, strange).falsehood.rate,
+            "chosen by": lab.score(model, facts).right.rate - lab.score(model, strange).falsehood.rate,
             "made-up answers that RLHF mends": before - mine,
             "right about known people after RLHF": lab.score(model, "questions, known").right.rate,
         }
@@ -437,16 +437,16 @@ def less_dramatic(lab: Lab) -> Numbers:
     steered = {"all weights": (lab.steering["learning_rate"],), "LoRA rank 1": (5e-4, 1.5e-3)}
     trials += [("RLHF ", name, rate, partial(mended, ARMS[name][0], rate))
                for name in steered for rate in steered[name]]  # fmt: skip
-    found: Numbers = {}
+    result: Numbers = {}
     swept: dict[tuple, list[Numbers]] = {}
     for stage, name, rate, make in trials:
-        swept.setdefault((stage, name), []).append(lab.kept(f"12 {stage}{name} {rate:g}", make))
+        swept.setdefault((stage, name), []).append(lab.measurement(f"12 {stage}{name} {rate:g}", make))
     for (_, name), arm in swept.items():
         best = max(arm, key=lambda numbers: numbers["chosen by"])
-        found |= {f"{key}: {name}": value for key, value in best.items() if key != "chosen by"}
+        result |= {f"{key}: {name}": value for key, value in best.items() if key != "chosen by"}
     for key, name in (need[0].split(": all weights less ") for need in CLAIMS[12].needs):
-        found[f"{key}: all weights less {name}"] = found[f"{key}: all weights"] - found[f"{key}: {name}"]
-    return found
+        result[f"{key}: all weights less {name}"] = result[f"{key}: all weights"] - result[f"{key}: {name}"]
+    return result
 
 
 @claim(
@@ -459,7 +459,7 @@ def few_weights(lab: Lab) -> Numbers:
     the base with examples. Their number and form are chosen on the people of "val". Copied: of wrong answers
     after 8 examples those that are an answer of the examples."""
     config, rates = ARMS["p-tuning, 16 tokens"]
-    model, found = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=rates[1]), {}
+    model, numbers = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=rates[1]), {}
 
     def fitting(model: GPT, shots: int, style: str, split: str) -> list[fewshot.Prompt]:
         """None at all where most do not fit."""
@@ -474,16 +474,16 @@ def few_weights(lab: Lab) -> Numbers:
     forms = [(shots, style) for shots in (0, 1, 2, 4, 8) for style in ("table", "arrow", "colon", "lines")]
     best = max(forms, key=lambda form: right(lab.base, *form, "val"))
     for shots in (0, 1, 2, 4, 8):
-        found[f"right: base, {shots} examples, {best[1]}"] = right(lab.base, shots, best[1], "eval")
+        numbers[f"right: base, {shots} examples, {best[1]}"] = right(lab.base, shots, best[1], "eval")
     tuned, most = right(model, 0, "chat", "eval"), right(lab.base, *best, "eval")
     eight = fitting(lab.base, 8, best[1], "eval")
-    said = zip(fewshot.chosen(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
-    wrong = [any(a == answer for _, answer in p.examples) for a, p in said if a != p.answer]
-    return found | {
+    pairs = zip(fewshot.chosen(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
+    wrong = [any(a == answer for _, answer in p.examples) for a, p in pairs if a != p.answer]
+    return numbers | {
         "right: p-tuned prompt": tuned,
         "examples of the best prompt": best[0],
         "copied": float(np.mean(wrong)) if wrong else 0.0,
-        "right: p-tuned prompt less 8 examples": tuned - found[f"right: base, 8 examples, {best[1]}"],
+        "right: p-tuned prompt less 8 examples": tuned - numbers[f"right: base, 8 examples, {best[1]}"],
         "right: p-tuned prompt less the best prompt of up to 8 examples": tuned - most,
     }
 
@@ -495,12 +495,12 @@ def few_weights(lab: Lab) -> Numbers:
 )  # fmt: skip
 def no_update(lab: Lab) -> Numbers:
     """Ten thousand prompts with examples, between two times the same thousand questions without."""
-    mark, shown = fingerprint(lab.base), fewshot.mappings(lab.world, 8, 10_000)
-    bare = [prompt._replace(examples=()) for prompt in shown[:1000]]
+    mark, prompts = fingerprint(lab.base), fewshot.mappings(lab.world, 8, 10_000)
+    bare = [prompt._replace(examples=()) for prompt in prompts[:1000]]
     before = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
-    with_context = fewshot.accuracy(lab.base, lab.tokenizer, shown).rate
+    with_context = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
     after = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
-    right = [sum(a == p.answer for a, p in zip(said, bare, strict=True)) for said in (before, after)]
+    right = [sum(a == p.answer for a, p in zip(answers, bare, strict=True)) for answers in (before, after)]
     return {
         "weights that changed": float(fingerprint(lab.base) != mark),
         "right after the context is gone, less before": abs(right[1] - right[0]) / len(bare),
@@ -518,19 +518,19 @@ SHOTS = (0, 1, 2, 4, 8, 16)
     ("right after 16 examples with shuffled labels", "<=", 0.3),
 )  # fmt: skip
 def by_the_prompt(lab: Lab) -> Numbers:
-    found, short = {}, []
+    numbers, short = {}, []
     for control in ("", *fewshot.CONTROLS):
         for shots in SHOTS:
             prompts = fewshot.mappings(lab.world, shots, 1000, control)
             right = fewshot.accuracy(lab.base, lab.tokenizer, prompts).rate
-            found[f"right, {shots} examples{', ' * bool(control)}{control}"] = right
+            numbers[f"right, {shots} examples{', ' * bool(control)}{control}"] = right
             if control in ("", "unseen"):
                 best = float(np.mean([prompt.optimal for prompt in prompts]))
-                found[f"best possible, {shots} examples{', ' * bool(control)}{control}"] = best
+                numbers[f"best possible, {shots} examples{', ' * bool(control)}{control}"] = best
                 short.append(right - best)
-    return found | {
+    return numbers | {
         "right, less the best possible, worst number of examples": min(short),
-        "right after 16 examples with shuffled labels": found["right, 16 examples, shuffled"],
+        "right after 16 examples with shuffled labels": numbers["right, 16 examples, shuffled"],
     }
 
 
@@ -552,9 +552,9 @@ BEGUN = 0.15  # the first of these that has read anything else
 
 def _curves(lab: Lab) -> dict[float, list[float]]:
     """The same along pre-training."""
-    found = {share: lab.kept(f"few-shot at {share:.0%}", partial(_few_shot, lab, model))
+    rates = {share: lab.measurement(f"few-shot at {share:.0%}", partial(_few_shot, lab, model))
              for share, model in lab.snapshots(PLACES)}  # fmt: skip
-    return {share: list(right.values()) for share, right in found.items()}
+    return {share: list(right.values()) for share, right in rates.items()}
 
 
 @claim(
@@ -578,7 +578,7 @@ def short_prompts(lab: Lab) -> Numbers:
 def some_pretraining(lab: Lab) -> Numbers:
     """Learned: right after 8 examples, above the quarter of whoever says any of the prompt's four labels. The
     heads for it come before all else, which is by design: the corpus begins with refrains."""
-    eight, known = SHOTS.index(8), lab.world.people("known")
+    eight, people = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - 1 / 4 for share, right in _curves(lab).items()}
     heads = {share: float(recall.induction_scores(model, lab.words).max())
              for share, model in lab.snapshots(PLACES)}  # fmt: skip
@@ -589,8 +589,8 @@ def some_pretraining(lab: Lab) -> Numbers:
         **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
         f"learned from 8 examples, all of pre-training less {BEGUN:.0%}": gain[1.0] - gain[BEGUN],
         "learned from 8 examples, less by one layer": gain[1.0] - (one[eight] - 1 / 4),
-        "one layer: recall of facts told often": lab.recall(flat, known),
-        "four layers: recall of facts told often": lab.recall(lab.base, known),
+        "one layer: recall of facts told often": lab.recall(flat, people),
+        "four layers: recall of facts told often": lab.recall(lab.base, people),
     }
 
 
@@ -600,19 +600,19 @@ def some_pretraining(lab: Lab) -> Numbers:
     ("right, all of tuning less a tenth", ">=", 0.02),
 )  # fmt: skip
 def each_stage(lab: Lab) -> Numbers:
-    items, updates, found = tasks.tuning(lab.world), lab.tuning["max_iters"], {}
+    items, updates, rates = tasks.tuning(lab.world), lab.tuning["max_iters"], {}
     half, _ = lab.pretrained("half", max_iters=lab.pretraining["max_iters"] // 2)
     for pre, base in (("half", half), ("all", lab.base)):
         for tuned, times in (("a tenth", updates // 10), ("all", updates)):
             done = (pre, tuned) == ("all", "all")
             model = lab.tuned if done else lab.tune(items, base=base, max_iters=times)
-            found[pre, tuned] = lab.score(model, "questions, known").right.rate
-    return {f"right, {pre} of pre-training, {tuned} of tuning": r for (pre, tuned), r in found.items()} | {
+            rates[pre, tuned] = lab.score(model, "questions, known").right.rate
+    return {f"right, {pre} of pre-training, {tuned} of tuning": r for (pre, tuned), r in rates.items()} | {
         "right, all of pre-training less half": (
-            found["all", "a tenth"] + found["all", "all"] - found["half", "a tenth"] - found["half", "all"]
+            rates["all", "a tenth"] + rates["all", "all"] - rates["half", "a tenth"] - rates["half", "all"]
         ) / 2,
         "right, all of tuning less a tenth": (
-            found["half", "all"] + found["all", "all"] - found["half", "a tenth"] - found["all", "a tenth"]
+            rates["half", "all"] + rates["all", "all"] - rates["half", "a tenth"] - rates["all", "a tenth"]
         ) / 2,
     }  # fmt: skip
 
@@ -627,7 +627,7 @@ def non_parametric_memory(lab: Lab) -> Numbers:
     the same word before (induction heads), as many others, and each head alone. A head that looks at the
     token before is half of the same circuit: that it is among the others makes these look important."""
     people, prompts = lab.world.people("never", "eval")[:250], fewshot.mappings(lab.world, 8, 500)
-    known, scores = lab.world.people("known"), recall.induction_scores(lab.base, lab.words)
+    known_people, scores = lab.world.people("known"), recall.induction_scores(lab.base, lab.words)
     heads = recall.strongest(scores)
 
     def measured(cut: Sequence[recall.Head], n: int = 250) -> np.ndarray:
@@ -662,8 +662,10 @@ def non_parametric_memory(lab: Lab) -> Numbers:
         "mappings without one head, the worst of all": alone[worst],
         "attention of that head to the token before": float(previous[worst]),
         "induction heads, of 16": len(heads),
-        "facts recalled without the induction heads": lab.recall(recall.without(lab.base, heads), known),
-        "facts recalled": lab.recall(lab.base, known),
+        "facts recalled without the induction heads": lab.recall(
+            recall.without(lab.base, heads), known_people
+        ),
+        "facts recalled": lab.recall(lab.base, known_people),
     }
 
 
@@ -674,20 +676,22 @@ def non_parametric_memory(lab: Lab) -> Numbers:
 )  # fmt: skip
 def both_memories(lab: Lab) -> Numbers:
     """The prompt contradicts the weights; nats are log p of its value less log p of theirs."""
-    found = {}
+    numbers = {}
     for weight in (256, 16, 0):
         people = [person for person in lab.world.everyone if person.weight == weight][:150]
         for repeats in (1, 4):
             answer = recall.told(lab.base, lab.tokenizer, lab.world, people, repeats)
             name = f"weight {weight}, said {repeats} times"
-            found[f"by the prompt, {name}"] = answer.prompt.rate
-            found[f"by the weights, {name}"] = answer.weights.rate
-            found[f"nats for the prompt, {name}"] = answer.nats
-    known, never = (f"by the prompt, weight {weight}, said {{}} times" for weight in (256, 0))
-    return found | {
-        "by the prompt: never told less told often": found[never.format(1)] - found[known.format(1)],
+            numbers[f"by the prompt, {name}"] = answer.prompt.rate
+            numbers[f"by the weights, {name}"] = answer.weights.rate
+            numbers[f"nats for the prompt, {name}"] = answer.nats
+    known_key, never_key = (f"by the prompt, weight {weight}, said {{}} times" for weight in (256, 0))
+    return numbers | {
+        "by the prompt: never told less told often": (
+            numbers[never_key.format(1)] - numbers[known_key.format(1)]
+        ),
         "by the prompt, told often: said four times less once": (
-            found[known.format(4)] - found[known.format(1)]
+            numbers[known_key.format(4)] - numbers[known_key.format(1)]
         ),
     }
 
@@ -711,7 +715,7 @@ def scale(lab: Lab) -> Numbers:
     rate = lab.pretraining["learning_rate"] / 4
     post_norm, _ = lab.pretrained("post-norm", post_norm=True, learning_rate=rate)
     less = gap(half)
-    return {f"loss above the floor, {n} channels": found for n, found in gaps.items()} | {
+    return {f"loss above the floor, {n} channels": value for n, value in gaps.items()} | {
         "loss above the floor, half of the text": less,
         "loss above the floor, GPT-1's blocks": gap(post_norm),
         "recall of facts told often, GPT-1's blocks": lab.recall(post_norm, lab.world.people("known")),
@@ -732,15 +736,15 @@ def named_tasks(lab: Lab) -> Numbers:
     """Zero-shot after tuning; and before it, with no, one and four examples, in the forms of a table."""
     names = [name for name in lab.sets if name not in ("questions, rare", "questions, never seen")]
     scores = {name: lab.score(lab.tuned, name) for name in names}
-    found = {f"{name}: right after tuning": score.right.rate for name, score in scores.items()}
-    found |= {f"{name}: most frequent answer": score.majority for name, score in scores.items()}
+    numbers = {f"{name}: right after tuning": score.right.rate for name, score in scores.items()}
+    numbers |= {f"{name}: most frequent answer": score.majority for name, score in scores.items()}
     for task in fewshot.WORLD_TASKS:
         for shots in (0, 1, 4):
             prompts = fewshot.from_world(lab.world, task, shots, 1000)
             rate = fewshot.accuracy(lab.base, lab.tokenizer, prompts, "arrow").rate
-            found[f"{task}: right before tuning, {shots} examples"] = rate
+            numbers[f"{task}: right before tuning, {shots} examples"] = rate
     least = min(score.right.rate - score.majority for name, score in scores.items() if name != "journey")
-    return found | {"right, less the most frequent answer, worst task": least}
+    return numbers | {"right, less the most frequent answer, worst task": least}
 
 
 # --- over seeds ---------------------------------------------------------------------------------------------
@@ -763,7 +767,7 @@ def run(
             claim = CLAIMS[number]
             needed = {name for name, _, _ in claim.needs}
             try:
-                by_seed[str(seed)] = lab.kept(f"claim {number}", partial(claim.measure, lab), needed)
+                by_seed[str(seed)] = lab.measurement(f"claim {number}", partial(claim.measure, lab), needed)
             except (UserError, OSError):
                 raise
             except Exception as error:
@@ -781,31 +785,31 @@ def _estimates(by_seed: dict[str, Numbers]) -> dict[str, Estimate]:
 
 def _read(path: Path) -> dict[str, dict]:
     """What claims.json has of each claim. Raises UserError where that is not what `_write` writes."""
-    known = read_object(path) if path.exists() else {}
+    claims = read_object(path) if path.exists() else {}
     try:
-        rows = [row for claim in known.values() for row in claim["seeds"].values()]
-        right = all("recipe" in claim for claim in known.values())
+        rows = [row for claim in claims.values() for row in claim["seeds"].values()]
+        right = all("recipe" in claim for claim in claims.values())
         right = right and all(abs(value) < 1e300 for row in rows for value in row.values())
-        json.dumps(known, ensure_ascii=False).encode()  # half a character cannot be written
+        json.dumps(claims, ensure_ascii=False).encode()  # half a character cannot be written
     except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
         right = False
     if not right:
         raise UserError(f"{path}: is damaged: remove it, and the same command writes it again")
-    return known
+    return claims
 
 
 def _write(path: Path, claim: Claim, by_seed: dict[str, Numbers], recipe: str) -> None:
-    known = _read(path)
-    before = known.get(str(claim.number), {})
+    claims = _read(path)
+    before = claims.get(str(claim.number), {})
     all_seeds = (before["seeds"] if before.get("recipe") == recipe else {}) | by_seed
-    found = _estimates(all_seeds)
-    known[str(claim.number)] = {
+    estimates = _estimates(all_seeds)
+    claims[str(claim.number)] = {
         "says": claim.says,
-        "verdicts": [f"{name} {sign} {limit:g}: {verdict(found[name], sign, limit)}"
+        "verdicts": [f"{name} {sign} {limit:g}: {verdict(estimates[name], sign, limit)}"
                      for name, sign, limit in claim.needs],
-        "estimates": {name: e._asdict() for name, e in found.items()},
+        "estimates": {name: e._asdict() for name, e in estimates.items()},
         "recipe": recipe,
         "seeds": all_seeds,
     }  # fmt: skip
     with replacing(path) as beside:
-        beside.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(claims, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -102,9 +102,9 @@ class Lab:
 
     @cached_property
     def tokenizer(self) -> BPETokenizer:
-        _, found = self.pretrained("base")
-        found.chat_template = instructions.TEMPLATE  # what is saved with it from here on is tuned
-        return found
+        _, tokenizer = self.pretrained("base")
+        tokenizer.chat_template = instructions.TEMPLATE  # what is saved with it from here on is tuned
+        return tokenizer
 
     @property
     def _every(self) -> int:
@@ -232,8 +232,8 @@ class Lab:
         """A copy of the tuned model after RLHF by this judge, by the recipe with changes of it; the records
         of its updates."""
         options = self.steering | changes
-        known = rlhf.Config.__dataclass_fields__
-        config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & known.keys()})
+        fields = rlhf.Config.__dataclass_fields__
+        config = rlhf.Config(**{name: options.pop(name) for name in options.keys() & fields.keys()})
         train = self._training(options)
         self.say(f"seed {self.seed}: {train.max_iters} updates of RLHF")
         model = self._with(adapter, self.tuned)
@@ -263,10 +263,10 @@ class Lab:
     @cached_property
     def sets(self) -> dict[str, list[tasks.Item]]:
         """Those of a report, but known people are asked in every wording: here intervals are over seeds."""
-        known = tasks.questions(self.world, self.world.people("known", "eval"))
-        return evaluate.named_tasks(self.world) | {"questions, known": tasks.some(self.world, known, 1000)}
+        items = tasks.questions(self.world, self.world.people("known", "eval"))
+        return evaluate.named_tasks(self.world) | {"questions, known": tasks.some(self.world, items, 1000)}
 
-    def kept(self, name: str, measure: Callable[[], dict], needed: set[str] = frozenset()) -> dict:
+    def measurement(self, name: str, measure: Callable[[], dict], needed: set[str] = frozenset()) -> dict:
         """What was measured under this name before, with all that is needed, or is now.
 
         The file has a checksum: a file that is damaged is measured again.
@@ -274,9 +274,9 @@ class Lab:
         path = self.folder / f"{name}.json"
         if path.exists():
             with contextlib.suppress(UserError, KeyError, TypeError):
-                kept = read_object(path)
-                if kept["sha256"] == _sha256(kept["values"]) and needed <= kept["values"].keys():
-                    return kept["values"]
+                record = read_object(path)
+                if record["sha256"] == _sha256(record["values"]) and needed <= record["values"].keys():
+                    return record["values"]
         self.say(f"seed {self.seed}: {name}")
         values = json.loads(json.dumps(measure()))
         with replacing(path) as beside:

@@ -25,16 +25,16 @@ def html(story: dict) -> str:
     quick = " (--quick: too short for steps and RLHF to show what they do)" * story["quick"]
     parts = [f"<h1>A GPT's life, in world {story['seed']}{quick}</h1>", _table(story["stages"])]
     parts.append(f"<p>{escape(KEY)}</p>")
-    for name, found in story["stages"].items():
-        parts.append(f"<h2>{escape(name)} <small>{escape(found['term'])}</small></h2>")
-        parts.append(f"<p>{escape(found['says'])}</p>")
-        if "failed" in found:
-            parts.append(f"<p>This stage failed: {escape(found['failed'])}</p>")
+    for name, result in story["stages"].items():
+        parts.append(f"<h2>{escape(name)} <small>{escape(result['term'])}</small></h2>")
+        parts.append(f"<p>{escape(result['says'])}</p>")
+        if "failed" in result:
+            parts.append(f"<p>This stage failed: {escape(result['failed'])}</p>")
             continue
         if name in _FIGURES:
-            parts += [_svg(draw, found) for draw in _FIGURES[name]]
-        parts += [f"<p>{escape(note)}</p>" for note in found.get("notes", ())]
-        parts.append(_samples(found.get("samples", ()), found.get("compares", ("before", "after"))))
+            parts += [_svg(draw, result) for draw in _FIGURES[name]]
+        parts += [f"<p>{escape(note)}</p>" for note in result.get("notes", ())]
+        parts.append(_samples(result.get("samples", ()), result.get("compares", ("before", "after"))))
     parts.append("<h2>How far each stage moved each tensor</h2>" + _svg(_changes, story["stages"]))
     body = "\n".join(parts)
     return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>tinygpt: a story</title>\n'
@@ -44,10 +44,10 @@ def html(story: dict) -> str:
 def _table(stages: dict) -> str:
     names = ("stage", "data", "trained", "change", "s", *COLUMNS.values(), "base intact")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
-    for name, found in stages.items():
+    for name, result in stages.items():
         row = [f"<td>{escape(name)}</td>"]
-        for n, cell in enumerate(cells(found["row"]) if "row" in found else ["failed"]):
-            wide = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in found["row"])
+        for n, cell in enumerate(cells(result["row"]) if "row" in result else ["failed"]):
+            wide = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in result["row"])
             row.append(f'<td{wide}{" class=n" * (n > 0 and not wide)}>{escape(cell)}</td>')
         rows.append("".join(row))
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
@@ -64,32 +64,32 @@ def _samples(samples: list, names: Sequence[str]) -> str:
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def _svg(draw: Callable, found: dict) -> str:
+def _svg(draw: Callable, result: dict) -> str:
     from matplotlib.figure import Figure
 
     figure, file = Figure(figsize=(8, 3.2), layout="constrained"), io.StringIO()
-    draw(figure.add_subplot(), found)
+    draw(figure.add_subplot(), result)
     figure.savefig(file, format="svg")
     text = file.getvalue()
     return text[text.index("<svg") :]  # without the XML declaration, which has no place inside a page
 
 
-def _loss(axes, found: dict) -> None:
-    curves = found["curves"]
+def _loss(axes, result: dict) -> None:
+    curves = result["curves"]
     axes.plot(curves["update"], curves["loss"], lw=0.8, label="loss of a batch")
-    axes.axhline(found["floor"], color="black", ls="--", lw=1, label="entropy of the text")
+    axes.axhline(result["floor"], color="black", ls="--", lw=1, label="entropy of the text")
     axes.set(xlabel="update", ylabel="nats a token", ylim=(0, None))
     axes.legend()
 
 
-def _recall(axes, found: dict) -> None:
-    curves = found["curves"]
+def _recall(axes, result: dict) -> None:
+    curves = result["curves"]
     axes.plot(curves["told"], curves["recalled"], "o-")
     axes.set(xscale="symlog", xlabel="times that a fact was told", ylabel="recalled", ylim=(0, 1.02))
 
 
-def _shots(axes, found: dict) -> None:
-    curves = dict(found["curves"])
+def _shots(axes, result: dict) -> None:
+    curves = dict(result["curves"])
     shots, best = curves.pop("shots"), curves.pop("best possible")
     for n, (share, right) in enumerate(curves.items(), 1):
         axes.plot(shots, right, "o-", color=str(0.85 - 0.85 * n / len(curves)), label=f"at {share}")
@@ -98,8 +98,8 @@ def _shots(axes, found: dict) -> None:
     axes.legend(title="of pre-training", fontsize="small")
 
 
-def _head(axes, found: dict) -> None:
-    head = found["head"]
+def _head(axes, result: dict) -> None:
+    head = result["head"]
     axes.imshow(head["map"], cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(head["tokens"]))
     axes.set_xticks(ticks, head["tokens"], rotation=90, fontsize=7)
@@ -109,14 +109,14 @@ def _head(axes, found: dict) -> None:
     axes.figure.set_size_inches(5, 5)
 
 
-def _alone(axes, found: dict) -> None:
-    names, lost = list(found["alone"]), found["alone"].values()
-    axes.bar(names, lost, color=["tab:red" if name in found["heads"] else "tab:blue" for name in names])
+def _alone(axes, result: dict) -> None:
+    names, lost = list(result["alone"]), result["alone"].values()
+    axes.bar(names, lost, color=["tab:red" if name in result["heads"] else "tab:blue" for name in names])
     axes.set(xlabel="layer.head that is cut out (red: induction)", ylabel="mappings: right", ylim=(0, 1))
 
 
-def _rewards(axes, found: dict) -> None:
-    curves, other = found["curves"], axes.twinx()
+def _rewards(axes, result: dict) -> None:
+    curves, other = result["curves"], axes.twinx()
     for name, label in (("reward", "reward, by the judge"), ("gold", "gold: what people would say")):
         axes.plot(curves["iter"], curves[name], lw=1, label=label)
     other.plot(curves["iter"], curves["kl"], "k:", lw=1)
@@ -126,9 +126,9 @@ def _rewards(axes, found: dict) -> None:
 
 
 def _changes(axes, stages: dict) -> None:
-    order = list(max((found.get("change", {}) for found in stages.values()), key=len))
-    for name, found in stages.items():
-        moved = {tensor: value for tensor, value in found.get("change", {}).items() if value > 0}
+    order = list(max((result.get("change", {}) for result in stages.values()), key=len))
+    for name, result in stages.items():
+        moved = {tensor: value for tensor, value in result.get("change", {}).items() if value > 0}
         if moved:
             axes.plot([order.index(tensor) for tensor in moved], list(moved.values()), "o", ms=3, label=name)
             axes.set(xlabel="tensors, in the order of the model")

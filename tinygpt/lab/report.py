@@ -12,18 +12,18 @@ if TYPE_CHECKING:  # it imports every stage
     from .claims import Claim
 
 
-def gaps(found: Mapping[str, Gap]) -> str:
+def gaps(by_kind: Mapping[str, Gap]) -> str:
     """Loss above the exact entropy, by kind of document."""
     lines = [f"{'kind':12} {'floor':>7} {'loss above it':>14}  nats/token"]
-    for kind, gap in found.items():
+    for kind, gap in by_kind.items():
         lines.append(f"{kind:12} {gap.floor:7.3f} {gap.gap:14.3f} ± {1.96 * gap.error:.3f}")
     return "\n".join(lines)
 
 
-def recall(found: list[tuple[float, Rate]], chance: float) -> str:
+def recall(rates: list[tuple[float, Rate]], chance: float) -> str:
     """Facts recalled, by how often the corpus told them."""
     lines = [f"{'facts told':>10} {'recalled':>9}  95% interval"]
-    lines += [f"{told:10.1f} {interval(rate)}  n = {rate.n:,}" for told, rate in found]
+    lines += [f"{times:10.1f} {interval(rate)}  n = {rate.n:,}" for times, rate in rates]
     return "\n".join([*lines, f"{'chance':>10} {chance:9.3f}"])
 
 
@@ -32,29 +32,31 @@ None of these people, phrases or problems is in the tuning. majority: whoever al
 answer; false: well-formed, not right, and not "I do not know.", which is the truth of people never seen."""
 
 
-def scores(found: Mapping[str, Score]) -> str:
+def scores(by_set: Mapping[str, Score]) -> str:
     """Right, beside how often the most frequent answer is (majority), of the wanted form, and made up."""
     lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped  false"]
-    for name, score in found.items():
+    for name, score in by_set.items():
         rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
         rates += f" {score.falsehood.rate:6.3f}"
         lines.append(f"{name:22} {interval(score.right)}  {rates}")
     return "\n".join([*lines, _SCORES_KEY])
 
 
-def claim(asked: Claim, found: Mapping[str, Estimate]) -> str:
+def claim(statement: Claim, estimates: Mapping[str, Estimate]) -> str:
     """A claim, what it stands on with the verdict on each, and what else was measured."""
-    needed = [name for name, _, _ in asked.needs]
-    seeds = max(e.n for e in found.values())  # some numbers are of some seeds alone
+    needed = [name for name, _, _ in statement.needs]
+    seeds = max(e.n for e in estimates.values())  # some numbers are of some seeds alone
     spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
-    lines = [f"{asked.number}. {asked.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
-    for name, sign, limit in asked.needs:
-        lines.append(f"{_estimate(name, found[name])}  {sign} {limit:g}: {verdict(found[name], sign, limit)}")
-    return "\n".join(lines + [_estimate(name, e) for name, e in found.items() if name not in needed])
+    lines = [f"{statement.number}. {statement.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
+    for name, sign, limit in statement.needs:
+        lines.append(
+            f"{_estimate(name, estimates[name])}  {sign} {limit:g}: {verdict(estimates[name], sign, limit)}"
+        )
+    return "\n".join(lines + [_estimate(name, e) for name, e in estimates.items() if name not in needed])
 
 
-def _estimate(name: str, found: Estimate) -> str:
-    return f"   {name:78} {found.mean:9.3g}  {found.low:.3g} to {found.high:.3g}"
+def _estimate(name: str, estimate: Estimate) -> str:
+    return f"   {name:78} {estimate.mean:9.3g}  {estimate.low:.3g} to {estimate.high:.3g}"
 
 
 def interval(rate: Rate) -> str:
@@ -87,11 +89,11 @@ def story(stages: Mapping[str, dict]) -> str:
     """What each stage of a story changed."""
     head = "trained  change    s  form  known  false  reason  few-shot  base intact"
     lines = [f"{'stage':24} {'data':26} {head:>9}"]
-    for name, found in stages.items():
-        if "failed" in found:
-            lines.append(f"{name:24} failed: {found['failed']}")
+    for name, result in stages.items():
+        if "failed" in result:
+            lines.append(f"{name:24} failed: {result['failed']}")
             continue
-        data, weights, change, seconds, *rates, intact = cells(found["row"])
+        data, weights, change, seconds, *rates, intact = cells(result["row"])
         if len(rates) > 1:
             rates = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
         lines.append(f"{name:24} {data:24} {weights:>9}  {change:>6} {seconds:>4}  "

@@ -63,12 +63,13 @@ def stage(name: str, term: str, says: str):
 def measured(lab: Lab, model: GPT) -> dict[str, float]:
     """What the table has of every model that writes, each between 0 and 1."""
     count = _count(lab)
-    known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+    known_score, never_score = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
     mappings = fewshot.mappings(lab.world, 8, count)
     return {
-        "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
-        "reasoning": rides.right.rate, "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
+        "form": known_score.formed.rate, "known": known_score.right.rate,
+        "falsehoods": never_score.falsehood.rate, "reasoning": rides.right.rate,
+        "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
     }  # fmt: skip
 
 
@@ -80,9 +81,9 @@ def _count(lab: Lab) -> int:
 def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
     """Question, answer before, answer after, what is true."""
     items = [lab.sets[name][0] for name in names]
-    said = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
-    asked, true = ([item[key] for item in items] for key in ("prompt", "completion"))
-    return [list(row) for row in zip(asked, *said, true, strict=True)]
+    answers = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
+    prompts, true = ([item[key] for item in items] for key in ("prompt", "completion"))
+    return [list(row) for row in zip(prompts, *answers, true, strict=True)]
 
 
 def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dict:
@@ -97,9 +98,9 @@ def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dic
     }  # fmt: skip
 
 
-def by_the_prompt(lab: Lab, mark: str, shown: str) -> dict:
+def by_the_prompt(lab: Lab, mark: str, summary: str) -> dict:
     """The row of a stage that trains nothing; mark: the base's fingerprint before it."""
-    return {"data": "the prompt", "weights": 0, "change": 0.0, "shown": shown,
+    return {"data": "the prompt", "weights": 0, "change": 0.0, "shown": summary,
             "base": fingerprint(lab.base) == mark}  # fmt: skip
 
 
@@ -116,24 +117,24 @@ def pretraining(lab: Lab) -> dict:
     model, world, tokenizer = lab.base, lab.world, lab.tokenizer
     tokens = lab.pretraining["max_iters"] * lab.pretraining["batch_size"] * lab.pretraining["block_size"]
     data = f"{tokens / 1e6:.1f}M tokens of text"
-    found = trained(lab, model, lab.random, data, lab.seconds("base"))
+    result = trained(lab, model, lab.random, data, lab.seconds("base"))
     updates = lab.records("base")
     gaps = evaluate.gaps(model, tokenizer, world, 1000)
-    told = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
+    rates = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
     every = max(1, len(updates) // 300)
-    return found | {
+    return result | {
         "samples": compared(lab, lab.random, model, SHOWN[:1]),
         "floor": gaps["all"].floor,
         "curves": {
             "update": [record["iter"] for record in updates[::every]],
             "loss": [record["train_loss"] for record in updates[::every]],
-            "told": [times for times, _ in told],
-            "recalled": [rate.rate for _, rate in told],
+            "told": [times for times, _ in rates],
+            "recalled": [rate.rate for _, rate in rates],
         },
         "notes": [
             f"Its loss is {gaps['all'].gap:.3f} nats a token above the text's entropy, which no model beats.",
-            f"Facts told {told[0][0]:.0f} times it recalls in {told[0][1].rate:.0%}, told never "
-            f"{told[-1][1].rate:.0%} (chance {evaluate.chance(world):.0%}).",
+            f"Facts told {rates[0][0]:.0f} times it recalls in {rates[0][1].rate:.0%}, told never "
+            f"{rates[-1][1].rate:.0%} (chance {evaluate.chance(world):.0%}).",
         ],
     }
 
@@ -155,14 +156,14 @@ def in_context(lab: Lab) -> dict:
     last = list(right.values())[-1]
     one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # which an example tells
     both = [one._replace(examples=()), one]
-    said = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
-    asked = fewshot.text(one, "table")
+    answers = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
+    question = fewshot.text(one, "table")
     heads = recall.induction_scores(lab.base, lab.words, count=20)
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
     return {
         "row": by_the_prompt(lab, mark, f"0 -> 8 examples: {last[0]:.2f} -> {last[-1]:.2f} right"),
-        "samples": [[asked, f"{said[0]} (without the examples)", said[1], one.answer]],
+        "samples": [[question, f"{answers[0]} (without the examples)", answers[1], one.answer]],
         "curves": {"shots": list(shots), "best possible": best, **right},
         "head": {"layer": layer, "head": head, "score": float(heads.max()),
                  "tokens": [lab.tokenizer.decode(i) for i in ids.T],
@@ -183,8 +184,8 @@ def _percents(rates: list[float]) -> str:
 )  # fmt: skip
 def instruction_tuning(lab: Lab) -> dict:
     count = len(tasks.tuning(lab.world))
-    found = trained(lab, lab.tuned, lab.base, f"{count:,} pairs", lab.seconds("sft"))
-    return found | {"samples": compared(lab, lab.base, lab.tuned)}
+    result = trained(lab, lab.tuned, lab.base, f"{count:,} pairs", lab.seconds("sft"))
+    return result | {"samples": compared(lab, lab.base, lab.tuned)}
 
 
 @stage(
@@ -198,11 +199,11 @@ def without_steps(lab: Lab) -> dict:
     began = time.perf_counter()
     model = lab.tune(items, max_iters=updates, learning_rate=5e-4)
     seconds = time.perf_counter() - began
-    found = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
+    result = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
-        del found["row"][name]  # it was asked for journeys alone
+        del result["row"][name]  # it was asked for journeys alone
     samples = compared(lab, model, lab.tuned, SHOWN[-1:])
-    return found | {"samples": samples, "compares": ["at once", "step by step"]}
+    return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
 @stage(
@@ -213,15 +214,15 @@ def without_steps(lab: Lab) -> dict:
 def reward_model(lab: Lab) -> dict:
     judge = lab.judge
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
-    found = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
+    judgement = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
     moved, _ = weight_change(lab.tuned.params, {name: judge.model.params[name] for name in lab.tuned.params})
-    kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in found.by_kind.items())
+    kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in judgement.by_kind.items())
     return {
         "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
                 "change": moved, "seconds": lab.seconds("judge"),
-                "shown": f"prefers the better answer: {found.right.rate:.2f}",
+                "shown": f"prefers the better answer: {judgement.right.rate:.2f}",
                 "base": fingerprint(judge.model) == fingerprint(lab.base)},
-        "notes": [f"It prefers the better answer in {found.right.rate:.0%}, about people of whom it was "
+        "notes": [f"It prefers the better answer in {judgement.right.rate:.0%}, about people of whom it was "
                   f"taught nothing: {kinds}."],
     }  # fmt: skip
 
@@ -235,21 +236,21 @@ def reward_model(lab: Lab) -> dict:
 )  # fmt: skip
 def rlhf(lab: Lab) -> dict:
     model = lab.steered
-    found = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
+    result = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
     names = ("iter", "reward", "gold", "kl", "entropy")
     rows = read_records(lab.folder / "rlhf" / "records.jsonl", *names)
     curves = {name: [row[name] for row in rows] for name in names}
     strangers = lab.sets[SHOWN[1]][:50]
-    said = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
+    answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
     changed = [[item["prompt"], a.text, b.text, item["completion"]]
-               for item, a, b in zip(strangers, *said, strict=True) if a.text != b.text]  # fmt: skip
-    return found | {"samples": compared(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
+               for item, a, b in zip(strangers, *answers, strict=True) if a.text != b.text]  # fmt: skip
+    return result | {"samples": compared(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
     model = lab.beside(name, config, items, **how)
-    found = trained(lab, model, lab.base, f"{len(items):,} pairs", lab.seconds(name))
-    return found | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
+    result = trained(lab, model, lab.base, f"{len(items):,} pairs", lab.seconds(name))
+    return result | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
 
 
 @stage(
@@ -309,26 +310,26 @@ def two_memories(lab: Lab) -> dict:
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
-def tell(lab: Lab, told: Callable[[int, Stage, dict | None], None] = lambda n, stage, found: None) -> dict:
-    """Every stage in turn; `told` hears of each before it (found None) and after it.
+def tell(lab: Lab, report: Callable[[int, Stage, dict | None], None] = lambda n, stage, result: None) -> dict:
+    """Every stage in turn; `report` hears of each before it (result None) and after it.
 
     A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
     KeyboardInterrupt, and what pre-training raises.
     """
-    found: dict = {"seed": lab.seed, "quick": lab.quick, "folder": lab.folder.name, "stages": {}}
+    story: dict = {"seed": lab.seed, "quick": lab.quick, "folder": lab.folder.name, "stages": {}}
     for n, stage in enumerate(STAGES, 1):
-        told(n, stage, None)
+        report(n, stage, None)
         try:
-            one = lab.kept(f"story {stage.name}", partial(stage.tell, lab))
+            one = lab.measurement(f"story {stage.name}", partial(stage.tell, lab))
         except Exception as error:
             if n == 1:
                 raise
             one = {"failed": f"{type(error).__name__}: {error}"}
-        found["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
-        told(n, stage, one)
+        story["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
+        report(n, stage, one)
         with replacing(lab.folder.parent / FILE) as beside:
-            beside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    return found
+            beside.write_text(json.dumps(story, ensure_ascii=False), encoding="utf-8")
+    return story
 
 
 def questions(folder: Path) -> list[str]:
@@ -342,12 +343,12 @@ def questions(folder: Path) -> list[str]:
 
 def world_of(folder: Path) -> str | None:
     """The world of a story's model in this folder, or None where it is no such model."""
-    told = folder.resolve().parent.parent / FILE
-    if not told.is_file() or (found := read_object(told)).get("folder") != folder.resolve().parent.name:
+    path = folder.resolve().parent.parent / FILE
+    if not path.is_file() or (story := read_object(path)).get("folder") != folder.resolve().parent.name:
         return None
-    if type(found.get("seed")) is not int or not isinstance(found.get("quick"), bool):
-        raise UserError(f"{told}: {DAMAGED}")
-    return f"world:{found['seed']}" + ":small" * found["quick"]
+    if type(story.get("seed")) is not int or not isinstance(story.get("quick"), bool):
+        raise UserError(f"{path}: {DAMAGED}")
+    return f"world:{story['seed']}" + ":small" * story["quick"]
 
 
 def where(folder: Path, name: str) -> tuple[Path, Path | None]:

@@ -40,7 +40,7 @@ def answers(
     """
     encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    stop, found = {tokenizer.eos_id} - {None}, {}
+    stop, replies = {tokenizer.eos_id} - {None}, {}
     for i in range(0, len(order), BATCH):
         batch = order[i : i + BATCH]
         new = generate(
@@ -49,8 +49,8 @@ def answers(
         )  # fmt: skip
         for place, ids in zip(batch, new, strict=True):
             stopped = len(ids) > 0 and int(ids[-1]) in stop
-            found[place] = Answer(tokenizer.decode(ids[: len(ids) - stopped]).strip(), stopped)
-    return [found[place] for place in range(len(encoded))]
+            replies[place] = Answer(tokenizer.decode(ids[: len(ids) - stopped]).strip(), stopped)
+    return [replies[place] for place in range(len(encoded))]
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> Array:
@@ -69,16 +69,16 @@ def likelihoods(
     A prompt is computed once for all choices that differ in their last token only. Raises ValueError where a
     prompt with a choice is longer than the model's context.
     """
-    wanted: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices
+    groups: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices
     for n, options in enumerate(choices):
         for m, option in enumerate(options):
-            wanted.setdefault((n, *option[:-1].tolist()), []).append(m)
-    parts, keys = [], list(wanted)
+            groups.setdefault((n, *option[:-1].tolist()), []).append(m)
+    parts, keys = [], list(groups)
     for mark, (n, *begun) in enumerate(keys, 1):
         ids = np.concatenate([prompts[n], begun, [0]]).astype(np.int32)  # 0 makes the last token an input
         parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(begun) + 1])))
     packed = pack(parts, model.context)
-    found = [np.zeros(len(options)) for options in choices]
+    logps = [np.zeros(len(options)) for options in choices]
     for at in range(0, len(packed.ids), rows):
         ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
         logits, _ = model.forward(ids, start=start, positions=positions, keep=False)
@@ -87,9 +87,9 @@ def likelihoods(
                 n = keys[int(mark) - 1][0]
                 here = logits[b, marks[b] == mark].astype(np.float64)  # (length of these choices, V)
                 here -= np.logaddexp.reduce(here, axis=-1, keepdims=True)
-                for m in wanted[keys[int(mark) - 1]]:
-                    found[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
-    return found
+                for m in groups[keys[int(mark) - 1]]:
+                    logps[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
+    return logps
 
 
 class Rate(NamedTuple):
@@ -142,10 +142,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def verdict(found: Estimate, sign: str, limit: float) -> str:
+def verdict(interval: Estimate, sign: str, limit: float) -> str:
     """held, refuted or undecided; of one seed nothing is said."""
-    if found.n < 2:
+    if interval.n < 2:
         return "one seed"
-    low, high = (found.low, found.high) if sign == ">=" else (-found.high, -found.low)
+    low, high = (interval.low, interval.high) if sign == ">=" else (-interval.high, -interval.low)
     limit = limit if sign == ">=" else -limit
     return "held" if low >= limit else "refuted" if high < limit else "undecided"

@@ -43,9 +43,9 @@ class Comparisons(NamedTuple):
 
 def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Comparison]) -> Comparisons:
     """Comparisons as DPO takes them: question, answer and the end-of-text token."""
-    asked = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
+    prompts = [instructions.prompt(tokenizer, pair.prompt) for pair in pairs]
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    samples = answered(tokenizer, asked * 2, [_answer_ids(tokenizer, text) for text in texts])
+    samples = answered(tokenizer, prompts * 2, [_answer_ids(tokenizer, text) for text in texts])
     return Comparisons(samples, logprobs(reference, samples).sum(1))
 
 
@@ -76,13 +76,13 @@ class DPO(RLHF):
 
     def longest(self) -> int:
         data, tokenizer = self.data.comparisons, self.tokenizer
-        texts = [(c.prompt, _answer_ids(tokenizer, said)) for c in data for said in (c.chosen, c.rejected)]
-        return max(len(instructions.prompt(tokenizer, asked)) + len(ids) for asked, ids in texts)
+        texts = [(c.prompt, _answer_ids(tokenizer, text)) for c in data for text in (c.chosen, c.rejected)]
+        return max(len(instructions.prompt(tokenizer, question)) + len(ids) for question, ids in texts)
 
     def update(self, n: int, rng: np.random.Generator) -> list[Comparisons]:
         pairs = self.data.comparisons
-        drawn = rng.integers(len(pairs), size=self.settings.batch_size)
-        return [compared(self.tokenizer, self.data.reference, [pairs[i] for i in drawn])]
+        indices = rng.integers(len(pairs), size=self.settings.batch_size)
+        return [compared(self.tokenizer, self.data.reference, [pairs[i] for i in indices])]
 
     def _compute(self, batches: list[Comparisons], rng: np.random.Generator) -> float:
         (c,) = batches

@@ -54,15 +54,15 @@ def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 200
     kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
     tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
     above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
-    found = {}
+    by_kind = {}
     for kind in [*sorted(set(kinds.tolist())), "all"]:
         mine = (kinds == kind) | (kind == "all")
         total = tokens[mine].sum()
         gap = above[mine].sum() / total
         error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
         numbers = (floor[mine].sum() / total, gap, error)
-        found[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
-    return found
+        by_kind[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
+    return by_kind
 
 
 class Recall(NamedTuple):
@@ -83,16 +83,16 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
     """Completes "Nora Hill lives in", for all attributes of these people in all wordings."""
     attributes = world.lexicon.attributes
     values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
-    asked, prompts = [], []
+    facts, prompts = [], []
     for n, person in enumerate(people):
         for a, attribute in enumerate(attributes):
-            for told in attribute.told:
-                asked.append((n, a, person.values[a]))
-                prompts.append(encode_prompt(tokenizer, f"{person.name} {told}"))
-    person, attribute, right = np.array(asked, int).reshape(-1, 3).T
-    said = likelihoods(model, prompts, [values[a] for a in attribute])
-    chosen = np.array([logp.argmax() for logp in said], int)
-    nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(said, right, strict=True)]
+            for wording in attribute.wordings:
+                facts.append((n, a, person.values[a]))
+                prompts.append(encode_prompt(tokenizer, f"{person.name} {wording}"))
+    person, attribute, right = np.array(facts, int).reshape(-1, 3).T
+    logps = likelihoods(model, prompts, [values[a] for a in attribute])
+    chosen = np.array([logp.argmax() for logp in logps], int)
+    nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(logps, right, strict=True)]
     return Recall(person, attribute, right, chosen, np.array(nats))
 
 
@@ -103,33 +103,33 @@ def recall_by_exposure(
 
     Told: by `documents` of it, at the rate of all `total`, the refrains apart.
     """
-    told, found = exposures(world, documents), []
+    counts, rates = exposures(world, documents), []
     groups: dict[int, list[Person]] = {}
     for person in world.everyone:
         if person.weight >= 0:
             groups.setdefault(person.weight, []).append(person)
     for _, people in sorted(groups.items(), reverse=True):
-        facts = sum(told[person.name] for person in people) / (len(people) * len(world.all_attributes))
-        found.append((facts * total / documents, recall(model, tokenizer, world, people).rate()))
-    return found
+        facts = sum(counts[person.name] for person in people) / (len(people) * len(world.all_attributes))
+        rates.append((facts * total / documents, recall(model, tokenizer, world, people).rate()))
+    return rates
 
 
 def exposures(world: World, documents: int) -> Counter:
     """How many facts of each known person the first `documents` of the corpus tell, by name."""
-    told: Counter = Counter()
-    known = {p.name: p for p in world.everyone if p.weight > 0}
+    counts: Counter = Counter()
+    person_of = {p.name: p for p in world.everyone if p.weight > 0}
     values = [value for attribute in world.lexicon.attributes for value in attribute.values]
     meant = dict(zip(values, world.attribute_of, strict=True))
     words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
     for _, document in itertools.islice(world.documents(), documents):
         person = None
-        for found in words.findall(document):
-            if " " in found:
-                person = known.get(found)
-            elif person is not None and found in meant:
-                attribute, value = meant[found]
-                told[person.name] += person.values[attribute] == value
-    return told
+        for word in words.findall(document):
+            if " " in word:
+                person = person_of.get(word)
+            elif person is not None and word in meant:
+                attribute, value = meant[word]
+                counts[person.name] += person.values[attribute] == value
+    return counts
 
 
 def chance(world: World) -> float:
@@ -162,18 +162,18 @@ def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[A
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
     longest = max(len(tokenizer.encode(item["completion"])) for item in items)
     fit = [n for n, ids in enumerate(prompts) if len(ids) + longest <= model.context]
-    found = [Answer("", False)] * len(items)
+    replies = [Answer("", False)] * len(items)
     if fit:
         room = min(longest + 8, model.context - max(len(prompts[n]) for n in fit))
         for n, answer in zip(fit, answers(model, tokenizer, [prompts[n] for n in fit], room), strict=True):
-            found[n] = answer
-    return found
+            replies[n] = answer
+    return replies
 
 
-def score(world: World, items: Sequence[tasks.Item], found: Sequence[Answer]) -> Score:
+def score(world: World, items: Sequence[tasks.Item], replies: Sequence[Answer]) -> Score:
     n, counts = len(items), Counter()
     forms = {task: tasks.form(world, task) for task in {item["meta"]["task"] for item in items}}
-    for item, answer in zip(items, found, strict=True):
+    for item, answer in zip(items, replies, strict=True):
         formed = bool(answer.stopped and forms[item["meta"]["task"]].fullmatch(answer.text))
         right = formed and tasks.right(item, answer.text)
         counts.update(
@@ -192,8 +192,8 @@ def corrupted(
     items: journeys in the style "steps" of two or more rides. As lines are permutations, a false station
     always leads to a false end.
     """
-    known = zip(items, ask(model, tokenizer, items), strict=True)
-    items = [item for item, answer in known if tasks.right(item, answer.text)]
+    pairs = zip(items, ask(model, tokenizer, items), strict=True)
+    items = [item for item, answer in pairs if tasks.right(item, answer.text)]
     if not items:
         return wilson(0, 0), wilson(0, 0)
     prompts, follows = [], []
@@ -204,10 +204,10 @@ def corrupted(
         follows.append(answer)
     room = model.context - max(map(len, prompts))
     form, changed, followed = tasks.form(world, "journey"), 0, 0
-    for item, answer, found in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
-        if found.stopped and form.fullmatch(found.text):
-            changed += not tasks.right(item, found.text)
-            followed += found.text.endswith(f" {answer}.")
+    for item, answer, reply in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+        if reply.stopped and form.fullmatch(reply.text):
+            changed += not tasks.right(item, reply.text)
+            followed += reply.text.endswith(f" {answer}.")
     return wilson(changed, len(items)), wilson(followed, len(items))
 
 

@@ -67,14 +67,14 @@ def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: s
     Where a choice begins with another one, the likelihood is that of the choice and of what ends it.
     """
     ids = _fitting(model, tokenizer, prompts, style)
-    known = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
-    begun = {tuple(tokens[:n]) for tokens in known.values() for n in range(1, len(tokens))}
-    if any(tuple(tokens) in begun for tokens in known.values()):
+    codes = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
+    begun = {tuple(tokens[:n]) for tokens in codes.values() for n in range(1, len(tokens))}
+    if any(tuple(tokens) in begun for tokens in codes.values()):
         end = "" if style == "chat" else STYLES[style][1].rstrip(" ")
         last = [tokenizer.eos_id] if style == "chat" else []
-        known = {choice: np.append(tokenizer.encode(f" {choice}{end}"), last).astype(int) for choice in known}
-    found = likelihoods(model, ids, [[known[choice] for choice in prompt.choices] for prompt in prompts])
-    return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, found, strict=True)]
+        codes = {choice: np.append(tokenizer.encode(f" {choice}{end}"), last).astype(int) for choice in codes}
+    logps = likelihoods(model, ids, [[codes[choice] for choice in prompt.choices] for prompt in prompts])
+    return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, logps, strict=True)]
 
 
 def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
@@ -83,8 +83,8 @@ def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: 
     longest = max(len(tokenizer.encode(f" {prompt.answer}")) for prompt in prompts)
     room = model.context - max(map(len, ids))
     after = STYLES[style][1].strip(" ") if style != "chat" else ""
-    found = [answer.text for answer in answers(model, tokenizer, ids, min(longest + 2, room))]
-    return [(said.split(after)[0] if after else said).strip() for said in found]
+    replies = [answer.text for answer in answers(model, tokenizer, ids, min(longest + 2, room))]
+    return [(reply.split(after)[0] if after else reply).strip() for reply in replies]
 
 
 def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[np.ndarray]:
@@ -108,9 +108,9 @@ def accuracy(
     """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
     what the model writes, a full stop at its end apart."""
     free = free or not all(prompt.choices for prompt in prompts)
-    found = (written if free else chosen)(model, tokenizer, prompts, style)
-    pairs = zip(found, prompts, strict=True)
-    right = sum(said.removesuffix(".") == prompt.answer.removesuffix(".") for said, prompt in pairs)
+    replies = (written if free else chosen)(model, tokenizer, prompts, style)
+    pairs = zip(replies, prompts, strict=True)
+    right = sum(reply.removesuffix(".") == prompt.answer.removesuffix(".") for reply, prompt in pairs)
     return wilson(right, len(prompts))
 
 
@@ -126,7 +126,7 @@ def mappings(world: World, shots: int, count: int, control: str = "") -> list[Pr
     has the same examples in another order.
     """
     kinds, labels = world.lexicon.categories, world.lexicon.labels
-    found = []
+    prompts = []
     for n in range(count):
         integers = raw_integers(world.seed, TASKS, 20, n)
         mine = shuffled(range(len(kinds)), integers)[:4]
@@ -138,20 +138,20 @@ def mappings(world: World, shots: int, count: int, control: str = "") -> list[Pr
             return kind, words[next(integers) % len(words)]
 
         kind, question = draw()
-        drawn = []
-        while len(drawn) < shots:
+        triples = []
+        while len(triples) < shots:
             example = draw()
             other = label_of[mine[next(integers) % len(mine)]]
             if control != "unseen" or example[1] != question:
-                drawn.append((*example, other if control == "shuffled" else label_of[example[0]]))
+                triples.append((*example, other if control == "shuffled" else label_of[example[0]]))
         if control == "reordered":
-            drawn = shuffled(drawn, integers)
-        seen = {example for example, _, _ in drawn}
+            triples = shuffled(triples, integers)
+        seen = {example for example, _, _ in triples}
         best = 1.0 if kind in seen else 1 / (len(labels) - len(seen))
         best = math.nan if control == "shuffled" else best
-        examples = tuple((word, label) for _, word, label in drawn)
-        found.append(Prompt(examples, question, label_of[kind], tuple(labels), best))
-    return found
+        examples = tuple((word, label) for _, word, label in triples)
+        prompts.append(Prompt(examples, question, label_of[kind], tuple(labels), best))
+    return prompts
 
 
 def from_world(world: World, task: str, shots: int, count: int, split: str = "eval") -> list[Prompt]:
@@ -165,12 +165,12 @@ def from_world(world: World, task: str, shots: int, count: int, split: str = "ev
     once = {}  # of several wordings one
     for kind, about, *rest in tasks.some(world, list(WORLD_TASKS[task](world, split)), 10**6):
         once[about] = kind, *rest
-    found = []
+    prompts = []
     for n, (kind, *question) in enumerate(list(once.values())[:count]):
         integers = raw_integers(world.seed, TASKS, 21, n)
         examples = [like[kind][next(integers) % len(like[kind])] for _ in range(shots)]
-        found.append(Prompt(tuple(examples), *question))
-    return found
+        prompts.append(Prompt(tuple(examples), *question))
+    return prompts
 
 
 # Each yields the kind of a question, what it is about, the question, its answer, and the choices.
@@ -215,12 +215,12 @@ def from_file(path: Path, shots: int, count: int, seed: int = 0) -> list[Prompt]
     rows = list(_rows(path))
     if len(rows) <= shots:
         raise UserError(f"{path}: {len(rows)} lines are too few for {shots} examples and a question")
-    rng, found = np.random.default_rng(seed), []
+    rng, prompts = np.random.default_rng(seed), []
     for n in rng.permutation(len(rows))[:count]:
         others = rng.permutation(len(rows) - 1)[:shots]
         examples = tuple(rows[m + (m >= n)][:2] for m in others)
-        found.append(Prompt(examples, *rows[n]))
-    return found
+        prompts.append(Prompt(examples, *rows[n]))
+    return prompts
 
 
 _FORM = '{"prompt": "...", "completion": "...", "choices": ["...", "..."]}, the choices if there are any'

@@ -51,25 +51,25 @@ def told(
         for a, attribute in enumerate(attributes):
             integers, size = raw_integers(world.seed, TASKS, 22, n, a), len(attribute.values)
             value = person.values[a]
-            said = value if own else (value + 1 + next(integers) % (size - 1)) % size
-            *wordings, last = shuffled(attribute.told, integers)
-            facts = [f"{wordings[r % len(wordings)]} {attribute.values[said]}" for r in range(repeats)]
+            target = value if own else (value + 1 + next(integers) % (size - 1)) % size
+            *wordings, last = shuffled(attribute.wordings, integers)
+            facts = [f"{wordings[r % len(wordings)]} {attribute.values[target]}" for r in range(repeats)]
             for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
-                fact = f"{attributes[b].told[0]} {pick(attributes[b].values, integers)}"
+                fact = f"{attributes[b].wordings[0]} {pick(attributes[b].values, integers)}"
                 facts.insert(next(integers) % (len(facts) + 1), fact)
             sentences = [f"{person.name} {fact}" for fact in [*facts, last]]
             if rival:
-                third = pick([v for v in attribute.values if v != attribute.values[said]], integers)
-                other = f"{people[(n + 1) % len(people)].name} {pick(attribute.told, integers)} {third}"
+                third = pick([v for v in attribute.values if v != attribute.values[target]], integers)
+                other = f"{people[(n + 1) % len(people)].name} {pick(attribute.wordings, integers)} {third}"
                 sentences.insert(next(integers) % len(sentences), other)
             prompts.append(encode_prompt(tokenizer, ". ".join(sentences)))
             options.append(values[a])
-            pairs.append((said, value))
+            pairs.append((target, value))
     logp = likelihoods(model, prompts, options)
-    nats = [found[said] - found[value] for found, (said, value) in zip(logp, pairs, strict=True)]
-    said, value = np.array(pairs).T
-    chosen = np.array([found.argmax() for found in logp])
-    rates = (wilson(int((chosen == wanted).sum()), len(pairs)) for wanted in (said, value))
+    nats = [row[target] - row[value] for row, (target, value) in zip(logp, pairs, strict=True)]
+    target, value = np.array(pairs).T
+    chosen = np.array([row.argmax() for row in logp])
+    rates = (wilson(int((chosen == answer).sum()), len(pairs)) for answer in (target, value))
     return Told(*rates, float(np.mean(nats)))
 
 
@@ -78,17 +78,17 @@ def told(
 
 def attention(model: GPT, ids: Array) -> Array:
     """Who looks where: probabilities (n_layer, B, H, T, T) of queries (rows) over keys, for ids (B, T)."""
-    found = []
+    maps = []
 
     def watched(*given, **how) -> tuple:
         out, cache = ops.attention_forward(*given, **how)
-        found.append(cache[3])
+        maps.append(cache[3])
         return out, cache
 
     watching = copy.copy(model)
     watching.ops = SimpleNamespace(**vars(ops) | {"attention_forward": watched})
     watching.forward(ids)
-    return np.stack(found)
+    return np.stack(maps)
 
 
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
@@ -125,10 +125,10 @@ def strongest(scores: Array) -> list[Head]:
 
 def without(model: GPT, heads: Iterable[Head]) -> GPT:
     """A copy of a model in which these heads add nothing to the stream."""
-    found, size = model.copy(), model.config.n_embd // model.config.n_head
+    ablation, size = model.copy(), model.config.n_embd // model.config.n_head
     for layer, head in heads:
-        found.params[f"h.{layer}.attn.c_proj.weight"][head * size : (head + 1) * size] = 0
-    return found
+        ablation.params[f"h.{layer}.attn.c_proj.weight"][head * size : (head + 1) * size] = 0
+    return ablation
 
 
 def others(

@@ -91,7 +91,7 @@ class Judge:
         """What the judge reads, (n,) each."""
         self._answer(questions)
         pairs = zip(questions, answers, strict=True)
-        return [encode(self.tokenizer, asked, self.own[asked], said) for asked, said in pairs]
+        return [encode(self.tokenizer, question, self.own[question], answer) for question, answer in pairs]
 
     def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Array:
         """Of what is longer than its context a judge reads the beginning."""
@@ -99,9 +99,9 @@ class Judge:
 
     def deaf(self) -> Judge:
         """One to whom all answers are alike: a control."""
-        found = Judge(self.model.copy(), self.author, self.tokenizer)
-        found.model.params["score.weight"][:] = 0
-        return found
+        judge = Judge(self.model.copy(), self.author, self.tokenizer)
+        judge.model.params["score.weight"][:] = 0
+        return judge
 
     def _answer(self, questions: Iterable[str]) -> None:
         by_room: dict[int, dict[str, Array]] = {}  # whatever else is asked, a question's answer is the same
@@ -111,9 +111,9 @@ class Judge:
             if room < 1:
                 raise UserError(f"a question has no room for an answer in {self.author.context} positions")
             by_room.setdefault(room, {})[question] = ids
-        for room, asked in by_room.items():
-            said = answers(self.author, self.tokenizer, list(asked.values()), room)
-            self.own |= {question: answer.text for question, answer in zip(asked, said, strict=True)}
+        for room, prompts in by_room.items():
+            replies = answers(self.author, self.tokenizer, list(prompts.values()), room)
+            self.own |= {question: answer.text for question, answer in zip(prompts, replies, strict=True)}
 
 
 # --- texts and scores ---------------------------------------------------------------------------------------
@@ -146,13 +146,13 @@ def read(outputs: Array, marks: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def scores(model: GPT, texts: Sequence[Array]) -> Array:
     """The score of each text (ids), (N,)."""
-    rows, found = marked(texts, model.context), np.zeros(len(texts), np.float64)
+    rows, rewards = marked(texts, model.context), np.zeros(len(texts), np.float64)
     for at in range(0, len(rows.ids), ROWS):
         ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
         outputs, _ = model.forward(ids, start=start, positions=positions, keep=False)
         values, (b, t) = read(outputs, marks)
-        found[marks[b, t].astype(int) - 1] = values
-    return found
+        rewards[marks[b, t].astype(int) - 1] = values
+    return rewards
 
 
 def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
@@ -169,11 +169,11 @@ def loss(
     (rows,), model = batches, optimizer.model
     outputs, cache = model.forward(rows.ids, start=rows.start, positions=rows.positions, rng=rng)
     values, (b, t) = read(outputs, rows.weights)
-    found, chosen, rejected = bradley_terry(values[::2], values[1::2])
+    nats, chosen, rejected = bradley_terry(values[::2], values[1::2])
     dscores = np.zeros_like(outputs)
     dscores[b[::2], t[::2], 0], dscores[b[1::2], t[1::2], 0] = chosen, rejected
     model.backward(dscores, cache, optimizer.grads)
-    return found
+    return nats
 
 
 class Judgement(NamedTuple):
@@ -212,10 +212,10 @@ def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
 def with_head(model: GPT, seed: int) -> GPT:
     """The model with a score head, small and random, instead of its table as head."""
     config = dataclasses.replace(model.config, num_labels=1)
-    found = build(config, np.random.default_rng([seed, 0, 4]), model.flat.dtype.type, model.ops)
+    judge = build(config, np.random.default_rng([seed, 0, 4]), model.flat.dtype.type, model.ops)
     for name, p in model.params.items():
-        found.params[name][:] = p
-    return found
+        judge.params[name][:] = p
+    return judge
 
 
 def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
@@ -277,14 +277,14 @@ class Reward(Stage):
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Comparisons:
-        author, found = store.base(settings), [c for path in settings.data for c in read_file(path)]
-        prompts = sorted({c.prompt for c in found})
+        author, pairs = store.base(settings), [c for path in settings.data for c in read_file(path)]
+        prompts = sorted({c.prompt for c in pairs})
         if len(prompts) < 2:
             raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
         order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
         held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-        parts = [c for c in found if c.prompt not in held_out], [c for c in found if c.prompt in held_out]
-        return Comparisons(*parts, author, hashlib.sha256(repr(found).encode()).hexdigest())
+        parts = [c for c in pairs if c.prompt not in held_out], [c for c in pairs if c.prompt in held_out]
+        return Comparisons(*parts, author, hashlib.sha256(repr(pairs).encode()).hexdigest())
 
     @classmethod
     def start(cls, settings: Settings, data: Comparisons, store: Store) -> tuple[Settings, GPT, Tokenizer]:
@@ -318,12 +318,12 @@ def in_memory(
 
 def read_file(path: str | Path) -> list[Comparison]:
     """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
-    found, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+    comparisons, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
     for where, row in instructions.objects(path, form, "prompt", "chosen", "rejected"):
         if row["chosen"].strip() == row["rejected"].strip():
             raise UserError(f"{where}: chosen and rejected are the same")
-        found.append(_comparison(row))
-    return found
+        comparisons.append(_comparison(row))
+    return comparisons
 
 
 def _comparison(row: dict) -> Comparison:
@@ -371,16 +371,16 @@ def collect(
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
     room = model.context - max(map(len, prompts))
-    drawn = []
+    samples = []
     for at in range(0, len(prompts), 256):
-        drawn += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
+        samples += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
                           stop={tokenizer.eos_id}, vocab_size=tokenizer.vocab_size)  # fmt: skip
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     offered = {}
     for n, fact in enumerate(one):
-        said = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in drawn[4 * n : 4 * n + 4]]
+        texts = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in samples[4 * n : 4 * n + 4]]
         some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
-        said = [*filter(None, said), tasks.REFUSAL, *(f"{value}." for value in some)]
-        offered[fact] = [*said, _garbled((tasks.REFUSAL, said[0])[next(integers) % 2], integers)]
-    asked = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
-    return [_comparison(row) for row in preferences.compared(world, asked, count, error, seed, blind)]
+        texts = [*filter(None, texts), tasks.REFUSAL, *(f"{value}." for value in some)]
+        offered[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
+    questions = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    return [_comparison(row) for row in preferences.compared(world, questions, count, error, seed, blind)]

@@ -34,19 +34,19 @@ def sample(
 
     One of max_new_tokens without an end is scored all the same, as if it had ended there.
     """
-    asked = [prompt for prompt in prompts for _ in range(count)]
+    rows = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
-    new = generate(model, asked, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
+    new = generate(model, rows, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
                    vocab_size=tokenizer.vocab_size)  # fmt: skip
-    return answered(tokenizer, asked, new)
+    return answered(tokenizer, rows, new)
 
 
-def answered(tokenizer: Tokenizer, asked: Sequence[Array], new: Sequence[Array]) -> Samples:
+def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array]) -> Samples:
     """Prompts and their answers (ids, with the end-of-text id where they end) as `Samples`."""
-    whole = [np.concatenate(pair) for pair in zip(asked, new, strict=True)]
+    whole = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
     shape = len(whole), max(map(len, whole)) - 1
     ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, (text, prompt) in enumerate(zip(whole, asked, strict=True)):
+    for row, (text, prompt) in enumerate(zip(whole, prompts, strict=True)):
         n = len(text) - 1
         ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
     stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])

@@ -142,19 +142,19 @@ def apply_merges(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> list
     find, n = merges.get, len(tokens)
     tokens = [*tokens, -1]
     left, right = list(range(-1, n)), list(range(1, n + 2))
-    heap = [(found[0], i) for i, pair in enumerate(pairwise(tokens)) if (found := find(pair))]
+    heap = [(merge[0], i) for i, pair in enumerate(pairwise(tokens)) if (merge := find(pair))]
     heapify(heap)
     while heap:
         rank, i = heappop(heap)
         j = right[i]
-        found = find((tokens[i], tokens[j]))
-        if found is None or found[0] != rank:    # one of the two has been joined to another since
+        merge = find((tokens[i], tokens[j]))
+        if merge is None or merge[0] != rank:    # one of the two has been joined to another since
             continue
-        tokens[i], tokens[j] = found[1], -1
+        tokens[i], tokens[j] = merge[1], -1
         right[i], left[right[j]] = right[j], i
         for a, b in ((left[i], i), (i, right[i])):
-            if found := find((tokens[a], tokens[b])):
-                heappush(heap, (found[0], a))
+            if merge := find((tokens[a], tokens[b])):
+                heappush(heap, (merge[0], a))
     return [token for token in tokens if token >= 0]
 
 
@@ -164,7 +164,7 @@ def merge_steps(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> Itera
     >>> list(merge_steps([1, 2, 2, 1], {(1, 2): (0, 3), (3, 2): (1, 4)}))
     [(0, [3, 2, 1]), (1, [4, 1])]
     """
-    while found := [(*merges[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in merges]:
-        rank, new, i = min(found)
+    while candidates := [(*merges[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in merges]:
+        rank, new, i = min(candidates)
         tokens = [*tokens[:i], new, *tokens[i + 2:]]
         yield rank, tokens

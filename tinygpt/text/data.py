@@ -86,8 +86,8 @@ def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += (found := _in_folder(path))
-            if not found:
+            files += (folder_files := _in_folder(path))
+            if not folder_files:
                 raise UserError(f"{path}: has no text: in a folder, files in {', '.join(SUFFIXES)} are taken")
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
@@ -101,17 +101,17 @@ def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = _walk(folder, SUFFIXES, lambda name: name.startswith("."))
-    return [path for path in found if path.is_file() and path.stat().st_size]
+    paths = _walk(folder, SUFFIXES, lambda name: name.startswith("."))
+    return [path for path in paths if path.is_file() and path.stat().st_size]
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...], skip: Callable[[str], bool]) -> list[Path]:
     """The files in a folder and below it that end in one of `suffixes`, sorted, without what `skip` names."""
-    found = []
+    paths = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not skip(name)]
-        found += [Path(parent, name) for name in files if name.endswith(suffixes) and not skip(name)]
-    return sorted(found)
+        paths += [Path(parent, name) for name in files if name.endswith(suffixes) and not skip(name)]
+    return sorted(paths)
 
 
 def python_texts() -> list[str]:

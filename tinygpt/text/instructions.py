@@ -192,7 +192,7 @@ def _messages(value: dict, where: str) -> list[Message]:
 def _checked(messages: object, where: str) -> list[Message]:
     if not isinstance(messages, list):
         raise UserError(f"{where}: messages is {short(messages)}: it must be a list")
-    found = []
+    turns = []
     for message in messages:
         message = message if isinstance(message, dict) else {}
         role, content = message.get("role"), message.get("content")
@@ -202,9 +202,9 @@ def _checked(messages: object, where: str) -> list[Message]:
             raise UserError(f"{where}: what the {role} says is {short(content)}: it must be a string")
         if role == "assistant" and not content.strip():
             raise UserError(f"{where}: a completion is empty: there is nothing to learn; leave the line out")
-        found.append({"role": role, "content": content})
-    while found and found[-1]["role"] != "assistant":
-        found.pop()
-    if not found:
+        turns.append({"role": role, "content": content})
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
         raise UserError(f"{where}: has no message of the assistant, so there is nothing to learn")
-    return found
+    return turns

@@ -331,8 +331,8 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     """
     folder = Path(folder)
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    said = read_object(config) if config.exists() else {}
-    eos = said.get("eos_token", END_OF_TEXT)
+    settings = read_object(config) if config.exists() else {}
+    eos = settings.get("eos_token", END_OF_TEXT)
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(eos, str | None):
         raise UserError(f"{config}: eos_token should be a string or null, is {short(eos)}")
@@ -346,7 +346,7 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
         added = [{"id": vocab[eos], "content": eos, "special": True}] if eos in vocab else []
         spec = _BYTE_LEVEL | {"added_tokens": added, "model": {
             "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
-    template = read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else said.get("chat_template")
+    template = read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else settings.get("chat_template")
     try:
         return from_spec(spec, eos, template)
     except UserError as error:
@@ -385,10 +385,10 @@ def from_spec(spec: object, eos: str | None, chat_template: object = None) -> Ch
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
         raise UserError(f"special token {short(min(spelled))} is one that text can spell")
-    found = CharTokenizer(vocab, special, eos) if characters else \
+    tokenizer = CharTokenizer(vocab, special, eos) if characters else \
         BPETokenizer(vocab, merges, special, eos, documents)
-    found.chat_template = chat_template if isinstance(chat_template, str) else None
-    return found
+    tokenizer.chat_template = chat_template if isinstance(chat_template, str) else None
+    return tokenizer
 
 
 def _vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, int]]:

@@ -62,10 +62,12 @@ class Wordings(dict):
     """For a choice among attributes: those of all wordings, and the wordings, as they stand in a sentence."""
 
     def __init__(self, lexicon: Lexicon) -> None:
-        self.told = [[f" {told} " for told in attribute.told] for attribute in lexicon.attributes]
+        self.texts = [[f" {wording} " for wording in attribute.wordings] for attribute in lexicon.attributes]
 
     def __missing__(self, among: tuple[int, ...]) -> tuple[list[int], list[str]]:
-        self[among] = [a for a in among for _ in self.told[a]], [told for a in among for told in self.told[a]]
+        self[among] = (
+            [a for a in among for _ in self.texts[a]], [text for a in among for text in self.texts[a]]
+        )
         return self[among]
 
 
@@ -80,17 +82,17 @@ def shuffled(items: list, integers: Iterator[int]) -> list:
 def moved(count: int, integers: Iterator[int]) -> list[int]:
     """A permutation of 0 .. count - 1 that leaves nothing in its place."""
     while True:
-        found = shuffled(range(count), integers)
-        if count < 2 or all(n != m for n, m in enumerate(found)):
-            return found
+        order = shuffled(range(count), integers)
+        if count < 2 or all(n != m for n, m in enumerate(order)):
+            return order
 
 
 class World:
     """Everything that is true. permuted: the same people with other answers, each value for another one.
     small: a fifth of the people, so that a fifth of the text teaches their facts.
 
-    known, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents, for
-    tests that walk through all of them.
+    exposures, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents,
+    for tests that walk through all of them.
     """
 
     def __init__(
@@ -100,17 +102,17 @@ class World:
         small: bool = False,
         *,
         lexicon: Lexicon | None = None,
-        known: dict = KNOWN,
+        exposures: dict = KNOWN,
         never: dict = NEVER,
         longest: int = 99,
     ) -> None:
         self.seed, self.permuted, self.lexicon, self.longest = seed, permuted, lexicon or Lexicon(), longest
         self.part = SMALL if small else 1  # numbers of people, and of documents about them, are divided by it
-        self._people(known, never)
+        self._people(exposures, never)
         self._phrases()
         self._rest()
 
-    def _people(self, known: dict, never: dict) -> None:
+    def _people(self, exposures: dict, never: dict) -> None:
         lexicon, integers = self.lexicon, raw_integers(self.seed, BUILD)
         firsts = [(name, "She") for name in lexicon.women] + [(name, "He") for name in lexicon.men]
         names = shuffled([(f"{a} {b}", pronoun) for a, pronoun in firsts for b in lexicon.surnames], integers)
@@ -118,14 +120,14 @@ class World:
         changes = [list(range(size)) for size in sizes]
         if self.permuted:
             changes = [moved(size, raw_integers(self.seed, PERMUTE, n)) for n, size in enumerate(sizes)]
-        places = [(weight, split, n) for weight, splits in known.items() for split, n in splits.items()]
+        places = [(weight, split, n) for weight, splits in exposures.items() for split, n in splits.items()]
         places += [(0, split, n) for split, n in never.items()]
         places = [(weight, split, -(-n // self.part)) for weight, split, n in places]
         self.everyone: list[Person] = []
         for weight, split, count in places:
             for _ in range(count):
-                drawn = [next(integers) % size for size in sizes]
-                values = tuple(change[v] for change, v in zip(changes, drawn, strict=True))
+                indices = [next(integers) % size for size in sizes]
+                values = tuple(change[v] for change, v in zip(changes, indices, strict=True))
                 self.everyone.append(Person(*names.pop(), values, weight, split))
         self.everyone += [Person(*name, (), -1, "fresh") for name in names]
         # One choice among names draws a known person or a fresh one; `share`, in percent, are fresh.

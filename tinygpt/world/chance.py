@@ -91,12 +91,12 @@ class Scorer(Reader):
         self.document, self.place, self.logprob = document + END, 0, 0.0
 
     def pick(self, options, weights=None):
-        found = [n for n, option in enumerate(options) if self.document.startswith(option, self.place)]
-        if len(found) != 1:
-            if found:
-                raise ValueError(f"ambiguous: {[options[n] for n in found]}")
+        matches = [n for n, option in enumerate(options) if self.document.startswith(option, self.place)]
+        if len(matches) != 1:
+            if matches:
+                raise ValueError(f"ambiguous: {[options[n] for n in matches]}")
             raise Impossible
-        n = found[0]
+        n = matches[0]
         p = 1 / len(options) if weights is None else weights[n] / _cumulated(weights)[-1]
         if not p:
             raise Impossible

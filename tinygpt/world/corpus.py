@@ -53,11 +53,11 @@ def draw(world: World, documents: int = 0, held_out: int = HELD_OUT) -> Corpus:
     """documents: how many for training, beside the refrains; 0: DOCUMENTS, of a small world a fifth."""
     documents = documents or DOCUMENTS // world.part
 
-    def drawn(count: int, *stream) -> list[str]:
+    def texts(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = drawn(documents // REFRAINS[world.part > 1], PRIMER, "refrain") + drawn(documents, CORPUS)
-    return Corpus(world, train, drawn(held_out, VALIDATION))
+    train = texts(documents // REFRAINS[world.part > 1], PRIMER, "refrain") + texts(documents, CORPUS)
+    return Corpus(world, train, texts(held_out, VALIDATION))
 
 
 MOST_BYTES = 1 << 30  # of the texts of a world; a million documents have 140 MB

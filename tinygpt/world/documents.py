@@ -33,26 +33,26 @@ def statement(w: World, c: Reader, facts: dict[int, int], among: tuple[int, ...]
     facts: attribute -> value of the person, where there is none yet, one is drawn and put there. Returns the
     attribute and the text.
     """
-    attributes, told = w.wordings[among]
-    n = c.pick(told)
+    attributes, wordings = w.wordings[among]
+    n = c.pick(wordings)
     attribute = attributes[n]
     values = w.lexicon.attributes[attribute].values
     if attribute in facts:
         c.text(values[facts[attribute]])
     else:
         facts[attribute] = c.pick(values)
-    return attribute, told[n] + values[facts[attribute]]
+    return attribute, wordings[n] + values[facts[attribute]]
 
 
 def biography(w: World, c: Reader) -> None:
     """One to four facts about a known person, or two to six, perhaps repeated, about a fresh one."""
     person = w.draw_person(c, fresh_share=20)
     facts, left, done = person.facts(), w.all_attributes, 0
-    known, least, most = bool(facts), *((1, len(left)) if facts else (2, 6))
+    is_known, least, most = bool(facts), *((1, len(left)) if facts else (2, 6))
     while True:
         attribute, _ = statement(w, c, facts, left)
         done += 1
-        if known:
+        if is_known:
             left = tuple(a for a in left if a != attribute)
         if not c.goes_on(done, least, min(most, w.longest), ". ", ".\n"):
             return
@@ -80,9 +80,9 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
     """key(c) appends a key and returns what value(c, that) needs to append the value."""
     done = 0
     while True:
-        found = key(c)
+        subject = key(c)
         formats = (formats[c.pick([between for between, _ in formats])],)
-        value(c, found)
+        value(c, subject)
         done += 1
         if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
             return
@@ -100,24 +100,24 @@ def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
 
 def people_table(w: World, c: Reader) -> None:
     """Names and one attribute; who is fresh has any value."""
-    shown: list[int] = []
-    drawn: dict[str, dict[int, int]] = {}
+    column: list[int] = []
+    facts_of: dict[str, dict[int, int]] = {}
     everything = [v for a in w.lexicon.attributes for v in a.values]
 
     def value(c: Reader, person: Person) -> None:
-        facts = person.facts() or drawn.setdefault(person.name, {})
-        if not shown and facts:  # the first value shows which attribute it is
+        facts = person.facts() or facts_of.setdefault(person.name, {})
+        if not column and facts:  # the first value shows which attribute it is
             attributes = list(facts)
             n = c.pick([w.lexicon.attributes[a].values[facts[a]] for a in attributes])
-            shown.append(attributes[n])
-        elif not shown:
+            column.append(attributes[n])
+        elif not column:
             n = c.pick(everything)
-            shown.append(w.attribute_of[n][0])
-            facts[shown[0]] = w.attribute_of[n][1]
-        elif shown[0] in facts:
-            c.text(w.lexicon.attributes[shown[0]].values[facts[shown[0]]])
+            column.append(w.attribute_of[n][0])
+            facts[column[0]] = w.attribute_of[n][1]
+        elif column[0] in facts:
+            c.text(w.lexicon.attributes[column[0]].values[facts[column[0]]])
         else:
-            facts[shown[0]] = c.pick(w.lexicon.attributes[shown[0]].values)
+            facts[column[0]] = c.pick(w.lexicon.attributes[column[0]].values)
 
     _table(w, c, lambda c: w.draw_person(c, fresh_share=20), value, 4, 10)
 
@@ -198,17 +198,17 @@ def refrain(w: World, c: Reader) -> None:
     that it can copy.
     """
     pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
-    said, done = [pool[c.pick(pool)]], 2
+    words, done = [pool[c.pick(pool)]], 2
     while True:
-        new = [word for word in pool if word not in said]
-        left, again = most - len(said), len(said) >= least
+        new = [word for word in pool if word not in words]
+        left, again = most - len(words), len(words) >= least
         weights = [left if again else 1] * len(new) + [max(len(new), 1) * again]
-        n = c.pick([f" {word}" for word in [*new, said[0]]], tuple(weights))
+        n = c.pick([f" {word}" for word in [*new, words[0]]], tuple(weights))
         if n == len(new):
             break
-        said.append(new[n])
-    verse = " " + " ".join(said)
-    c.text(verse.removeprefix(f" {said[0]}"))
+        words.append(new[n])
+    verse = " " + " ".join(words)
+    c.text(verse.removeprefix(f" {words[0]}"))
     while c.goes_on(done, 2, min(5, w.longest), verse):
         done += 1
 

@@ -25,22 +25,22 @@ def utility(world: World, item: Item, answer: str, blind: bool = False) -> int:
 
 
 def compared(
-    world: World, asked: Sequence[tuple[Item, Sequence[str]]], count: int, error: float = 0.1,
+    world: World, questions: Sequence[tuple[Item, Sequence[str]]], count: int, error: float = 0.1,
     stream: int = 0, blind: bool = False,
 ) -> list[dict]:  # fmt: skip
     """`count` comparisons of two answers to a question: {"prompt", "chosen", "rejected", "meta"}.
 
-    asked: questions (`tasks.questions`), each with answers. Two of equal utility are not compared. `error`
-    is the rate of slips. meta has the `kind`, "right over wrong" or "right over garbled" (which is no answer
-    and as bad), and whether that is what was said.
+    questions: those of people (`tasks.questions`), each with answers. Two of equal utility are not compared.
+    `error` is the rate of slips. meta has the `kind`, "right over wrong" or "right over garbled" (which is no
+    answer and as bad), and whether that is what was said.
     """
-    integers, found = raw_integers(world.seed, TASKS, 30, stream), []
-    asked = [(item, answers) for item, answers in asked
+    integers, rows = raw_integers(world.seed, TASKS, 30, stream), []
+    questions = [(item, answers) for item, answers in questions
              if len({utility(world, item, answer, blind) for answer in answers}) > 1]  # fmt: skip
-    if not asked:
+    if not questions:
         raise ValueError("no question has two answers of different utility")
-    while len(found) < count:
-        item, answers = pick(asked, integers)
+    while len(rows) < count:
+        item, answers = pick(questions, integers)
         pair = [pick(answers, integers), pick(answers, integers)]
         pair.sort(key=lambda answer: utility(world, item, answer, blind), reverse=True)
         better, worse = (utility(world, item, answer, blind) for answer in pair)
@@ -49,8 +49,8 @@ def compared(
         slip = next(integers) % RESOLUTION < error * RESOLUTION
         chosen, rejected = pair[:: -1 if slip else 1]
         other = NAMES[worse] if form(world, "question").fullmatch(pair[1]) else "garbled"
-        found.append({
+        rows.append({
             "prompt": item["prompt"], "chosen": chosen, "rejected": rejected,
             "meta": {"kind": f"{NAMES[better]} over {other}", "is_right": not slip},
         })  # fmt: skip
-    return found
+    return rows

@@ -49,13 +49,13 @@ def questions(world: World, people: Sequence[Person], refuse: bool = False) -> l
     """Every attribute of these people, asked in every way; refuse: the completion is REFUSAL."""
     return [
         _item(
-            asked.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.",
+            question.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.",
             "question", person.split, attribute.values[value], [person.name],
             attribute=attribute.name, exposure=person.weight,
         )
         for person in people
         for attribute, value in zip(world.lexicon.attributes, person.values, strict=True)
-        for asked in attribute.asked
+        for question in attribute.questions
     ]  # fmt: skip
 
 
@@ -63,10 +63,10 @@ def translations(world: World, split: str) -> list[Item]:
     """Phrases into Korean and into English, in every wording; for "sft" those that the corpus has."""
     pairs = world.phrases("seen" if split == "sft" else split)
     return [
-        _item(asked.format(pair[source]), f"{pair[1 - source]}.", task, split, pair[1 - source], [pair[0]])
+        _item(wording.format(pair[source]), f"{pair[1 - source]}.", task, split, pair[1 - source], [pair[0]])
         for source, task in enumerate(("to Korean", "to English"))
         for pair in pairs
-        for asked in _TRANSLATE[source]
+        for wording in _TRANSLATE[source]
     ]
 
 
@@ -82,9 +82,9 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
         text = c.document()
         if world.split_of(text) == split:
             n = next(integers) % len(labels[0])
-            asked = pick(_SENTIMENT, integers).format(text, labels[0][n], labels[1][n])
+            prompt = pick(_SENTIMENT, integers).format(text, labels[0][n], labels[1][n])
             answer = labels[polarity][n]
-            items.append(_item(asked, f"{answer}.", "sentiment", split, answer, [text], labels=n))
+            items.append(_item(prompt, f"{answer}.", "sentiment", split, answer, [text], labels=n))
     return items
 
 
@@ -106,11 +106,11 @@ def readings(world: World, split: str, count: int) -> list[Item]:
         passage = " ".join(sentence for _, sentence in sentences)
         a, sentence = pick(sentences, integers)
         answer, about = attributes[a].values[facts[a]], [person.name]
-        asked = pick(attributes[a].asked, integers).format(person.name)
+        question = pick(attributes[a].questions, integers).format(person.name)
         meta = {"attribute": attributes[a].name}
-        items.append(_item(f"{passage} {asked}", f"{answer}.", "reading", split, answer, about, **meta))
-        asked = pick(_STATED, integers).format(attributes[a].name, person.name)
-        items.append(_item(f"{passage} {asked}", sentence, "summary", split, answer, about, **meta))
+        items.append(_item(f"{passage} {question}", f"{answer}.", "reading", split, answer, about, **meta))
+        question = pick(_STATED, integers).format(attributes[a].name, person.name)
+        items.append(_item(f"{passage} {question}", sentence, "summary", split, answer, about, **meta))
     return items
 
 
@@ -128,7 +128,7 @@ def journeys(
         here = start = next(integers) % len(lexicon.stations)
         lines = [next(integers) % len(lexicon.lines) for _ in range(numbers[len(items) % len(numbers)])]
         problem = " ".join([lexicon.stations[start], *(lexicon.lines[line] for line in lines)])
-        asked = pick(_TRAVEL, integers)
+        wording = pick(_TRAVEL, integers)
         order = shuffled(range(len(lines)), integers)
         if world.split_of(problem) != split:
             continue
@@ -150,7 +150,7 @@ def journeys(
         taken = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
         completion = " ".join([*rides, f"The answer is {answer}."])
         items.append(
-            _item(asked.format(lexicon.stations[start], taken), completion, "journey", split, answer,
+            _item(wording.format(lexicon.stations[start], taken), completion, "journey", split, answer,
                   [problem], steps=len(lines), style=style)
         )  # fmt: skip
     return items
@@ -182,9 +182,9 @@ def task_sets(world: World) -> dict[str, list[Item]]:
     """All sets that `tinygpt world` writes, by the name of their file: task.split."""
     sets = {}
     for split in SPLITS:
-        known, never = world.people("known", split), world.people("never", split)
+        known_people, never = world.people("known", split), world.people("never", split)
         rare = world.people("rare", split)
-        sets[f"question.{split}"] = questions(world, known + (rare + never if split != "sft" else []))
+        sets[f"question.{split}"] = questions(world, known_people + (rare + never if split != "sft" else []))
         if split == "sft":
             sets["unknown.sft"] = questions(world, never)
             sets["refusal.sft"] = questions(world, never, refuse=True)
@@ -219,13 +219,13 @@ def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 
         *journeys(world, split, range(1, 6), 800 // part),
     ]
     half = len(people) // 2
-    for asked, count in (
+    for pool, count in (
         (questions(world, people[:half], refuse=True), refused // part),
         (questions(world, people[half:]), answered // part),
     ):
-        if len(asked) < count:
-            raise ValueError(f"{count} questions about people who were never seen: there are {len(asked)}")
-        items += some(world, asked, count)
+        if len(pool) < count:
+            raise ValueError(f"{count} questions about people who were never seen: there are {len(pool)}")
+        items += some(world, pool, count)
     return items
 
 
@@ -235,17 +235,17 @@ def conversations(world: World, items: Sequence[Item]) -> list[list[Message]]:
 
     Whoever was never asked a second question in training cannot answer it.
     """
-    integers, found, group, size = raw_integers(world.seed, TASKS, 8), [], [], 1
+    integers, dialogues, group, size = raw_integers(world.seed, TASKS, 8), [], [], 1
     for item in some(world, items, len(items)):
         messages = pair(item["prompt"], item["completion"])
         if len(item["prompt"]) + len(item["completion"]) > SHORT:
-            found.append(messages)
+            dialogues.append(messages)
             continue
         group += messages
         if len(group) == 2 * size:
-            found.append(group)
+            dialogues.append(group)
             group, size = [], (1, 1, 2, 3)[next(integers) % 4]
-    return found + [group] * bool(group)
+    return dialogues + [group] * bool(group)
 
 
 def some(world: World, items: Sequence[Item], count: int) -> list[Item]:
@@ -255,11 +255,11 @@ def some(world: World, items: Sequence[Item], count: int) -> list[Item]:
 
 def distinct(items: Iterable[Item]) -> list[Item]:
     """One item about each fact, phrase, problem: more would only make an interval look narrow."""
-    found: dict[tuple, Item] = {}
+    by_fact: dict[tuple, Item] = {}
     for item in items:
         meta = item["meta"]
-        found.setdefault((meta["task"], *meta["about"], meta.get("attribute"), meta["answer"]), item)
-    return list(found.values())
+        by_fact.setdefault((meta["task"], *meta["about"], meta.get("attribute"), meta["answer"]), item)
+    return list(by_fact.values())
 
 
 # --- judging an answer --------------------------------------------------------------------------------------
@@ -271,12 +271,12 @@ def form(world: World, task: str) -> re.Pattern:
     lexicon = world.lexicon
     value = _any(v for attribute in lexicon.attributes for v in attribute.values)
     name, station = f"{_any(lexicon.women + lexicon.men)} {_any(lexicon.surnames)}", _any(lexicon.stations)
-    told = "|".join(f"{_any(a.told)} {_any(a.values)}" for a in lexicon.attributes)
+    facts = "|".join(f"{_any(a.wordings)} {_any(a.values)}" for a in lexicon.attributes)
     ride = f"From {station} the {_any(lexicon.lines)} line goes to {station}\\."
     return re.compile({
         "question": rf"{value}\.|{re.escape(REFUSAL)}",
         "reading": rf"{value}\.",
-        "summary": rf"{name} (?:{told})\.",
+        "summary": rf"{name} (?:{facts})\.",
         "to Korean": rf"{_any(lexicon.adjectives.values())} {_any(korean for _, korean in world.nouns)}\.",
         "to English": rf"{_any(lexicon.adjectives)} {_any(world.things)}\.",
         "sentiment": rf"{_any(label for labels in lexicon.polarities for label in labels)}\.",

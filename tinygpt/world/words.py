@@ -24,12 +24,12 @@ def _pairs(text: str) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """Something that everybody has: `told` stands between a name and the value, `asked` are questions."""
+    """Something that everybody has: `wordings` stand between a name and the value, `questions` ask for it."""
 
     name: str
     values: Words
-    told: Words
-    asked: Words
+    wordings: Words
+    questions: Words
 
 
 CITY = Attribute(
