@@ -147,8 +147,8 @@ struct adamw {
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
 };
 
-/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides. The
-   call returns 2 where there is no such place. */
+/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides.
+   The call returns 2 where there is no such place. */
 struct append_rows {
     real *cache;
     const real *x;
