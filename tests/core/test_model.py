@@ -15,6 +15,8 @@ from tinygpt.core.generate import KVCache
 from tinygpt.core.model import GPT, Pass
 from tinygpt.core.optim import AdamW
 from tinygpt.errors import UserError
+from tinygpt.stages import variants
+from tinygpt.stages.adapter import AdapterConfig
 from tinygpt.stages.variants import build
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,14 +174,34 @@ def test_packed_documents_equal_each_alone(model, rng):
 
 
 def test_a_forward_without_a_cache_gives_the_same_logits(model, rng):
-    """keep=False: no array outlives the block that needs it. last=True: one position's logits."""
+    """keep=False: no array outlives the block that needs it."""
     ids, _ = batch(rng)
     kept, cache = model.forward(ids)
     logits, none = model.forward(ids, keep=False)
     np.testing.assert_array_equal(logits, kept)
-    last, _ = model.forward(ids, keep=False, last=True)
-    np.testing.assert_allclose(last, kept[:, -1:], rtol=1e-12, atol=1e-14)
     assert cache and not none
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "ptuning", "prefix"])
+def test_places_that_are_picked_have_the_same_logits_and_gradients(model, rng, kind):
+    """Guards: rows shifted by a learned prompt, and a gradient lost where a row is not picked."""
+    ids, targets = batch(rng)
+    if kind:
+        model = variants.create(model, AdapterConfig(kind, num_virtual_tokens=2), rng)
+        model.trained.flat[:] = 0.3 * rng.standard_normal(model.trained.flat.shape)
+        ids, targets = ids[:, :-2], targets[:, :-2]  # the prompt takes two positions
+    places, weights = np.array([7, 2, 3], np.int32), rng.standard_normal(3)
+    logits, _ = model.forward(ids)
+    picked, _ = model.forward(ids, places=places)
+    np.testing.assert_allclose(picked, logits.reshape(-1, logits.shape[-1])[places], rtol=1e-11, atol=1e-13)
+    spread = np.zeros(ids.size)
+    spread[places] = weights
+    (all_flat, all_grads), (flat, grads) = model.trained.gradients(), model.trained.gradients()
+    expected = model.loss(ids, targets, spread.reshape(ids.shape), all_grads)
+    loss = model.loss(ids, targets.ravel()[places], weights, grads, places=places)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(flat, all_flat, rtol=1e-9, atol=1e-12)
+    assert abs(flat).max() > 1e-3
 
 
 def test_results_stay_as_they_are(model, rng):

@@ -171,13 +171,14 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array
     at, start = np.maximum(np.arange(T, dtype=np.int32) - pad, 0), np.repeat(pad, T, axis=1)
     whole, kv.length[...] = (kv.keys, kv.values), 0
     kv.keys, kv.values = (a[:, : len(first)] for a in whole)
+    last = np.arange(1, len(first) + 1, dtype=np.int32) * T - 1  # the place of each text's last token
     logits, _ = model.forward(
-        ids[first], positions=at[first], start=start[first], past=kv, keep=False, last=True
-    )
+        ids[first], positions=at[first], start=start[first], past=kv, places=last, keep=False
+    )  # (texts, V)
     for a in whole:
         a[:, :, : kv.length] = a[:, rows.ravel(), : kv.length]
     kv.keys, kv.values = whole
-    return logits[rows.ravel()], pad
+    return logits[rows.ravel(), None], pad
 
 
 def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings) -> list[Array]:

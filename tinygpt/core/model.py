@@ -39,6 +39,7 @@ class Pass(NamedTuple):
     start: Array | None = None  # (B, T): where each query's view begins, see ops.visible_keys
     past: object | None = None  # a generate.KVCache
     rng: np.random.Generator | None = None  # draws dropout; None: no dropout
+    places: Array | None = None  # (N,): the rows of the text whose logits are computed; None: all
 
 
 class GPT(memory.Parameters):
@@ -112,31 +113,33 @@ class GPT(memory.Parameters):
         start: Array | None = None,
         past: object | None = None,
         rng: np.random.Generator | None = None,
+        places: Array | None = None,
         keep: bool = True,
-        last: bool = False,
     ) -> tuple[Array, tuple]:
         """ids (B, T) -> logits (B, T, V), and the cache that `backward` takes.
 
         positions (T,) or (B, T): rows of wpe, those after `past` by default. start (B, T): where each query's
         view begins, see `ops.visible_keys`. past: a `generate.KVCache`, whose keys and values come before
-        those of `ids`; it is extended. rng: turns dropout on. keep=False: no cache, which saves its memory.
-        last=True: logits of the last position only, (B, 1, V), with keep=False. Raises UserError for a
-        sequence longer than `context`.
+        those of `ids`; it is extended. rng: turns dropout on. places (N,), int32: the result is the logits
+        (N, V) of these places of `ids.ravel()`; after the last attention the other places are not computed.
+        keep=False: no cache, which saves its memory. Raises UserError for a sequence longer than `context`.
         """
         if keep and past is not None and past.length:
             raise ValueError("forward: with keys and values in `past` there is no backward: give keep=False")
-        run, caches = Pass(start, past, rng), []
+        run, caches = Pass(start, past, rng, places), []
         x, c_embed = self.embed(ids, self._positions(ids, positions, past), run)  # (B, T, C)
         x, c_drop = self.dropout(x, self.config.dropout, run)  # (B, T, C)
         for layer in range(self.config.n_layer):
             x, cache = self.block(x, layer, run)  # (B, T, C)
             caches.append(cache if keep else None)
-        logits, c_head = self.head(x, 1 if last else ids.shape[1])  # (B, T, V)
+        if places is None:
+            x = np.ascontiguousarray(x[:, -ids.shape[1] :])  # (B, T, C): without the rows of a learned prompt
+        logits, c_head = self.head(x)  # (B, T, V), or (N, V)
         return logits, (c_embed, c_drop, caches, c_head) if keep else ()
 
     def backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> None:
         """Writes into `grads` (name -> array, see `gradients`) the gradients of a loss, given its gradient
-        `dlogits` (B, T, V). The blocks below the lowest name in `grads` are not computed."""
+        `dlogits` (B, T, V), or (N, V). The blocks below the lowest name in `grads` are not computed."""
         c_embed, c_drop, caches, c_head = cache
         lowest = min(map(self.depth, grads), default=self.config.n_layer)
         dx = self.head_backward(dlogits, c_head, grads)  # (B, T, C)
@@ -183,23 +186,38 @@ class GPT(memory.Parameters):
         a, c1 = self.norm(x, f"{h}.ln_1")  # (B, T, C)
         qkv, c2 = self.linear(a, f"{h}.attn.c_attn", run)  # (B, T, 3C)
         y, c3 = self.attend(qkv, layer, run)  # (B, T, C)
+        x, c_x = self.pick(x, layer, run)  # (B, T, C); in the last block (N, C), and so are all below
+        y, c_y = self.pick(y, layer, run)  # (B, T, C)
         x, c4 = self.join(x, y, f"{h}.attn.c_proj", run)  # (B, T, C)
         m, c5 = self.norm(x, f"{h}.ln_2")  # (B, T, C)
         f, c6 = self.linear(m, f"{h}.mlp.c_fc", run)  # (B, T, 4C)
         g, c7 = self.ops.gelu_forward(f)  # (B, T, 4C)
         x, c8 = self.join(x, g, f"{h}.mlp.c_proj", run)  # (B, T, C)
-        return x, (c1, c2, c3, c4, c5, c6, c7, c8)
+        return x, (c1, c2, c3, c_x, c_y, c4, c5, c6, c7, c8)
 
     def block_backward(self, dx: Array, cache: tuple, grads: dict[str, Array]) -> Array:
-        c1, c2, c3, c4, c5, c6, c7, c8 = cache
+        c1, c2, c3, c_x, c_y, c4, c5, c6, c7, c8 = cache
         d = self.join_backward(dx, c8, grads)  # (B, T, 4C)
         d = self.ops.gelu_backward(d, c7)  # (B, T, 4C)
         d = self.linear_backward(d, c6, grads)  # (B, T, C)
         dx = self.norm_backward(d, c5, grads, add=dx)  # (B, T, C), plus the stream's own gradient
         d = self.join_backward(dx, c4, grads)  # (B, T, C)
+        dx, d = self.pick_backward(dx, c_x), self.pick_backward(d, c_y)  # (B, T, C) each
         d = self.attend_backward(d, c3, grads)  # (B, T, 3C)
         d = self.linear_backward(d, c2, grads)  # (B, T, C)
         return self.norm_backward(d, c1, grads, add=dx)  # (B, T, C)
+
+    def pick(self, x: Array, layer: int, run: Pass) -> tuple[Array, tuple | None]:
+        """x (B, T, C) -> the rows (N, C) at `run.places`, in the last block, after whose attention no row
+        depends on another; x itself in any other, or where all places are wanted."""
+        if run.places is None or layer < self.config.n_layer - 1:
+            return x, None
+        rows, cache = self.ops.embedding_forward(run.places, x.reshape(-1, x.shape[-1]))  # (N, C)
+        return rows, (cache, x.shape)
+
+    def pick_backward(self, drows: Array, cache: tuple | None) -> Array:
+        """A row that was not picked has the gradient 0."""
+        return drows if cache is None else self.ops.embedding_backward(drows, cache[0]).reshape(cache[1])
 
     def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
         """qkv (B, T, 3C) -> y (B, T, C): every query sees the keys before it, and those of `run.past`."""
@@ -231,18 +249,17 @@ class GPT(memory.Parameters):
         dy = self.dropout_backward(dx, c_drop)  # (B, T, C)
         return self.linear_backward(dy, c_linear, grads)
 
-    def head(self, x: Array, T: int) -> tuple[Array, tuple]:
-        """x (B, ..., C) -> logits (B, T, V) of the last T positions."""
-        x = np.ascontiguousarray(x[:, -T:])  # (B, T, C)
-        x, c_norm = self.norm(x, "ln_f")  # (B, T, C)
-        logits, c_linear = self.ops.linear_forward(x, self.params[self.table].T)  # (B, T, V)
+    def head(self, x: Array) -> tuple[Array, tuple]:
+        """x (..., C) -> logits (..., V)."""
+        x, c_norm = self.norm(x, "ln_f")  # (..., C)
+        logits, c_linear = self.ops.linear_forward(x, self.params[self.table].T)  # (..., V)
         return logits, (c_norm, c_linear)
 
     def head_backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         c_norm, c_linear = cache
         dw = grads[self.table].T if self.table in grads else False
-        dx, _, _ = self.ops.linear_backward(dlogits, c_linear, dw=dw, db=False)  # (B, T, C)
-        return self.norm_backward(dx, c_norm, grads)  # (B, T, C)
+        dx, _, _ = self.ops.linear_backward(dlogits, c_linear, dw=dw, db=False)  # (..., C)
+        return self.norm_backward(dx, c_norm, grads)  # (..., C)
 
     # --- operations on named parameters ---------------------------------------------------------------------
 
@@ -294,14 +311,14 @@ class GPT(memory.Parameters):
         """sum(weights * nll), (), float64, in nats, and where `grads` is given its gradients.
 
         ids, targets and weights (B, T); weights None is the mean, 1 / (B T) each. Other arguments go to
-        `forward`.
+        `forward`; with its `places` targets and weights are (N,).
         """
         if weights is None:
             weights = np.full(targets.shape, 1 / targets.size, self.flat.dtype)
-        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V)
-        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T)
+        logits, cache = self.forward(ids, keep=grads is not None, **forward)  # (B, T, V) or (N, V)
+        nll, c_nll = self.ops.cross_entropy_forward(logits, targets)  # (B, T) or (N,)
         if grads is not None:
-            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # (B, T, V)
+            dlogits = self.ops.cross_entropy_backward(weights, c_nll)  # as the logits
             del logits, c_nll  # the largest arrays of all
             self.backward(dlogits, cache, grads)
         return self.ops.weighted_sum(nll, weights)  # ()

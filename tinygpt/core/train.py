@@ -154,10 +154,8 @@ def gradients(optimizer: AdamW) -> Callable:
     def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
         loss = partial(plain, rng=rng) if rng is not None and model.draws else replayed
         value, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
-        for ids, targets, weights, start, positions in batches:
-            if positions is None:
-                positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
-            value += float(loss(ids, targets, weights, start=start, positions=positions))
+        for batch in batches:
+            value += float(loss(**counted(batch)))
             if total is not None:
                 total += optimizer.flat
         if len(batches) != 1:
@@ -170,10 +168,31 @@ def gradients(optimizer: AdamW) -> Callable:
 def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
     """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
     total, count = 0.0, 0.0
-    for ids, targets, weights, start, positions in batches:
-        total += float(model.loss(ids, targets, weights, start=start, positions=positions))
-        count += float(weights.sum(dtype=np.float64))
+    for batch in batches:
+        total += float(model.loss(**counted(batch)))
+        count += float(batch.weights.sum(dtype=np.float64))
     return total / max(count, 1e-30)
+
+
+def counted(batch: Batch) -> dict[str, Array | None]:
+    """A batch as arguments of `GPT.loss`: `places`, `targets` and `weights` are those whose weight is not 0.
+
+    Their number is rounded up to a multiple of a sixteenth of the batch: batches then have few shapes, and
+    `replay` keeps a tape of each shape. The places that fill the rest have weight 0. Where all places count,
+    `places` is None.
+    """
+    ids, targets, weights, start, positions = batch
+    if positions is None:
+        positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
+    places, at = None, np.flatnonzero(weights)
+    unit = -(-weights.size // 16)
+    if (N := -(-max(1, len(at)) // unit) * unit) < weights.size:
+        places = np.zeros(N, np.int32)
+        places[: len(at)] = at
+        targets, weights = targets.ravel()[places], weights.ravel()[places]
+        weights[len(at) :] = 0
+    return {"ids": ids, "targets": targets, "weights": weights, "start": start, "positions": positions,
+            "places": places}  # fmt: skip
 
 
 def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[float, dict[str, float]]:

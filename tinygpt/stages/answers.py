@@ -81,14 +81,15 @@ def likelihoods(
     logps = [np.zeros(len(options)) for options in choices]
     for at in range(0, len(packed.ids), rows):
         ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
-        logits, _ = model.forward(ids, start=start, positions=positions, keep=False)
-        for b in range(len(ids)):
-            for mark in np.unique(marks[b][marks[b] > 0]):
-                n = keys[int(mark) - 1][0]
-                here = logits[b, marks[b] == mark].astype(np.float64)  # (length of these choices, V)
-                here -= np.logaddexp.reduce(here, axis=-1, keepdims=True)
-                for m in groups[keys[int(mark) - 1]]:
-                    logps[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
+        places = np.flatnonzero(marks).astype(np.int32)
+        logits, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)
+        marks = marks.ravel()[places].astype(int)
+        for mark in np.unique(marks):
+            n = keys[mark - 1][0]
+            here = logits[marks == mark].astype(np.float64)  # (length of these choices, V)
+            here -= np.logaddexp.reduce(here, axis=-1, keepdims=True)
+            for m in groups[keys[mark - 1]]:
+                logps[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
     return logps
 
 

@@ -65,6 +65,11 @@ class Prompt(_Learned):
         """The rows (P, C) of the tokens ids (1, P)."""
         return self.params["wte.weight"][ids[0]]
 
+    def forward(self, ids: Array, *, places=None, past=None, **how) -> tuple[Array, tuple]:
+        if places is not None and not (past and past.length):  # the prompt's rows come before each text
+            places = places + (places // ids.shape[1] + 1) * np.int32(self.prefix)
+        return super().forward(ids, places=places, past=past, **how)
+
     def embed(self, ids: Array, positions: Array, run: Pass) -> tuple[Array, tuple]:
         """-> (B, P + T, C); (B, T, C) where `run.past` has the prompt already."""
         x, c_text = super().embed(ids, positions, run)  # (B, T, C)
@@ -81,8 +86,10 @@ class Prompt(_Learned):
 
     def head_backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         """The rows of the prompt have no logits: their gradient is 0."""
-        dx = super().head_backward(dlogits, cache, grads)  # (B, T, C)
-        return before(np.zeros((self.prefix, dx.shape[2]), dx.dtype), dx)  # (B, P + T, C)
+        dx = super().head_backward(dlogits, cache, grads)  # (B, T, C); of picked rows (N, C)
+        if dx.ndim == 3:
+            dx = before(np.zeros((self.prefix, dx.shape[2]), dx.dtype), dx)  # (B, P + T, C)
+        return dx
 
 
 class Prefix(_Learned):

@@ -137,11 +137,10 @@ def marked(texts: Sequence[Array], block_size: int) -> Packed:
     return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, last, strict=True)), block_size)
 
 
-def read(outputs: Array, marks: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Of outputs (B, T, 1) those at marks (B, T), in their order, (N,), and where they stand."""
-    b, t = np.nonzero(marks)
-    order = np.argsort(marks[b, t])
-    return outputs[b[order], t[order], 0], (b[order], t[order])
+def ends(marks: Array) -> Array:
+    """The places of the marks (B, T) in their order, (N,): where each text ends and its score is read."""
+    places = np.flatnonzero(marks)
+    return places[np.argsort(marks.ravel()[places])].astype(np.int32)
 
 
 def scores(model: GPT, texts: Sequence[Array]) -> Array:
@@ -149,9 +148,9 @@ def scores(model: GPT, texts: Sequence[Array]) -> Array:
     rows, rewards = marked(texts, model.context), np.zeros(len(texts), np.float64)
     for at in range(0, len(rows.ids), ROWS):
         ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
-        outputs, _ = model.forward(ids, start=start, positions=positions, keep=False)
-        values, (b, t) = read(outputs, marks)
-        rewards[marks[b, t].astype(int) - 1] = values
+        places = ends(marks)
+        outputs, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)  # (N, 1)
+        rewards[marks.ravel()[places].astype(int) - 1] = outputs[:, 0]
     return rewards
 
 
@@ -167,11 +166,11 @@ def loss(
 ) -> float:
     """For `train.train`: the loss of a batch of 2 N texts, chosen and rejected in turn; its gradients."""
     (rows,), model = batches, optimizer.model
-    outputs, cache = model.forward(rows.ids, start=rows.start, positions=rows.positions, rng=rng)
-    values, (b, t) = read(outputs, rows.weights)
-    nats, chosen, rejected = bradley_terry(values[::2], values[1::2])
+    view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
+    outputs, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
+    nats, chosen, rejected = bradley_terry(outputs[::2, 0], outputs[1::2, 0])
     dscores = np.zeros_like(outputs)
-    dscores[b[::2], t[::2], 0], dscores[b[1::2], t[1::2], 0] = chosen, rejected
+    dscores[::2, 0], dscores[1::2, 0] = chosen, rejected
     model.backward(dscores, cache, optimizer.grads)
     return nats
 

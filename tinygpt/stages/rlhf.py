@@ -42,7 +42,7 @@ from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
 from . import recipes, reward, sft, stage
 from .adapter import fingerprint
-from .samples import Samples, learn, sample
+from .samples import Samples, learn, sample, scored
 from .stage import Stage, Store
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
@@ -276,13 +276,11 @@ class Trainer:
         samples = sample(model, self.tokenizer, [ids for _, ids in picked], c.num_generations,
                          c.max_new_tokens, rng)  # fmt: skip
         questions = [text for text, _ in picked for _ in range(c.num_generations)]
-        logits, _ = self.reference.forward(samples.ids, keep=False)
-        nll, _ = self.reference.ops.cross_entropy_forward(logits, samples.targets)
-        ref, ref_logits = -(nll * samples.mask).astype(np.float64), logits[samples.mask > 0]
+        ref, ref_logits, *_ = scored(self.reference, samples, keep=False)
         values = None
         if self.values is not None:
-            outputs, _ = self.values.model.forward(samples.ids, keep=False)
-            values = outputs[..., 0].astype(np.float64)
+            outputs, _ = self.values.model.forward(samples.ids, places=samples.places, keep=False)
+            values = samples.spread(outputs[:, 0])
         scores = self.judge(questions, samples.answers)
         self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
         return [self.last]
@@ -291,14 +289,13 @@ class Trainer:
         """For `train.train`: the gradients of one update, and what there is to watch."""
         (r,), config, optimizer = batches, self.config, self.optimizer
         mask, N = r.samples.mask, len(r.scores)
-        b, t = np.nonzero(mask)
         record = {"train_loss": 0.0, "reward": float(r.scores.mean())}
 
         def loss(logp: Array, logits: Array) -> tuple[float, Array]:
             if self.experience is None:  # the policy has not changed since it sampled
                 self.experience = experience(r.samples, logp, r.ref, r.scores, config, r.values)
-            parts = (exact_kl(logits[b[i : i + 64], t[i : i + 64]], r.ref_logits[i : i + 64])
-                     for i in range(0, len(b), 64))  # a copy of all logits would be the largest thing here
+            parts = (exact_kl(logits[i : i + 64], r.ref_logits[i : i + 64])
+                     for i in range(0, len(logits), 64))  # a copy of all would be the largest thing here
             kl, entropy = map(np.concatenate, zip(*parts, strict=True))
             record.update(
                 kl=float(kl.sum() / N), kl_k1=float((self.experience.old - r.ref).sum() / N),
@@ -326,9 +323,10 @@ class Trainer:
 
     def _learn_values(self, e: Experience) -> float:
         model = self.values.model
-        outputs, cache = model.forward(e.samples.ids)
-        loss, d = value_loss(outputs[..., 0].astype(np.float64), e, self.config)
-        model.backward((self.config.vf_coef * d)[..., None].astype(outputs.dtype), cache, self.values.grads)
+        outputs, cache = model.forward(e.samples.ids, places=e.samples.places)  # (places, 1)
+        loss, d = value_loss(e.samples.spread(outputs[:, 0]), e, self.config)
+        dvalues = self.config.vf_coef * d[e.samples.mask > 0][:, None]  # (places, 1)
+        model.backward(dvalues.astype(outputs.dtype), cache, self.values.grads)
         self.values.step(self.value_rate(self.optimizer.steps))
         return loss
 

@@ -25,6 +25,17 @@ class Samples(NamedTuple):
     answers: list[str]
     stopped: Array  # (N,)
 
+    @property
+    def places(self) -> Array:
+        """Where the mask is 1, in `ids.ravel()`, int32."""
+        return np.flatnonzero(self.mask).astype(np.int32)
+
+    def spread(self, values: Array) -> Array:
+        """values, one for each of the places -> (N, T), float64, 0 elsewhere."""
+        spread = np.zeros(self.mask.shape)
+        spread[self.mask > 0] = values
+        return spread
+
 
 def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
@@ -56,20 +67,26 @@ def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array
 
 def logprobs(model: GPT, samples: Samples) -> Array:
     """log p of each target (N, T), float64, 0 where the mask is 0."""
-    logits, _ = model.forward(samples.ids, keep=False)
-    nll, _ = model.ops.cross_entropy_forward(logits, samples.targets)
-    return -(nll * samples.mask).astype(np.float64)
+    return scored(model, samples, keep=False)[0]
+
+
+def scored(model: GPT, samples: Samples, keep: bool = True) -> tuple[Array, Array, tuple, tuple]:
+    """log p of each target (N, T), float64, 0 where the mask is 0; the logits (places, V) of the places of
+    the answers, where the mask is 1, in their order; the caches of the model and of the cross-entropy."""
+    places = samples.places
+    logits, cache = model.forward(samples.ids, places=places, keep=keep)
+    nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets.ravel()[places])  # (places,)
+    return samples.spread(-nll), logits, cache, c_nll
 
 
 def learn(
     optimizer: AdamW, samples: Samples, objective: Callable[[Array, Array], tuple[float, Array]]
 ) -> float:
-    """Puts the gradients of objective(logp (N, T), logits (N, T, V)) into `optimizer.flat`; the loss."""
+    """Puts the gradients of objective(logp (N, T), logits (places, V)) into `optimizer.flat`; the loss."""
     model = optimizer.model
-    logits, cache = model.forward(samples.ids)
-    nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets)
-    loss, d = objective(-(nll * samples.mask).astype(np.float64), logits)
-    weights = (-d * samples.mask).astype(logits.dtype)
+    logp, logits, cache, c_nll = scored(model, samples)
+    loss, d = objective(logp, logits)
+    weights = -d[samples.mask > 0].astype(logits.dtype)  # (places,)
     dlogits = model.ops.cross_entropy_backward(weights, c_nll)
     del logits, c_nll  # the largest arrays of all
     model.backward(dlogits, cache, optimizer.grads)
