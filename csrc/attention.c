@@ -32,7 +32,7 @@ static void keys_by_queries(real *strip, const real *rows, const real *columns, 
                             size_t begin, size_t end)
 {
     for (size_t j = begin; j < end; j += LINES)
-        tile(LINES, strip + j * QUERIES, QUERIES, NULL, 0, rows + j * Dp, Dp, 1, columns, QUERIES, D);
+        tile(0, LINES, strip + j * QUERIES, QUERIES, NULL, 0, rows + j * Dp, Dp, 1, columns, QUERIES, D);
 }
 
 /* out[q] = sum over the keys of strip[j][q] rows[j]: out and dq. */
@@ -41,7 +41,7 @@ static void queries_by_channels(real *out, const real *strip, const real *rows, 
 {
     for (size_t q = 0; q < QUERIES; q += LINES)
         for (size_t c = 0; c < Dp; c += COLS)
-            tile(LINES, out + q * Dp + c, Dp, NULL, 0, strip + begin * QUERIES + q, 1, QUERIES,
+            tile(0, LINES, out + q * Dp + c, Dp, NULL, 0, strip + begin * QUERIES + q, 1, QUERIES,
                  rows + begin * Dp + c, Dp, end - begin);
 }
 
@@ -51,7 +51,7 @@ static void keys_by_channels(real *out, const real *strip, const real *rows, siz
 {
     for (size_t j = begin; j < end; j += LINES)
         for (size_t c = 0; c < Dp; c += COLS)
-            tile(LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c,
+            tile(0, LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c,
                  Dp, QUERIES);
 }
 

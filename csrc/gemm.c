@@ -15,15 +15,55 @@
    Packing turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run
    the same inner loop. Rows of a that are contiguous are read where they lie. A thread packs what it reads:
    two may pack the same panel, but neither waits for the other, nor for its cache. Each element of c is
-   summed in one order, whatever the threads do. */
+   summed in one order, whatever the threads do.
+
+   With bfloat16 the operands are rounded to 16 bits, and c stays float. A processor with AVX512-BF16 then
+   makes twice as many multiply-adds a step: each lane multiplies a pair of numbers by a pair, and adds both
+   products to its sum. Packing makes such pairs, of two neighbours along K, in a cell of 32 bits. From there
+   on a cell stands where a number stood, K is half as long, and everything else is as above. */
 
 enum { DEPTH = 384, WIDTH = 512, HEIGHT = 16 * ROWS, COLS = 2 * LANES };
 enum { SMALL = 1 << 18 }; /* multiply-adds: fewer take less time than a second thread needs to begin */
 
+/* Two numbers in one cell, each rounded to bfloat16, which is the upper half of a float: to the nearest, ties
+   to an even last bit. A NaN stays one. */
+INLINE real pair(real low, real high)
+{
+#if REAL_IS_DOUBLE
+    return low + 0 * high; /* there is no such cell */
+#else
+    uint32_t bits[2];
+    memcpy(&bits[0], &low, 4), memcpy(&bits[1], &high, 4);
+    for (int i = 0; i < 2; i++)
+        bits[i] = (bits[i] & 0x7fffffff) > 0x7f800000 ? bits[i] | 0x400000
+                                                       : bits[i] + 0x7fff + (bits[i] >> 16 & 1);
+    bits[0] = bits[0] >> 16 | (bits[1] & 0xffff0000);
+    memcpy(&low, bits, 4);
+    return low;
+#endif
+}
+
+/* acc + x b, lane by lane, with one x for all lanes; of cells, both products of their pairs. */
+INLINE vec multiply_add(const int is_cells, vec acc, const real *x, vec b)
+{
+    if (!is_cells)
+        return acc + *x * b;
+    integer bits;
+    memcpy(&bits, x, sizeof(bits));
+    const ivec a = bits - (ivec){0};
+#ifdef BFLOAT16_DOT
+    return BFLOAT16_DOT(acc, a, b);
+#else
+    const ivec upper = (integer)0xffff0000 - (ivec){0};
+    acc += (vec)(a << 16) * (vec)((ivec)b << 16);
+    return acc + (vec)(a & upper) * (vec)((ivec)b & upper);
+#endif
+}
+
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
    from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. c, not needed before
    the end, is on its way from memory while the sums are made. */
-INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
+INLINE void tile(const int is_cells, const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
                  size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {
     vec acc[ROWS][2];
@@ -41,9 +81,9 @@ INLINE void tile(const int rows, real *c, size_t c_row, const real *from, size_t
         vec b0 = load(b + p * b_row), b1 = load(b + p * b_row + LANES);
         UNROLL
         for (int i = 0; i < rows; i++) {
-            real x = a[i * a_row + p * a_col];
-            acc[i][0] += x * b0;
-            acc[i][1] += x * b1;
+            const real *x = a + i * a_row + p * a_col;
+            acc[i][0] = multiply_add(is_cells, acc[i][0], x, b0);
+            acc[i][1] = multiply_add(is_cells, acc[i][1], x, b1);
         }
     }
     UNROLL
@@ -80,14 +120,55 @@ INLINE void pack(real *restrict out, const real *restrict in, size_t lines, cons
     }
 }
 
-/* A slice of K: its first index, its depth. */
+/* Lines of an operand, rows of a or columns of b: the stride from line to line, and that along K. */
+struct lines {
+    const real *at;
+    size_t across, along;
+};
+
+/* `lines` lines of `depth` numbers in cells, in the order in which they lie, written to `out`. */
+static struct lines cells_of(real *restrict out, struct lines in, size_t lines, size_t depth)
+{
+    const size_t cells = depth / 2, odd = depth % 2, all_cells = cells + odd;
+    if (in.across == 1) {
+        for (size_t p = 0; p < cells; p++)
+            for (size_t l = 0; l < lines; l++)
+                out[p * lines + l] = pair(in.at[2 * p * in.along + l], in.at[(2 * p + 1) * in.along + l]);
+        for (size_t l = 0; l < lines && odd; l++)
+            out[cells * lines + l] = pair(in.at[2 * cells * in.along + l], 0);
+        return (struct lines){out, 1, lines};
+    }
+    for (size_t l = 0; l < lines; l++) {
+        const real *line = in.at + l * in.across;
+        if (in.along == 1)
+            for (size_t p = 0; p < cells; p++)
+                out[l * all_cells + p] = pair(line[2 * p], line[2 * p + 1]);
+        for (size_t p = 0; p < cells && in.along != 1; p++)
+            out[l * all_cells + p] = pair(line[2 * p * in.along], line[(2 * p + 1) * in.along]);
+        if (odd)
+            out[l * all_cells + cells] = pair(line[2 * cells * in.along], 0);
+    }
+    return (struct lines){out, all_cells, 1};
+}
+
+/* A slice of K: its first index, its depth, both in cells where there are cells. */
 struct slice {
     size_t p, depth;
 };
 
+/* What a slice has of these lines: the numbers as they lie, or cells in `room`. */
+INLINE struct lines slice_of(const int is_cells, real *room, struct lines in, size_t lines, struct slice k,
+                             size_t K)
+{
+    if (!is_cells)
+        return (struct lines){in.at + k.p * in.along, in.across, in.along};
+    in.at += 2 * k.p * in.along;
+    return cells_of(room, in, lines, least(K - 2 * k.p, 2 * k.depth));
+}
+
 /* c's rows i to i + height, columns j to j + width, of a tile with `rows` rows: in place, edges by way of a
    copy. a and b begin where the slice does. */
-INLINE void one_tile(const int rows, const struct gemm *g, struct slice k, const real *a, size_t a_row,
+INLINE void one_tile(const int is_cells, const int rows, const struct gemm *g, struct slice k, const real *a, size_t a_row,
                      size_t a_col, const real *b, size_t b_row, size_t i, size_t j, size_t height,
                      size_t width)
 {
@@ -101,7 +182,7 @@ INLINE void one_tile(const int rows, const struct gemm *g, struct slice k, const
         from = out = edge;
         from_row = out_row = COLS;
     }
-    tile(rows, out, out_row, from, from_row, a, a_row, a_col, b, b_row, k.depth);
+    tile(is_cells, rows, out, out_row, from, from_row, a, a_row, a_col, b, b_row, k.depth);
     for (size_t r = 0; r < height && out == edge; r++)
         memcpy(c + r * g->c_row, edge + r * COLS, width * sizeof(real));
     if (g->add && g->bias && !k.p)
@@ -112,21 +193,23 @@ INLINE void one_tile(const int rows, const struct gemm *g, struct slice k, const
 
 /* Rows i0 to i1 of the columns j0 to j1, with b packed. a is packed where it must be: when its rows have
    gaps, and at the bottom, where rows are missing. */
-static void multiply(const struct gemm *g, struct slice k, real *packed, const real *packed_b, size_t i0,
-                     size_t i1, size_t j0, size_t j1)
+INLINE void multiply(const int is_cells, const struct gemm *g, struct slice k, real *packed,
+                     const real *packed_b, size_t i0, size_t i1, size_t j0, size_t j1)
 {
-    const real *a = g->a + k.p * g->a_col;
-    const size_t whole = g->a_col == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
-    pack(packed + whole * k.depth, a + (i0 + whole) * g->a_row, i1 - i0 - whole, ROWS, k.depth, g->a_row,
-         g->a_col);
+    const struct lines rows = {g->a + i0 * g->a_row, g->a_row, g->a_col};
+    const struct lines a = slice_of(is_cells, packed + HEIGHT * k.depth, rows, i1 - i0, k, g->K);
+    const size_t whole = a.along == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
+    pack(packed + whole * k.depth, a.at + whole * a.across, i1 - i0 - whole, ROWS, k.depth, a.across, a.along);
     for (size_t j = j0; j < j1; j += COLS)
         for (size_t i = i0; i < i1; i += ROWS) {
             const size_t height = least(i1 - i, ROWS), width = least(j1 - j, COLS);
             const real *b = packed_b + (j - j0) * k.depth;
             if (i - i0 < whole)
-                one_tile(ROWS, g, k, a + i * g->a_row, g->a_row, 1, b, COLS, i, j, height, width);
+                one_tile(is_cells, ROWS, g, k, a.at + (i - i0) * a.across, a.across, 1, b, COLS, i, j, height,
+                         width);
             else
-                one_tile(ROWS, g, k, packed + (i - i0) * k.depth, 1, ROWS, b, COLS, i, j, height, width);
+                one_tile(is_cells, ROWS, g, k, packed + (i - i0) * k.depth, 1, ROWS, b, COLS, i, j, height,
+                         width);
         }
 }
 
@@ -136,32 +219,37 @@ struct grid {
     size_t row_pieces, col_pieces;
 };
 
-static void pieces_of_c(const void *args, size_t begin, size_t end)
+INLINE void pieces(const int is_cells, const void *args, size_t begin, size_t end)
 {
     const struct grid *t = args;
     const struct gemm *g = t->g;
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
-    const size_t slices = (g->K + DEPTH - 1) / DEPTH, depth = (g->K + slices - 1) / slices;
-    real *packed_b = scratch(SCRATCH_PRIVATE, (WIDTH + HEIGHT) * depth * sizeof(real));
+    const size_t length = is_cells ? (g->K + 1) / 2 : g->K, slices = (length + DEPTH - 1) / DEPTH;
+    const size_t depth = (length + slices - 1) / slices, room = (WIDTH + HEIGHT) * depth * (1 + is_cells);
+    real *packed_b = scratch(SCRATCH_PRIVATE, room * sizeof(real));
     if (!packed_b)
         return;
-    real *packed_a = packed_b + WIDTH * depth;
+    real *cells_b = packed_b + WIDTH * depth, *packed_a = packed_b + WIDTH * depth * (1 + is_cells);
     for (size_t piece = begin; piece < end; piece++) {
         const size_t r = piece / t->col_pieces, s = piece % t->col_pieces;
         const size_t i0 = r * row_tiles / t->row_pieces * ROWS, j0 = s * panels / t->col_pieces * COLS;
         const size_t i1 = least((r + 1) * row_tiles / t->row_pieces * ROWS, g->M);
         const size_t j1 = least((s + 1) * panels / t->col_pieces * COLS, g->N);
         for (size_t j = j0; j < j1; j += WIDTH)
-            for (size_t p = 0; p < g->K; p += depth) {
-                const struct slice k = {p, least(g->K - p, depth)};
+            for (size_t p = 0; p < length; p += depth) {
+                const struct slice k = {p, least(length - p, depth)};
                 const size_t stop = least(j + WIDTH, j1);
-                pack(packed_b, g->b + p * g->b_row + j * g->b_col, stop - j, COLS, k.depth, g->b_col,
-                     g->b_row);
+                const struct lines columns = {g->b + j * g->b_col, g->b_col, g->b_row};
+                const struct lines b = slice_of(is_cells, cells_b, columns, stop - j, k, g->K);
+                pack(packed_b, b.at, stop - j, COLS, k.depth, b.across, b.along);
                 for (size_t i = i0; i < i1; i += HEIGHT)
-                    multiply(g, k, packed_a, packed_b, i, least(i + HEIGHT, i1), j, stop);
+                    multiply(is_cells, g, k, packed_a, packed_b, i, least(i + HEIGHT, i1), j, stop);
             }
     }
 }
+
+static void pieces_of_c(const void *args, size_t begin, size_t end) { pieces(0, args, begin, end); }
+static void pieces_by_cells(const void *args, size_t begin, size_t end) { pieces(1, args, begin, end); }
 
 /* A few rows of a, as in generation, use each element of b a few times: reading b is most of what it
    takes. So b is not packed for one multiply but read once, as it lies. Memory is slower where a panel's rows
@@ -171,7 +259,7 @@ enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 /* An item is FEW_ROWS rows of a and a panel of b, row blocks outermost: with many rows a thread has its own,
    as in the kernels before and after, and what they wrote is in its cache. What whole tiles leave of the rows
    makes smaller ones. */
-static void panels_by_tiles(const void *args, size_t begin, size_t end)
+INLINE void panels_by_tiles(const int is_cells, const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
     const size_t panels = up(g->N, COLS) / COLS;
@@ -192,22 +280,36 @@ static void panels_by_tiles(const void *args, size_t begin, size_t end)
             const real *a = g->a + i * g->a_row;
             rows = stop - i >= ROWS ? ROWS : stop - i >= 4 ? 4 : stop - i >= 2 ? 2 : 1;
             if (rows == ROWS)
-                one_tile(ROWS, g, k, a, g->a_row, 1, b, b_row, i, j, ROWS, width);
+                one_tile(is_cells, ROWS, g, k, a, g->a_row, 1, b, b_row, i, j, ROWS, width);
             else if (rows == 4)
-                one_tile(4, g, k, a, g->a_row, 1, b, b_row, i, j, 4, width);
+                one_tile(is_cells, 4, g, k, a, g->a_row, 1, b, b_row, i, j, 4, width);
             else if (rows == 2)
-                one_tile(2, g, k, a, g->a_row, 1, b, b_row, i, j, 2, width);
+                one_tile(is_cells, 2, g, k, a, g->a_row, 1, b, b_row, i, j, 2, width);
             else
-                one_tile(1, g, k, a, g->a_row, 1, b, b_row, i, j, 1, width);
+                one_tile(is_cells, 1, g, k, a, g->a_row, 1, b, b_row, i, j, 1, width);
         }
     }
+}
+
+static void panels_of_c(const void *args, size_t begin, size_t end) { panels_by_tiles(0, args, begin, end); }
+static void panels_by_cells(const void *args, size_t begin, size_t end)
+{
+    panels_by_tiles(1, args, begin, end);
 }
 
 static void pack_panels_range(const void *args, size_t begin, size_t end)
 {
     const struct pack_panels *a = args;
-    for (size_t j = begin * COLS; j < least(end * COLS, a->N); j += COLS)
-        pack(a->out + j * a->K, a->b + j * a->b_col, least(a->N - j, COLS), COLS, a->K, a->b_col, a->b_row);
+    const size_t depth = a->is_bfloat16 ? (a->K + 1) / 2 : a->K;
+    real *room = a->is_bfloat16 ? scratch(SCRATCH_PRIVATE, COLS * depth * sizeof(real)) : NULL;
+    if (a->is_bfloat16 && !room)
+        return;
+    for (size_t j = begin * COLS; j < least(end * COLS, a->N); j += COLS) {
+        const size_t columns = least(a->N - j, COLS);
+        struct lines b = {a->b + j * a->b_col, a->b_col, a->b_row};
+        b = a->is_bfloat16 ? cells_of(room, b, columns, a->K) : b;
+        pack(a->out + j * depth, b.at, columns, COLS, depth, b.across, b.along);
+    }
 }
 
 static void pack_panels(const void *args)
@@ -269,12 +371,21 @@ static void gemm(const void *args)
     struct gemm copy = *(const struct gemm *)args, *g = &copy;
     if (!g->packed || !*g->packed)
         g->panels = NULL;
-    if (g->panels || (g->M <= FEW && g->K && g->a_col == 1 && g->b_col == 1)) {
+    const int is_few = g->M <= FEW && g->K && g->a_col == 1 && !g->is_bfloat16;
+    if (g->panels && g->is_bfloat16) {
+        real *room = scratch(SCRATCH_SHARED, g->M * (g->K + 1) / 2 * sizeof(real) + sizeof(real));
+        if (!room)
+            return;
+        const struct lines a = cells_of(room, (struct lines){g->a, g->a_row, g->a_col}, g->M, g->K);
+        g->a = a.at, g->a_row = a.across, g->K = a.across;
+    }
+    if (g->panels || (is_few && g->b_col == 1)) {
         const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
-        parallel(panels_by_tiles, g, up(g->N, COLS) / COLS * pieces, 1 + 65536 / (g->K * COLS * rows + 1));
+        parallel(g->is_bfloat16 ? panels_by_cells : panels_of_c, g, up(g->N, COLS) / COLS * pieces,
+                 1 + 65536 / (g->K * COLS * rows + 1));
         return;
     }
-    if (g->M <= FEW && g->K && g->a_col == 1 && g->b_row == 1) {
+    if (is_few && g->b_row == 1) {
         parallel(few_rows_by_dots, g, up(g->N, GROUP) / GROUP, 1 + 65536 / (g->K * GROUP));
         return;
     }
@@ -294,7 +405,7 @@ static void gemm(const void *args)
         t.col_pieces = least(panels, wanted);
         t.row_pieces = least(row_tiles, wanted / t.col_pieces);
     }
-    parallel(pieces_of_c, &t, t.row_pieces * t.col_pieces, 1);
+    parallel(g->is_bfloat16 ? pieces_by_cells : pieces_of_c, &t, t.row_pieces * t.col_pieces, 1);
 }
 
 /* A column at a time would jump; a range of columns, row by row, keeps its sums in the cache. */

@@ -27,6 +27,7 @@ struct gemm {
     const real *a, *b, *bias, *add, *panels;
     const int32_t *packed;
     size_t M, N, K, c_row, a_row, a_col, b_row, b_col;
+    int is_bfloat16;
 };
 
 /* out = b (K, N) in panels of as many columns as a tile has, each panel's rows one after the other, zeros
@@ -36,6 +37,7 @@ struct pack_panels {
     real *out;
     const real *b;
     size_t N, K, b_row, b_col;
+    int is_bfloat16;
 };
 
 /* out[j] = sum over i of x[i][j]: the gradient of a bias. */

@@ -9,6 +9,7 @@ typedef void (*const kernel)(const void *args);
 extern kernel tinygpt_f32_base[], tinygpt_f64_base[];
 #ifdef __x86_64__
 extern kernel tinygpt_f32_avx2[], tinygpt_f64_avx2[], tinygpt_f32_avx512[], tinygpt_f64_avx512[];
+extern kernel tinygpt_f32_avx512bf16[];
 #endif
 
 #define NUMBER(op) OP_##op,
@@ -31,6 +32,9 @@ const char *tinygpt_choose_isa(const char *name)
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    const int bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (use(name, "avx512bf16", bfloat16, tinygpt_f32_avx512bf16, tinygpt_f64_avx512))
+        return "avx512bf16";
     if (use(name, "avx512", avx512, tinygpt_f32_avx512, tinygpt_f64_avx512))
         return "avx512";
     if (use(name, "avx2", avx2, tinygpt_f32_avx2, tinygpt_f64_avx2))

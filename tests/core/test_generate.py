@@ -419,7 +419,7 @@ class Recital:
     """Stands in for a model: writes the given ids, whatever it reads."""
 
     config, flat, ops = CONFIG, np.zeros(1), kernels.backend("numpy")
-    context, prefix = CONFIG.block_size, 0
+    context, prefix, bfloat16 = CONFIG.block_size, 0, False
 
     def __init__(self, ids, vocab_size: int) -> None:
         self.logits = iter(np.eye(vocab_size)[ids])

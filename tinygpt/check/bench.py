@@ -7,7 +7,8 @@ with the same threads, just before. A training step's operations are counted as
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
 (the tied table once; attention's causal half), a token's generation as one read of all weights for each step.
-A generation is timed as a whole, its prompt included, and divided by the new tokens.
+A generation is timed as a whole, its prompt included, and divided by the new tokens. In bfloat16 the peak is
+still that of float32.
 `numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at
 all projections, beside a base of which no gradient is computed: 4 x parameters x tokens. `rlhf/small` is an
 update of RLOO: 64 answers of 16 tokens are sampled, scored by their length, and learned from. `scaling`
@@ -76,8 +77,8 @@ SLOW = {job for job in JOBS if "gpt2" in job or job == "scaling"}
 Row = dict[str, object]
 
 
-def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
-    """A row for each job, in order; without names, for all but the slowest.
+def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterator[Row]:
+    """A row for each job, in order; without names, for all but the slowest. dtype: see GPT.compute_in.
 
     A row has job, ms (the median of a step; for batch 1, of a token), tokens_per_s, gflops, share_of_peak (of
     the multiply-adds), gb_per_s, share_of_bandwidth and peak_rss_mib, each None where it has no meaning.
@@ -97,7 +98,7 @@ def run(jobs: list[str], seconds: float = 5.0) -> Iterator[Row]:
             parts = [f"scaling/{axis}/{n}" for axis in SCALING for n in threads]
         for part in parts:
             limits = _apart("machine", min(1.0, seconds / 4), _threads(part))
-            yield from _apart("_measure", part, seconds, *limits)
+            yield from _apart("_measure", part, dtype, seconds, *limits)
 
 
 _CALL = """import json, sys
@@ -120,7 +121,8 @@ def _threads(job: str) -> int | None:
     return int(job.split("/")[2]) if job.startswith("scaling/") else None
 
 
-def _measure(job: str, seconds: float, peak: float, bandwidth: float) -> list[Row]:
+def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> list[Row]:
+    GPT.bfloat16 = dtype == "bfloat16"  # of all models: the process is of this job alone
     kind, *rest = job.split("/")
     if kind == "peak":
         return [_row(job, None, None, peak, peak, bandwidth, bandwidth)]
@@ -224,7 +226,7 @@ def _gemm(shape: tuple[int, int, int], peak: float, seconds: float) -> Row:
     a, b = (memory.empty(s, np.float32) for s in ((M, K), (K, N)))
     a[:], b[:] = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
     out = memory.empty((M, N), np.float32)
-    ms = median_ms(lambda: kernels.gemm(a, b, out=out), seconds)
+    ms = median_ms(lambda: kernels.gemm(a, b, out=out, bfloat16=GPT.bfloat16), seconds)
     return _row(f"gemm/{M}x{N}x{K}", ms, None, 2 * M * N * K / ms * 1e3, peak)
 
 

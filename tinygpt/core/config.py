@@ -11,6 +11,7 @@ from ..errors import UserError
 from .option import check_options, option
 
 _NEW = ("init_from",)  # a model to begin with has sizes of its own
+DTYPES = ("float32", "bfloat16")  # of the operands of linear maps, see GPT.compute_in
 MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it costs memory or time
 
 

@@ -23,7 +23,7 @@ from .replay import recorded
 Ids = Sequence[int] | Array
 
 DRAWN = 64  # random numbers drawn at a time for each prompt
-PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay
+PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay; of bfloat16, half as large, 1
 
 
 class KVCache:
@@ -104,7 +104,8 @@ def steps(
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
 
     # a replay takes less time than the Python of a small model's forward
-    decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=PACK_AFTER, most=1)
+    pack_after = 1 if model.bfloat16 else PACK_AFTER
+    decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=pack_after, most=1)
     for step in range(max_new_tokens):
         if not len(rows):
             return

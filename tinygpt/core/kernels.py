@@ -83,6 +83,12 @@ def _configure() -> str:
     return ffi.string(isa).decode()
 
 
+def has_bfloat16() -> bool:
+    """Whether the instruction set in use multiplies bfloat16. Elsewhere such products are of rounded float32,
+    slower than without rounding."""
+    return bool(lib) and isa == "avx512bf16"
+
+
 def processors() -> int:
     """Those this process may use: fewer than the machine's in a container, where more threads only wait."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,11 +235,12 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
 
 
 def gemm(
-    a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Array | None = None
-) -> Array:
+    a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Array | None = None,
+    bfloat16: bool = False,
+) -> Array:  # fmt: skip
     """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N). a and b may have any strides, so
     `.T` costs nothing; so may out, where there is no bias and nothing to add, if either its rows or its
-    columns have no gaps."""
+    columns have no gaps. bfloat16: a and b, float32, are rounded to bfloat16."""
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
@@ -242,7 +249,7 @@ def gemm(
     if out is None:
         out = memory.empty((M, N), a.dtype)
     elif out.strides[1] != size and out.strides[0] == size and bias is None and add is None:
-        return gemm(b.T, a.T, out=out.T).T  # the columns have no gaps: compute the transpose
+        return gemm(b.T, a.T, out=out.T, bfloat16=bfloat16).T  # no gaps in columns: compute the transpose
     rows = (out.strides[1] == size or N == 1) and (out.strides[0] >= N * size or M == 1)
     _destination(out, a.dtype, (M, N), rows and out.strides[0] % size == 0)
     strides = [s // size for s in (out.strides[0], *a.strides, *b.strides)]
@@ -251,37 +258,47 @@ def gemm(
     bias = None if bias is None else _like(bias, a.dtype, (N,))
     add = None if add is None else _like(add, a.dtype, (M, N))
     tape = current_tape() if a.strides[1] == size else None
-    panels, packed = tape.panels(b) if tape is not None else (None, None)
-    _run("gemm", a.dtype, out, a, b, bias, add, panels, packed, M, N, K, *strides)
+    panels, packed = tape.panels(b, bfloat16) if tape is not None else (None, None)
+    if bfloat16 and a.dtype != np.float32:
+        raise TypeError(f"bfloat16: the operands are float32, not {a.dtype}")
+    _run("gemm", a.dtype, out, a, b, bias, add, panels, packed, M, N, K, *strides, int(bfloat16))
     return out
 
 
-def pack_panels(panels: Array, b: Array) -> None:
-    """Fills panels (N rounded up to 32, times K) with b (K, N) in the order in which `gemm` reads: a few rows
-    are then multiplied at the speed of memory."""
+def panels_size(b: Array, bfloat16: bool = False) -> int:
+    """The size of an array for `pack_panels`: N rounded up to 32, times K or, of pairs in bfloat16, half."""
     K, N = b.shape
-    _run("pack_panels", b.dtype, panels, b, N, K, *(s // b.itemsize for s in b.strides))
+    return -(-N // 32) * 32 * (-(-K // 2) if bfloat16 else K)
+
+
+def pack_panels(panels: Array, b: Array, bfloat16: bool = False) -> None:
+    """Fills `panels` with b (K, N) in the order in which `gemm` reads: a few rows are then multiplied at the
+    speed of memory."""
+    K, N = b.shape
+    _run("pack_panels", b.dtype, panels, b, N, K, *(s // b.itemsize for s in b.strides), int(bfloat16))
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, bfloat16: bool = False
 ) -> tuple[Array, tuple]:
     out = memory.empty((*x.shape[:-1], w.shape[1]), x.dtype)
-    out_rows = out.reshape(-1, w.shape[1])
-    gemm(x.reshape(-1, x.shape[-1]), w, b, None if add is None else add.reshape(out_rows.shape), out_rows)
+    x_rows, out_rows = x.reshape(-1, x.shape[-1]), out.reshape(-1, w.shape[1])
+    gemm(x_rows, w, b, None if add is None else add.reshape(out_rows.shape), out_rows, bfloat16)
     return out, (x, w)
 
 
 def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
+    bfloat16: bool = False,
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, w = cache
     dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
     dx = memory.empty(x.shape, x.dtype)
-    gemm(dout_rows, w.T, add=None if add is None else add.reshape(x_rows.shape), out=dx.reshape(x_rows.shape))
+    add = None if add is None else add.reshape(x_rows.shape)
+    gemm(dout_rows, w.T, None, add, dx.reshape(x_rows.shape), bfloat16)
     if dw is not False:
-        dw = gemm(x_rows.T, dout_rows, out=dw)
+        dw = gemm(x_rows.T, dout_rows, out=dw, bfloat16=bfloat16)
     if db is not False:
         db, dout_rows = _result(db, x.dtype, w.shape[1:]), np.ascontiguousarray(dout_rows)
         _run("column_sum", x.dtype, db, dout_rows, *dout_rows.shape)

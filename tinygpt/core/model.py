@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from ..errors import UserError
 from . import kernels, memory
-from .config import GPTConfig
+from .config import DTYPES, GPTConfig
 
 Array = np.ndarray
 
@@ -51,6 +52,7 @@ class GPT(memory.Parameters):
 
     prefix = 0  # keys before those of the text, which every query sees
     table = "wte.weight"  # the matrix (outputs, C) of the head
+    bfloat16 = False  # whether linear maps round what they multiply, see ops.linear_forward
 
     def __init__(
         self,
@@ -87,6 +89,15 @@ class GPT(memory.Parameters):
         other.flat, other.params = memory.flat(self.config.shapes(), self.flat.dtype)
         other.flat[:] = self.flat
         return other
+
+    def compute_in(self, dtype: str) -> None:
+        """float32, or bfloat16: linear maps then round what they multiply. Weights, gradients, sums and all
+        else stay float32 (Micikevicius et al. 2018, section 3; Kalamkar et al. 2019). Raises UserError."""
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}: it must be {' or '.join(DTYPES)}")
+        self.bfloat16 = dtype == "bfloat16"
+        if self.bfloat16 and not kernels.has_bfloat16():
+            warnings.warn("this processor has no products in bfloat16: float32 is faster", stacklevel=2)
 
     @property
     def trained(self) -> memory.Parameters:
@@ -252,13 +263,13 @@ class GPT(memory.Parameters):
     def head(self, x: Array) -> tuple[Array, tuple]:
         """x (..., C) -> logits (..., V)."""
         x, c_norm = self.norm(x, "ln_f")  # (..., C)
-        logits, c_linear = self.ops.linear_forward(x, self.params[self.table].T)  # (..., V)
+        logits, c_linear = self.ops.linear_forward(x, self.params[self.table].T, bfloat16=self.bfloat16)
         return logits, (c_norm, c_linear)
 
     def head_backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         c_norm, c_linear = cache
         dw = grads[self.table].T if self.table in grads else False
-        dx, _, _ = self.ops.linear_backward(dlogits, c_linear, dw=dw, db=False)  # (..., C)
+        dx, _, _ = self.ops.linear_backward(dlogits, c_linear, dw, False, bfloat16=self.bfloat16)  # (..., C)
         return self.norm_backward(dx, c_norm, grads)  # (..., C)
 
     # --- operations on named parameters ---------------------------------------------------------------------
@@ -266,7 +277,7 @@ class GPT(memory.Parameters):
     def linear(self, x: Array, name: str, run: Pass, add: Array | None = None) -> tuple[Array, tuple]:
         """x w + b + add: x (..., I) -> (..., O)."""
         w, b = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
-        out, c = self.ops.linear_forward(x, w, b, add)
+        out, c = self.ops.linear_forward(x, w, b, add, self.bfloat16)
         return out, (name, c)
 
     def linear_backward(
@@ -274,7 +285,7 @@ class GPT(memory.Parameters):
     ) -> Array:
         name, c = cache
         dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
-        return self.ops.linear_backward(dout, c, dw, db, add)[0]
+        return self.ops.linear_backward(dout, c, dw, db, add, self.bfloat16)[0]
 
     def norm(self, x: Array, name: str) -> tuple[Array, tuple]:
         """LayerNorm, (..., C) -> (..., C)."""

@@ -64,15 +64,19 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
 
 
 def linear_forward(
-    x: Array, w: Array, b: Array | None = None, add: Array | None = None
+    x: Array, w: Array, b: Array | None = None, add: Array | None = None, bfloat16: bool = False
 ) -> tuple[Array, tuple]:
     """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
 
     The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
     branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
     gradient of `add` is `dout` itself.
+
+    bfloat16: x and w, float32, are `rounded` before they are multiplied, and in the backward dout too. Sums
+    stay float32. Some processors multiply twice as many such numbers at a time.
     """
-    out = x @ w
+    x_near, w_near = operands(x, w, bfloat16=bfloat16)
+    out = x_near @ w_near
     if add is not None:
         out = out + add
     if b is not None:
@@ -82,6 +86,7 @@ def linear_forward(
 
 def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
+    bfloat16: bool = False,
 ) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
     """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
 
@@ -89,16 +94,33 @@ def linear_backward(
     w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
     without a bias takes db=False. `add` is the gradient that reaches x in another way.
     """
-    x, w = cache
-    x_rows, dout_rows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
-    dx = dout @ w.T
+    x, w, dout_near = operands(*cache, dout, bfloat16=bfloat16)
+    dx = dout_near @ w.T
     if add is not None:
         dx = dx + add
     if dw is not False:
-        dw = np.matmul(x_rows.T, dout_rows, out=dw)
+        dw = np.matmul(x.reshape(-1, x.shape[-1]).T, dout_near.reshape(-1, w.shape[1]), out=dw)
     if db is not False:
-        db = np.sum(dout_rows, axis=0, out=db)
+        db = np.sum(dout.reshape(-1, w.shape[1]), axis=0, out=db)
     return dx, dw, db
+
+
+def operands(*arrays: Array, bfloat16: bool) -> tuple[Array, ...]:
+    """The operands of a product: the arrays themselves, or each of them `rounded`."""
+    return tuple(map(rounded, arrays)) if bfloat16 else arrays
+
+
+def rounded(x: Array) -> Array:
+    """x, float32, rounded to bfloat16: a number keeps 8 of its 24 binary digits, and its exponent.
+
+    A bfloat16 is the upper half of a float32. Rounding is to the nearest, ties to an even last digit. A
+    number beyond the largest bfloat16 becomes infinity. Raises TypeError for another type.
+    """
+    if x.dtype != np.float32:
+        raise TypeError(f"bfloat16: the operands are float32, not {x.dtype}")
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, nearest.view(np.float32))
 
 
 # --- layer normalisation ------------------------------------------------------------------------------------

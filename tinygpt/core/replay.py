@@ -91,26 +91,26 @@ class Packs:
     """Copies of weights in the order in which a multiply reads them. They are read once they are ready."""
 
     def __init__(self) -> None:
-        self.ready, self._pairs = np.zeros(1, np.int32), {}
+        self.ready, self._copies = np.zeros(1, np.int32), {}
 
-    def panels(self, b: Array) -> Array:
+    def panels(self, b: Array, bfloat16: bool) -> Array:
         """The copy of a weight (K, N); the same weight has one copy."""
-        key = b.ctypes.data, b.shape, b.strides
-        if key not in self._pairs:
+        key = b.ctypes.data, b.shape, b.strides, bfloat16
+        if key not in self._copies:
             with lending(None):  # a copy stays as long as the tapes
-                self._pairs[key] = b, empty(-(-b.shape[1] // 32) * 32 * b.shape[0], b.dtype)
+                self._copies[key] = empty(kernels.panels_size(b, bfloat16), b.dtype), b, bfloat16
             if self.ready:
-                self._pack(*self._pairs[key])
-        return self._pairs[key][1]
+                self._pack(*self._copies[key])
+        return self._copies[key][0]
 
     def fill(self) -> None:
-        for pair in self._pairs.values():
-            self._pack(*pair)
+        for copy in self._copies.values():
+            self._pack(*copy)
         self.ready[:] = 1
 
-    def _pack(self, b: Array, panels: Array) -> None:
+    def _pack(self, *copy) -> None:
         with kernels.write_to(None):
-            kernels.pack_panels(panels, b)
+            kernels.pack_panels(*copy)
 
 
 class Tape:
@@ -148,11 +148,11 @@ class Tape:
 
         self._steps.append(again if results else partial(function, *args, **named))
 
-    def panels(self, b: Array) -> tuple[Array | None, Array | None]:
+    def panels(self, b: Array, bfloat16: bool) -> tuple[Array | None, Array | None]:
         """The copy of a weight b, and whether a multiply is to read it by now; for any other b None, None."""
         if self._packs is None or id(_owner(b)) not in self._weights:
             return None, None
-        panels = self._packs.panels(b)
+        panels = self._packs.panels(b, bfloat16)
         self._know(panels, self._packs.ready)
         return panels, self._packs.ready
 

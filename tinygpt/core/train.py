@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from .config import DTYPES
 from .model import GPT
 from .optim import AdamW, learning_rate
 from .option import check_options, option
@@ -55,6 +56,7 @@ class TrainConfig:
     grad_clip: float = option(1.0, "[0, inf)", "Largest norm; 0: any.")
     eval_interval: int = option(1000, "[1, inf)", "Updates from one evaluation, and save, to the next.")
     seed: int = option(1337, "[0, inf)", "Of weights, batches and dropout.")
+    dtype: str = option("float32", DTYPES, "Of what linear maps multiply; all else stays float32.")
     merge_every: int = option(
         0, "[0, inf)", "Updates after which LoRA's branches join the weights and begin anew; 0: never."
     )

@@ -15,9 +15,10 @@ from ..text.stream import encode_prompt, stream, until
 from .terminal import from_stdin, is_terminal, one_line, say
 
 
-def speaker(folder: Path, adapter_folder: Path | None, seed: int, **sampling):
+def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **sampling):
     """The model, the tokenizer, and a function from ids and a text to their continuation up to that text."""
     model, tokenizer = load_model(folder, adapter_folder)
+    model.compute_in(dtype)
     sampling["rng"] = np.random.default_rng(seed)
     return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
 

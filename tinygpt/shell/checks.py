@@ -12,6 +12,7 @@ import click
 from ..check import bench as benchmarks
 from ..check import exercises, targets
 from ..check.gradcheck import gradcheck as compare
+from ..core.config import DTYPES
 from ..errors import UserError
 from .options import COUNT_OR_0, FILE, MORE_THAN_0, REAL
 from .progress import command
@@ -129,7 +130,10 @@ def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -
 @click.option("--quick", is_flag=True, help="A fraction of a second for each figure: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
 @click.option("--plot", type=FILE, help="Draw what scaling found.")
-def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None) -> None:
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Of what linear maps multiply.")
+def bench(
+    jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None, dtype: str
+) -> None:
     """Measure speed, and the share of what this machine can do at most, which is measured too.
 
     A JOB is peak, gemm, train/SIZE, lora/SIZE, rlhf/small, generate/SIZE/BATCH, numpy/nano or scaling, such
@@ -137,7 +141,7 @@ def bench(jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plo
     median of a training step, or of a token for each prompt.
     """
     rows, draw = [], benchmarks.plotter(plot, jobs) if plot else None
-    for row in benchmarks.run(list(jobs), 0.2 if quick else seconds):
+    for row in benchmarks.run(list(jobs), 0.2 if quick else seconds, dtype):
         cells = ["" if value is None else f"{value:,}" for name, value in row.items() if name != "job"]
         if not as_json:
             if not rows:

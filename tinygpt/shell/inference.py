@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.atomic import lock, make_folder
 from ..folders import adapters, runs
@@ -73,6 +74,8 @@ def _sampling(stop: str | None, shown: str, required: bool = True):
                      help="Only the likeliest tokens that have this probability together; 1: all."),
         click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
         click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
+        click.option("--dtype", default="float32", type=click.Choice(DTYPES),
+                     help="Of the weights that are read; bfloat16 is half as much to read."),
     ])  # fmt: skip
 
 

@@ -39,8 +39,8 @@ class GPT1(GPT):
         return self.ops.residual_forward(dx, da)[0]  # (B, T, C)
 
     def head(self, x: Array) -> tuple[Array, tuple]:
-        return self.ops.linear_forward(x, self.params[self.table].T)  # (..., V)
+        return self.ops.linear_forward(x, self.params[self.table].T, bfloat16=self.bfloat16)
 
     def head_backward(self, dlogits: Array, cache: tuple, grads: dict[str, Array]) -> Array:
         dw = grads[self.table].T if self.table in grads else False
-        return self.ops.linear_backward(dlogits, cache, dw=dw, db=False)[0]  # (..., C)
+        return self.ops.linear_backward(dlogits, cache, dw, False, bfloat16=self.bfloat16)[0]  # (..., C)

@@ -39,9 +39,10 @@ class LoRA(Adapted):
         s = config.alpha / config.rank
         dropped, c_drop = self.dropout(x, config.dropout, run)  # (B, T, I)
         scaled = a if s == 1 else a * a.dtype.type(s)  # A is the smallest of all that s could go to
-        low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R)
+        low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R), in float32: a branch is small
         y, c_b = self.ops.linear_forward(low, b, self.params[f"{name}.bias"], add)  # (B, T, O)
-        out, c = self.ops.linear_forward(x, self.params[f"{name}.weight"], None, y)  # (B, T, O)
+        w = self.params[f"{name}.weight"]  # (I, O)
+        out, c = self.ops.linear_forward(x, w, None, y, self.bfloat16)  # (B, T, O)
         return out, (name, c, (s, c_drop, c_a, c_b))
 
     def linear_backward(

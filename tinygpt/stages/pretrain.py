@@ -95,7 +95,7 @@ class Pretrain(Stage):
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, source: Source, scratch=None
     ) -> None:
-        super().__init__(settings, optimizer, tokenizer)
+        super().__init__(settings, optimizer, tokenizer, data)
         self.world, self.documents, T = None, 0, settings.block_size
         if not isinstance(source, corpus.Corpus):
             self.depends_on(mark := data.fingerprint(source, tokenizer))

@@ -263,7 +263,7 @@ class Reward(Stage):
     ) -> None:
         """Raises UserError for a comparison of the settings' files that is longer than a row. In memory those
         are left out."""
-        super().__init__(settings, optimizer, tokenizer)
+        super().__init__(settings, optimizer, tokenizer, data)
         self.judge, self.comparisons = Judge(self.model, data.author, tokenizer), data
         self.depends_on(data.fingerprint)
         self.pairs = _pairs(self.judge, data.train)
@@ -273,6 +273,9 @@ class Reward(Stage):
                             f"{settings.block_size}")  # fmt: skip
         self.pairs = [pair for pair in self.pairs if max(map(len, pair)) <= settings.block_size]
         self.compute = partial(loss, optimizer)
+
+    def others(self, data: Comparisons) -> Iterable[GPT]:
+        return (data.author,)
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Comparisons:

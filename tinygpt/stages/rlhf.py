@@ -25,7 +25,7 @@ import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -426,6 +426,9 @@ class RLHF(Stage):
         coefficient = recipes.RLHF["ptx_coef"] if worlds or options["ptx_data"] else 0.0
         return {"ptx_data": worlds, "ptx_coef": coefficient}
 
+    def others(self, data: Material) -> Iterable[GPT]:
+        return (data.reference, *((data.judge.model, data.judge.author) if data.judge else ()))
+
     def about(self) -> str:
         return f"; {len(self.data.prompts or self.data.comparisons):,} prompts"
 
@@ -434,7 +437,7 @@ class RLHF(Stage):
     ) -> None:
         """Raises UserError for a question that may not fit the model together with its answer: whichever
         update came to it first would end the run."""
-        super().__init__(settings, optimizer, tokenizer)
+        super().__init__(settings, optimizer, tokenizer, data)
         self.data = data
         self.depends_on(hashlib.sha256(repr(data[2:5]).encode()).hexdigest())
         longest = self.longest() - 1  # the last token of an answer is a target and takes no place

@@ -99,7 +99,7 @@ class SFT(Stage):
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Examples, scratch=None
     ) -> None:
         """Raises UserError, with file and line, for what is no example, and where there are too few."""
-        super().__init__(settings, optimizer, tokenizer)
+        super().__init__(settings, optimizer, tokenizer, data)
         self.before = data.before
         instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
         encoded, dropped = self._fitting(data.train)

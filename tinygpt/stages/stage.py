@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +123,12 @@ class Stage:
         """
         self.settings, self.optimizer, self.tokenizer = settings, optimizer, tokenizer
         self.model, self.compute = optimizer.model, train.gradients(optimizer)
+        for model in (self.model, *self.others(data)):
+            model.compute_in(settings.train.dtype)
+
+    def others(self, data) -> Iterable[GPT]:
+        """The models in `data` that compute beside the one that is trained."""
+        return ()
 
     @classmethod
     def recipe(cls, options: dict) -> dict[str, object]:
