@@ -51,8 +51,8 @@ static void keys_by_channels(real *out, const real *strip, const real *rows, siz
 {
     for (size_t j = begin; j < end; j += LINES)
         for (size_t c = 0; c < Dp; c += COLS)
-            tile(0, LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1, rows + c,
-                 Dp, QUERIES);
+            tile(0, LINES, out + j * Dp + c, Dp, out + j * Dp + c, Dp, strip + j * QUERIES, QUERIES, 1,
+                 rows + c, Dp, QUERIES);
 }
 
 /* What the queries of a panel see: for each lane its own key and the first one after the prefix; for all of

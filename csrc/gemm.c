@@ -1,5 +1,6 @@
 /* gemm.c: matrix multiply, the operation that training spends its time in.
 
+   `by_three_loops` is the whole operation. All that comes after it computes the same numbers sooner, by
    Goto's algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). At the bottom, `tile` keeps a
    small block of c in registers and adds to it one outer product a step: ROWS numbers of a times 2 vectors of
    b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the
@@ -21,6 +22,17 @@
    makes twice as many multiply-adds a step: each lane multiplies a pair of numbers by a pair, and adds both
    products to its sum. Packing makes such pairs, of two neighbours along K, in a cell of 32 bits. From there
    on a cell stands where a number stood, K is half as long, and everything else is as above. */
+
+static void by_three_loops(const struct gemm *g)
+{
+    for (size_t i = 0; i < g->M; i++)
+        for (size_t j = 0; j < g->N; j++) {
+            real total = (g->bias ? g->bias[j] : 0) + (g->add ? g->add[i * g->c_row + j] : 0);
+            for (size_t p = 0; p < g->K; p++)
+                total += g->a[i * g->a_row + p * g->a_col] * g->b[p * g->b_row + j * g->b_col];
+            g->c[i * g->c_row + j] = total;
+        }
+}
 
 enum { DEPTH = 384, WIDTH = 512, HEIGHT = 16 * ROWS, COLS = 2 * LANES };
 enum { SMALL = 1 << 18 }; /* multiply-adds: fewer take less time than a second thread needs to begin */
@@ -63,8 +75,8 @@ INLINE vec multiply_add(const int is_cells, vec acc, const real *x, vec b)
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
    from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. c, not needed before
    the end, is on its way from memory while the sums are made. */
-INLINE void tile(const int is_cells, const int rows, real *c, size_t c_row, const real *from, size_t from_row, const real *a,
-                 size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
+INLINE void tile(const int is_cells, const int rows, real *c, size_t c_row, const real *from, size_t from_row,
+                 const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {
     vec acc[ROWS][2];
     UNROLL
@@ -168,9 +180,9 @@ INLINE struct lines slice_of(const int is_cells, real *room, struct lines in, si
 
 /* c's rows i to i + height, columns j to j + width, of a tile with `rows` rows: in place, edges by way of a
    copy. a and b begin where the slice does. */
-INLINE void one_tile(const int is_cells, const int rows, const struct gemm *g, struct slice k, const real *a, size_t a_row,
-                     size_t a_col, const real *b, size_t b_row, size_t i, size_t j, size_t height,
-                     size_t width)
+INLINE void one_tile(const int is_cells, const int rows, const struct gemm *g, struct slice k, const real *a,
+                     size_t a_row, size_t a_col, const real *b, size_t b_row, size_t i, size_t j,
+                     size_t height, size_t width)
 {
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
     /* later slices add to what is there */
@@ -199,7 +211,8 @@ INLINE void multiply(const int is_cells, const struct gemm *g, struct slice k, r
     const struct lines rows = {g->a + i0 * g->a_row, g->a_row, g->a_col};
     const struct lines a = slice_of(is_cells, packed + HEIGHT * k.depth, rows, i1 - i0, k, g->K);
     const size_t whole = a.along == 1 ? (i1 - i0) / ROWS * ROWS : 0; /* these rows are read in place */
-    pack(packed + whole * k.depth, a.at + whole * a.across, i1 - i0 - whole, ROWS, k.depth, a.across, a.along);
+    const real *rest = a.at + whole * a.across;
+    pack(packed + whole * k.depth, rest, i1 - i0 - whole, ROWS, k.depth, a.across, a.along);
     for (size_t j = j0; j < j1; j += COLS)
         for (size_t i = i0; i < i1; i += ROWS) {
             const size_t height = least(i1 - i, ROWS), width = least(j1 - j, COLS);
@@ -389,12 +402,10 @@ static void gemm(const void *args)
         parallel(few_rows_by_dots, g, up(g->N, GROUP) / GROUP, 1 + 65536 / (g->K * GROUP));
         return;
     }
-    if (!g->K) /* an empty sum */
-        for (size_t i = 0; i < g->M; i++)
-            for (size_t j = 0; j < g->N; j++)
-                g->c[i * g->c_row + j] = (g->bias ? g->bias[j] : 0) + (g->add ? g->add[i * g->c_row + j] : 0);
-    if (!g->K || !g->M || !g->N)
+    if (!g->K || !g->M || !g->N) { /* an empty sum, or nothing at all */
+        by_three_loops(g);
         return;
+    }
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
     const size_t wanted = g->M * g->N * g->K < SMALL ? 1 : thread_count();
     struct grid t = {g, 1, 1}; /* a piece for each thread: each packs its b anew, so four cost 4 % more */

@@ -392,7 +392,7 @@ def test_extreme_uniform_numbers_stay_in_the_support(backend):
 @pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("settings", [*SETTINGS, *EXTREMES, {"temperature": 0}, CUT])
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512bf16"])
 def test_both_backends_draw_the_same(isa, settings, dtype):
     """Guards the selection without sorting: ties, widths around every vector and block, cut rows of a wider
     array, hidden tokens. A number that falls on the border of two tokens may go either way."""

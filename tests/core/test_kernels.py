@@ -22,7 +22,7 @@ LIMIT = {np.float32: 1e-5, np.float64: 1e-12}  # of max|C - NumPy| / max|NumPy|
 needs_c = pytest.mark.skipif("c" not in kernels.available(), reason="the C core is not built here")
 
 
-@pytest.fixture(params=["base", "avx2", "avx512"])
+@pytest.fixture(params=["base", "avx2", "avx512", "avx512bf16"])
 def c(request):
     """The C backend, with each instruction set that this machine has."""
     if "c" not in kernels.available():
@@ -403,7 +403,7 @@ def test_the_same_seed_gives_the_same_text_for_any_number_of_threads():
 
 
 @needs_c
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_trains_alike(isa):
     """Not to the same bytes: each adds in its own order."""
     run = python(TRAIN, TINYGPT_ISA=isa)

@@ -4,8 +4,8 @@ A function here checks shapes, finds the pointers and fills one struct of csrc/t
 csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
 backend. Arrays that the C core cannot walk (odd strides, another type) are copied first.
 
-Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2 or
-avx512: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
+Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2, avx512
+or avx512bf16: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
 `backend()` is NumPy, with one warning.
 """
 
