@@ -49,14 +49,14 @@ class KVCache:
         self._ops.append_rows(values, v, self.length)
         return keys, values, self.length
 
-    def keep(self, alive: Array) -> Array:
-        """Drops the rows where `alive` (B,) is False, and returns which old row each row now is.
+    def keep(self, is_alive: Array) -> Array:
+        """Drops the rows where `is_alive` (B,) is False, and returns which old row each row now is.
 
         Rows from the end move into the gaps: a dropped row costs one row's copy at most.
         """
-        n = np.count_nonzero(alive)
-        rows, gaps = np.arange(n), np.flatnonzero(~alive[:n])
-        rows[gaps] = n + np.flatnonzero(alive[n:])
+        n = np.count_nonzero(is_alive)
+        rows, gaps = np.arange(n), np.flatnonzero(~is_alive[:n])
+        rows[gaps] = n + np.flatnonzero(is_alive[n:])
         for a in (self.keys, self.values):
             a[:, gaps, : self.length] = a[:, rows[gaps], : self.length]
         self.keys, self.values = self.keys[:, :n], self.values[:, :n]
@@ -91,14 +91,14 @@ def steps(
     UserError for an empty prompt, a setting out of range and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
-    seen = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
-    longest = max(map(len, seen), default=0)
+    texts = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
+    longest = max(map(len, texts), default=0)
     stop = np.array(sorted(stop), np.int64)
-    kv = KVCache(model, len(seen), model.prefix + min(model.context, longest + max_new_tokens))
-    seeds = rng.integers(2**63, size=len(seen)) if temperature else ()
+    kv = KVCache(model, len(texts), model.prefix + min(model.context, longest + max_new_tokens))
+    seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
-    uniform = np.zeros((len(seen), DRAWN))  # the numbers of DRAWN steps
-    rows, ids, unread = np.arange(len(seen)), None, []
+    uniform = np.zeros((len(texts), DRAWN))  # the numbers of DRAWN steps
+    rows, ids, news = np.arange(len(texts)), None, []
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
@@ -110,8 +110,8 @@ def steps(
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
-            _append(seen, unread)
-            logits, pad = _read(model, [seen[row] for row in rows], kv)
+            _append(texts, news)
+            logits, pad = _read(model, [texts[row] for row in rows], kv)
         else:
             positions = (kv.length - model.prefix - pad).astype(np.int32)
             logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
@@ -120,11 +120,11 @@ def steps(
                 draws[row].random(out=uniform[row])
         logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWN]
         ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
-        unread.append((rows, ids))
+        news.append((rows, ids))
         yield rows, ids
-        if stop.size and (ended := (ids[:, None] == stop).any(1)).any():
-            kept = kv.keep(~ended)
-            rows, pad, ids = rows[kept], pad[kept], ids[kept]
+        if stop.size and (is_over := (ids[:, None] == stop).any(1)).any():
+            order = kv.keep(~is_over)
+            rows, pad, ids = rows[order], pad[order], ids[order]
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:

@@ -39,13 +39,13 @@ def available() -> tuple[str, ...]:
 def backend(name: str | None = None) -> ModuleType:
     """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest
     there is."""
-    wanted = name or os.environ.get("TINYGPT_BACKEND")
-    name = wanted or available()[0]
+    choice = name or os.environ.get("TINYGPT_BACKEND")
+    name = choice or available()[0]
     if name not in ("c", "numpy"):
         raise UserError(f"backend {name!r}: TINYGPT_BACKEND is c or numpy")
     if name == "c" and not lib:
         raise UserError(f"backend c: the C core is not built here; {_remedy()}")
-    if not lib and not wanted:
+    if not lib and not choice:
         warnings.warn(
             f"no C core here, running on NumPy, which is slower: {_remedy()}; "
             "TINYGPT_BACKEND=numpy silences this",
@@ -72,10 +72,10 @@ def set_threads(n: int) -> None:
 
 def _configure() -> str:
     """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the instruction set in use."""
-    wanted, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS") or None
-    isa = lib.tinygpt_choose_isa(os.fsencode(wanted) if wanted else ffi.NULL)
+    name, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS") or None
+    isa = lib.tinygpt_choose_isa(os.fsencode(name) if name else ffi.NULL)
     if not isa:
-        raise UserError(f"TINYGPT_ISA={wanted}: not an instruction set of this machine; base always works")
+        raise UserError(f"TINYGPT_ISA={name}: not an instruction set of this machine; base always works")
     if threads is not None and not (threads.isdecimal() and int(threads) > 0):
         raise UserError(f"TINYGPT_THREADS={threads}: it must be a whole number of at least 1")
     set_threads(int(threads or processors()))
@@ -102,7 +102,7 @@ def processors() -> int:
 
 
 def _pointer(a: Array | bool | None):
-    if a is None or a is False:  # an argument left out, a gradient not wanted
+    if a is None or a is False:  # an argument left out, a gradient that is not computed
         return ffi.NULL
     if a.flags.c_contiguous:
         return ffi.from_buffer(a)  # the quick way, which takes only arrays without gaps

@@ -3,6 +3,7 @@
 Shapes, here and in csrc/tinygpt.h:
 
     B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H    V vocabulary
+    I inputs, O outputs of a linear map    N rows    P positions of a learned prompt    R rank of a branch
 
 Each operation is a pair:
 
@@ -43,7 +44,7 @@ def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
     return w[ids], (ids, w.shape)
 
 
-def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Array | bool:
+def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Grad:
     """Adds up the gradients of equal ids: dw[v] = sum of dout[b, t] where ids[b, t] = v.
 
     With `add` the sum goes on top of what `dw` holds. This is what makes the gradient of a tied embedding a
@@ -87,7 +88,7 @@ def linear_forward(
 def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
     bfloat16: bool = False,
-) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
+) -> tuple[Array, Grad, Grad]:  # fmt: skip
     """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
 
     Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
@@ -139,7 +140,7 @@ def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[
 
 def layernorm_backward(
     dout: Array, cache: tuple, dg: Grad = None, db: Grad = None, add: Array | None = None,
-) -> tuple[Array, Array | bool, Array | bool]:  # fmt: skip
+) -> tuple[Array, Grad, Grad]:  # fmt: skip
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
 
     Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the

@@ -109,17 +109,17 @@ def train(
     Raises NonFiniteError, before the update or the save in question.
     """
     compute = compute or gradients(optimizer)
-    began, saved = time.perf_counter() - elapsed_s, optimizer.steps
+    origin, last_save = time.perf_counter() - elapsed_s, optimizer.steps
     with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
         while optimizer.steps < config.max_iters:
             start, rng = time.perf_counter(), np.random.default_rng([config.seed, optimizer.steps])
             todo = batches(optimizer.steps, rng)
             losses = compute(todo, rng)
             losses = losses if isinstance(losses, dict) else {"train_loss": losses}
-            _check_finite(losses["train_loss"], "loss", optimizer.steps + 1, saved)
+            _check_finite(losses["train_loss"], "loss", optimizer.steps + 1, last_save)
             lr = config.learning_rate_at(optimizer.steps)
             norm = optimizer.step(lr)
-            _check_finite(norm, "gradient's norm", optimizer.steps + 1, saved)
+            _check_finite(norm, "gradient's norm", optimizer.steps + 1, last_save)
             n, seconds = optimizer.steps, max(time.perf_counter() - start, 1e-9)  # a clock may stand still
             rate = round(sum(batch.ids.size for batch in todo) / seconds, 1)
             record = {"iter": n, **losses, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}
@@ -127,17 +127,17 @@ def train(
             due = n % config.eval_interval == 0 or n == config.max_iters
             evaluation = evaluate() if due else {}
             for name, value in evaluation.items():
-                _check_finite(value, name, n, saved)
-            closed = None
+                _check_finite(value, name, n, last_save)
+            failure = None
             try:
-                report(record | {"elapsed_s": round(time.perf_counter() - began, 3)} | evaluation)
+                report(record | {"elapsed_s": round(time.perf_counter() - origin, 3)} | evaluation)
             except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
-                closed = error
-            if due or interrupted or closed:
+                failure = error
+            if due or interrupted or failure:
                 save()
-                saved = n
-            if closed:
-                raise closed
+                last_save = n
+            if failure:
+                raise failure
             if interrupted:
                 raise KeyboardInterrupt
 
@@ -211,10 +211,10 @@ def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tu
     return ratio(sum(moved.values()), sum(old.values())), {n: ratio(moved[n], old[n]) for n in before}
 
 
-def _check_finite(value: float, what: str, n: int, saved: int) -> None:
+def _check_finite(value: float, what: str, n: int, last_save: int) -> None:
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the {what} is {value} at iteration {n}; the model as of iteration {saved} is kept. "
+            f"the {what} is {value} at iteration {n}; the model as of iteration {last_save} is kept. "
             "Try a lower learning rate, a longer warm-up, or gradient clipping"
         )
 
@@ -223,10 +223,10 @@ def _check_finite(value: float, what: str, n: int, saved: int) -> None:
 def _first_interrupt_waits() -> Iterator[list]:
     """Yields a list that is empty until a signal asks to stop: Ctrl-C, SIGTERM, or SIGHUP when a terminal
     closes. A second one raises KeyboardInterrupt on the spot. A signal that is ignored (nohup) stays so."""
-    pressed, before = [], {}
+    signals, before = [], {}
 
     def note(number: int, frame: object) -> None:
-        pressed.append(number)
+        signals.append(number)
         for each in before:
             signal.signal(each, signal.default_int_handler)
 
@@ -236,7 +236,7 @@ def _first_interrupt_waits() -> Iterator[list]:
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:
-        yield pressed
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
