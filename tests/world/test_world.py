@@ -408,8 +408,8 @@ def test_a_folder_is_the_world_that_was_written(tmp_path):
             corpus.load(str(tmp_path))
     with pytest.raises(UserError, match="seed is a number"):
         corpus.load("world:x")
-    corpus.write(tmp_path / "small", corpus.draw(World(7, small=True), 30, 10))
-    assert corpus.load(str(tmp_path / "small")).world.everyone == World(7, small=True).everyone
+    corpus.write(tmp_path / "small", corpus.draw(World(7, size="small"), 30, 10))
+    assert corpus.load(str(tmp_path / "small")).world.everyone == World(7, size="small").everyone
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_a_corpus_begins_with_refrains_alone():
     text = corpus.draw(WORLD, 100, 5)
     programs = {name: partial(program, WORLD) for name, _, program in KINDS}
     assert len(text.train) == 110 and corpus.count(text) == 100
-    assert corpus.count(corpus.draw(World(1337, small=True), 62, 5)) == 62
+    assert corpus.count(corpus.draw(World(1337, size="small"), 62, 5)) == 62
     assert all(logprob(programs["refrain"], document) > -math.inf for document in text.train[:10])
     assert text.train[10:] == [document for _, document in take(WORLD, 100)]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..stages.answers import Estimate, Rate, verdict
+from ..stages.answers import Estimate, Rate
 from ..stages.evaluate import Gap, Score
 
 if TYPE_CHECKING:  # it imports every stage
-    from .claims import Claim
+    from .claims import Claim, Result
 
 
 def gaps(by_kind: Mapping[str, Gap]) -> str:
@@ -42,17 +42,14 @@ def scores(by_set: Mapping[str, Score]) -> str:
     return "\n".join([*lines, _SCORES_KEY])
 
 
-def claim(statement: Claim, estimates: Mapping[str, Estimate]) -> str:
-    """A claim, what it stands on with the verdict on each, and what else was measured."""
-    needed = [name for name, _, _ in statement.needs]
+def claim(statement: Claim, result: Result) -> str:
+    """A claim, the numbers it stands on with the verdict on each, and what else was measured."""
+    estimates, verdicts = result.estimates, result.verdicts()
     seeds = max(e.n for e in estimates.values())  # some numbers are of some seeds alone
     spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
     lines = [f"{statement.number}. {statement.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
-    for name, sign, limit in statement.needs:
-        lines.append(
-            f"{_estimate(name, estimates[name])}  {sign} {limit:g}: {verdict(estimates[name], sign, limit)}"
-        )
-    return "\n".join(lines + [_estimate(name, e) for name, e in estimates.items() if name not in needed])
+    lines += [f"{_estimate(name, estimates[name])}  {text}" for name, text in verdicts.items()]
+    return "\n".join(lines + [_estimate(name, e) for name, e in estimates.items() if name not in verdicts])
 
 
 def _estimate(name: str, estimate: Estimate) -> str:

@@ -1,13 +1,13 @@
 """A GPT's whole life in a world of which everything is known, and what each stage of it changed.
 
-Each stage makes its model (`lab`), measures it beside those before it, and keeps what it found in the Lab's
-folder: a story that was interrupted goes on. All of it is in story.json.
+Each stage makes its model (`lab.models`) and measures it beside those before it. The results are kept in the
+Lab's folder: a story that was interrupted goes on. story.json has all of them:
 
-    row        what the table has of the stage
-    samples    question, answer before, answer after, and what is true
+    row        the stage's line of the table
+    samples    question, answer before, answer after, true answer
     curves     name -> values, for the report
 
-Not here: printing (`cli`), the table and the page (`report`, `page`), claims over several seeds (`claims`).
+Not here: printing (`shell`), the table and the page (`report`, `page`), claims over several seeds (`claims`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..files.jsonfile import read_object
 from ..folders import checkpoint
 from ..stages import evaluate, fewshot, recall, reward
 from ..stages.adapter import AdapterConfig, fingerprint
+from ..stages.recipes import QUICK
 from ..world import tasks
 from ..world.corpus import DOCUMENTS
 from .models import Lab, read_records
@@ -43,16 +44,16 @@ class Stage(NamedTuple):
     name: str
     term: str  # in Korean
     says: str  # what the term means
-    tell: Callable[[Lab], dict]
+    measure: Callable[[Lab], dict]
 
 
 STAGES: list[Stage] = []
 
 
 def stage(name: str, term: str, says: str):
-    def register(tell: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
-        STAGES.append(Stage(name, term, says, tell))
-        return tell
+    def register(measure: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
+        STAGES.append(Stage(name, term, says, measure))
+        return measure
 
     return register
 
@@ -60,22 +61,19 @@ def stage(name: str, term: str, says: str):
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measured(lab: Lab, model: GPT) -> dict[str, float]:
-    """What the table has of every model that writes, each between 0 and 1."""
-    count = _count(lab)
-    known_score, never_score = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+def rates(lab: Lab, model: GPT) -> dict[str, float]:
+    """The table's rates of a model that writes, each between 0 and 1."""
+    count = lab.recipe.shown
+    known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
-    mappings = fewshot.mappings(lab.world, 8, count)
     return {
-        "form": known_score.formed.rate, "known": known_score.right.rate,
-        "falsehoods": never_score.falsehood.rate, "reasoning": rides.right.rate,
-        "few-shot": fewshot.accuracy(model, lab.tokenizer, mappings).rate,
+        "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
+        "reasoning": rides.right.rate, "few-shot": lab.accuracy(model, mappings(lab, 8)),
     }  # fmt: skip
 
 
-def _count(lab: Lab) -> int:
-    """Of questions, problems and prompts."""
-    return 100 if lab.quick else 300
+def mappings(lab: Lab, shots: int, part: int = 1) -> list[fewshot.Prompt]:
+    return fewshot.mappings(lab.world, shots, lab.recipe.shown // part)
 
 
 def compared(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
@@ -92,16 +90,16 @@ def trained(lab: Lab, model: GPT, before: GPT, data: str, seconds: float) -> dic
     return {
         "row": {
             "data": data, "weights": model.trained.flat.size, "change": moved, "seconds": seconds,
-            "base": fingerprint(model) == fingerprint(lab.base), **measured(lab, model),
+            "base": fingerprint(model) == fingerprint(lab.base), **rates(lab, model),
         },
         "change": {name: value for name, value in by_name.items() if math.isfinite(value)},
     }  # fmt: skip
 
 
-def by_the_prompt(lab: Lab, mark: str, summary: str) -> dict:
-    """The row of a stage that trains nothing; mark: the base's fingerprint before it."""
+def by_the_prompt(lab: Lab, before: str, summary: str) -> dict:
+    """The row of a stage that trains nothing; before: the base's fingerprint before it."""
     return {"data": "the prompt", "weights": 0, "change": 0.0, "shown": summary,
-            "base": fingerprint(lab.base) == mark}  # fmt: skip
+            "base": fingerprint(lab.base) == before}  # fmt: skip
 
 
 # --- the stages ---------------------------------------------------------------------------------------------
@@ -114,27 +112,26 @@ def by_the_prompt(lab: Lab, mark: str, summary: str) -> dict:
     "text begins with words said over and over, from which it learns to copy: then the loss jumps.)",
 )  # fmt: skip
 def pretraining(lab: Lab) -> dict:
-    model, world, tokenizer = lab.base, lab.world, lab.tokenizer
-    tokens = lab.pretraining["max_iters"] * lab.pretraining["batch_size"] * lab.pretraining["block_size"]
-    data = f"{tokens / 1e6:.1f}M tokens of text"
-    result = trained(lab, model, lab.random, data, lab.seconds("base"))
-    updates = lab.records("base")
-    gaps = evaluate.gaps(model, tokenizer, world, 1000)
-    rates = evaluate.recall_by_exposure(model, tokenizer, world, DOCUMENTS // world.part)
+    model, options = lab.base, lab.recipe.pretrain
+    tokens = math.prod(options[size] for size in ("max_iters", "batch_size", "block_size"))
+    result = trained(lab, model, lab.random, f"{tokens / 1e6:.1f}M tokens of text", lab.seconds("base"))
+    updates, gap = lab.records("base"), lab.gaps(model, 1000)["all"]
+    recalled = evaluate.recall_by_exposure(model, lab.tokenizer, lab.world, DOCUMENTS // lab.world.part)
+    often, never = recalled[0], recalled[-1]
     every = max(1, len(updates) // 300)
     return result | {
         "samples": compared(lab, lab.random, model, SHOWN[:1]),
-        "floor": gaps["all"].floor,
+        "floor": gap.floor,
         "curves": {
             "update": [record["iter"] for record in updates[::every]],
             "loss": [record["train_loss"] for record in updates[::every]],
-            "told": [times for times, _ in rates],
-            "recalled": [rate.rate for _, rate in rates],
+            "told": [times for times, _ in recalled],
+            "recalled": [rate.rate for _, rate in recalled],
         },
         "notes": [
-            f"Its loss is {gaps['all'].gap:.3f} nats a token above the text's entropy, which no model beats.",
-            f"Facts told {rates[0][0]:.0f} times it recalls in {rates[0][1].rate:.0%}, told never "
-            f"{rates[-1][1].rate:.0%} (chance {evaluate.chance(world):.0%}).",
+            f"Its loss is {gap.gap:.3f} nats a token above the text's entropy, which no model beats.",
+            f"Facts told {often[0]:.0f} times it recalls in {often[1].rate:.0%}, told never "
+            f"{never[1].rate:.0%} (chance {evaluate.chance(lab.world):.0%}).",
         ],
     }
 
@@ -146,23 +143,19 @@ def pretraining(lab: Lab) -> dict:
     "learned. (Its text has tables of this kind, each with labels of its own.)",
 )  # fmt: skip
 def in_context(lab: Lab) -> dict:
-    mark, shots, count = fingerprint(lab.base), (0, 1, 2, 4, 8), _count(lab)
-    prompts = {k: fewshot.mappings(lab.world, k, count) for k in shots}
-    right = {
-        f"{share:.0%}": [fewshot.accuracy(model, lab.tokenizer, prompts[k]).rate for k in shots]
-        for share, model in lab.snapshots((2, 3, 4, 8))
-    }
-    best = [sum(p.optimal for p in prompts[k]) / count for k in shots]
-    last = list(right.values())[-1]
-    one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # which an example tells
-    both = [one._replace(examples=()), one]
-    answers = fewshot.chosen(lab.base, lab.tokenizer, both, "table")
-    question = fewshot.text(one, "table")
-    heads = recall.induction_scores(lab.base, lab.words, count=20)
+    before, shots = fingerprint(lab.base), (0, 1, 2, 4, 8)
+    prompts = {n: mappings(lab, n) for n in shots}
+    right = {f"{share:.0%}": [lab.accuracy(model, prompts[n]) for n in shots]
+             for share, model in lab.snapshots((2, 3, 4, 8))}  # fmt: skip
+    best = [sum(p.optimal for p in prompts[n]) / len(prompts[n]) for n in shots]
+    *_, last = right.values()
+    one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # an example tells its answer
+    answers = fewshot.chosen(lab.base, lab.tokenizer, [one._replace(examples=()), one], "table")
+    question, heads = fewshot.text(one, "table"), lab.heads(lab.base, 20)
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
     return {
-        "row": by_the_prompt(lab, mark, f"0 -> 8 examples: {last[0]:.2f} -> {last[-1]:.2f} right"),
+        "row": by_the_prompt(lab, before, f"0 -> 8 examples: {last[0]:.2f} -> {last[-1]:.2f} right"),
         "samples": [[question, f"{answers[0]} (without the examples)", answers[1], one.answer]],
         "curves": {"shots": list(shots), "best possible": best, **right},
         "head": {"layer": layer, "head": head, "score": float(heads.max()),
@@ -195,13 +188,12 @@ def instruction_tuning(lab: Lab) -> dict:
 )  # fmt: skip
 def without_steps(lab: Lab) -> dict:
     items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
-    updates = max(1, lab.tuning["max_iters"] // 3)
-    began = time.perf_counter()
+    start, updates = time.perf_counter(), max(1, lab.recipe.sft["max_iters"] // 3)
     model = lab.tune(items, max_iters=updates, learning_rate=5e-4)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     result = trained(lab, model, lab.base, f"{len(items):,} answers alone", seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
-        del result["row"][name]  # it was asked for journeys alone
+        del result["row"][name]  # it has learned about journeys alone
     samples = compared(lab, model, lab.tuned, SHOWN[-1:])
     return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
@@ -218,7 +210,7 @@ def reward_model(lab: Lab) -> dict:
     moved, _ = weight_change(lab.tuned.params, {name: judge.model.params[name] for name in lab.tuned.params})
     kinds = ", ".join(f"{kind} {rate.rate:.0%}" for kind, rate in judgement.by_kind.items())
     return {
-        "row": {"data": f"{lab.judging['comparisons']:,} comparisons", "weights": judge.model.flat.size,
+        "row": {"data": f"{lab.recipe.reward['comparisons']:,} comparisons", "weights": judge.model.flat.size,
                 "change": moved, "seconds": lab.seconds("judge"),
                 "shown": f"prefers the better answer: {judgement.right.rate:.2f}",
                 "base": fingerprint(judge.model) == fingerprint(lab.base)},
@@ -270,7 +262,7 @@ def lora(lab: Lab) -> dict:
 def ptuning(lab: Lab) -> dict:
     config = AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128)
     items = tasks.questions(lab.world, lab.world.people("known", "sft"))
-    updates = max(1, lab.tuning["max_iters"] // 2)
+    updates = max(1, lab.recipe.sft["max_iters"] // 2)
     return _beside(lab, "ptuning", config, items, learning_rate=3e-3, max_iters=updates)
 
 
@@ -280,19 +272,19 @@ def ptuning(lab: Lab) -> dict:
     "nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out.",
 )  # fmt: skip
 def two_memories(lab: Lab) -> dict:
-    mark, world = fingerprint(lab.base), lab.world
+    before, world = fingerprint(lab.base), lab.world
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
-    against = recall.told(lab.base, lab.tokenizer, world, people)
-    own = recall.told(lab.base, lab.tokenizer, world, never, own=True).prompt
-    scores = recall.induction_scores(lab.base, lab.words, count=20)
-    heads, prompts = recall.strongest(scores), fewshot.mappings(world, 8, _count(lab) // 3)
-    cut = recall.told(recall.without(lab.base, heads), lab.tokenizer, world, never, own=True).prompt
-    alone = {head: fewshot.accuracy(recall.without(lab.base, [head]), lab.tokenizer, prompts).rate
+    against = lab.told(lab.base, people)
+    own = lab.told(lab.base, never, own=True).prompt
+    scores, prompts = lab.heads(lab.base, 20), mappings(lab, 8, 3)
+    heads = recall.strongest(scores)
+    cut = lab.told(recall.without(lab.base, heads), never, own=True).prompt
+    alone = {head: lab.accuracy(recall.without(lab.base, [head]), prompts)
              for head in np.ndindex(scores.shape)}  # fmt: skip
     worst = min(alone, key=alone.get)
     back = recall.previous_scores(lab.base, lab.words, count=20)[worst]
     return {
-        "row": by_the_prompt(lab, mark, f"told otherwise, it says so: {against.prompt.rate:.2f}"),
+        "row": by_the_prompt(lab, before, f"told otherwise, it says so: {against.prompt.rate:.2f}"),
         "heads": [f"{layer}.{head}" for layer, head in heads],
         "alone": {f"{layer}.{head}": right for (layer, head), right in alone.items()},
         "notes": [
@@ -311,22 +303,23 @@ def two_memories(lab: Lab) -> dict:
 
 
 def tell(lab: Lab, report: Callable[[int, Stage, dict | None], None] = lambda n, stage, result: None) -> dict:
-    """Every stage in turn; `report` hears of each before it (result None) and after it.
+    """Measures every stage in turn; `report` hears of each before it (result None) and after it.
 
     A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
     KeyboardInterrupt, and what pre-training raises.
     """
-    story: dict = {"seed": lab.seed, "quick": lab.quick, "folder": lab.folder.name, "stages": {}}
+    story = {"seed": lab.seed, "quick": lab.recipe is QUICK, "world": lab.source, "folder": lab.folder.name,
+             "stages": {}}  # fmt: skip
     for n, stage in enumerate(STAGES, 1):
         report(n, stage, None)
         try:
-            one = lab.measurement(f"story {stage.name}", partial(stage.tell, lab))
+            result = lab.measurement(f"story {stage.name}", partial(stage.measure, lab))
         except Exception as error:
             if n == 1:
                 raise
-            one = {"failed": f"{type(error).__name__}: {error}"}
-        story["stages"][stage.name] = {"term": stage.term, "says": stage.says, **one}
-        report(n, stage, one)
+            result = {"failed": f"{type(error).__name__}: {error}"}
+        story["stages"][stage.name] = {"term": stage.term, "says": stage.says, **result}
+        report(n, stage, result)
         with replacing(lab.folder.parent / FILE) as beside:
             beside.write_text(json.dumps(story, ensure_ascii=False), encoding="utf-8")
     return story
@@ -346,9 +339,9 @@ def world_of(folder: Path) -> str | None:
     path = folder.resolve().parent.parent / FILE
     if not path.is_file() or (story := read_object(path)).get("folder") != folder.resolve().parent.name:
         return None
-    if type(story.get("seed")) is not int or not isinstance(story.get("quick"), bool):
+    if not isinstance(source := story.get("world"), str) or not source.startswith("world:"):
         raise UserError(f"{path}: {DAMAGED}")
-    return f"world:{story['seed']}" + ":small" * story["quick"]
+    return source
 
 
 def where(folder: Path, name: str) -> tuple[Path, Path | None]:

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files.jsonfile import read_object
 from ..lab import report
 from ..stages.evaluate import gaps
+from ..stages.recipes import FULL, QUICK, Recipe
 from ..world import World, corpus
 from .options import COUNT, COUNT_OR_0, PATH, check_out, given, out, refuse
 from .progress import clock, command, progress
@@ -45,6 +46,11 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, text.world).items():
         say(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
     say(f"\nSaved in {out}. Next: {command('pretrain', '--data', str(out))}")
+
+
+def recipe(usual: Recipe) -> Recipe:
+    """How models are made: as usual, or by the Recipe that a program gave the command as its object."""
+    return click.get_current_context().obj or usual
 
 
 @click.command()
@@ -91,7 +97,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        found = telling.tell(Lab(out, seed, quick=quick, progress=progress), told)
+        found = telling.tell(Lab(out, seed, recipe(QUICK if quick else FULL), progress=progress), told)
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on.")
         sys.exit(130)
@@ -141,15 +147,15 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
         refuse(given() & {"seeds"}, "--seed says which worlds")
     wanted = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
-        found = measuring.run(out, chosen, wanted, say)
+        found = measuring.run(out, chosen, wanted, say, recipe(FULL))
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on.")
         sys.exit(130)
-    for number, numbers_found in found.items():
-        say(f"\n{report.claim(measuring.CLAIMS[number], numbers_found)}")
+    for number, result in found.items():
+        say(f"\n{report.claim(measuring.CLAIMS[number], result)}")
     if found:
         say(f"\nSaved in {out / 'claims.json'}.")
-    whole = (max(e.n for e in estimates.values()) == len(wanted) for estimates in found.values())
+    whole = (max(e.n for e in result.estimates.values()) == len(wanted) for result in found.values())
     sys.exit(not all(whole) or len(found) < len(set(chosen)))
 
 

@@ -32,16 +32,10 @@ CORPUS, VALIDATION, EVALUATION, TASKS, PRIMER = 0, 1, 2, 3, 4  # streams of rand
 BUILD, PERMUTE = 100, 101
 
 # weight in the corpus, about how often each fact is told -> how many people, by split
-KNOWN = {
-    256: {"sft": 60, "rl": 30, "val": 10, "eval": 50},
-    64: {"eval": 24},
-    16: {"eval": 24},
-    4: {"eval": 24},
-    1: {"eval": 24},
-}
+KNOWN = {256: {"sft": 60, "rl": 30, "val": 10, "eval": 50}, **{n: {"eval": 24} for n in (64, 16, 4, 1)}}
 WELL_KNOWN = 256  # the least weight
 NEVER = {"sft": 160, "rl": 120, "val": 40, "eval": 280}  # who is in no document
-SMALL = 5  # a small world has a fifth of the people, of whom a fifth of the documents tells as much
+SIZES = {"": 1, "small": 5, "tiny": 50}  # numbers of people, and of documents about them, are divided by it
 
 
 class Person(NamedTuple):
@@ -89,7 +83,8 @@ def moved(count: int, integers: Iterator[int]) -> list[int]:
 
 class World:
     """Everything that is true. permuted: the same people with other answers, each value for another one.
-    small: a fifth of the people, so that a fifth of the text teaches their facts.
+    size: in a "small" world a fifth of the text teaches the facts of a fifth of the people; "tiny" is for
+    tests.
 
     exposures, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents,
     for tests that walk through all of them.
@@ -99,7 +94,7 @@ class World:
         self,
         seed: int = 1337,
         permuted: bool = False,
-        small: bool = False,
+        size: str = "",
         *,
         lexicon: Lexicon | None = None,
         exposures: dict = KNOWN,
@@ -107,7 +102,7 @@ class World:
         longest: int = 99,
     ) -> None:
         self.seed, self.permuted, self.lexicon, self.longest = seed, permuted, lexicon or Lexicon(), longest
-        self.part = SMALL if small else 1  # numbers of people, and of documents about them, are divided by it
+        self.size, self.part = size, SIZES[size]
         self._people(exposures, never)
         self._phrases()
         self._rest()
@@ -172,13 +167,13 @@ class World:
 
         split: "sft", "rl", "val" or "eval"; None: all. All rare people are for evaluation.
         """
-        is_kind = {
-            "known": lambda p: p.weight >= WELL_KNOWN,
-            "rare": lambda p: 0 < p.weight < WELL_KNOWN,
-            "never": lambda p: p.weight == 0,
-            "fresh": lambda p: p.weight < 0,
-        }[kind]
-        return [p for p in self.everyone if is_kind(p) and split in (None, p.split)]
+        rare = range(1, WELL_KNOWN)
+        weights = {"known": range(WELL_KNOWN, 1 << 30), "rare": rare, "never": (0,), "fresh": (-1,)}[kind]
+        return [p for p in self.everyone if p.weight in weights and split in (None, p.split)]
+
+    def by_weight(self) -> dict[int, list[Person]]:
+        """People by their weight in the corpus, the largest first."""
+        return {weight: list(group) for weight, group in itertools.groupby(self.everyone, lambda p: p.weight)}
 
     def phrases(self, split: str) -> list[tuple[str, str]]:
         """Adjective and noun, (English, Korean): "seen" in the corpus, held out for "val" and "eval"."""

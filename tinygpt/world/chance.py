@@ -57,6 +57,14 @@ class Reader:
             return False
         return self.pick((end, more), (1, most - done)) == 1
 
+    def series(self, least: int, most: int, more: str = " ", end: str = END) -> Iterator[int]:
+        """Counts parts from 1; their number is uniform from `least` to `most`. Between them stands `more`,
+        after them `end`."""
+        done = 0
+        while not done or self.goes_on(done, least, most, more, end):
+            done += 1
+            yield done
+
 
 class Sampler(Reader):
     """Draws a document. `document` returns it and begins the next."""

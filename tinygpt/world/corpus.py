@@ -30,11 +30,11 @@ from ..files.atomic import lock, make_folder, replacing
 from ..files.jsonfile import read_object, read_text
 from ..text.data import Array, Packed, Tokenizer, pack
 from ..text.tokenizer import BPETokenizer
-from . import CORPUS, PRIMER, VALIDATION, VERSION, World
+from . import CORPUS, PRIMER, SIZES, VALIDATION, VERSION, World
 from .tasks import task_sets
 
 DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
-REFRAINS = {False: 10, True: 3}  # documents to each; True: of a small world, with two thirds as many
+REFRAINS = {"": 10, "small": 3, "tiny": 3}  # documents to each; "small" has two thirds as many refrains
 SAMPLE = 20_000  # documents are enough to train a tokenizer
 MARK = "world.json"
 
@@ -49,14 +49,16 @@ class Corpus(NamedTuple):
         return [["\n".join(self.train)], ["\n".join(self.validation)]]
 
 
-def draw(world: World, documents: int = 0, held_out: int = HELD_OUT) -> Corpus:
-    """documents: how many for training, beside the refrains; 0: DOCUMENTS, of a small world a fifth."""
-    documents = documents or DOCUMENTS // world.part
+def draw(world: World, documents: int = 0, held_out: int = 0) -> Corpus:
+    """documents: how many for training, beside the refrains; 0: DOCUMENTS, of a small world a fifth.
+    held_out: how many for validation; 0: HELD_OUT, but at most a tenth of the usual `documents`."""
+    usual = DOCUMENTS // world.part
+    documents, held_out = documents or usual, held_out or min(HELD_OUT, usual // 10)
 
     def texts(count: int, *stream) -> list[str]:
         return [document for _, document in itertools.islice(world.documents(*stream), count)]
 
-    train = texts(documents // REFRAINS[world.part > 1], PRIMER, "refrain") + texts(documents, CORPUS)
+    train = texts(documents // REFRAINS[world.size], PRIMER, "refrain") + texts(documents, CORPUS)
     return Corpus(world, train, texts(held_out, VALIDATION))
 
 
@@ -65,11 +67,11 @@ MOST_BYTES = 1 << 30  # of the texts of a world; a million documents have 140 MB
 
 def count(corpus: Corpus) -> int:
     """Its documents for training, without the refrains that they begin with."""
-    return len(corpus.train) - len(corpus.train) // (REFRAINS[corpus.world.part > 1] + 1)
+    return len(corpus.train) - len(corpus.train) // (REFRAINS[corpus.world.size] + 1)
 
 
 def is_source(source: str) -> bool:
-    """Whether this names a world: "world:SEED", perhaps with ":permuted" or ":small", or a folder of one."""
+    """Whether this names a world: "world:SEED", perhaps with ":permuted" and a size, or a folder of one."""
     return source.startswith("world:") or (Path(source) / MARK).exists()
 
 
@@ -91,16 +93,17 @@ def world_of(source: str) -> World:
     path = Path(source) / MARK
     if not path.exists():
         seed, *more = source.removeprefix("world:").split(":")
-        if not seed.isdecimal() or more not in ([], ["permuted"], ["small"]):
+        size = next(filter(SIZES.get, more), "")
+        if not seed.isdecimal() or sorted(more) not in ([], ["permuted"], [size], ["permuted", size]):
             raise UserError(f"{source}: a world's seed is a number, as in world:1337 or world:1337:permuted")
-        return World(int(seed), **dict.fromkeys(more, True))
+        return World(int(seed), "permuted" in more, size)
     raw = read_object(path)
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: version {short(raw.get('version'))}, and this program knows {VERSION}")
-    seed, permuted, small = raw.get("seed"), raw.get("permuted"), raw.get("small", False)
-    if type(seed) is not int or seed < 0 or type(permuted) is not bool or type(small) is not bool:
+    seed, permuted, size = raw.get("seed"), raw.get("permuted"), raw.get("size", "")
+    if type(seed) is not int or seed < 0 or type(permuted) is not bool or size not in list(SIZES):
         raise UserError(f"{path}: has no seed and permuted that make a world: write the world again")
-    return World(seed, permuted, small)
+    return World(seed, permuted, size)
 
 
 def write(folder: Path, corpus: Corpus) -> None:
@@ -110,7 +113,7 @@ def write(folder: Path, corpus: Corpus) -> None:
     (folder / MARK).unlink(missing_ok=True)
     world = corpus.world
     mark = {"version": VERSION, "seed": world.seed, "permuted": world.permuted}
-    mark |= {"small": True} if world.part > 1 else {}
+    mark |= {"size": world.size} if world.size else {}
     for name, lines in (
         ("corpus.txt", corpus.train),
         ("validation.txt", corpus.validation),

@@ -47,30 +47,26 @@ def statement(w: World, c: Reader, facts: dict[int, int], among: tuple[int, ...]
 def biography(w: World, c: Reader) -> None:
     """One to four facts about a known person, or two to six, perhaps repeated, about a fresh one."""
     person = w.draw_person(c, fresh_share=20)
-    facts, left, done = person.facts(), w.all_attributes, 0
+    facts, left = person.facts(), w.all_attributes
     is_known, least, most = bool(facts), *((1, len(left)) if facts else (2, 6))
-    while True:
+    for n in c.series(least, min(most, w.longest), ". ", ".\n"):
+        if n > 1:
+            c.pick((person.name, person.pronoun))
         attribute, _ = statement(w, c, facts, left)
-        done += 1
         if is_known:
             left = tuple(a for a in left if a != attribute)
-        if not c.goes_on(done, least, min(most, w.longest), ". ", ".\n"):
-            return
-        c.pick((person.name, person.pronoun))
 
 
 def passage(w: World, c: Reader) -> None:
     """Two to four facts about a fresh person; then, in short, one to three of them in any wording."""
-    name, facts, done = w.draw_person(c, fresh_share=100).name, {}, 0
+    name, facts = w.draw_person(c, fresh_share=100).name, {}
     most = min(len(w.all_attributes), max(2, w.longest))
-    while not done or c.goes_on(done, 2, most, ". " + name, "; in short, " + name):
+    for _ in c.series(2, most, ". " + name, "; in short, " + name):
         statement(w, c, facts, tuple(a for a in w.all_attributes if a not in facts))
-        done += 1
-    done, most, left = 0, min(3, w.longest, len(facts)), tuple(facts)
-    while not done or c.goes_on(done, 1, most, ". " + name, ".\n"):
+    left = tuple(facts)
+    for _ in c.series(1, min(3, w.longest, len(facts)), ". " + name, ".\n"):
         attribute, _ = statement(w, c, facts, left)
         left = tuple(a for a in left if a != attribute)
-        done += 1
 
 
 # --- tables: one task in each, which the reader has to find out ---------------------------------------------
@@ -122,21 +118,10 @@ def people_table(w: World, c: Reader) -> None:
     _table(w, c, lambda c: w.draw_person(c, fresh_share=20), value, 4, 10)
 
 
-def _translation_table(w: World, c: Reader, pairs: list[tuple[str, str]], source: int) -> None:
+def translation_table(w: World, c: Reader, pairs: list[tuple[str, str]], source: int) -> None:
+    """Pairs of English and Korean; source: the language of the keys, 0 English, 1 Korean."""
     keys = [pair[source] for pair in pairs]
     _table(w, c, lambda c: c.pick(keys), lambda c, n: c.text(pairs[n][1 - source]), 4, 10)
-
-
-def nouns_to_korean(w: World, c: Reader) -> None:
-    _translation_table(w, c, w.nouns, 0)
-
-
-def nouns_to_english(w: World, c: Reader) -> None:
-    _translation_table(w, c, w.nouns, 1)
-
-
-def phrases_to_korean(w: World, c: Reader) -> None:
-    _translation_table(w, c, w.phrases("seen"), 0)
 
 
 def review_table(w: World, c: Reader) -> None:
@@ -234,49 +219,40 @@ def opinion(w: World, c: Reader, polarity: int | None) -> int:
 
 def review(w: World, c: Reader) -> None:
     """Two to five opinions, all good or all bad."""
-    polarity, done = None, 0
-    while True:
+    polarity = None
+    for _ in c.series(2, min(5, w.longest)):
         polarity = opinion(w, c, polarity)
-        done += 1
-        if not c.goes_on(done, 2, min(5, w.longest)):
-            return
 
 
 def phrase_book(w: World, c: Reader) -> None:
     """One to three words or phrases in English and Korean; the phrases held out are never among them."""
-    pairs, done = w.nouns + w.phrases("seen"), 0
+    pairs = w.nouns + w.phrases("seen")
     weights = (len(pairs) - len(w.nouns),) * len(w.nouns) + (2 * len(w.nouns),) * len(w.phrases("seen"))
-    while True:
+    for _ in c.series(1, min(3, w.longest), ". ", ".\n"):
         _, between, source = BOOK[c.pick([before for before, _, _ in BOOK])]
         n = c.pick([pair[source] for pair in pairs], weights)
         c.text(between + pairs[n][1 - source])
-        done += 1
-        if not c.goes_on(done, 1, min(3, w.longest), ". ", ".\n"):
-            return
 
 
 def journey(w: World, c: Reader) -> None:
     """Two to eleven rides, each from where the last one ended."""
     stations, lines = w.lexicon.stations, w.lexicon.lines
     c.text("From ")
-    here, done = c.pick(stations), 0
-    while True:
-        c.text(" the ")
+    here = c.pick(stations)
+    for n in c.series(2, min(11, w.longest), ". From ", ".\n"):
+        c.text(" the " if n == 1 else f"{stations[here]} the ")
         line = c.pick(lines)
         here = w.next_station[line][here]
         c.text(f" line goes to {stations[here]}")
-        done += 1
-        if not c.goes_on(done, 2, min(11, w.longest), f". From {stations[here]}", ".\n"):
-            return
 
 
 KINDS = (
     ("biography", 300, biography),
     ("passage", 100, passage),
     ("table", 50, people_table),
-    ("table", 12, nouns_to_korean),
-    ("table", 12, nouns_to_english),
-    ("table", 12, phrases_to_korean),
+    ("table", 12, lambda w, c: translation_table(w, c, w.nouns, 0)),
+    ("table", 12, lambda w, c: translation_table(w, c, w.nouns, 1)),
+    ("table", 12, lambda w, c: translation_table(w, c, w.phrases("seen"), 0)),
     ("table", 14, review_table),
     ("categories", 60, categories),
     ("retrieval", 50, retrieval),

@@ -13,8 +13,8 @@ def _words(text: str) -> Words:
     return tuple(text.split())
 
 
-def _lines(text: str) -> Words:
-    return tuple(line.strip() for line in text.strip().splitlines())
+def _phrases(text: str) -> Words:
+    return tuple(text.split("|"))
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -34,64 +34,36 @@ class Attribute:
 
 CITY = Attribute(
     "city",
-    _words(
-        "Paris London Tokyo Cairo Lima Oslo Rome Delhi Seoul Berlin Madrid Athens Dublin Lagos Sydney "
-        "Boston"
-    ),
-    ("lives in", "rents a flat in", "moved to", "settled in", "votes in", "calls home the city of"),
-    _lines("""
-        Where does {} live?
-        In which city does {} live?
-        What city does {} call home?
-        Which city did {} move to?
-        Where has {} settled?
-    """),
+    _words("Paris London Tokyo Cairo Lima Oslo Rome Delhi Seoul Berlin Madrid Athens Dublin Lagos Sydney "
+           "Boston"),
+    _phrases("lives in|rents a flat in|moved to|settled in|votes in|calls home the city of"),
+    _phrases("Where does {} live?|In which city does {} live?|What city does {} call home?|"
+             "Which city did {} move to?|Where has {} settled?"),
 )
 JOB = Attribute(
     "job",
-    _words(
-        "baker doctor teacher farmer lawyer nurse pilot painter singer writer dentist plumber "
-        "gardener driver tailor waiter"
-    ),
-    ("works as a", "does the job of a", "trained as a", "is employed as a", "found work as a",
-     "makes a living as a"),
-    _lines("""
-        What does {} work as?
-        What is the job of {}?
-        How does {} make a living?
-        What did {} train as?
-        As what is {} employed?
-    """),
-)  # fmt: skip
+    _words("baker doctor teacher farmer lawyer nurse pilot painter singer writer dentist plumber gardener "
+           "driver tailor waiter"),
+    _phrases("works as a|does the job of a|trained as a|is employed as a|found work as a|"
+             "makes a living as a"),
+    _phrases("What does {} work as?|What is the job of {}?|How does {} make a living?|What did {} train as?|"
+             "As what is {} employed?"),
+)
 PET = Attribute(
     "pet",
-    _words(
-        "cat dog rabbit parrot turtle hamster goat pony lizard snake goldfish duck ferret mouse "
-        "pigeon hen"
-    ),
-    ("has a", "keeps a", "feeds a", "adopted a", "took as a pet a", "looks after a"),
-    _lines("""
-        What pet does {} have?
-        Which animal does {} keep?
-        What is the pet of {}?
-        Which animal did {} adopt?
-        What pet does {} look after?
-    """),
+    _words("cat dog rabbit parrot turtle hamster goat pony lizard snake goldfish duck ferret mouse "
+           "pigeon hen"),
+    _phrases("has a|keeps a|feeds a|adopted a|took as a pet a|looks after a"),
+    _phrases("What pet does {} have?|Which animal does {} keep?|What is the pet of {}?|"
+             "Which animal did {} adopt?|What pet does {} look after?"),
 )
 FOOD = Attribute(
     "food",
-    _words(
-        "noodles bread cheese soup rice pasta salad pizza curry fish honey pancakes dumplings "
-        "sausages chocolate kimchi"
-    ),
-    ("likes", "loves", "names as favourite food", "often cooks", "always orders", "never refuses"),
-    _lines("""
-        What does {} like to eat?
-        Which food does {} love?
-        What is the favourite food of {}?
-        What does {} often cook?
-        Which dish does {} always order?
-    """),
+    _words("noodles bread cheese soup rice pasta salad pizza curry fish honey pancakes dumplings sausages "
+           "chocolate kimchi"),
+    _phrases("likes|loves|names as favourite food|often cooks|always orders|never refuses"),
+    _phrases("What does {} like to eat?|Which food does {} love?|What is the favourite food of {}?|"
+             "What does {} often cook?|Which dish does {} always order?"),
 )  # fmt: skip
 
 
