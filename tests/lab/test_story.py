@@ -14,6 +14,7 @@ from tinygpt.lab import report, story
 from tinygpt.shell import chat
 from tinygpt.shell.cli import main
 from tinygpt.shell.worlds import world_of
+from tinygpt.stages import recipes
 from tinygpt.text import instructions
 from tinygpt.text.stream import encode_prompt
 
@@ -38,7 +39,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     command = ["story", "--seed", "5", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
-        result = CliRunner().invoke(main, command)
+        result = CliRunner().invoke(main, command, obj=toy)
     assert result.exit_code == 0 and "report.html, need matplotlib: " in result.output, result.output
     assert "failed" not in result.output and not (out / "report.html").exists(), result.output
     for n, stage in enumerate(story.STAGES, 1):
@@ -63,26 +64,26 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert all(text in table and len(text) <= 36 for text in shown.values())
 
     for other in (["--seed", "6"], ["--quick", "--seed", "5"]):
-        refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)])
+        refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)], obj=toy)
         assert refused.exit_code == 2 and "has the story of --seed 5; --out takes another" in refused.output
     refused = CliRunner().invoke(main, ["generate", str(out)])
     base = out / told["folder"] / "base"
     assert refused.exit_code == 2 and f"there are models in {base}, " in refused.output
 
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = CliRunner().invoke(main, command)
+    again = CliRunner().invoke(main, command, obj=toy)
     assert again.exit_code == 0 and table in again.output
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
     where = out / told["folder"]
     for path in (where / "rlhf" / "config.json", where / "story RLHF.json"):
         path.unlink()  # as a kill would leave it
-    assert CliRunner().invoke(main, command).exit_code == 0
+    assert CliRunner().invoke(main, command, obj=toy).exit_code == 0
     assert instructions.is_tuned(adapters.load_model(*story.where(out, "rlhf"))[1])
     after = json.loads((out / "story.json").read_text())["stages"]["instruction tuning"]["row"]["seconds"]
     assert after == rows["instruction tuning"]["seconds"] > 0
 
-    assert world_of(where / "sft") == "world:5" and world_of(out) is None
+    assert world_of(where / "sft") == "world:5:tiny" and world_of(out) is None
     assert story.questions(out) == [asked for asked, *_ in told["stages"]["instruction tuning"]["samples"]]
 
     asked = ["chat", "--story", str(out), "--temperature", "0", "--max-new-tokens", "3"]
@@ -109,15 +110,18 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched
 
 
-def test_quick_is_a_story_of_a_small_world(toy, tmp_path):
-    command = ["story", "--quick", "--seed", "5", "--no-report", "--out", str(tmp_path)]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0 and "failed" not in result.output, result.output
-    assert "21/21  loss" in result.output
-    quick, whole = story.Lab(tmp_path, 5, quick=True), story.Lab(tmp_path, 5)
-    assert world_of(quick.folder / "rlhf") == "world:5:small"
-    assert (quick.folder / "rlhf").exists() and not (whole.folder / "base").exists()
-    assert len(whole.world.people("known")) == 5 * len(quick.world.people("known"))
+def test_quick_is_a_story_of_a_small_world(tmp_path, monkeypatch):
+    """Guards: --quick with the recipe of the whole story, or in its world or folder."""
+    labs = []
+    monkeypatch.setattr(story, "tell", lambda lab, report: labs.append(lab) or {"stages": {}, "folder": "x"})
+    for quick in ([], ["--quick"]):
+        command = ["story", "--seed", "5", "--no-report", "--out", str(tmp_path), *quick]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0 and ("This is --quick" in result.output) == bool(quick), result.output
+    whole, small = labs
+    assert whole.recipe is recipes.FULL and small.recipe is recipes.QUICK and whole.folder != small.folder
+    assert (whole.source, small.source) == ("world:5", "world:5:small")
+    assert len(whole.world.people("known")) == 5 * len(small.world.people("known"))
 
 
 def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
@@ -161,10 +165,10 @@ def test_mistakes(options, words, tmp_path, monkeypatch):
 
 
 def test_every_number_is_finite_in_json(toy, tmp_path):
-    found = story.tell(story.Lab(tmp_path, 5))
+    result = story.tell(story.Lab(tmp_path, 5, toy))
     text = (tmp_path / "story.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    assert all(math.isfinite(x) for x in found["stages"]["pre-training"]["change"].values())
+    assert all(math.isfinite(x) for x in result["stages"]["pre-training"]["change"].values())
 
 
 DAMAGES = [], {}, {"instruction tuning": []}, {"instruction tuning": {"samples": 1}}
