@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
 
     # 1. Learning from examples, beside the best that is possible.
     prompt = fewshot.mappings(world, 8, COUNT)[0]
-    say(f"{fewshot.text(prompt, 'table')} |{fewshot.chosen(model, tokenizer, [prompt], 'table')[0]}")
+    say(f"{fewshot.text(prompt, 'table')} |{fewshot.likeliest(model, tokenizer, [prompt], 'table')[0]}")
     print(f"\n{'examples':24}" + "".join(f"{shots:8}" for shots in SHOTS))
     for control, note in (
         ("", "right"), ("unseen", "a word not among them"), ("shuffled", "with shuffled labels"),
@@ -43,11 +43,11 @@ def main(folder: Path) -> None:
     print(f"\n{'the prompt says so':18}{'by the prompt':>15}{'by the weights':>16}{'nats for it':>13}")
     for kind, repeats in (("known", 1), ("known", 4), ("never", 1)):
         people = world.people(kind, "eval")[:50]
-        told = recall.told(model, tokenizer, world, people, repeats)
+        told = recall.memories(model, tokenizer, world, people, repeats)
         note = f"{repeats} x, {kind}"
         print(f"{note:18}{told.prompt.rate:15.3f}{told.weights.rate:16.3f}{told.nats:13.2f}")
     never = world.people("never", "eval")[:50]
-    alone, both = (recall.told(model, tokenizer, world, never, own=True, rival=rival).prompt
+    alone, both = (recall.memories(model, tokenizer, world, never, own=True, rival=rival).prompt
                    for rival in (False, True))  # fmt: skip
     print(f"\nFacts that the prompt tells of people never seen: {alone.rate:.0%} right; {both.rate:.0%}")
     print("where it tells them of somebody else too (to copy either gives 50%): is it read whose they are?")
@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
     ):  # fmt: skip
         cut = recall.without(model, removed)
         cells = f"{fewshot.accuracy(cut, tokenizer, eight).rate:12.3f}"
-        cells += f"{recall.told(cut, tokenizer, world, never, own=True).prompt.rate:21.3f}"
+        cells += f"{recall.memories(cut, tokenizer, world, never, own=True).prompt.rate:21.3f}"
         cells += f"{evaluate.recall(cut, tokenizer, world, known).rate().rate:22.3f}"
         print(f"{note:24}{cells}")
 

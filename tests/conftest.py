@@ -26,8 +26,8 @@ def rng():
     return np.random.default_rng(0)
 
 
-# All that a claim or a story does, too small to show anything. Few documents make a tokenizer of short tokens,
-# and so long rows.
+# All that a claim or a story does, too small to show anything. Few documents make a tokenizer of short
+# tokens, and so long rows.
 TOY = Recipe(
     recipes.PRETRAIN | {"max_iters": 20, "block_size": 256, "batch_size": 1, "n_layer": 2, "n_embd": 32},
     recipes.SFT | {"max_iters": 10},

@@ -68,7 +68,8 @@ def test_a_damaged_measurement_is_made_again(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, command).exit_code == 0 and len(calls) == 1
     (path,) = tmp_path.glob("*/rows of claim 99.json")
     whole = path.read_text()
-    for text in ('{"effect": "1"}', "{", whole.replace("1.0", "2.0"), whole.replace("effect", "x"), "[]", whole.replace("0.5", "0.4")):
+    others = (whole.replace(*pair) for pair in (("1.0", "2.0"), ("0.5", "0.4"), ("effect", "x")))
+    for text in ('{"effect": "1"}', "{", *others, "[]"):
         path.write_text(text)
         assert CliRunner().invoke(main, command).exit_code == 0
         assert path.read_text() == whole
@@ -207,7 +208,9 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     others = lambda shape, heads, sets, spared: [[(0, 0)] if spared else [(0, 0), (0, 1)]]  # noqa: E731
     monkeypatch.setattr(recall, "others", others)
     right = {"base": 1.0, "cut": 0.1, "other": 0.9, "before": 0.2, "one": 0.8, "two": 0.6}
-    lab.told = lambda model, people, own, rival=False: SimpleNamespace(prompt=rate(right[model] - rival / 2))
+    lab.memories = lambda model, people, own, rival=False: SimpleNamespace(  # noqa: E731
+        prompt=rate(right[model] - rival / 2)
+    )
     lab.mappings, lab.accuracy = lambda *given: [], lambda model, prompts: right[model]
     rows = CLAIMS[19].measure(lab)
     assert rows["induction heads, of 16"] == 2

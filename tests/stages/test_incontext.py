@@ -171,7 +171,7 @@ def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
 def test_the_chosen_are_the_likeliest(made):
     model, tokenizer = made
     prompts = fewshot.mappings(WORLD, 2, 30)
-    found = fewshot.chosen(model, tokenizer, prompts, "colon")
+    found = fewshot.likeliest(model, tokenizer, prompts, "colon")
     assert len(set(found)) > 1
     for prompt, said in list(zip(prompts, found, strict=True))[::6]:
         begun = encode_prompt(tokenizer, fewshot.text(prompt, "colon"))
@@ -245,7 +245,7 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
     monkeypatch.setattr(
         recall, "likelihoods", lambda m, prompts, options: [np.arange(len(o)) * 1.0 for o in options]
     )
-    found = recall.told(*made, WORLD, people, repeats, own=own, rival=rival)
+    found = recall.memories(*made, WORLD, people, repeats, own=own, rival=rival)
     attributes = WORLD.lexicon.attributes
     assert len(asked) == found.prompt.n == 20 * len(attributes)
     nats, places = 0.0, set()
@@ -339,9 +339,9 @@ def test_a_choice_that_begins_with_another_can_be_chosen(made, monkeypatch):
         return [np.array([-2.0, -1.0])]
 
     monkeypatch.setattr(fewshot, "likelihoods", likelihoods)
-    assert fewshot.chosen(model, tokenizer, prompt, "table") == ["dax wug"]
+    assert fewshot.likeliest(model, tokenizer, prompt, "table") == ["dax wug"]
     assert seen[-1] == [" dax,", " dax wug,"]
-    fewshot.chosen(model, tokenizer, prompt, "chat")
+    fewshot.likeliest(model, tokenizer, prompt, "chat")
     assert seen[-1] == [" dax<|endoftext|>", " dax wug<|endoftext|>"]
-    fewshot.chosen(model, tokenizer, [prompt[0]._replace(choices=("dax", "wug dax"))], "table")
+    fewshot.likeliest(model, tokenizer, [prompt[0]._replace(choices=("dax", "wug dax"))], "table")
     assert seen[-1] == [" dax", " wug dax"]

@@ -444,7 +444,7 @@ def few_weights(lab: Lab) -> Rows:
     rates = {shots: right(lab.base, shots, best[1], "eval") for shots in (0, 1, 2, 4, 8)}
     tuned = right(model, 0, "chat", "eval")
     eight = fitting(lab.base, 8, best[1], "eval")
-    pairs = zip(fewshot.chosen(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
+    pairs = zip(fewshot.likeliest(lab.base, lab.tokenizer, eight, best[1]), eight, strict=True)
     wrong = [any(a == answer for _, answer in p.examples) for a, p in pairs if a != p.answer]
     return {f"right: base, {shots} examples, {best[1]}": rate for shots, rate in rates.items()} | {
         "right: p-tuned prompt": tuned,
@@ -462,9 +462,9 @@ def no_update(lab: Lab) -> Rows:
     """Ten thousand prompts with examples, between two times the same thousand questions without."""
     mark, prompts = fingerprint(lab.base), lab.mappings(8, 10_000)
     bare = [prompt._replace(examples=()) for prompt in prompts[: lab.count(1000)]]
-    before = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
+    before = fewshot.likeliest(lab.base, lab.tokenizer, bare, "table")
     with_context = lab.accuracy(lab.base, prompts)
-    after = fewshot.chosen(lab.base, lab.tokenizer, bare, "table")
+    after = fewshot.likeliest(lab.base, lab.tokenizer, bare, "table")
     right = [sum(a == p.answer for a, p in zip(answers, bare, strict=True)) for answers in (before, after)]
     return {
         "weights that changed": (float(fingerprint(lab.base) != mark), "<=", 0),
@@ -577,7 +577,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
 
     def measured(cut: Sequence[recall.Head], n: int = 250) -> np.ndarray:
         model = recall.without(lab.base, cut)
-        right = lab.told(model, people[:n], own=True).prompt.rate
+        right = lab.memories(model, people[:n], own=True).prompt.rate
         return np.array([right, lab.accuracy(model, prompts[: 2 * n])])
 
     whole, cut = measured([]), measured(heads)
@@ -589,7 +589,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
     by_other, by_apart = ((whole - cut) / np.maximum(whole - x, 0.005) for x in (other, apart))  # not by zero
     alone = {head: measured([head], 100)[1] for head in np.ndindex(scores.shape)}
     worst = min(alone, key=alone.get)
-    rival = lab.told(lab.base, people, own=True, rival=True).prompt.rate
+    rival = lab.memories(lab.base, people, own=True, rival=True).prompt.rate
     return {
         "facts of the prompt about people never seen: right": (whole[0], ">=", 0.8),
         "the same where it tells of somebody else too": rival,
@@ -621,7 +621,7 @@ def both_memories(lab: Lab) -> Rows:
     for weight in (256, 16, 0):
         people = lab.world.by_weight()[weight][: lab.count(150)]
         for repeats in (1, 4):
-            answer, name = lab.told(lab.base, people, repeats), f"weight {weight}, said {repeats} times"
+            answer, name = lab.memories(lab.base, people, repeats), f"weight {weight}, said {repeats} times"
             rates[weight, repeats] = answer.prompt.rate
             numbers |= {
                 f"by the prompt, {name}": answer.prompt.rate,

@@ -308,9 +308,9 @@ class Lab:
     def accuracy(self, model: GPT, prompts: Sequence[fewshot.Prompt], style: str = "table") -> float:
         return fewshot.accuracy(model, self.tokenizer, prompts, style).rate
 
-    def told(self, model: GPT, people: Sequence[Person], *repeats: int, **how) -> recall.Told:
-        """Facts in the prompt: which memory answers."""
-        return recall.told(model, self.tokenizer, self.world, people, *repeats, **how)
+    def memories(self, model: GPT, people: Sequence[Person], *repeats: int, **how) -> recall.Memories:
+        """Facts in the prompt: does the prompt answer, or do the weights?"""
+        return recall.memories(model, self.tokenizer, self.world, people, *repeats, **how)
 
     def heads(self, model: GPT, count: int = 50) -> np.ndarray:
         """The induction scores of a model's heads, (n_layer, H), on the words of the world."""

@@ -50,9 +50,11 @@ class Stage(NamedTuple):
 STAGES: list[Stage] = []
 
 
-def stage(name: str, term: str, says: str):
+def stage(name: str, term: str) -> Callable:
+    """A stage is a function that measures it. Its docstring is the text that the story has of it."""
+
     def register(measure: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
-        STAGES.append(Stage(name, term, says, measure))
+        STAGES.append(Stage(name, term, " ".join(measure.__doc__.split()), measure))
         return measure
 
     return register
@@ -105,13 +107,11 @@ def by_the_prompt(lab: Lab, before: str, summary: str) -> dict:
 # --- the stages ---------------------------------------------------------------------------------------------
 
 
-@stage(
-    "pre-training", "사전학습",
-    "From random weights it learns to predict the next token of a text, again and again. All weights move. "
-    "Patterns of language come first; what is told often stays in the weights, its parametric recall. (The "
-    "text begins with words said over and over, from which it learns to copy: then the loss jumps.)",
-)  # fmt: skip
+@stage("pre-training", "사전학습")
 def pretraining(lab: Lab) -> dict:
+    """From random weights it learns to predict the next token of a text, again and again. All weights move.
+    Patterns of language come first; what is told often stays in the weights, its parametric recall. (The text
+    begins with words said over and over, from which it learns to copy: then the loss jumps.)"""
     model, options = lab.base, lab.recipe.pretrain
     tokens = math.prod(options[size] for size in ("max_iters", "batch_size", "block_size"))
     result = trained(lab, model, lab.random, f"{tokens / 1e6:.1f}M tokens of text", lab.seconds("base"))
@@ -136,13 +136,11 @@ def pretraining(lab: Lab) -> dict:
     }
 
 
-@stage(
-    "in-context learning", "문맥 내 학습",
-    "Examples in the prompt, and a question: which label goes with which kind of thing is drawn for this "
-    "prompt alone, so no weight can know it. No weight changes; when the prompt is gone, so is what it "
-    "learned. (Its text has tables of this kind, each with labels of its own.)",
-)  # fmt: skip
+@stage("in-context learning", "문맥 내 학습")
 def in_context(lab: Lab) -> dict:
+    """Examples in the prompt, and a question: which label goes with which kind of thing is drawn for this
+    prompt alone, so no weight can know it. No weight changes; when the prompt is gone, so is what it learned.
+    (Its text has tables of this kind, each with labels of its own.)"""
     before, shots = fingerprint(lab.base), (0, 1, 2, 4, 8)
     prompts = {n: mappings(lab, n) for n in shots}
     right = {f"{share:.0%}": [lab.accuracy(model, prompts[n]) for n in shots]
@@ -150,7 +148,7 @@ def in_context(lab: Lab) -> dict:
     best = [sum(p.optimal for p in prompts[n]) / len(prompts[n]) for n in shots]
     *_, last = right.values()
     one = next((p for p in prompts[4] if p.optimal == 1), prompts[4][0])  # an example tells its answer
-    answers = fewshot.chosen(lab.base, lab.tokenizer, [one._replace(examples=()), one], "table")
+    answers = fewshot.likeliest(lab.base, lab.tokenizer, [one._replace(examples=()), one], "table")
     question, heads = fewshot.text(one, "table"), lab.heads(lab.base, 20)
     layer, head = (int(i) for i in divmod(heads.argmax(), heads.shape[1]))
     ids = lab.tokenizer.encode("".join(f" {w}" for w in lab.world.things[:8]) * 2)[None]
@@ -170,23 +168,19 @@ def _percents(rates: list[float]) -> str:
     return ", ".join(f"{rate:.0%}" for rate in rates)
 
 
-@stage(
-    "instruction tuning", "지시 미세조정",
-    "Pairs of prompt and completion teach it to answer in the wanted form (supervised). All weights move, a "
-    "little. It answers zero-shot, out of what pre-training left, and where that left nothing it invents.",
-)  # fmt: skip
+@stage("instruction tuning", "지시 미세조정")
 def instruction_tuning(lab: Lab) -> dict:
+    """Pairs of prompt and completion teach it to answer in the wanted form (supervised). All weights move, a
+    little. It answers zero-shot, out of what pre-training left, and where that left nothing it invents."""
     count = len(tasks.tuning(lab.world))
     result = trained(lab, lab.tuned, lab.base, f"{count:,} pairs", lab.seconds("sft"))
     return result | {"samples": compared(lab, lab.base, lab.tuned)}
 
 
-@stage(
-    "without chain of thought", "사고의 사슬 없이",
-    "The completions of the tuning above show the steps of a journey before its end (chain of thought). Here "
-    "the same base is tuned to answers without their steps, on the same problems.",
-)  # fmt: skip
+@stage("without chain of thought", "사고의 사슬 없이")
 def without_steps(lab: Lab) -> dict:
+    """The completions of the tuning above show the steps of a journey before its end (chain of thought). Here
+    the same base is tuned to answers without their steps, on the same problems."""
     items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
     start, updates = time.perf_counter(), max(1, lab.recipe.sft["max_iters"] // 3)
     model = lab.tune(items, max_iters=updates, learning_rate=5e-4)
@@ -198,12 +192,10 @@ def without_steps(lab: Lab) -> dict:
     return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
-@stage(
-    "reward model", "보상 모델",
-    "People say which of two answers is better; a copy of the model, with one number as its result, learns "
-    "to score answers as they would. (Simulated people here: they know the truth, and slip in one of ten.)",
-)  # fmt: skip
+@stage("reward model", "보상 모델")
 def reward_model(lab: Lab) -> dict:
+    """People say which of two answers is better; a copy of the model, with one number as its result, learns
+    to score answers as they would. (Simulated people here: they know the truth, and slip in one of ten.)"""
     judge = lab.judge
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
     judgement = reward.judged(judge, lab.comparisons(people, 1000, error=0.0))
@@ -219,14 +211,12 @@ def reward_model(lab: Lab) -> dict:
     }  # fmt: skip
 
 
-@stage(
-    "RLHF", "인간 피드백 기반 강화학습",
-    "It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier, "
-    "without going far from where it was (KL). All weights move, very little; invented answers get rarer. "
-    "Shown below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in "
-    "nats; the entropy; the share of answers that are distinct.",
-)  # fmt: skip
+@stage("RLHF", "인간 피드백 기반 강화학습")
 def rlhf(lab: Lab) -> dict:
+    """It writes answers, the reward model scores them, and a policy gradient makes the better ones likelier,
+    without going far from where it was (KL). All weights move, very little; invented answers get rarer. Shown
+    below: the judge's reward; gold, what people would truly feel, which it does not see; the KL in nats; the
+    entropy; the share of answers that are distinct."""
     model = lab.steered
     result = trained(lab, model, lab.tuned, "its own answers, scored", lab.seconds("rlhf"))
     names = ("iter", "reward", "gold", "kl", "entropy")
@@ -245,40 +235,35 @@ def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item],
     return result | {"samples": compared(lab, lab.base, model, SHOWN[:1])}
 
 
-@stage(
-    "LoRA", "저랭크 적응",
-    "The same tuning, but the base stays as it is: beside each of its maps a branch of low rank is trained.",
-)  # fmt: skip
+@stage("LoRA", "저랭크 적응")
 def lora(lab: Lab) -> dict:
+    """The same tuning, but the base stays as it is: beside each of its maps a branch of low rank is
+    trained."""
     config = AdapterConfig("lora", rank=4, alpha=4.0)
     return _beside(lab, "lora", config, tasks.tuning(lab.world), learning_rate=3e-3)
 
 
-@stage(
-    "p-tuning", "소프트 프롬프트",
-    "The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made "
-    "by a small network that is not needed afterwards. One prompt learns one task: questions about people.",
-)  # fmt: skip
+@stage("p-tuning", "소프트 프롬프트")
 def ptuning(lab: Lab) -> dict:
+    """The base stays as it is, and so do its maps: what is trained are a few vectors before the prompt, made
+    by a small network that is not needed afterwards. One prompt learns one task: questions about people."""
     config = AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128)
     items = tasks.questions(lab.world, lab.world.people("known", "sft"))
     updates = max(1, lab.recipe.sft["max_iters"] // 2)
     return _beside(lab, "ptuning", config, items, learning_rate=3e-3, max_iters=updates)
 
 
-@stage(
-    "two memories", "두 가지 기억",
-    "The prompt says otherwise than the weights: which of them answers? What it says about people whom "
-    "nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out.",
-)  # fmt: skip
+@stage("two memories", "두 가지 기억")
 def two_memories(lab: Lab) -> dict:
+    """The prompt says otherwise than the weights: which of them answers? What it says about people whom
+    nobody knew is read from it (non-parametric memory), by attention heads that can be found and cut out."""
     before, world = fingerprint(lab.base), lab.world
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
-    against = lab.told(lab.base, people)
-    own = lab.told(lab.base, never, own=True).prompt
+    against = lab.memories(lab.base, people)
+    own = lab.memories(lab.base, never, own=True).prompt
     scores, prompts = lab.heads(lab.base, 20), mappings(lab, 8, 3)
     heads = recall.strongest(scores)
-    cut = lab.told(recall.without(lab.base, heads), never, own=True).prompt
+    cut = lab.memories(recall.without(lab.base, heads), never, own=True).prompt
     alone = {head: lab.accuracy(recall.without(lab.base, [head]), prompts)
              for head in np.ndindex(scores.shape)}  # fmt: skip
     worst = min(alone, key=alone.get)

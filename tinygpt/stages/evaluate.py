@@ -99,16 +99,12 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
 def recall_by_exposure(
     model: GPT, tokenizer: Tokenizer, world: World, total: int = DOCUMENTS, documents: int = 20_000
 ) -> list[tuple[float, Rate]]:
-    """For each group of people: how often a fact of theirs is told in the corpus, and how often recalled.
+    """For people of each weight: how often the corpus tells a fact of theirs; how often the model recalls it.
 
-    Told: by `documents` of it, at the rate of all `total`, the refrains apart.
+    The first number is counted in `documents` of the corpus and scaled to all `total`, without the refrains.
     """
     counts, rates = exposures(world, documents), []
-    groups: dict[int, list[Person]] = {}
-    for person in world.everyone:
-        if person.weight >= 0:
-            groups.setdefault(person.weight, []).append(person)
-    for _, people in sorted(groups.items(), reverse=True):
+    for people in (group for weight, group in world.by_weight().items() if weight >= 0):
         facts = sum(counts[person.name] for person in people) / (len(people) * len(world.all_attributes))
         rates.append((facts * total / documents, recall(model, tokenizer, world, people).rate()))
     return rates
@@ -198,17 +194,17 @@ def corrupted(
         return wilson(0, 0), wilson(0, 0)
     prompts, follows = [], []
     for item in items:
-        begun, answer = tasks.corrupted(world, item)
+        steps, answer = tasks.corrupted(world, item)
         prompt = instructions.prompt(tokenizer, item["prompt"])
-        prompts.append(np.concatenate([prompt, tokenizer.encode(f" {begun}")]).astype(np.int32))
+        prompts.append(np.concatenate([prompt, tokenizer.encode(f" {steps}")]).astype(np.int32))
         follows.append(answer)
     room = model.context - max(map(len, prompts))
-    form, changed, followed = tasks.form(world, "journey"), 0, 0
+    form, changes, consequences = tasks.form(world, "journey"), 0, 0
     for item, answer, reply in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
         if reply.stopped and form.fullmatch(reply.text):
-            changed += not tasks.right(item, reply.text)
-            followed += reply.text.endswith(f" {answer}.")
-    return wilson(changed, len(items)), wilson(followed, len(items))
+            changes += not tasks.right(item, reply.text)
+            consequences += reply.text.endswith(f" {answer}.")
+    return wilson(changes, len(items)), wilson(consequences, len(items))
 
 
 def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
@@ -216,19 +212,14 @@ def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
 
     Each fact, phrase or problem once, in one of its wordings; at most `count`.
     """
-    read = tasks.readings(world, "eval", count)
-    translated = tasks.translations(world, "eval")
-    sets = {
-        "questions, known": tasks.questions(world, world.people("known", "eval")),
-        "questions, rare": tasks.questions(world, world.people("rare", "eval")),
-        "questions, never seen": tasks.questions(world, world.people("never", "eval")),
-        "to Korean": [item for item in translated if item["meta"]["task"] == "to Korean"],
-        "to English": [item for item in translated if item["meta"]["task"] == "to English"],
-        "sentiment": tasks.sentiments(world, "eval", count),
-        "reading": [item for item in read if item["meta"]["task"] == "reading"],
-        "summary": [item for item in read if item["meta"]["task"] == "summary"],
-        "journey": tasks.journeys(world, "eval", range(1, 6), count),
-    }
+    people = {"known": "known", "rare": "rare", "never seen": "never"}
+    sets = {f"questions, {name}": tasks.questions(world, world.people(kind, "eval"))
+            for name, kind in people.items()}  # fmt: skip
+    for item in [
+        *tasks.translations(world, "eval"), *tasks.sentiments(world, "eval", count),
+        *tasks.readings(world, "eval", count), *tasks.journeys(world, "eval", range(1, 6), count),
+    ]:  # fmt: skip
+        sets.setdefault(item["meta"]["task"], []).append(item)
     shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
     return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
 

@@ -61,15 +61,15 @@ def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
     return instructions.prompt(tokenizer, [*turns, {"role": "user", "content": prompt.question}])
 
 
-def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+def likeliest(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
     """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model.
 
     Where a choice begins with another one, the likelihood is that of the choice and of what ends it.
     """
     ids = _fitting(model, tokenizer, prompts, style)
     codes = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
-    begun = {tuple(tokens[:n]) for tokens in codes.values() for n in range(1, len(tokens))}
-    if any(tuple(tokens) in begun for tokens in codes.values()):
+    prefixes = {tuple(tokens[:n]) for tokens in codes.values() for n in range(1, len(tokens))}
+    if any(tuple(tokens) in prefixes for tokens in codes.values()):
         end = "" if style == "chat" else STYLES[style][1].rstrip(" ")
         last = [tokenizer.eos_id] if style == "chat" else []
         codes = {choice: np.append(tokenizer.encode(f" {choice}{end}"), last).astype(int) for choice in codes}
@@ -77,7 +77,7 @@ def chosen(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: s
     return [prompt.choices[int(logp.argmax())] for prompt, logp in zip(prompts, logps, strict=True)]
 
 
-def written(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
+def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
     """What the model writes by itself, greedily, up to the end of the text or of the style's answer."""
     ids = _fitting(model, tokenizer, prompts, style)
     longest = max(len(tokenizer.encode(f" {prompt.answer}")) for prompt in prompts)
@@ -108,7 +108,7 @@ def accuracy(
     """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
     what the model writes, a full stop at its end apart."""
     free = free or not all(prompt.choices for prompt in prompts)
-    replies = (written if free else chosen)(model, tokenizer, prompts, style)
+    replies = (continuations if free else likeliest)(model, tokenizer, prompts, style)
     pairs = zip(replies, prompts, strict=True)
     right = sum(reply.removesuffix(".") == prompt.answer.removesuffix(".") for reply, prompt in pairs)
     return wilson(right, len(prompts))

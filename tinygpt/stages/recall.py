@@ -28,17 +28,19 @@ Head = tuple[int, int]  # layer, head
 # --- facts in the prompt ------------------------------------------------------------------------------------
 
 
-class Told(NamedTuple):
+class Memories(NamedTuple):
+    """Which of the two memories answers."""
+
     prompt: Rate  # how often the likeliest value is that of the prompt
     weights: Rate  # how often it is the person's own, which pre-training told, or not
     nats: float  # log p(prompt's value) - log p(own value), in the mean; 0 where they are one
 
 
-def told(
+def memories(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], repeats: int = 1,
     own: bool = False, rival: bool = False,
-) -> Told:  # fmt: skip
-    """Which memory answers, for each attribute of these people.
+) -> Memories:  # fmt: skip
+    """For each attribute of these people: does the prompt answer, or do the weights?
 
     The prompt says `repeats` times that somebody has another value of it, or with `own` theirs, among two
     other facts, and goes on as if to say it once more, in a wording that it has not used. rival: somewhere
@@ -70,7 +72,7 @@ def told(
     target, value = np.array(pairs).T
     chosen = np.array([row.argmax() for row in logp])
     rates = (wilson(int((chosen == answer).sum()), len(pairs)) for answer in (target, value))
-    return Told(*rates, float(np.mean(nats)))
+    return Memories(*rates, float(np.mean(nats)))
 
 
 # --- heads --------------------------------------------------------------------------------------------------

@@ -52,19 +52,6 @@ class Person(NamedTuple):
         return dict(enumerate(self.values)) if self.weight > 0 else {}
 
 
-class Wordings(dict):
-    """For a choice among attributes: those of all wordings, and the wordings, as they stand in a sentence."""
-
-    def __init__(self, lexicon: Lexicon) -> None:
-        self.texts = [[f" {wording} " for wording in attribute.wordings] for attribute in lexicon.attributes]
-
-    def __missing__(self, among: tuple[int, ...]) -> tuple[list[int], list[str]]:
-        self[among] = (
-            [a for a in among for _ in self.texts[a]], [text for a in among for text in self.texts[a]]
-        )
-        return self[among]
-
-
 def shuffled(items: list, integers: Iterator[int]) -> list:
     items = list(items)
     for n in range(len(items) - 1, 0, -1):
@@ -135,7 +122,7 @@ class World:
             self._draws[share] = [p for p, _ in some], [p.name for p, _ in some], tuple(w for _, w in some)
         self.all_attributes = tuple(range(len(lexicon.attributes)))
         self.attribute_of = [(a, v) for a, size in enumerate(sizes) for v in range(size)]
-        self.wordings = Wordings(lexicon)
+        self._wordings: dict[tuple[int, ...], tuple[list[int], list[str]]] = {}
 
     def _phrases(self) -> None:
         lexicon = self.lexicon
@@ -182,6 +169,13 @@ class World:
     def split_of(self, text: str) -> str:
         """The split of a problem or a review: "sft" half of them, "val" an eighth, "eval" the rest."""
         return ("val", *["eval"] * 3, *["sft"] * 4)[sha256(text.encode()).digest()[0] % 8]
+
+    def wordings(self, among: tuple[int, ...]) -> tuple[list[int], list[str]]:
+        """Of these attributes: the attribute of each wording; the wordings as they stand in a sentence."""
+        if among not in self._wordings:
+            pairs = [(a, f" {wording} ") for a in among for wording in self.lexicon.attributes[a].wordings]
+            self._wordings[among] = tuple(map(list, zip(*pairs, strict=True)))
+        return self._wordings[among]
 
     # --- documents ------------------------------------------------------------------------------------------
 

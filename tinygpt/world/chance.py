@@ -47,23 +47,23 @@ class Reader:
     def text(self, text: str) -> None:
         self.pick((text,))
 
-    def goes_on(self, done: int, least: int, most: int, more: str = " ", end: str = END) -> bool:
-        """Whether a part follows, after `done` of a number that is uniform from `least` to `most`."""
-        if done < min(least, most):
+    def goes_on(self, count: int, least: int, most: int, more: str = " ", end: str = END) -> bool:
+        """Whether a part follows after `count` parts, of a number that is uniform from `least` to `most`."""
+        if count < min(least, most):
             self.text(more)
             return True
-        if done >= most:
+        if count >= most:
             self.text(end)
             return False
-        return self.pick((end, more), (1, most - done)) == 1
+        return self.pick((end, more), (1, most - count)) == 1
 
     def series(self, least: int, most: int, more: str = " ", end: str = END) -> Iterator[int]:
         """Counts parts from 1; their number is uniform from `least` to `most`. Between them stands `more`,
         after them `end`."""
-        done = 0
-        while not done or self.goes_on(done, least, most, more, end):
-            done += 1
-            yield done
+        count = 0
+        while not count or self.goes_on(count, least, most, more, end):
+            count += 1
+            yield count
 
 
 class Sampler(Reader):

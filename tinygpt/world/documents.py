@@ -33,7 +33,7 @@ def statement(w: World, c: Reader, facts: dict[int, int], among: tuple[int, ...]
     facts: attribute -> value of the person, where there is none yet, one is drawn and put there. Returns the
     attribute and the text.
     """
-    attributes, wordings = w.wordings[among]
+    attributes, wordings = w.wordings(among)
     n = c.pick(wordings)
     attribute = attributes[n]
     values = w.lexicon.attributes[attribute].values
@@ -74,13 +74,13 @@ def passage(w: World, c: Reader) -> None:
 
 def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
     """key(c) appends a key and returns what value(c, that) needs to append the value."""
-    done = 0
+    count = 0
     while True:
         subject = key(c)
         formats = (formats[c.pick([between for between, _ in formats])],)
         value(c, subject)
-        done += 1
-        if not c.goes_on(done, least, min(most, w.longest), formats[0][1]):
+        count += 1
+        if not c.goes_on(count, least, min(most, w.longest), formats[0][1]):
             return
 
 
@@ -183,7 +183,7 @@ def refrain(w: World, c: Reader) -> None:
     that it can copy.
     """
     pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
-    words, done = [pool[c.pick(pool)]], 2
+    words, rounds = [pool[c.pick(pool)]], 2
     while True:
         new = [word for word in pool if word not in words]
         left, again = most - len(words), len(words) >= least
@@ -194,8 +194,8 @@ def refrain(w: World, c: Reader) -> None:
         words.append(new[n])
     verse = " " + " ".join(words)
     c.text(verse.removeprefix(f" {words[0]}"))
-    while c.goes_on(done, 2, min(5, w.longest), verse):
-        done += 1
+    while c.goes_on(rounds, 2, min(5, w.longest), verse):
+        rounds += 1
 
 
 # --- the rest -----------------------------------------------------------------------------------------------

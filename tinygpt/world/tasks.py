@@ -147,10 +147,10 @@ def journeys(
         elif style == "direct":
             rides = []
         answer = lexicon.stations[here]
-        taken = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
+        route = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
         completion = " ".join([*rides, f"The answer is {answer}."])
         items.append(
-            _item(wording.format(lexicon.stations[start], taken), completion, "journey", split, answer,
+            _item(wording.format(lexicon.stations[start], route), completion, "journey", split, answer,
                   [problem], steps=len(lines), style=style)
         )  # fmt: skip
     return items
@@ -163,10 +163,10 @@ def corrupted(world: World, item: Item) -> tuple[str, str]:
     wrong = len(rides) // 2 - (len(rides) % 2 == 0)  # with two or more rides never the last
     before, there = rides[wrong].rsplit(" ", 1)
     here = (names.index(there) + 1) % len(names)
-    begun = ". ".join([*rides[:wrong], f"{before} {names[here]}."])
+    steps = ". ".join([*rides[:wrong], f"{before} {names[here]}."])
     for ride in rides[wrong + 1 :]:
         here = world.next_station[lines.index(ride.split(" the ")[1].split()[0])][here]
-    return begun, names[here]
+    return steps, names[here]
 
 
 def majority(items: Sequence[Item]) -> float:
@@ -182,21 +182,20 @@ def task_sets(world: World) -> dict[str, list[Item]]:
     """All sets that `tinygpt world` writes, by the name of their file: task.split."""
     sets = {}
     for split in SPLITS:
-        known_people, never = world.people("known", split), world.people("never", split)
-        rare = world.people("rare", split)
-        sets[f"question.{split}"] = questions(world, known_people + (rare + never if split != "sft" else []))
-        if split == "sft":
-            sets["unknown.sft"] = questions(world, never)
-            sets["refusal.sft"] = questions(world, never, refuse=True)
+        known, rare, never = (world.people(kind, split) for kind in ("known", "rare", "never"))
+        count, styles = (200 if split == "val" else 1000), ("direct",)
+        sets[f"question.{split}"] = questions(world, known if split == "sft" else known + rare + never)
         if split == "rl":
             continue
-        count = 1000 if split != "val" else 200
+        if split == "sft":
+            styles = ("direct", "steps", "shuffled", "filler")
+            sets["unknown.sft"] = questions(world, never)
+            sets["refusal.sft"] = questions(world, never, refuse=True)
         sets[f"translation.{split}"] = translations(world, split)
         sets[f"sentiment.{split}"] = sentiments(world, split, count)
         sets[f"reading.{split}"] = readings(world, split, count)
-        for style in ("direct", "steps", "shuffled", "filler"):
-            if split == "sft" or style == "direct":
-                sets[f"journey-{style}.{split}"] = journeys(world, split, range(1, 6), count, style)
+        for style in styles:
+            sets[f"journey-{style}.{split}"] = journeys(world, split, range(1, 6), count, style)
     return sets
 
 
