@@ -42,9 +42,7 @@ from .models import Lab
 Rows = dict[str, float | tuple[float, str, float]]  # a number, or a number with a sign and a limit
 
 CORE = (1, 2, 3, 5, 6, 7, 9, 10, 11, 14, 15, 19)
-
-
-KNOWN, NEVER = "questions, known", "questions, never seen"  # sets of `Lab.sets`
+KNOWN, NEVER = "questions, known", "questions, never seen"  # two of `Lab.sets`
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -120,8 +118,8 @@ def parametric_memory(lab: Lab) -> Rows:
     recalls = {weight: evaluate.recall(lab.base, lab.tokenizer, world, people)
                for weight, people in world.by_weight().items() if weight > 0}  # fmt: skip
     rates = {weight: recall.rate().rate for weight, recall in recalls.items()}
-    facts, nats = (sum(f(recall) for recall in recalls.values())
-                   for f in (lambda recall: len(recall.right), lambda recall: recall.nats.sum()))  # fmt: skip
+    facts = sum(len(recall.right) for recall in recalls.values())
+    nats = sum(recall.nats.sum() for recall in recalls.values())
     guess = np.mean([math.log(len(a.values)) for a in attributes])
     bits = (facts * guess - nats) / np.mean([len(a.wordings) for a in attributes]) / math.log(2)
     source = f"{lab.source}:permuted"
@@ -572,8 +570,9 @@ def non_parametric_memory(lab: Lab) -> Rows:
     the same word before (induction heads), as many others, and each head alone. A head that looks at the
     token before is half of the same circuit: that it is among the others makes these look important."""
     people, prompts = lab.world.people("never", "eval")[: lab.count(250)], lab.mappings(8, 500)
-    known_people, scores = lab.world.people("known"), lab.heads(lab.base)
+    scores = lab.heads(lab.base)
     heads = recall.strongest(scores)
+    ablation = recall.without(lab.base, heads)
 
     def measured(cut: Sequence[recall.Head], n: int = 250) -> np.ndarray:
         model = recall.without(lab.base, cut)
@@ -607,10 +606,8 @@ def non_parametric_memory(lab: Lab) -> Rows:
         "mappings without one head, the worst of all": alone[worst],
         "attention of that head to the token before": float(previous[worst]),
         "induction heads, of 16": len(heads),
-        "facts recalled without the induction heads": lab.recall(
-            recall.without(lab.base, heads), known_people
-        ),
-        "facts recalled": lab.recall(lab.base, known_people),
+        "facts recalled without the induction heads": lab.recall(ablation, lab.world.people("known")),
+        "facts recalled": lab.recall(lab.base, lab.world.people("known")),
     }
 
 

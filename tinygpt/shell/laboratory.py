@@ -77,43 +77,43 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
         say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
-    began = time.perf_counter()
+    start = time.perf_counter()
 
-    def told(n: int, stage, found: dict | None) -> None:
-        if found is None:
-            at = clock(time.perf_counter() - began)
+    def show(n: int, stage: telling.Stage, result: dict | None) -> None:
+        if result is None:
+            at = clock(time.perf_counter() - start)
             say(f"\n--- {n}/{len(telling.STAGES)} {stage.name} ({stage.term}), at {at}")
             say(textwrap.fill(stage.says, 100))
             return
-        if "failed" in found:
-            say(f"This stage failed: {found['failed']}", err=True)
-        names = [*found.get("compares", ("before", "after")), "true"]
-        for asked, *said in found.get("samples", ()):
-            say(f"\n  > {asked}")
-            for name, text in zip(names, said, strict=True):
+        if "failed" in result:
+            say(f"This stage failed: {result['failed']}", err=True)
+        names = [*result.get("compares", ("before", "after")), "true"]
+        for question, *answers in result.get("samples", ()):
+            say(f"\n  > {question}")
+            for name, text in zip(names, answers, strict=True):
                 say(f"  {name + ':':13} {text}")
-        for note in found.get("notes", ()):
+        for note in result.get("notes", ()):
             say(textwrap.fill(note, 100))
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        found = telling.tell(Lab(out, seed, recipe(QUICK if quick else FULL), progress=progress), told)
+        story = telling.tell(Lab(out, seed, recipe(QUICK if quick else FULL), progress=progress), show)
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on.")
         sys.exit(130)
-    say(f"\n{report.story(found['stages'])}\n\nIn {clock(time.perf_counter() - began)}.")
+    say(f"\n{report.story(story['stages'])}\n\nIn {clock(time.perf_counter() - start)}.")
     if quick:
         say("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
     if not no_report:
         try:
-            (out / "report.html").write_text(page.html(found), encoding="utf-8")
+            (out / "report.html").write_text(page.html(story), encoding="utf-8")
             say(f"The curves are in {out / 'report.html'}.")
         except ImportError:
             install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
             say(f"The curves, report.html, need matplotlib: {install}; then the same command.")
-    say(f"Its models, for generate, label and fewshot, are in {out / found['folder']}.")
+    say(f"Its models, for generate, label and fewshot, are in {out / story['folder']}.")
     say(f"Saved in {out}. Next: {command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
-    sys.exit(any("failed" in one for one in found["stages"].values()))
+    sys.exit(any("failed" in result for result in story["stages"].values()))
 
 
 @click.command()
@@ -138,24 +138,22 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
             say(f"{number:3}{'  core' if number in measuring.CORE else '':6}  {claim.says}")
         sys.exit()
     check_out(out)
-    chosen = numbers or (tuple(measuring.CLAIMS) if every else measuring.CORE)
-    for number in chosen:
+    selection = numbers or (tuple(measuring.CLAIMS) if every else measuring.CORE)
+    for number in selection:
         if number not in measuring.CLAIMS:
-            known = ", ".join(map(str, measuring.CLAIMS))
-            raise UserError(f"there is no claim {number}: known are {known}; --list says them")
+            every_number = ", ".join(map(str, measuring.CLAIMS))
+            raise UserError(f"there is no claim {number}: known are {every_number}; --list says them")
     if chosen_seeds:
         refuse(given() & {"seeds"}, "--seed says which worlds")
-    wanted = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
+    worlds = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
-        found = measuring.run(out, chosen, wanted, say, recipe(FULL))
+        results = measuring.run(out, selection, worlds, say, recipe(FULL))
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on.")
         sys.exit(130)
-    for number, result in found.items():
+    for number, result in results.items():
         say(f"\n{report.claim(measuring.CLAIMS[number], result)}")
-    if found:
+    if results:
         say(f"\nSaved in {out / 'claims.json'}.")
-    whole = (max(e.n for e in result.estimates.values()) == len(wanted) for result in found.values())
-    sys.exit(not all(whole) or len(found) < len(set(chosen)))
-
-
+    whole = (max(e.n for e in result.estimates.values()) == len(worlds) for result in results.values())
+    sys.exit(not all(whole) or len(results) < len(set(selection)))
