@@ -63,7 +63,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert list(shown) == ["in-context learning", "reward model", "two memories"]
     assert all(text in table and len(text) <= 36 for text in shown.values())
 
-    for other in (["--seed", "6"], ["--quick", "--seed", "5"]):
+    for other in (["--seed", "6"], ["--quick", "--seed", "5"], ["--seed", "5", "--dtype", "bfloat16"]):
         refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)], obj=toy)
         assert refused.exit_code == 2 and "has the story of --seed 5; --out takes another" in refused.output
     refused = CliRunner().invoke(main, ["generate", str(out)])

@@ -293,8 +293,10 @@ def tell(lab: Lab, report: Callable[[int, Stage, dict | None], None] = lambda n,
     A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
     KeyboardInterrupt, and what pre-training raises.
     """
-    story = {"seed": lab.seed, "quick": lab.recipe is QUICK, "world": lab.source, "folder": lab.folder.name,
-             "stages": {}}  # fmt: skip
+    story = {
+        "seed": lab.seed, "quick": lab.recipe.world == QUICK.world, "world": lab.source,
+        "dtype": lab.recipe.pretrain.get("dtype", "float32"), "folder": lab.folder.name, "stages": {},
+    }  # fmt: skip
     for n, stage in enumerate(STAGES, 1):
         report(n, stage, None)
         try:

@@ -11,6 +11,7 @@ from reprlib import repr as short
 import click
 
 from ..core import kernels
+from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.jsonfile import read_object
 from ..lab import report
@@ -58,7 +59,8 @@ def recipe(usual: Recipe) -> Recipe:
 @click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; steps and RLHF need more.")
 @click.option("--out", default="story", type=PATH, help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
-def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
+@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of what linear maps multiply.")
+def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str) -> None:
     """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
 
     It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
@@ -72,8 +74,10 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
     check_out(out)
     if (out / telling.FILE).exists():
         there = read_object(out / telling.FILE)
-        if (there.get("seed"), there.get("quick")) != (seed, quick):
+        before = there.get("dtype", "float32")
+        if (there.get("seed"), there.get("quick"), before) != (seed, quick, dtype):
             which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
+            which += f" --dtype {short(before)}" * (before != "float32")
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
     if not quick and kernels.backend().__name__ != kernels.__name__:
         say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
@@ -97,7 +101,8 @@ def story(seed: int, quick: bool, out: Path, no_report: bool) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        story = telling.tell(Lab(out, seed, recipe(QUICK if quick else FULL), progress=progress), show)
+        way = recipe(QUICK if quick else FULL).computed_in(dtype)
+        story = telling.tell(Lab(out, seed, way, progress=progress), show)
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on.")
         sys.exit(130)

@@ -34,6 +34,13 @@ class Recipe:
     shown: int = 300  # questions, problems and prompts for each rate of a story
     part: int = 1  # the questions, prompts and documents of a claim are divided by this number
 
+    def computed_in(self, dtype: str) -> "Recipe":
+        """The same recipe with all stages in this dtype, see `GPT.compute_in`."""
+        if dtype == "float32":
+            return self
+        stages = ("pretrain", "sft", "reward", "rlhf")
+        return dataclasses.replace(self, **{name: getattr(self, name) | {"dtype": dtype} for name in stages})
+
 
 FULL = Recipe(PRETRAIN, SFT, REWARD, RLHF)
 QUICK = Recipe(  # RLHF is too short to change much
