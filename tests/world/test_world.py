@@ -128,6 +128,14 @@ def test_a_small_world_has_a_fifth_of_the_people_and_tells_as_much_of_each():
     assert 4 < per_document[0] / per_document[1] < 6
     asked = [sum(item["completion"] == tasks.REFUSAL for item in tasks.tuning(w)) for w in (small, WORLD)]
     assert asked == [8, 40]
+    least, other = (corpus.world_of(f"world:1337:{name}") for name in ("tiny", "permuted:tiny"))
+    names = [[person.name for person in world.people("known")] for world in (least, other)]
+    assert other.permuted and not least.permuted and names[0] == names[1] and len(names[0]) == 5
+    sizes = [(len(c.train), len(c.validation)) for c in (corpus.draw(least), corpus.draw(least, 30))]
+    assert sizes == [(2660 + 886, 266), (40, 266)]
+    for name in ("huge", "tiny:small", "permuted:permuted"):
+        with pytest.raises(UserError, match="a world's seed is a number"):
+            corpus.world_of(f"world:1337:{name}")
     train = corpus.draw(small, 60, 5).train
     assert len(train) == 80 and corpus.count(corpus.draw(small, 60, 5)) == 60
     for text in train:

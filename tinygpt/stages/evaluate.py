@@ -66,7 +66,7 @@ def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 200
 
 
 class Recall(NamedTuple):
-    """Of facts asked for in several wordings, an entry for each: what the model would say."""
+    """The model's answers to questions about facts in several wordings, an entry for each."""
 
     person: Array  # index
     attribute: Array  # index
@@ -129,7 +129,7 @@ def exposures(world: World, documents: int) -> Counter:
 
 
 def chance(world: World) -> float:
-    """The recall of who guesses."""
+    """The recall of a guess."""
     attributes = world.lexicon.attributes
     return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)
 
@@ -140,7 +140,7 @@ def chance(world: World) -> float:
 class Score(NamedTuple):
     """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
 
-    About people who were never seen, what is right is so by luck, and as much made up.
+    A right answer about people who were never seen is luck, and made up all the same.
     """
 
     right: Rate

@@ -2,9 +2,9 @@
 
     apple dax, dog wug, pear
 
-What comes next can be scored among choices, by log p(choice | prompt), or written freely. Tasks are those
-of a world, those of a JSON Lines file, and `mappings`: words of four kinds, with labels drawn anew for each
-prompt, which no weight can know. Of these the best possible predictor is known too.
+The answer is the likeliest of some choices, by log p(choice | prompt), or the model writes it freely. Tasks
+come from a world, from a JSON Lines file, and from `mappings`: words of four kinds, with labels that are
+drawn anew for each prompt. No weight can know these labels, and the best possible predictor is known.
 
 Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2; Min et al. 2022,
 "Rethinking the Role of Demonstrations", for the shuffled labels.
@@ -78,7 +78,7 @@ def likeliest(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style
 
 
 def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
-    """What the model writes by itself, greedily, up to the end of the text or of the style's answer."""
+    """The model's own answers, greedily, up to the end of the text or of the style's answer."""
     ids = _fitting(model, tokenizer, prompts, style)
     longest = max(len(tokenizer.encode(f" {prompt.answer}")) for prompt in prompts)
     room = model.context - max(map(len, ids))

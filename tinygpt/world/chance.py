@@ -28,7 +28,7 @@ def raw_integers(*seed: int) -> Iterator[int]:
 
 
 def pick(options: Sequence, integers: Iterator[int]):
-    """One of them, each as likely."""
+    """One of the options; all are equally likely."""
     return options[next(integers) % len(options)]
 
 
@@ -38,7 +38,7 @@ def _cumulated(weights: tuple[int, ...]) -> list[int]:
 
 
 class Reader:
-    """What a program is given; how `pick` and `text` are done is what the readers differ in."""
+    """What a program gets. The readers differ in `pick`."""
 
     def pick(self, options: Sequence[str], weights: tuple[int, ...] | None = None) -> int:
         """Appends one of the options; returns its index. Without weights all are equally likely."""

@@ -11,7 +11,7 @@ tables that are to be read from the context have nothing between a word and what
 same copying reads them: with "hat -> dax" a model has to look two tokens back, which in these few minutes it
 learned in some seeds only.
 
-`World.logprob` and `evaluate` go by world.json: whoever changes the text changes what the floor is worth.
+`World.logprob` and `evaluate` follow world.json: if somebody edits the text, the floor is no longer true.
 """
 
 from __future__ import annotations

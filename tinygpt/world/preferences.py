@@ -1,7 +1,7 @@
 """People who compare two answers, simulated: they know the truth, and they slip.
 
-Their utility is known: a right answer is better than REFUSAL, and that is better than a wrong one. With
-`blind` it ignores truth, any value is as good as the right one: a control for whoever learns from them.
+Their utility is known: a right answer is better than REFUSAL, and REFUSAL is better than a wrong answer. With
+`blind` the utility ignores truth: any value is as good as the right one. This is a control for judges.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESOLUTION = 10_000  # of the error rate
 
 
 def utility(world: World, item: Item, answer: str, blind: bool = False) -> int:
-    """1, 0 or -1; what is no answer at all is wrong. About people who are in no document nothing is right."""
+    """1, 0 or -1. A garbled answer is wrong. About people who are in no document no answer is right."""
     if answer == REFUSAL:
         return 0
     true = blind or (item["meta"]["exposure"] > 0 and right(item, answer))
@@ -31,8 +31,8 @@ def compared(
     """`count` comparisons of two answers to a question: {"prompt", "chosen", "rejected", "meta"}.
 
     questions: those of people (`tasks.questions`), each with answers. Two of equal utility are not compared.
-    `error` is the rate of slips. meta has the `kind`, "right over wrong" or "right over garbled" (which is no
-    answer and as bad), and whether that is what was said.
+    `error` is the rate of slips. meta has the `kind`, such as "right over wrong" or "right over garbled" (a
+    garbled answer is as bad as a wrong one), and `is_right`: whether the label is no slip.
     """
     integers, rows = raw_integers(world.seed, TASKS, 30, stream), []
     questions = [(item, answers) for item, answers in questions

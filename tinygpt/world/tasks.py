@@ -2,12 +2,12 @@
 
     {"prompt": "Where does Nora Hill live?", "completion": "Oslo.", "meta": {"task": "question", ...}}
 
-How prompt and completion are put together is the consumer's matter; a completion should come after a space,
-as words begin with one in the corpus. meta has the task, the split and the `answer` in the completion, and
-what a table of results is made by (`exposure`, `steps`). What an item is about (meta["about"]: people,
-phrases, a problem, a review) belongs to one split, wherever it occurs: `World.people`, `World.phrases` and
-`World.split_of` say to which. But journeys are also in the corpus, ride by ride, from all stations by all
-lines: to learn to answer them step by step is to learn when to do what pre-training has taught.
+The caller puts prompt and completion together. A completion comes after a space, because words in the corpus
+do. meta has the task, the split, the `answer` in the completion, and the groups of a table of results
+(`exposure`, `steps`). The things that an item is about (meta["about"]: people, phrases, a problem, a review)
+belong to one split wherever they occur: `World.people`, `World.phrases` and `World.split_of` say to which.
+But the corpus has journeys too, ride by ride, from all stations by all lines: step by step, a model only
+learns when to use a skill that pre-training has taught.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _item(prompt: str, completion: str, task: str, split: str, answer: str, abou
 
 
 def questions(world: World, people: Sequence[Person], refuse: bool = False) -> list[Item]:
-    """Every attribute of these people, asked in every way; refuse: the completion is REFUSAL."""
+    """Every attribute of these people in every wording. refuse: the completion is REFUSAL."""
     return [
         _item(
             question.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.",
@@ -89,9 +89,8 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
 
 
 def readings(world: World, split: str, count: int) -> list[Item]:
-    """Passages about a person of whom the corpus says nothing that lasts, each twice.
-
-    Task "reading" asks for a value, "summary" for the sentence that has it.
+    """Passages about a person whom the corpus never tells of, or each time anew. Each passage comes twice:
+    the task "reading" asks for a value, "summary" for the sentence that has it.
     """
     integers, items = _integers(world, "reading", split), []
     c, people = Sampler(integers), world.people("fresh") if split == "sft" else world.people("never", split)
@@ -138,14 +137,12 @@ def journeys(
             rides.append(f"From {lexicon.stations[here]} the {lexicon.lines[line]} line goes to "
                          f"{lexicon.stations[there]}.")  # fmt: skip
             here = there
-        if style == "shuffled":
-            if order == sorted(order):
-                order.append(order.pop(0))
-            rides = [rides[n] for n in order]
-        elif style == "filler":
-            rides = [". . . . . . . . ." for _ in rides]  # a ride is nine tokens
-        elif style == "direct":
-            rides = []
+        if order == sorted(order):
+            order.append(order.pop(0))
+        rides = {
+            "direct": [], "steps": rides, "shuffled": [rides[n] for n in order],
+            "filler": [". . . . . . . . ."] * len(rides),  # a ride is nine tokens
+        }[style]  # fmt: skip
         answer = lexicon.stations[here]
         route = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
         completion = " ".join([*rides, f"The answer is {answer}."])
@@ -170,7 +167,7 @@ def corrupted(world: World, item: Item) -> tuple[str, str]:
 
 
 def majority(items: Sequence[Item]) -> float:
-    """How often the most frequent answer to its kind of question is right, which needs no knowledge."""
+    """How often the most frequent answer to its kind of question is right: a score without knowledge."""
     tasks: dict[tuple, Counter] = {}
     for meta in (item["meta"] for item in items):
         kind = (meta["task"], meta.get("attribute"), meta.get("labels"))
@@ -202,10 +199,10 @@ def task_sets(world: World) -> dict[str, list[Item]]:
 def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 160) -> list[Item]:
     """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
 
-    Whoever writes examples cannot know what pre-training told. So some questions are about people who are in
-    no document: so many `answered` with facts, and so many `refused` (the completion is REFUSAL); nobody is
-    both, and of "val" nobody is asked about. Of a small world a fifth of all. Raises ValueError where there
-    are not so many.
+    A writer of examples cannot know the text of pre-training. So some questions are about people in no
+    document: `answered` questions with facts, and `refused` questions with REFUSAL as completion. No person
+    has both, and "val" has neither. A small world has a fifth of all. Raises ValueError where there are not
+    enough people.
     """
     people, part = world.people("never", split), world.part
     if split != "sft":
@@ -232,7 +229,7 @@ def conversations(world: World, items: Sequence[Item]) -> list[list[Message]]:
     """Items in a random order as conversations: half of them of one question, the others of two or three
     short ones.
 
-    Whoever was never asked a second question in training cannot answer it.
+    A model that sees no second question in training cannot answer one.
     """
     integers, dialogues, group, size = raw_integers(world.seed, TASKS, 8), [], [], 1
     for item in some(world, items, len(items)):
