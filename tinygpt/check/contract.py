@@ -16,8 +16,15 @@ from ..errors import UserError
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 Array = np.ndarray
-Inputs = dict | list | tuple | Array  # by name, in order, or a single one
+Inputs = dict | list | tuple | Array  # by name, in order, or a single one; each may be a nest of arrays
 MakeInputs = Callable[[np.random.Generator], Inputs]
+
+
+def parameters(forward: Callable, required: bool = False) -> list[str]:
+    """Names of a function's positional parameters; of those without a default if `required`."""
+    every = inspect.signature(forward).parameters.values()
+    positional = [p for p in every if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in positional if p.default is p.empty or not required]
 
 
 def named(forward: Callable, inputs: Inputs) -> dict:
@@ -29,60 +36,69 @@ def named(forward: Callable, inputs: Inputs) -> dict:
     return dict(zip(names, inputs, strict=False))
 
 
-def point(forward: Callable, inputs: Inputs) -> dict:
-    """The inputs by name, float arrays as float64 copies."""
-    values = named(forward, inputs)
-    return {n: np.array(x, np.float64) if is_float(x) else x for n, x in values.items()}
-
-
-def moved(values: dict, rng: np.random.Generator, zeros_alone: bool) -> dict:
-    """Float arrays at a second point: x (1 + 0.05 r), r uniform in [-1, 1). Zeros, behind which a term may
-    hide, become 0.05 r; `zeros_alone`: nothing else moves."""
-    r = {n: 0.05 * rng.uniform(-1, 1, x.shape) for n, x in values.items() if is_float(x)}
-    return {
-        n: np.array(values[n] + (values[n] if values[n].any() else 1) * step)
-        for n, step in r.items()
-        if not (zeros_alone and values[n].any())
-    }
-
-
-def parameters(forward: Callable, required: bool = False) -> list[str]:
-    """Names of a function's positional parameters; of those without a default if `required`."""
-    every = inspect.signature(forward).parameters.values()
-    positional = [p for p in every if p.kind <= p.POSITIONAL_OR_KEYWORD]
-    return [p.name for p in positional if p.default is p.empty or not required]
-
-
 def is_float(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def arrays(value: object, name: str = "", above: tuple = ()) -> Iterator[tuple[str, Array]]:
-    """Every array in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]".
+def leaves(value: object, name: str = "", above: tuple = ()) -> Iterator[tuple[str, object]]:
+    """Everything in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]['y']".
     `above`: what the value is inside of, as a nest may contain itself."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind != "O":
-            yield name, value
-        return
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if any(value is other for other in above):
-        return
-    above = (*above, value)
+    if not isinstance(value, tuple | list | dict):
+        yield name, value
+    elif not any(value is other for other in above):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(child, f"{name}[{key!r}]" if name else str(key), (*above, value))
+
+
+def rebuilt(value: object, parts: dict, name: str) -> object:
+    """A nest with the arrays of `parts` in place of its own; other things are passed on as they are."""
+    if isinstance(value, dict):
+        return {key: rebuilt(child, parts, f"{name}[{key!r}]") for key, child in value.items()}
     if isinstance(value, tuple | list):
-        for i, v in enumerate(value):
-            yield from arrays(v, f"{name}[{i}]", above)
-    elif isinstance(value, dict):
-        for key, v in value.items():
-            yield from arrays(v, f"{name}[{key!r}]" if name else str(key), above)
+        children = [rebuilt(child, parts, f"{name}[{i}]") for i, child in enumerate(value)]
+        return tuple(children) if isinstance(value, tuple) else children
+    return parts.get(name, value)
 
 
-def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
-    """A function from the inputs by name to (out, cache). It refuses all outputs but float64."""
-    name = getattr(forward, "__name__", "forward")
+class Pair:
+    """A forward and a backward as functions of their float arrays, by path: "x", or "x['a'][0]" in a nest."""
 
-    def call(values: dict) -> tuple:
-        result = forward(**values) if by_name else forward(*values.values())
+    def __init__(self, forward: Callable, backward: Callable) -> None:
+        self.forward, self.backward = forward, backward
+        self.inputs: dict = {}  # by name, as they were given
+        self.by_name, self.notes = False, []
+
+    def restore(self) -> None:
+        """A pair of functions has no state."""
+
+    def point(self, inputs: Inputs) -> dict[str, Array]:
+        """The float arrays among the inputs, by path, as float64 copies."""
+        self.inputs, self.by_name = named(self.forward, inputs), isinstance(inputs, dict)
+        return {name: np.array(x, np.float64) for name, x in leaves(self.inputs) if is_float(x)}
+
+    def label(self, name: str) -> str:
+        """What the gradient of an input is called."""
+        return f"d{name}" if name.split("[")[0].isidentifier() else name
+
+    def names(self) -> list[str]:
+        """The inputs that have a gradient."""
+        return [name for name, x in self.inputs.items() if any(is_float(a) for _, a in leaves(x))]
+
+    def numbers(self) -> str:
+        """What to do with a number that is no array, such as a scale of 0.5."""
+        numbers = [(name, x) for name, x in leaves(self.inputs) if isinstance(x, float)]
+        return "".join(f"; {name} is a Python number: pass np.array({x})" for name, x in numbers[:1])
+
+    def __call__(self, values: dict) -> tuple:
+        """(out, cache) at a point. It refuses all outputs but float64."""
+        args = {name: rebuilt(value, values, name) for name, value in self.inputs.items()}
+        result = self.forward(**args) if self.by_name else self.forward(*args.values())
+        return self.judgeable(result)
+
+    def judgeable(self, result) -> tuple:
+        name = getattr(self.forward, "__name__", "forward")
         if not (isinstance(result, tuple) and len(result) == 2):
             raise UserError(f"{name} must return (out, cache); the cache is what backward needs")
         outs = as_tuple(result[0])
@@ -93,15 +109,45 @@ def caller(forward: Callable, by_name: bool) -> Callable[[dict], tuple]:
                 raise UserError(f"{name} returns {kind} for float64 inputs: differences need float64")
         return result
 
-    return call
+    def answer(self, dout, cache, values: dict) -> dict[str, Array | None]:
+        """What backward returns, by path: copies, and None where backward left one out."""
+        return self.by_path(self.backward(dout, cache), values)
+
+    def by_path(self, answer, values: dict) -> dict[str, Array | None]:
+        names = self.names()
+        if answer is None:
+            grads = ", ".join(map(self.label, names))
+            raise UserError(f"backward returns None, there is nothing to check: end it with `return {grads}`")
+        if not isinstance(answer, dict):
+            one_nest = len(names) == 1 and names[0] not in values and len(answer) != 1
+            answer = (answer,) if one_nest else as_tuple(answer)
+            if len(answer) != len(names):
+                raise UserError(
+                    f"backward returns {len(answer)} gradient{'s' * (len(answer) != 1)}; float arrays: "
+                    f"{', '.join(names)} (write None for one that you leave out){self.numbers()}"
+                )
+            answer = dict(zip(names, answer, strict=True))
+        elif len(names) == 1 and names[0] not in answer and isinstance(self.inputs[names[0]], dict):
+            answer = {names[0]: answer}
+        answer = {n: g for n, g in answer.items() if n not in self.inputs or n in names or g is not None}
+        for name in sorted(set(names) ^ set(answer)):
+            count = "a" if name in answer else "no"
+            keys = f"the keys must be the inputs' names: {', '.join(names)}"
+            raise UserError(f"backward returns {count} gradient for {name!r}; {keys}{self.numbers()}")
+        parts = {p: g for n in names for p, g in ([(n, answer[n])] if n in values else leaves(answer[n], n))}
+        grads = {n: None if (g := parts.get(n)) is None or g is False else np.array(g) for n in values}
+        for name, g in grads.items():
+            if g is not None and g.dtype.kind not in "fiu":
+                raise UserError(f"backward returns {g.dtype} for {name!r}: a gradient is an array of numbers")
+        return grads
 
 
-def run_twice(call: Callable, values: dict) -> tuple:
-    """(out, cache) at a point, and the rules that forward breaks, as (array, rule)."""
-    if not any(map(is_float, values.values())):
-        raise UserError("no input is a float array: there is nothing to differentiate")
-    before, first = snapshot(values), vector(call(values)[0])
-    out, cache = call(values)
+def run_twice(pair: Pair, values: dict) -> tuple:
+    """(out, cache) at a point, and the rules that forward breaks."""
+    if not values:
+        raise UserError(f"no input is a float array: there is nothing to differentiate{pair.numbers()}")
+    before, first = snapshot(values), vector(pair(values)[0])
+    out, cache = pair(values)
     if np.isnan(first).any():
         raise UserError("forward returns nan for these inputs: choose inputs in its domain")
     broken = [(name, "forward writes to it") for name in changed(before)]
@@ -110,8 +156,9 @@ def run_twice(call: Callable, values: dict) -> tuple:
     return out, cache, broken
 
 
-def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dict, list[tuple[str, str]]]:
-    """The gradients by input name, one for each of `douts`, and the rules that backward breaks.
+def gradients(pair: Pair, douts: list, cache, values: dict) -> tuple[dict, list[tuple[str, str]], dict]:
+    """The gradients by input, one for each of `douts`; the rules that backward breaks; and, by input, answers
+    that break a rule, with the diagnosis if all of these are right.
 
     A gradient is an array (K, *shape) of backward's own dtype, or None where backward leaves it out. Backward
     is called twice with the first dout, and with multiples of it. Where backward writes to what it is given
@@ -119,73 +166,59 @@ def gradients(backward: Callable, douts: list, cache, values: dict) -> tuple[dic
     """
     watched = [array for dout in douts for array in snapshot({"dout": dout})]
     watched += snapshot({"cache": cache, **values})
-    answers, broken = [], []
+    answers, broken, odd = [], [], {}
     for dout in (douts[0], *douts):
         try:
-            answer = backward(dout, cache)
+            answers.append(pair.answer(dout, cache, values))
         except Exception as error:
             if not answers:
                 raise
             problem = f"backward raises {type(error).__name__} when it is called again ({error}): keep what "
             problem += "forward saved, the checker calls backward several times"
-            return {}, [("cache", problem)]
-        answers.append(_by_name(answer, values))
+            return {}, [("cache", problem)], {}
         if names := changed(watched):
-            return {}, [(name, "backward writes to it") for name in names]
+            return {}, [(name, "backward writes to it") for name in names], {}
     first, *answers = answers
     grads, factors = {}, (1024, 2**-20)  # powers of 2: rounding is multiplied too
-    scaled = [_by_name(backward(_scaled(douts[0], factor), cache), values) for factor in factors]
+    scaled = [pair.answer(_scaled(douts[0], factor), cache, values) for factor in factors]
     for name, grad in first.items():
-        row = [answer[name] for answer in answers]
+        row, problem, if_right = [answer[name] for answer in answers], "", ""
         if any(g is None for g in (grad, *row)):
             grads[name] = None
             continue
         if any(g.shape != values[name].shape for g in row):
-            problem = f"its shape is {grad.shape}, that of {name} is {values[name].shape}"
-            broken.append((grad_name(name), problem))
-            continue
-        if not same(np.float64(grad), np.float64(row[0]), rel=1e-12):
-            broken.append((grad_name(name), "backward called twice gives two answers"))
-            continue
-        if grad.dtype.itemsize >= 4 and not all(
+            its = name if pair.label(name) != name else "its parameter"
+            problem = f"its shape is {grad.shape}, that of {its} is {values[name].shape}"
+        elif not same(np.float64(grad), np.float64(row[0]), rel=1e-12):
+            problem = "backward called twice gives two answers"
+            row, if_right = [grad], "it is right at the first call only"
+        elif grad.dtype.itemsize >= 4 and not all(
             same(np.float64(other[name]), factor * np.float64(grad), rel=1e-6)
             for factor, other in zip(factors, scaled, strict=True)
         ):
             problem = "backward is not linear in dout: 1024 dout must give 1024 gradients (is dout cut off?)"
             if all(same(np.float64(other[name]), np.float64(grad)) for other in scaled):
                 problem = "backward does not depend on dout: multiply by it (chain rule)"
-            broken.append((grad_name(name), problem))
-            continue
-        grads[name] = np.stack(row)
+                row, if_right = [], "dout is ignored"
+        if problem:
+            broken.append((pair.label(name), problem))
+            odd[name] = np.stack(row) if len({g.shape for g in row}) == 1 else [], if_right
+        else:
+            grads[name] = np.stack(row)
     if not broken and all(g is None for g in grads.values()):
         raise UserError("backward returns no gradient: there is nothing to check")
-    return grads, broken
+    return grads, broken, odd
 
 
-def _by_name(result, values: dict) -> dict[str, Array | None]:
-    """What backward returned, by input name: copies, and None where backward left one out."""
-    names = [name for name, value in values.items() if is_float(value)]
-    if result is None:
-        grads = ", ".join(map(grad_name, names))
-        raise UserError(f"backward returns None, there is nothing to check: end it with `return {grads}`")
-    if not isinstance(result, dict):
-        result = as_tuple(result)
-        if len(result) != len(names):
-            raise UserError(
-                f"backward returns {len(result)} gradient{'s' * (len(result) != 1)}; float arrays: "
-                f"{', '.join(names)} (write None for one that you leave out; a number is no array)"
-            )
-        result = dict(zip(names, result, strict=True))
-    result = {name: g for name, g in result.items() if name not in values or name in names or g is not None}
-    for name in sorted(set(names) ^ set(result)):
-        count = "a" if name in result else "no"
-        keys = f"the keys must be the inputs' names: {', '.join(names)}"
-        raise UserError(f"backward returns {count} gradient for {name!r}; {keys}")
-    grads = {name: None if g is None or g is False else np.array(g) for name, g in result.items()}
-    for name, g in grads.items():
-        if g is not None and g.dtype.kind not in "fiu":
-            raise UserError(f"backward returns {g.dtype} for {name!r}: a gradient is an array of numbers")
-    return grads
+def moved(values: dict, rng: np.random.Generator, still: list[str]) -> dict:
+    """Arrays at a second point: x (1 + 0.05 r), r uniform in [-1, 1). Zeros, behind which a term may hide,
+    become 0.05 r; of the inputs `still` nothing else moves."""
+    r = {n: 0.05 * rng.uniform(-1, 1, x.shape) for n, x in values.items()}
+    return {
+        n: np.array(values[n] + (values[n] if values[n].any() else 1) * step)
+        for n, step in r.items()
+        if not (n.split("[")[0] in still and values[n].any())
+    }
 
 
 class Outputs:
@@ -195,17 +228,17 @@ class Outputs:
     if forward raises an exception, it is nan.
     """
 
-    def __init__(self, call: Callable, values: dict, name: str) -> None:
-        self.call, self.values, self.name = call, values, name
+    def __init__(self, pair: Pair, values: dict, name: str) -> None:
+        self.pair, self.values, self.name = pair, values, name
         self.error = ""  # what forward raised last: a step may lead out of its domain
-        out = vector(call(values)[0])
+        out = vector(pair(values)[0])
         self.infinite = ~np.isfinite(out)
         self.infinities, self.base = out[self.infinite], np.where(self.infinite, 0.0, out)
 
     def __call__(self, x: Array) -> Array:
         x = x.reshape(self.values[self.name].shape)
         try:
-            out = vector(self.call({**self.values, self.name: x})[0])
+            out = vector(self.pair({**self.values, self.name: x})[0])
         except Exception as error:
             self.error = f"forward raises {type(error).__name__} beside it ({error})"
             return np.full(self.base.shape, np.nan)
@@ -239,19 +272,29 @@ class Outputs:
         return noise
 
 
-def outside(call: Callable, first: dict, second: dict) -> str:
+def outside(pair: Pair, first: dict, second: dict) -> str:
     """Why the second point is not in the domain of forward; empty if it is."""
     try:
-        out = vector(call(second)[0])
+        out = vector(pair(second)[0])
     except Exception as error:
         return f"forward raises {type(error).__name__} ({error})"
-    leaves = np.isnan(out) | (np.isfinite(vector(call(first)[0])) & ~np.isfinite(out))
-    return "forward is not finite" if leaves.any() else ""
+    leaving = np.isnan(out) | (np.isfinite(vector(pair(first)[0])) & ~np.isfinite(out))
+    return "forward is not finite" if leaving.any() else ""
+
+
+def unmoved(pair: Pair, *points: dict) -> set[str]:
+    """The gradients that are the same at two points, for one dout."""
+    answers = []
+    for values in points:
+        out, cache = pair(values)
+        answers.append(pair.answer(like(out, np.ones(vector(out).size)), cache, values))
+    return {pair.label(n) for n, g in answers[0].items() if g is not None and same(g, answers[1][n])}
 
 
 def snapshot(values: dict) -> list[tuple[str, Array, Array]]:
     """Name, array and a copy of every array in `values`, for `changed`."""
-    return [(name, array, array.copy()) for name, array in arrays(values)]
+    arrays = [(name, a) for name, a in leaves(values) if isinstance(a, np.ndarray) and a.dtype.kind != "O"]
+    return [(name, array, array.copy()) for name, array in arrays]
 
 
 def changed(snapshot: list[tuple[str, Array, Array]]) -> list[str]:
@@ -308,6 +351,3 @@ def rms(x: Array) -> float:
     top = x.max(initial=0)
     return float(top * np.sqrt(np.mean(np.square(x / top)))) if top else 1.0
 
-
-def grad_name(name: str) -> str:
-    return f"d{name}" if name.isidentifier() else name

@@ -1,52 +1,77 @@
-"""Exercises: a forward pass as one would write it down, a backward that is blank, and a hint.
+"""Exercises: a forward pass as one would write it down, a blank, and a hint.
 
-`tinygpt exercise NAME` copies the functions of an exercise from here into a file of the reader's, which then
-needs NumPy alone; `tinygpt gradcheck` says whether the blank was filled in right. A function belongs to the
-exercise that its name begins with.
+`tinygpt exercise NAME` copies the functions of an exercise from here into a file of the reader's; `tinygpt
+exercise NAME --check FILE` says whether the blank was filled in right (`course.py`). A function belongs to the
+exercise that its name begins with. The blank is a backward. Where nothing is differentiated the blank is a
+step, and a forward defines what the steps must give.
 
-The forwards are those of `core/ops.py`, `core/model.py` and `stages/rlhf.py` without what these have for
-speed, and those of operations have the same caches: the solution is the project's own backward. Solutions are
-not here.
+The forwards are those of `core` and `stages` without what these have for speed. The caches of operations are
+the same: the solution is the project's own backward.
 """
 
 import inspect
+from collections.abc import Callable
 
 import numpy as np
 
-EXERCISES = {  # in the order of learning
-    "linear": "what all rows share adds up its gradients",
-    "gelu": "a function of each element: product rule and chain rule",
-    "layernorm": "an element moves its whole row, through a mean and a variance",
-    "cross_entropy": "softmax and logarithm are simpler together than alone",
-    "attention": "two products in reverse, with a softmax between them",
-    "lora": "a small branch beside a map that is frozen",
-    "policy_gradient": "rewards become a gradient (REINFORCE)",
-}
-ELSEWHERE = {  # solutions that are not in ops.py under the exercise's name
-    "lora": "linear_backward in tinygpt/stages/lora.py",
-    "policy_gradient": "policy_gradient in tinygpt/stages/rlhf.py, a weighted cross_entropy_backward",
-}
+from ..core import ops
+from ..core.config import GPTConfig
+from ..core.model import GPT
+from ..stages import rlhf
+from ..stages.dpo import dpo
+
+EXERCISES = {  # in the order of learning: what each teaches, and where the project's own solution stands
+    "linear": ("what all rows share adds up its gradients", "linear_backward in tinygpt/core/ops.py"),
+    "embedding": ("a row that is used twice learns twice", "embedding_backward in tinygpt/core/ops.py"),
+    "gelu": ("a function of each element: product rule and chain rule", "gelu_backward in tinygpt/core/ops.py"),
+    "layernorm": ("an element moves its whole row, through a mean and a variance",
+                  "layernorm_backward in tinygpt/core/ops.py"),
+    "cross_entropy": ("softmax and logarithm are simpler together than alone",
+                      "cross_entropy_backward in tinygpt/core/ops.py"),
+    "attention": ("two products in reverse, with a softmax between them",
+                  "attention_backward in tinygpt/core/ops.py"),
+    "block": ("a stream with two branches, whose gradients add up", "block_backward in tinygpt/core/model.py"),
+    "adamw": ("averages of all gradients so far, in the memory of two", "adamw in tinygpt/core/ops.py"),
+    "kv_cache": ("what came before is not computed again", "attention_forward in tinygpt/core/ops.py"),
+    "lora": ("a small branch beside a map that is frozen", "linear_backward in tinygpt/stages/lora.py"),
+    "policy_gradient": ("rewards become a gradient (REINFORCE)",
+                        "policy_gradient in tinygpt/stages/rlhf.py, a weighted cross_entropy_backward"),
+    "rloo": ("each answer is measured against the others to the same question",
+             "leave_one_out in tinygpt/stages/rlhf.py"),
+    "dpo": ("comparisons steer a model without a judge", "dpo in tinygpt/stages/dpo.py"),
+}  # fmt: skip
+STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # what their blank returns
+
+
+def blank(name: str) -> str:
+    """The name of the function to fill in."""
+    return f"{name}_step" if name in STEPS else f"{name}_backward"
 
 
 def text(name: str, command: str) -> str:
     """The file of an exercise, which `command` will check."""
-    solution = ELSEWHERE.get(name, f"{name}_backward in tinygpt/core/ops.py")
-    head = f'''"""Exercise {name}: {EXERCISES[name]}.
+    about, solution = EXERCISES[name]
+    task = """For some loss it gets the gradient of what the forward returns, and
+returns the gradients of what the forward takes; any way to the right numbers will do. Return None in place
+of a gradient that you leave for later: the others are checked."""
+    if name in STEPS:
+        task = "Step by step it must give what the forward gives at once."
+    head = f'''"""Exercise {name}: {about}.
 
-Fill in {name}_backward. For some loss it gets the gradient of what the forward returns, and
-returns the gradients of what the forward takes; any way to the right numbers will do. Then
+Fill in {blank(name)}. {task} Then
 
     {command}
 
-says ok, or which gradient is wrong and at which element. Return None in place of a gradient that you leave
-for later: the others are checked. When all are ok, compare with the project's own,
+says ok, or what is wrong and at which element. When all is ok, compare with the project's own,
 {solution}.
 """
 
 import numpy as np
 '''
-    functions = [f for key, f in globals().items() if key.startswith(f"{name}_")]
-    return "\n\n".join([head, *map(inspect.getsource, functions)])
+    functions = [inspect.getsource(f) for key, f in globals().items() if key.startswith(f"{name}_")]
+    if any("ops." in function for function in functions):
+        head += "\nfrom tinygpt.core import ops\n"
+    return "\n\n".join([head, *functions])
 
 
 # --- linear -------------------------------------------------------------------------------------------------
@@ -65,12 +90,34 @@ def linear_backward(dout, cache):
     find the product of matrices that is this sum; the shapes leave little choice.
     """
     x, w = cache
-    raise NotImplementedError("write dx, dw and db here")
+    # write dx, dw and db here
 
 
 def linear_inputs(rng):
     normal = rng.standard_normal
     return {"x": normal((5, 4)), "w": normal((4, 3)), "b": normal(3)}
+
+
+# --- embedding ----------------------------------------------------------------------------------------------
+
+
+def embedding_forward(ids, w):
+    """out = w[ids], a row of the table for each id. ids (B, T) integers, w (V, C) -> out (B, T, C)."""
+    return w[ids], (ids, w.shape)
+
+
+def embedding_backward(dout, cache):
+    """dout (B, T, C) -> dw (V, C).
+
+    Hint: ids get no gradient. A row of w reaches the loss through each place where its id stands: how often is
+    that? `dw[ids] += dout` looks right, and is not where an id stands twice. Look at np.add.at.
+    """
+    ids, shape = cache
+    # write dw here
+
+
+def embedding_inputs(rng):
+    return {"ids": np.array([[0, 2, 2, 6], [1, 2, 0, 4]]), "w": rng.standard_normal((7, 3))}
 
 
 # --- GELU ---------------------------------------------------------------------------------------------------
@@ -90,7 +137,7 @@ def gelu_backward(dout, cache):
     by u is 1 - tanh(u)^2.
     """
     (x,) = cache
-    raise NotImplementedError("write dx here")
+    # write dx here
 
 
 def gelu_inputs(rng):
@@ -119,7 +166,7 @@ def layernorm_backward(dout, cache):
     1 whatever x is, so which two directions in dxhat are of no use?
     """
     x, g, mean, rstd = cache
-    raise NotImplementedError("write dx, dg and db here")
+    # write dx, dg and db here
 
 
 def layernorm_inputs(rng):
@@ -149,7 +196,7 @@ def cross_entropy_backward(dnll, cache):
     check: a row of dlogits sums to 0, as the same number added to all logits of a row changes nothing.
     """
     logits, targets, top, total = cache
-    raise NotImplementedError("write dlogits here")
+    # write dlogits here
 
 
 def cross_entropy_inputs(rng):
@@ -193,12 +240,108 @@ def attention_backward(dout, cache):
     has two terms, and each of its rows sums to 0. The mask needs nothing: P is 0 there.
     """
     q, k, v, P = cache  # P.shape[1] is n_head
-    raise NotImplementedError("write dq, dk and dv here")
+    # write dq, dk and dv here
 
 
 def attention_inputs(rng):
     q, k, v = rng.standard_normal((3, 2, 5, 6))
     return {"q": q, "k": k, "v": v, "n_head": 2}
+
+
+# --- a block ------------------------------------------------------------------------------------------------
+
+
+def block_forward(x, p):
+    """GPT-2's block: x + attention(layernorm(x)), then x + mlp(layernorm(x)), with tinygpt's operations.
+
+    x (B, T, C); p has (weight, bias) of ln_1, attn.c_attn, attn.c_proj, ln_2, mlp.c_fc, mlp.c_proj.
+    """
+    a, c1 = ops.layernorm_forward(x, *p["ln_1"])
+    qkv, c2 = ops.linear_forward(a, *p["attn.c_attn"])
+    y, c3 = ops.attention_forward(*np.split(qkv, 3, -1), n_head=2)
+    y, c4 = ops.linear_forward(y, *p["attn.c_proj"])
+    x = x + y
+    m, c5 = ops.layernorm_forward(x, *p["ln_2"])
+    f, c6 = ops.linear_forward(m, *p["mlp.c_fc"])
+    g, c7 = ops.gelu_forward(f)
+    f, c8 = ops.linear_forward(g, *p["mlp.c_proj"])
+    return x + f, (c1, c2, c3, c4, c5, c6, c7, c8)
+
+
+def block_backward(dout, cache):
+    """dout (B, T, C) -> dx (B, T, C), dp (a dict like p, with (dweight, dbias) for each name).
+
+    Hint: call the backward of each operation, the last one first: ops.linear_backward(dout, c8) gives three
+    gradients. The forward uses x twice, as the stream and in the branch, so its gradient is the sum of what
+    comes back on both ways. There are two such places. ops.attention_backward gives dq, dk and dv: put them
+    side by side again.
+    """
+    c1, c2, c3, c4, c5, c6, c7, c8 = cache
+    # write dx and dp here
+
+
+def block_inputs(rng):
+    sizes = {"ln_1": (4,), "attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "ln_2": (4,), "mlp.c_fc": (4, 16)}
+    p = {name: (rng.standard_normal(n), rng.standard_normal(n[-1])) for name, n in sizes.items()}
+    p["mlp.c_proj"] = rng.standard_normal((16, 4)), rng.standard_normal(4)
+    return {"x": rng.standard_normal((1, 3, 4)), "p": p}
+
+
+# --- AdamW --------------------------------------------------------------------------------------------------
+
+
+def adamw_forward(w, gradients, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    """The weights (n,) after some gradients (T, n): each step from the averages of all gradients so far.
+
+    An average's weights are beta^age. Divided by 1 - beta^t, as here, they add up to 1.
+    """
+    for t in range(1, len(gradients) + 1):
+        age, past = np.arange(t)[::-1], np.array(gradients[:t])
+        mean = (1 - beta1) / (1 - beta1**t) * (beta1**age @ past)
+        square = (1 - beta2) / (1 - beta2**t) * (beta2**age @ past**2)
+        w = w - lr * weight_decay * w - lr * mean / (np.sqrt(square) + eps)
+    return w
+
+
+def adamw_step(w, g, m, v, t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    """One gradient g (n,), the t-th from 1 -> the new w, m and v (n,).
+
+    Hint: m and v begin at 0 and keep the two averages without their divisors: how does m follow from the m
+    before and g alone? The divisors 1 - beta^t undo the start at 0, and are not kept in m and v. The decay
+    multiplies the w before the step, and knows nothing of the averages: this is the W in AdamW.
+    """
+    # write w, m and v here
+
+
+def adamw_inputs(rng):
+    w, g, m, v = rng.standard_normal((4, 6))
+    return {"w": w, "g": g, "m": m, "v": v * v, "t": int(rng.integers(1, 9))}
+
+
+# --- KV cache -----------------------------------------------------------------------------------------------
+
+
+def kv_cache_forward(q, k, v):
+    """Attention with one head over a whole text: token t sees the tokens 0 to t. All (B, T, C)."""
+    T, C = q.shape[1:]
+    scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(1, 2) / np.sqrt(C), -np.inf)
+    P = np.exp(scores - scores.max(-1, keepdims=True))
+    return P / P.sum(-1, keepdims=True) @ v
+
+
+def kv_cache_step(q, k, v, keys, values):
+    """q, k and v (B, 1, C) of the next token; keys and values (B, S, C) of those before it -> out (B, 1, C)
+    of this token, and the new keys and values (B, S + 1, C).
+
+    Hint: a token's key and value depend on nothing that comes later, so those before stay as they are. The
+    new token sees all keys, its own too: its row of scores needs no mask.
+    """
+    # write out, keys and values here
+
+
+def kv_cache_inputs(rng):
+    (q, k, v), (keys, values) = rng.standard_normal((3, 2, 1, 4)), rng.standard_normal((2, 2, 3, 4))
+    return {"q": q, "k": k, "v": v, "keys": keys, "values": values}
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------
@@ -218,7 +361,7 @@ def lora_backward(dout, cache):
     begins with B = 0. Which of dA and dB is 0 then, and why does it learn all the same?
     """
     x, w, A, B, low, s = cache
-    raise NotImplementedError("write dx, dA and dB here")
+    # write dx, dA and dB here
 
 
 def lora_inputs(rng):
@@ -250,9 +393,118 @@ def policy_gradient_backward(dloss, cache):
     ids and advantages depend on the model, but count as given: that this is right in the mean is the theorem.
     """
     logp, ids, advantages = cache
-    raise NotImplementedError("write dlogits here")
+    # write dlogits here
 
 
 def policy_gradient_inputs(rng):
     logits, ids = rng.standard_normal((3, 4, 5)), rng.integers(5, size=(3, 4))
     return {"logits": logits, "ids": ids, "advantages": np.array([2, -1, -1])}  # given: whole numbers
+
+
+# --- RLOO ---------------------------------------------------------------------------------------------------
+
+
+def rloo_forward(logp, rewards):
+    """Of every two answers to a question the better one shall become likelier: loss = -the mean, over the
+    questions and the pairs i < j of their n answers, of (r_i - r_j) (logp_i - logp_j), times n / 2, over n.
+
+    logp (B, n) of n answers to each of B questions, rewards (B, n) whole numbers -> loss, a number.
+    """
+    B, n = logp.shape
+    gaps = rewards[:, :, None] - rewards[:, None, :]  # (B, n, n), each pair twice
+    return -(gaps * (logp[:, :, None] - logp[:, None, :])).sum() / (2 * n * (n - 1) * B), rewards
+
+
+def rloo_backward(dloss, cache):
+    """dloss, a number -> dlogp (B, n).
+
+    Hint: collect the terms with logp_i. They are -1 / (B n) times r_i minus the mean reward of the n - 1
+    other answers: RLOO's advantage. No pair is needed to compute it. Kool et al. 2019; Ahmadian et al. 2024.
+    """
+    rewards = cache
+    # write dlogp here
+
+
+def rloo_inputs(rng):
+    return {"logp": rng.standard_normal((3, 4)), "rewards": rng.integers(-3, 4, (3, 4))}
+
+
+# --- DPO ----------------------------------------------------------------------------------------------------
+
+
+def dpo_forward(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """loss = the mean of -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
+
+    All (N,): log-probabilities of answers, of the model and of a reference, which is frozen. Rafailov 2023.
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return np.mean(np.log(1 + np.exp(-margin))), (chosen, rejected, ref_chosen, ref_rejected, beta)
+
+
+def dpo_backward(dloss, cache):
+    """dloss, a number -> dchosen (N,), drejected (N,).
+
+    Hint: the slope of -log sigmoid(m) is -sigmoid(-m): a pair that the model has right by far teaches
+    little. Then m by chosen and by rejected.
+    """
+    chosen, rejected, ref_chosen, ref_rejected, beta = cache
+    # write dchosen and drejected here
+
+
+def dpo_inputs(rng):
+    refs = rng.integers(-9, -2, (2, 5))  # frozen: whole numbers get no gradient
+    chosen, rejected = refs + rng.standard_normal((2, 5))
+    return {"chosen": chosen, "rejected": rejected, "ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
+
+
+# --- the project's own solutions ----------------------------------------------------------------------------
+
+
+def solution(name: str) -> Callable:
+    """What fills the blank: an operation, or a function below, in which the project's own does the work."""
+    return getattr(ops, f"{name}_backward", None) or globals()[f"_{name}"]
+
+
+def _block(dout, cache):
+    c1, c2, c3, c4, c5, c6, c7, c8 = cache
+    model = GPT(GPTConfig(2, block_size=1, n_layer=1, n_head=2, n_embd=dout.shape[-1]), dtype=np.float64, ops=ops)
+    grads = {name: np.zeros(w.shape) for name, w in model.params.items()}
+    parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    n1, n2, n4, n5, n6, n8 = ((f"h.0.{part}", c) for part, c in zip(parts, (c1, c2, c4, c5, c6, c8), strict=True))
+    dx = model.block_backward(dout, (n1, n2, c3, (n4, None), n5, n6, c7, (n8, None)), grads)
+    return dx, {part: (grads[f"h.0.{part}.weight"], grads[f"h.0.{part}.bias"]) for part in parts}
+
+
+def _adamw(w, g, m, v, t):
+    w, m, v = w.copy(), m.copy(), v.copy()
+    ops.adamw(w, g, m, v, step=t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    return w, m, v
+
+
+def _kv_cache(q, k, v, keys, values):
+    keys, values = np.concatenate([keys, k], 1), np.concatenate([values, v], 1)
+    return ops.attention_forward(q, keys, values, 1)[0], keys, values
+
+
+def _lora(dout, cache):
+    x, w, A, B, low, s = cache
+    dlow, dB, _ = ops.linear_backward(s * dout, (low, B), db=False)
+    dx, dA, _ = ops.linear_backward(dlow, (x, A), db=False)
+    dx, _, _ = ops.linear_backward(dout, (x, w), dw=False, db=False, add=dx)
+    return dx, dA, dB
+
+
+def _policy_gradient(dloss, cache):
+    logp, ids, advantages = cache
+    nll, c_nll = ops.cross_entropy_forward(logp, ids)
+    _, d = rlhf.policy_gradient(-nll, np.ones(ids.shape), advantages[:, None])
+    return ops.cross_entropy_backward(-dloss * d, c_nll)
+
+
+def _rloo(dloss, rewards):
+    return -dloss * rlhf.leave_one_out(rewards) / rewards.size
+
+
+def _dpo(dloss, cache):
+    _, dchosen, drejected = dpo(*cache)
+    return dloss * dchosen, dloss * drejected

@@ -45,13 +45,15 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import UserError
-from . import contract
-from .contract import Array, Inputs, MakeInputs, grad_name
+from . import contract, diagnosis, layers
+from .contract import Array, Inputs, MakeInputs
 
 __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
 DOUTS = 4  # upstream gradients at each point; each costs one backward
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
+KEPT = "it is right at the first inputs, and the same at the second: it keeps something of the first call, or "
+KEPT += "lacks what is 0 or 1 in the first inputs"
 SEVERITY = ("ok", "not judged", "missing", "wrong")  # the verdicts
 
 
@@ -69,6 +71,7 @@ class Result:
     extent: str = ""  # how many elements were judged one by one
     problem: str = ""  # the broken rule, or why the gradient is not judged
     notes: tuple[str, ...] = ()  # a sentence each
+    diagnosis: str = ""  # the likely mistake, where the evidence is clear
 
     @property
     def ok(self) -> bool:
@@ -82,6 +85,14 @@ class Result:
         notes = {note.split(": ")[0]: note for note in other.notes + self.notes}
         return dataclasses.replace(max(self, other, key=Result.badness), notes=tuple(notes.values()))
 
+    def explained(self, diagnosis: str) -> Result:
+        return dataclasses.replace(self, diagnosis=diagnosis * (self.verdict == "wrong"))
+
+    def lines(self) -> list[str]:
+        """What stands below the verdict: the diagnosis, and the notes."""
+        diagnosis = [f"likely {self.diagnosis}"] * bool(self.diagnosis)
+        return diagnosis + [f"note   {note}" for note in self.notes]
+
     def __str__(self) -> str:
         text, u = f"{self.name}: {self.problem or f'relative error {self.rel_err:.1e}'}", self.uncertainty
         if self.index is not None:
@@ -91,14 +102,17 @@ class Result:
 
 
 def gradcheck(
-    forward: Callable, backward: Callable, inputs: Inputs | MakeInputs, rtol: float = 1e-6, atol: float = 0.0,
+    forward: Callable | object, backward: Callable | Inputs | MakeInputs | None = None,
+    inputs: Inputs | MakeInputs | None = None, rtol: float = 1e-6, atol: float = 0.0,
     *, seed: int = 0, small: int = 256,
 ) -> list[Result]:  # fmt: skip
-    """Judges every gradient that `backward` returns, and whether the pair keeps the contract.
+    """Judges every gradient of gradcheck(forward, backward, inputs), or of a layer, gradcheck(layer, inputs).
 
     forward(*inputs), or forward(**inputs) where `inputs` is a dict -> (out, cache); out is an array, a number
     or a tuple of these. backward(dout, cache) -> the gradients of those inputs that are float arrays, in
-    their order, or a dict by name; None or False leaves one out. Other inputs are passed on as they are.
+    their order, or a dict by name; None or False leaves one out. Other inputs are passed on as they are. An
+    input may be a nest of dicts and lists; its gradient is such a nest. `layers.py` has the layers that are
+    understood, whose parameters are checked too; two methods of a layer are one as well.
 
     `inputs` may be a function of a random generator: it then makes both points. Otherwise the second point is
     x (1 + 0.05 r), r uniform in [-1, 1). A tensor of zeros becomes 0.05 r in both cases. A tensor of at most
@@ -109,25 +123,46 @@ def gradcheck(
     """
     if not (0 < rtol < math.inf and 0 <= atol < math.inf):
         raise UserError(f"rtol {rtol} must be more than 0, atol {atol} at least 0, and both finite")
-    points, *rngs = (np.random.default_rng([seed, stream]) for stream in STREAMS)
-    given = inputs(points) if callable(inputs) else inputs
-    call = contract.caller(forward, isinstance(given, dict))
+    if inputs is None:
+        backward, inputs = None, backward
+    pair = layers.pair_of(forward, backward)
     with np.errstate(all="ignore"):
-        first = contract.point(forward, given)
-        results = _check(call, backward, first, rtol, atol, small, *rngs)
-        if any(r.verdict == "wrong" for r in results):
-            return results
-        second = contract.point(forward, inputs(points) if callable(inputs) else given)
-        second |= contract.moved(second, points, zeros_alone=callable(inputs))
-        if why := contract.outside(call, first, second):
-            note = f"only one point is judged: at a second one {why}"
-            return [dataclasses.replace(results[0], notes=(*results[0].notes, note)), *results[1:]]
-        again = {r.name: r for r in _check(call, backward, second, rtol, atol, small, *rngs)}
-    return [r.worse(again.pop(r.name, r)) for r in results] + list(again.values())
+        try:
+            return _at_two_points(pair, inputs, seed, rtol, atol, small)
+        finally:
+            pair.restore()
+
+
+def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, *how) -> list[Result]:
+    """The worse verdict of two points on each gradient; where one is wrong at the first, that of the first."""
+    points, *rngs = (np.random.default_rng([seed, stream]) for stream in STREAMS)
+    first = pair.point(inputs(points) if callable(inputs) else inputs)
+    results, again, notes = _check(pair, first, *how, *rngs), {}, pair.notes
+    wrong = any(r.verdict == "wrong" for r in results)
+    second = pair.point(inputs(points) if callable(inputs) else inputs)
+    second |= contract.moved(second, points, still=list(pair.inputs) if callable(inputs) else [])
+    if why := contract.outside(pair, first, second):
+        notes = [*notes, f"only one point is judged: at a second one {why}"]
+    else:
+        try:
+            again = {r.name: r for r in _check(pair, second, *how, *rngs)}
+        except Exception:
+            if not wrong:
+                raise
+    if wrong:
+        sure = {r.name: r.diagnosis for r in results if r.name in again and again[r.name].diagnosis == r.diagnosis}
+        results = [r.explained(sure.get(r.name, "")) for r in results]
+    else:
+        kept = contract.unmoved(pair, first, second) if any(r.verdict == "wrong" for r in again.values()) else ()
+        again = {n: r.explained(KEPT * (n in kept)) for n, r in again.items()}
+        results = [r.worse(again.pop(r.name, r)) for r in results] + list(again.values())
+    results[0] = dataclasses.replace(results[0], notes=(*results[0].notes, *notes))
+    return results
 
 
 def assert_gradients(
-    forward: Callable, backward: Callable, inputs: Inputs | MakeInputs, rtol: float = 1e-6, atol: float = 0.0,
+    forward: Callable | object, backward: Callable | Inputs | MakeInputs | None = None,
+    inputs: Inputs | MakeInputs | None = None, rtol: float = 1e-6, atol: float = 0.0,
     *, allow_missing: bool = False, strict: bool = True, **options,
 ) -> None:  # fmt: skip
     """`gradcheck` for a test: AssertionError says which gradient is wrong, by how much and at which element.
@@ -148,18 +183,26 @@ def assert_gradients(
     """
     bad = {"wrong", "missing" * (not allow_missing), "not judged" * strict}
     if wrong := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
-        raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.notes)))
+        raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.lines())))
 
 
-def _check(call: Callable, backward: Callable, values: dict, rtol, atol, small, dout_rng, rng) -> list:
+def _check(pair: contract.Pair, values: dict, rtol, atol, small, dout_rng, rng) -> list[Result]:
     """The verdict on each gradient at the point `values`."""
-    out, cache, broken = contract.run_twice(call, values)
-    grads, douts = {}, dout_rng.standard_normal((DOUTS, contract.vector(out).size))
+    out, cache, broken = contract.run_twice(pair, values)
+    grads, odd, douts = {}, {}, dout_rng.standard_normal((DOUTS, contract.vector(out).size))
     if not broken:
         shaped = [contract.like(out, row) for row in douts]
-        grads, broken = contract.gradients(backward, shaped, cache, values)
+        grads, broken, odd = contract.gradients(pair, shaped, cache, values)
     results = [Result(name, "wrong", math.inf, problem=problem) for name, problem in broken]
     sizes = {n: contract.rms(values[n]) * np.abs(g).max(initial=0) for n, g in grads.items() if g is not None}
+    judges = {}
+
+    def judge(name: str, g: Array) -> Result:
+        others = max((size for n, size in sizes.items() if n != name), default=0.0)
+        outputs, x = contract.Outputs(pair, values, name), values[name]
+        judges[name] = _Judge(x, np.float64(g.reshape(DOUTS, -1)), outputs, douts, others, rtol, atol, rng)
+        return judges[name].elements(np.arange(x.size)) if x.size <= small else judges[name].directions(small)
+
     for name, g in grads.items():
         x, notes = values[name], []
         if g is None:
@@ -170,12 +213,16 @@ def _check(call: Callable, backward: Callable, values: dict, rtol, atol, small, 
         elif not x.size:
             result = Result("", "ok", 0.0)
         else:
-            others = max((size for n, size in sizes.items() if n != name), default=0.0)
-            outputs = contract.Outputs(call, values, name)
-            judge = _Judge(x, np.float64(g.reshape(DOUTS, -1)), outputs, douts, others, rtol, atol, rng)
-            result = judge.elements(np.arange(x.size)) if x.size <= small else judge.directions(small)
-            notes = [f"{name}{note}" for note in judge.notes[:1]] + contract.notes(name, x, g)
-        results.append(dataclasses.replace(result, name=grad_name(name), notes=tuple(notes)))
+            result = judge(name, g)
+            notes = [f"{name}{note}" for note in judges[name].notes[:1]] + contract.notes(name, x, g)
+        results.append(dataclasses.replace(result, name=pair.label(name), notes=tuple(notes)))
+    if any(r.verdict == "wrong" for r in results):
+        for name in odd:  # what should it be?
+            judge(name, np.zeros((DOUTS, values[name].size)))
+        slopes = {name: judge.whole for name, judge in judges.items() if judge.whole}
+        answers = {name: (g, "") for name, g in grads.items() if name in slopes} | odd
+        texts = {pair.label(n): diagnosis.diagnose(n, g, slopes, right) for n, (g, right) in answers.items()}
+        results = [r.explained(texts.get(r.name, "")) for r in results]
     return results
 
 
@@ -186,7 +233,7 @@ class _Judge:
         """douts (K, N). `others`: the largest |g| of another input, times the size of that input."""
         self.x, self.shape, self.grads, self.outputs, self.douts = x.ravel(), x.shape, grads, outputs, douts
         self.rtol, self.atol, self.rng, self.notes, self.scale = rtol, atol, rng, [], contract.rms(x)
-        self.zero = others / self.scale
+        self.zero, self.whole = others / self.scale, None
         usual = np.isfinite(self.x) & (self.x != 0)
         self.sizes = np.maximum(np.where(usual, np.abs(self.x), min(self.scale, 1)), 1e-30 * self.scale)
         self.noise = outputs.noise(self.x, self.sizes * rng.choice((-1, 1), x.size), rng)
@@ -242,6 +289,9 @@ class _Judge:
 
         for n in range(len(chosen)):
             measure(n, 1)
+        if len(chosen) == self.x.size:
+            shape = len(g), *self.shape
+            self.whole = D.reshape(shape).copy(), u.reshape(shape).copy()
         score, uncertain = self.compare(g, D, u, G)
         for n in [n for n in np.argsort(-score.max(0)) if score[:, n].max() > 1]:
             for factor in (0.6, 0.36):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -21,7 +22,8 @@ from ..errors import UserError
 from ..stages import variants
 from ..stages.adapter import AdapterConfig
 from ..stages.variants import build
-from .contract import Inputs, MakeInputs, arrays, is_float, named, parameters
+from . import layers
+from .contract import Inputs, MakeInputs, parameters
 from .gradcheck import Result, gradcheck
 
 Pair = tuple[Callable, Callable, Inputs | MakeInputs]  # forward, backward, inputs
@@ -29,39 +31,27 @@ Pair = tuple[Callable, Callable, Inputs | MakeInputs]  # forward, backward, inpu
 # --- the reader's own code ---------------------------------------------------------------------------------
 
 
-class MissingInputsError(UserError):
-    """There is nothing to call the pair with; `remedy` is the lines to add, given forward's parameters."""
+def find(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple:
+    """The arguments of `gradcheck` that `module:name` or `path/to/file.py:name` stands for.
 
-    def __init__(self, message: str, name: str, names: list[str]) -> None:
-        super().__init__(message)
-        example = ", ".join(f'"{n}": rng.standard_normal((4, 8))' for n in names)
-        self.remedy = f"""add, with shapes that fit,
-
-    def {name}_inputs(rng):
-        return {{{example}}}
-
-or say {" ".join(f"--shape {n}=4,8" for n in names)}"""
-
-
-def find(target: str, shapes: dict[str, tuple[int, ...]]) -> Pair:
-    """The forward, the backward and the inputs that `module:name` or `path/to/file.py:name` stands for.
-
-    Either `name_forward` and `name_backward`; or `name`, an object (or a class that is made without
-    arguments) with forward(x) -> out, backward(dout) -> dx, `params` and `grads` (dicts of float64 arrays).
-    The inputs are standard normal arrays of `shapes`, or else what `name_inputs(rng)` returns. Raises
-    UserError where one of these is missing, MissingInputsError where it is the last.
+    Either `name_forward` and `name_backward`; or `name`, a layer, a class that is made without arguments, or
+    a call such as "Linear(4, 3)" (`layers.py`). The inputs are standard normal arrays of `shapes`, or else
+    what `name_inputs(rng)` returns. Raises UserError where one of these is missing.
     """
-    where, _, name = target.rpartition(":")
-    if not (where and name):
+    parts = re.fullmatch(r"(.+?\.py|[\w.]+):(\w+)(\(.*\))?", target)
+    if parts is None:
         raise UserError(f"{target}: write module:name, as in mymodule:layernorm or folder/file.py:layernorm")
-    module, name = _load(where), name.removesuffix("_forward")
+    where, name, call = parts[1], parts[2].removesuffix("_forward"), parts[3] or ""
+    module = _load(where)
     forward, backward, layer = (getattr(module, name + end, None) for end in ("_forward", "_backward", ""))
-    if forward is None and hasattr(layer, "forward"):
-        layer = _made(layer, target) if isinstance(layer, type) else layer
-        for attribute in ("backward", "params", "grads"):
-            if not hasattr(layer, attribute):
-                raise UserError(f"{target} has forward, but not {attribute}")
-        forward = layer.forward
+    if layer is not None and forward is None:
+        if isinstance(layer, type) or call:
+            try:
+                layer = eval(name + (call or "()"), vars(module))
+            except TypeError as error:
+                example = f'write them, as in "{where}:{name}(4, 3)", or name an object of the file'
+                raise UserError(f"{target} cannot be made with these arguments ({error}): {example}") from error
+        forward = layers.pair_of(layer, None).forward
     elif forward is None or backward is None:
         lacks = f"{name}_{'forward' if forward is None else 'backward'}"
         close = difflib.get_close_matches(lacks, set(dir(module)) - {lacks}, 1)
@@ -72,16 +62,15 @@ def find(target: str, shapes: dict[str, tuple[int, ...]]) -> Pair:
             return {n: rng.standard_normal(shape) for n, shape in shapes.items()}
 
     elif (inputs := getattr(module, f"{name}_inputs", None)) is None:
-        raise MissingInputsError(f"{where} has no {name}_inputs", name, parameters(forward, required=True))
-    return (forward, backward, inputs) if backward else layer_pair(layer, inputs)
+        names = parameters(forward, required=True)
+        example = ", ".join(f'"{n}": rng.standard_normal((4, 8))' for n in names)
+        raise UserError(f"""{where} has no {name}_inputs: add, with shapes that fit,
 
+    def {name}_inputs(rng):
+        return {{{example}}}
 
-def _made(layer: type, target: str) -> object:
-    try:
-        return layer()
-    except TypeError as error:
-        needs = f"{target} cannot be made without arguments ({error}): "
-        raise UserError(f"{needs}make an object of it in the file, and name the object") from error
+or say {" ".join(f"--shape {n}=4,8" for n in names)}""")
+    return (forward, backward, inputs) if backward else (layer, inputs)
 
 
 def _load(where: str) -> ModuleType:
@@ -99,46 +88,6 @@ def _load(where: str) -> ModuleType:
         return module
     except (Exception, SystemExit) as error:
         raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def layer_pair(layer: object, make_inputs: MakeInputs) -> Pair:
-    """A layer with state as a pair of functions of its inputs and its parameters, the latter under the names
-    of their gradients, "grads['w']". Its parameters keep the last values they were called with."""
-    for attribute in ("params", "grads"):
-        if not isinstance(getattr(layer, attribute), dict):
-            kind = type(getattr(layer, attribute)).__name__
-            raise UserError(f"{attribute} is a {kind}: {attribute} must be a dict of float64 arrays by name")
-    for n, p in layer.params.items():
-        kind = f"{p.dtype}" if isinstance(p, np.ndarray) else type(p).__name__
-        if kind != "float64":
-            raise UserError(f"params[{n!r}] is {kind}: params must be a dict of float64 arrays")
-    params = {f"grads[{n!r}]": p for n, p in layer.params.items()}
-    originals = {n: p.copy() for n, p in params.items()}
-    names: dict = {}  # the inputs by name, without the parameters
-
-    def inputs(rng: np.random.Generator) -> dict:
-        names.clear()
-        names.update(named(layer.forward, make_inputs(rng)))
-        return names | {n: p * (1 + 0.05 * rng.uniform(-1, 1, p.shape)) for n, p in originals.items()}
-
-    def forward(**values):
-        for n, p in params.items():
-            p[...] = values[n]  # in place: the layer may know the array by another name too
-        return layer.forward(*(value for n, value in values.items() if n not in params)), None
-
-    def backward(dout, cache):
-        for _, grad in arrays(layer.grads):
-            grad[...] = 0  # a layer may add to its gradients, as PyTorch's do
-        dx = layer.backward(dout)
-        floats = [n for n, x in names.items() if is_float(x)]
-        dx = dx if isinstance(dx, tuple | list) else (dx,)
-        if len(dx) != len(floats):
-            listed = ", ".join(floats)
-            raise UserError(f"the layer's backward returns {len(dx)} gradients; float inputs: {listed}")
-        grads = dict(zip(floats, dx, strict=True))
-        return grads | {f"grads[{n!r}]": layer.grads.get(n) for n in layer.params}
-
-    return forward, backward, inputs
 
 
 # --- this project's own ------------------------------------------------------------------------------------

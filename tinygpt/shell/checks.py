@@ -1,6 +1,7 @@
 """The commands that check gradients and measure speed: exercise, gradcheck, bench."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import click
 
 from ..check import bench as benchmarks
-from ..check import exercises, targets
+from ..check import course, exercises, targets
+from ..check.gradcheck import Result
 from ..check.gradcheck import gradcheck as compare
 from ..core.config import DTYPES
 from ..errors import UserError
@@ -22,31 +24,75 @@ from .terminal import say
 @click.command()
 @click.argument("name", required=False)
 @click.option("--out", type=FILE, show_default="my_NAME.py", help="Where to write it.")
-def exercise(name: str | None, out: Path | None) -> None:
-    """Write a file with a forward pass, a blank backward for you to fill in, and a hint.
+@click.option("--check", "submissions", type=FILE, help="Grade a file that is filled in, or a folder of files.")
+@click.option("--time-limit", type=MORE_THAN_0, default=60.0, help="Seconds for each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each gradient or file.")
+def exercise(name: str | None, out: Path | None, submissions: Path | None, time_limit: float,
+             as_json: bool) -> None:  # fmt: skip
+    """Write a file with a forward pass, a blank for you to fill in, and a hint. Without a NAME: list them.
 
-    `tinygpt gradcheck` then says whether your gradients are right. Without a NAME: list the exercises.
+    --check says whether the blank is filled in right, with the forward, the inputs and the seeds of tinygpt.
+    The file runs in a process of its own. Exit status 0: everything is right. In a folder, each .py file is a
+    submission and gets one row.
     """
     if name is None:
-        for known, about in exercises.EXERCISES.items():
+        for known, (about, _) in exercises.EXERCISES.items():
             say(f"{known:16} {about}")
         say(f"\nNext: {command('exercise', 'linear')}")
         sys.exit()
     if name not in exercises.EXERCISES:
         raise UserError(f"there is no exercise {name}: known are {', '.join(exercises.EXERCISES)}")
+    if submissions:
+        sys.exit(_grade(name, submissions, time_limit, as_json))
     out = out or Path(f"my_{name}.py")
     if out.suffix != ".py":
-        raise UserError(f"{out}: does not end in .py, by which gradcheck finds it; name another file")
+        raise UserError(f"{out}: does not end in .py; name another file")
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
-    following = command("gradcheck", f"{out.as_posix()}:{name}")
+    following = command("exercise", name, "--check", out.as_posix())
     text = exercises.text(name, following)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
-    say(f"Saved {out}. Fill in {name}_backward. Next: {following}")
+    say(f"Saved {out}. Fill in {exercises.blank(name)}. Next: {following}")
+
+
+def _grade(name: str, path: Path, limit: float, as_json: bool) -> bool:
+    """Grades a file or a folder of files; whether one of them is not right."""
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: there is no .py file in it")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    rows = []
+    for file in files:
+        results = course.grade(name, file, limit)
+        worst = max(results, key=Result.badness)
+        ok = all(result.ok for result in results)
+        if path.is_dir():
+            rows.append({"file": str(file.relative_to(path)), "ok": ok, "gradients": [*map(_row, results)]})
+            text = f"{'ok' if ok else 'WRONG':6} {file.relative_to(path)}" + f"  {worst}" * (not ok)
+        else:
+            rows += map(_row, results)
+            text = "\n".join(map(_text, results))
+        if not as_json:
+            say(text)
+    if as_json:
+        say(json.dumps(rows, indent=1))
+    return not all(row["ok"] for row in rows)
+
+
+def _text(result: Result, where: str = "") -> str:
+    word = result.verdict if result.ok else result.verdict.upper()
+    return "\n".join([f"{word:6} {where}{result}", *result.lines()])
+
+
+def _row(result: Result) -> dict:
+    """A result for JSON, which has no infinity."""
+    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)} | {"ok": result.ok}
+    return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in row.items()}
 
 
 def _shapes(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict:
@@ -83,24 +129,24 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
     uncertain to say). Exit status 1 if one is wrong or missing. In JSON, ok is null for what is neither right
     nor a failure.
     """
+    rows, failing = [], {"wrong", "not judged" * strict, "missing" * (not allow_missing)}
     if target is None:
         if shapes:
             raise click.UsageError("--shape is for your own code: say which, as in mymodule:layernorm")
         checks = targets.check_project(rtol or 1e-7, atol, seed)
     else:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            checks = _check_own(target, shapes, rtol or 1e-6, atol, seed)
-    rows, failing = [], {"wrong", "not judged" * strict, "missing" * (not allow_missing)}
+        try:
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                checks = _check_own(target, shapes, rtol or 1e-6, atol, seed)
+        except UserError as error:
+            if as_json:
+                say(json.dumps([_row(Result(target, "wrong", problem=str(error)))], indent=1))
+            raise
     for name, backend, result in checks:
-        word = result.verdict if result.ok else result.verdict.upper()
         if not as_json:
-            say(f"{word:6} {backend:6} {name:23} {result}" if target is None else f"{word:6} {result}")
-            for note in result.notes:
-                say(f"note   {note}")
-        rel_err = result.rel_err if math.isfinite(result.rel_err) else None  # JSON has no infinity
+            say(_text(result, f"{backend:6} {name:23} " * (target is None)))
         ok = None if result.verdict not in ("ok", *failing) else result.ok
-        rows.append({"name": name, "backend": backend, "rel_err": rel_err, "ok": ok})
-        rows[-1] |= {"verdict": result.verdict, "problem": result.problem, "notes": result.notes}
+        rows.append(_row(result) | {"name": name, "backend": backend, "ok": ok})
     if as_json:
         say(json.dumps(rows, indent=1))
     sys.exit(any(row["verdict"] in failing for row in rows))
@@ -109,11 +155,9 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
 def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -> list[tuple]:
     """Name, "user" and result of each gradient; what the user's code raises is reported in one line."""
     try:
-        pair = targets.find(target, shapes)
-        return [(result.name, "user", result) for result in compare(*pair, rtol, atol, seed=seed)]
-    except targets.MissingInputsError as error:
-        say(f"tinygpt: {error}: {error.remedy}", err=True)
-        sys.exit(2)
+        arguments = targets.find(target, shapes)
+        results = compare(*arguments, rtol=rtol, atol=atol, seed=seed)
+        return [(result.name, "user", result) for result in results]
     except UserError:
         raise
     except (Exception, SystemExit) as error:

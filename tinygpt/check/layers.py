@@ -1,0 +1,160 @@
+"""Layers that people write, as pairs of functions of their inputs and their parameters.
+
+    what               conventions
+    forward            layer.forward(x), or layer(x); it returns out, or stores layer.output
+    backward           layer.backward(dout); it returns dx, or stores layer.dinputs; or it takes (dout, cache)
+    parameters         the arrays, lists or dicts in params, parameters, or any attribute such as W, b, gamma
+    their gradients    grads, gradients (attributes or methods); dW, db, dgamma; grad_W; W_grad; x.data, x.grad
+    layers in layers   found in attributes, lists and dicts; of these, too, the parameters are checked
+
+An array is a parameter if it has a gradient beside it and a forward pass leaves it where it is. Gradients
+may add up from call to call: those in place are set to 0 before each. All arrays must be float64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+
+from ..errors import UserError
+from .contract import Array, Pair, as_tuple, is_float, leaves, like, parameters, vector
+
+__tracebackhide__ = True  # for pytest, as in gradcheck.py
+METHODS = ("params", "parameters")  # may be methods, without arguments
+GRADIENTS = [  # a parameter's name, that of its gradient
+    ("params", "grads"),
+    ("parameters", "gradients"),
+    ("data", "grad"),
+    ("value", "grad"),
+    ("{}", "d{}"),
+    ("{}", "grad_{}"),
+    ("{}", "{}_grad"),
+]
+
+
+def pair_of(forward: object, backward: Callable | None) -> Pair:
+    """A pair of functions as it is; a layer, or two methods of one, with its parameters."""
+    layer = forward if backward is None else getattr(forward, "__self__", None)
+    if backward is None:
+        forward = getattr(layer, "forward", layer)
+        backward = getattr(layer, "backward", None)
+        if isinstance(layer, type) or not (callable(forward) and callable(backward)):
+            what = layer.__name__ if hasattr(layer, "__name__") else f"a {type(layer).__name__}"
+            lacks = "is a class: make an object of it" if isinstance(layer, type) else "has no backward"
+            lacks = "has no forward" if callable(backward) and not callable(forward) else lacks
+            raise UserError(f"{what} {lacks}. A layer is one of these:\n\n{__doc__.split(chr(10) * 2)[1]}")
+    names = parameters(backward, required=layer is not None)
+    if (layer is None or isinstance(layer, ModuleType)) and len(names) != 1:
+        return Pair(forward, backward)
+    return Layer(layer, forward, backward, with_cache=len(names) > 1)
+
+
+class Layer(Pair):
+    """A layer with state: its parameters are inputs too, under the names of their gradients, "grads['w']".
+
+    Each backward follows a forward at the same point. `restore` gives the parameters their values back.
+    """
+
+    def __init__(self, layer: object, forward: Callable, backward: Callable, with_cache: bool) -> None:
+        super().__init__(forward, backward)
+        self.layer, self.with_cache = layer, with_cache
+        self.params: dict[str, tuple[Array, Array]] | None = None  # the array, and what was in it
+
+    def point(self, inputs) -> dict[str, Array]:
+        values = super().point(inputs)
+        if self.params is None:
+            self.params = self.find(values)
+        return values | {name: value.copy() for name, (_, value) in self.params.items()}
+
+    def find(self, values: dict) -> dict[str, tuple[Array, Array]]:
+        """The parameters: arrays with a gradient, that stay where they are in a forward and a backward."""
+        before, self.params = [p for _, _, p, _ in walk(self.layer)], {}
+        out, cache = self(values)
+        self.run_backward(like(out, np.ones(vector(out).size)), cache)
+        params, bare = {}, []
+        for path, name, p, _ in walk(self.layer):
+            if not any(p is other for other in before) or any(p is other for other, _ in params.values()):
+                continue
+            if name is None:
+                bare.append((path, p))
+            elif p.dtype != np.float64:
+                raise UserError(f"{path} is {p.dtype}: parameters must be float64 arrays, in a dict or a list")
+            else:
+                params[name] = p, p.copy()
+        gradients = [g for _, _, _, g in walk(self.layer)]
+        if bare := [path for path, p in bare if not any(p is g for g in gradients)]:
+            self.notes = [f"no gradient is beside {', '.join(bare)}: not checked"]
+        return params
+
+    def restore(self) -> None:
+        for p, value in self.params.values():
+            p[...] = value
+
+    def label(self, name: str) -> str:
+        return name if name in self.params else super().label(name)
+
+    def __call__(self, values: dict) -> tuple:
+        for name, (p, _) in self.params.items():
+            p[...] = values[name]  # in place: the layer may know the array by another name too
+        return super().__call__({n: x for n, x in values.items() if n not in self.params})
+
+    def judgeable(self, result) -> tuple:
+        if not self.with_cache:
+            result = (getattr(self.layer, "output", None) if result is None else result), None
+        return super().judgeable(result)
+
+    def answer(self, dout, cache, values: dict) -> dict[str, Array | None]:
+        _, cache = self(values)
+        for _, name, _, g in walk(self.layer):
+            if name in self.params and isinstance(g, np.ndarray):
+                g[...] = 0
+        dx, inputs = self.run_backward(dout, cache), {n: x for n, x in values.items() if n not in self.params}
+        grads = {name: g for _, name, _, g in walk(self.layer)}
+        params = {n: None if grads.get(n) is None else np.array(grads[n]) for n in self.params}
+        return (self.by_path(dx, inputs) if inputs else {}) | params
+
+    def run_backward(self, dout, cache):
+        """Calls backward with a copy of dout, of which the layer may keep hold; what it writes there shows."""
+        copy = like(dout, vector(dout)) if isinstance(dout, tuple) else np.copy(dout)[()]
+        dx = self.backward(copy, cache) if self.with_cache else self.backward(copy)
+        for mine, other in zip(as_tuple(dout), as_tuple(copy), strict=True):
+            if isinstance(mine, np.ndarray):
+                mine[...] = other
+        return getattr(self.layer, "dinputs", None) if dx is None else dx
+
+
+def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[tuple]:
+    """Path, name of the gradient, array and gradient, of every float array in a layer and in layers below; the
+    name is None where no gradient is beside it."""
+    seen = set() if seen is None else seen
+    if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, type | ModuleType):
+        return
+    seen.add(id(owner))
+    inside = f"{path}." if path else ""
+    for name in dict.fromkeys([m for m in METHODS if hasattr(owner, m)] + list(vars(owner))):
+        pairs = [g.format(name) for p, g in GRADIENTS if p in (name, "{}")]
+        beside = next((inside + g for g in pairs if hasattr(owner, g)), None)
+        here, value = _content(owner, name)
+        if here is None:
+            continue
+        there, grads = _content(owner, beside.removeprefix(inside)) if beside else ("", None)
+        grads = {p: g for p, g in leaves(grads, "g")} if beside else {}
+        for where, leaf in leaves(value, "g"):
+            at = where[1:]
+            if is_float(leaf):
+                g = grads.get(where, grads.get(re.sub(r"\['(\w+)'\]$", r"['d\1']", where)))
+                yield inside + here + at, f"{inside}{there}{at}" if beside else None, leaf, g
+            elif not isinstance(leaf, np.ndarray):
+                yield from walk(leaf, inside + here + at, seen)
+
+
+def _content(owner: object, name: str) -> tuple[str | None, object]:
+    """An attribute's name and value; of a method in the table, what it returns."""
+    value = getattr(owner, name)
+    if name in ("params", "grads", "parameters", "gradients") and callable(value):
+        value = value()
+        return f"{name}()", value if isinstance(value, dict | list | tuple) else list(value)
+    return (None, None) if callable(value) and not hasattr(value, "__dict__") else (name, value)
