@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
-from test_exercises import SOLUTIONS
 
-from tinygpt.check import exercises
-from tinygpt.check.gradcheck import STREAMS, gradcheck
+from tinygpt.check import course, exercises
+from tinygpt.check.contract import Pair, leaves, like, moved, vector
+from tinygpt.check.gradcheck import KEPT, STREAMS, gradcheck
 from tinygpt.check.targets import project_pairs
 from tinygpt.core import kernels, ops
 from tinygpt.errors import UserError
@@ -174,6 +174,9 @@ EQUAL = {  # changes, as patterns, that change no result, and the reason
     r"^dnll == 0 -> (-|1\.0001 \* )dnll == 0": "a weight of 0 stays 0",
     r"(return dout \* |dropout_forward\().* -> .*ZERO_ONE": "at this seed this element is 0, or nearly",
     r"linear_backward\(.*, db=False.* -> .*": "lora: nobody reads this gradient, or this x",
+    r"(\b[wmv]\.copy|return \(w, m, v\)|\.bias'\]\) for part).* -> .*\.T\b": "a vector is its own transpose",
+    r"concatenate.*, 1\).* -> .*, -2\)": "the same axis, counted from the end",
+    r"rewards\.size -> .*\.size": "the size is the same",
     r"^-nll -> ": "of the log-probabilities only the shape is read",
 }
 
@@ -189,15 +192,13 @@ def reason(change: str) -> str | None:
 def targets() -> dict[str, Callable]:
     """Every backward of `ops.py`, and the solution of every exercise, by name."""
     operations = {name: function for name, function in vars(ops).items() if name.endswith("_backward")}
-    return operations | {f"exercise {name}": function for name, function in SOLUTIONS.items()}
+    return operations | {f"exercise {name}": exercises.solution(name) for name in exercises.EXERCISES}
 
 
 def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
     """The pairs with which `tinygpt gradcheck` checks a target, with `function` in the target's place."""
     if name.startswith("exercise "):
-        exercise = name.removeprefix("exercise ")
-        inputs = getattr(exercises, f"{exercise}_inputs")
-        return [(getattr(exercises, f"{exercise}_forward"), function, inputs)]
+        return [course.pair(name.removeprefix("exercise "), function)]
     changed = SimpleNamespace(**vars(ops) | {name: function})
     rows = project_pairs(changed, np.random.default_rng(seed))
     pairs = [pair for row, pair in rows if row.split(",")[0] == name.removesuffix("_backward")]
@@ -214,7 +215,7 @@ def gradients(pair: tuple, seed: int) -> list[np.ndarray]:
     for point in (inputs(points), inputs(points)) if callable(inputs) else (inputs,):
         out, cache = forward(**point)
         answer = backward(tuple(map(draw, out)) if isinstance(out, tuple) else draw(out), cache)
-        grads += [np.array(g) for g in (answer if isinstance(answer, tuple) else (answer,))]
+        grads += [np.array(g) for _, g in leaves(answer, "grad")]
     return grads
 
 
@@ -230,28 +231,86 @@ def changes_a_result(right: list[tuple], wrong: list[tuple], seed: int) -> bool:
     return False
 
 
-def judge(name: str, mutant: Callable, seed: int) -> str:
-    """Says "caught" or "missed"; "raises", if the mutant does; "equal", if its results are right."""
+def judge(name: str, mutant: Callable, seed: int) -> tuple[str, list[str]]:
+    """Says "caught" or "missed"; "raises", if the mutant does; "equal", if its results are right. And the
+    diagnoses, of which those that do not hold begin with "wrong: "."""
     right, wrong = (own_pairs(name, function, seed) for function in (targets()[name], mutant))
     with np.errstate(all="ignore"):
         try:
             for pair in wrong:
                 gradients(pair, seed)
         except Exception:
-            return "raises"
+            return "raises", []
         if not changes_a_result(right, wrong, seed):
-            return "equal"
-    wrong_ones = (result.verdict == "wrong" for pair in wrong for result in gradcheck(*pair, 1e-7, seed=seed))
+            return "equal", []
+    verdicts, sentences = set(), []
     try:
-        return "caught" if any(wrong_ones) else "missed"
+        for pairs in zip(right, wrong, strict=True):
+            for result in gradcheck(*pairs[1], 1e-7, seed=seed):
+                verdicts.add(result.verdict)
+                if result.diagnosis:
+                    true = all(holds(result.diagnosis, result.name, *pairs, [seed, n]) for n in range(3))
+                    sentences.append("wrong: " * (not true) + f"{result.name}: {result.diagnosis}")
     except UserError:  # no gradient at all, such as a complex number
-        return "caught"
+        return "caught", []
+    return ("caught" if "wrong" in verdicts else "missed"), sentences
+
+
+def named_gradients(pair: tuple, seed: list[int], dout_seed: int = 0) -> tuple[dict, dict]:
+    """The gradients of a pair at two new points, by the names that the checker gives them."""
+    forward, backward, inputs = pair
+    rng, douts, grads = np.random.default_rng([*seed, 2]), np.random.default_rng([*seed, 3, dout_seed]), []
+    for _ in range(2):
+        own = Pair(forward, backward)
+        values = own.point(inputs(rng) if callable(inputs) else inputs)
+        values |= {} if callable(inputs) else moved(values, rng, still=[])
+        out, cache = own(values)
+        dout = like(out, douts.standard_normal(vector(out).size))
+        grads.append({own.label(n): np.float64(g) for n, g in own.answer(dout, cache, values).items()})
+    return tuple(grads)
+
+
+def holds(sentence: str, name: str, right: tuple, wrong: tuple, seed: list[int]) -> bool:
+    """Whether a diagnosis of the gradient `name` is true at two points and for a dout that the checker did
+    not see."""
+    rights, wrongs = named_gradients(right, seed), named_gradients(wrong, seed)
+    if sentence == "dout is ignored":
+        others = named_gradients(wrong, seed, dout_seed=1)
+        return all(np.array_equal(a[name], b[name]) for a, b in zip(wrongs, others, strict=True))
+    if sentence == KEPT:
+        return np.allclose(wrongs[0][name], wrongs[1][name])
+    return all(_is_true(sentence, wrong[name], right[name], right) for right, wrong in zip(rights, wrongs, strict=True))
+
+
+def _is_true(sentence: str, g: np.ndarray, R: np.ndarray, right: dict) -> bool:
+    close = lambda a, b, rtol=1e-8: np.allclose(a, b, rtol, 1e-9 * np.abs(b).max())  # noqa: E731
+    numbers = [int(n) for n in re.findall(r"\d+", sentence)]
+    if sentence == "it is 0 everywhere":
+        return not g.any()
+    if sentence == "its sign is wrong":
+        return close(g, -R)
+    if match := re.fullmatch(r"it is (\S+) times the right one", sentence):
+        return close(g, float(match[1]) * R, 1e-5)
+    if sentence == "it is transposed":
+        return close(g.swapaxes(-1, -2), R)
+    if re.fullmatch(r"its axes \d and \d are exchanged", sentence):
+        return close(g.swapaxes(*numbers), R)
+    if match := re.fullmatch(r"it is the gradient of (.+)", sentence):
+        return close(g, right[f"d{match[1]}"])
+    if sentence.startswith("a sum over axis"):
+        return close(g.sum(tuple(numbers)).reshape(R.shape), R)
+    if sentence == "the numbers are right, not the shape":
+        return close(g.reshape(R.shape), R)
+    place = re.fullmatch(r"it is wrong at \[(.+)\] only", sentence)[1]
+    index = tuple(slice(None) if i == ":" else int(i) for i in place.split(", "))
+    g[index] = R[index]
+    return close(g, R)
 
 
 def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
     """What the checker says against the right backwards: operations, models (at 10 seeds), exercises."""
     for seed in seeds:
-        pairs = [(name, own_pairs(f"exercise {name}", f, 0)[0]) for name, f in SOLUTIONS.items()]
+        pairs = [(name, course.pair(name, exercises.solution(name))) for name in exercises.EXERCISES]
         for backend in kernels.available():
             pairs += project_pairs(kernels.backend(backend), np.random.default_rng(seed))
         for name, pair in pairs:
@@ -271,11 +330,18 @@ def main(arguments: list[str]) -> int:
         alarms = list(false_alarms(range(int(arguments[1]))))
         print(*alarms, f"{len(alarms)} false alarms at {arguments[1]} seeds", sep="\n")
         return bool(alarms)
-    seeds, total = range(int(arguments[0])), Counter()
+    seeds, total, spoken = range(int(arguments[0])), Counter(), Counter()
     for name in arguments[1:] or targets():
         counts = Counter()
         for change, mutant in mutants(targets()[name]):
-            verdicts = {judge(name, mutant, seed) for seed in seeds}
+            judged = [judge(name, mutant, seed) for seed in seeds]
+            verdicts = {verdict for verdict, _ in judged}
+            for verdict, sentences in judged:
+                spoken["diagnosed" if sentences else "not diagnosed"] += verdict == "caught"
+                for sentence in sentences:
+                    if sentence.startswith("wrong: "):
+                        spoken["wrongly"] += 1
+                        print(f"{name}: {change}: {sentence}")
             verdict = next(v for v in ("missed", "caught", "raises", "equal") if v in verdicts)
             if "equal" in verdicts and not (reason(change) or judged_elsewhere(name)):
                 verdict = "unexplained"
@@ -285,7 +351,8 @@ def main(arguments: list[str]) -> int:
         print(f"{name:36}", *(f"{count} {verdict}" for verdict, count in sorted(counts.items())), flush=True)
         total += counts
     print(f"all, at {len(seeds)} seeds:", *(f"{count} {verdict}" for verdict, count in sorted(total.items())))
-    return bool(total["missed"] or total["unexplained"])
+    print("diagnoses, of the caught, at all seeds:", *(f"{count} {what}" for what, count in sorted(spoken.items())))
+    return bool(total["missed"] or total["unexplained"] or spoken["wrongly"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The exercises: their forwards are the project's, its backwards solve them, and mistakes are named.
+"""The exercises: their forwards are the project's, its functions solve them, and mistakes are named.
 
 A solution, or a mistake, is put in place of the blank below it in the file, where Python takes the last one.
 """
@@ -15,13 +15,13 @@ from click.testing import CliRunner
 
 import tinygpt
 from tinygpt.check import exercises
-from tinygpt.check.contract import is_float
+from tinygpt.check.contract import is_float, leaves
 from tinygpt.check.exercises import EXERCISES
 from tinygpt.core import ops
 from tinygpt.core.config import GPTConfig
-from tinygpt.core.model import GPT
+from tinygpt.core.model import GPT, Pass
 from tinygpt.shell.cli import main
-from tinygpt.stages import rlhf, variants
+from tinygpt.stages import dpo, rlhf, variants
 from tinygpt.stages.adapter import AdapterConfig
 
 
@@ -38,12 +38,16 @@ def inputs(name):
     return getattr(exercises, f"{name}_inputs")(np.random.default_rng(0))
 
 
-def check(run, name, backward):
-    """What `tinygpt gradcheck` says of an exercise that is filled in with `backward`."""
-    assert run("exercise", name).exit_code == 0
-    with Path(f"my_{name}.py").open("a", encoding="utf-8") as file:
-        file.write(f"\n\nfrom {backward.__module__} import {backward.__name__} as {name}_backward\n")
-    return run("gradcheck", f"my_{name}:{name}")
+def filled(name, function):
+    """The text of an exercise whose blank is `function`, which the file imports."""
+    blank = exercises.blank(name)
+    return exercises.text(name, "") + f"\n\nfrom {function.__module__} import {function.__name__} as {blank}\n"
+
+
+def check(run, name, function):
+    """What `tinygpt exercise NAME --check` says of an exercise that is filled in with `function`."""
+    Path(f"my_{name}.py").write_text(filled(name, function), encoding="utf-8")
+    return run("exercise", name, "--check", f"my_{name}.py")
 
 
 # --- what the project has of each --------------------------------------------------------------------------
@@ -60,64 +64,95 @@ def lora_op(x, w, A, B, alpha):
     return ops.linear_forward(x, variants.merge(model).params[f"{name}.weight"])
 
 
-def lora_backward(dout, cache):
-    x, w, A, B, low, s = cache
-    dlow, dB, _ = ops.linear_backward(s * dout, (low, B), db=False)
-    dx, dA, _ = ops.linear_backward(dlow, (x, A), db=False)
-    dx, _, _ = ops.linear_backward(dout, (x, w), dw=False, db=False, add=dx)
-    return dx, dA, dB
-
-
 def policy_gradient_op(logits, ids, advantages):
     nll, _ = ops.cross_entropy_forward(logits, ids)
     return rlhf.policy_gradient(-nll, np.ones(ids.shape), advantages[:, None])
 
 
-def policy_gradient_backward(dloss, cache):
-    logp, ids, advantages = cache
-    nll, c_nll = ops.cross_entropy_forward(logp, ids)
-    _, d = rlhf.policy_gradient(-nll, np.ones(ids.shape), advantages[:, None])
-    return ops.cross_entropy_backward(-dloss * d, c_nll)
+def block_op(x, p):
+    model = GPT(GPTConfig(3, block_size=5, n_layer=1, n_head=2, n_embd=x.shape[-1]), dtype=np.float64, ops=ops)
+    for name, (w, b) in p.items():
+        model.params[f"h.0.{name}.weight"][:], model.params[f"h.0.{name}.bias"][:] = w, b
+    return model.block(x, 0, Pass())
 
 
-OPS = {"lora": lora_op, "policy_gradient": policy_gradient_op}
-SOLUTIONS = {"lora": lora_backward, "policy_gradient": policy_gradient_backward}
-for name in EXERCISES.keys() - OPS:
-    OPS[name], SOLUTIONS[name] = getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward")
+def rloo_op(logp, rewards):
+    advantage = rlhf.leave_one_out(rewards)
+    return -np.mean(advantage * logp), None
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+OPS = {
+    "lora": lora_op, "policy_gradient": policy_gradient_op, "block": block_op, "rloo": rloo_op, "dpo": dpo.dpo,
+}  # fmt: skip
+for name in EXERCISES.keys() - OPS.keys() - exercises.STEPS.keys():
+    OPS[name] = getattr(ops, f"{name}_forward")
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_the_forward_is_the_projects(name):
     """Guards: an exercise that drifts from the textbook."""
     out, _ = getattr(exercises, f"{name}_forward")(**inputs(name))
     np.testing.assert_allclose(out, OPS[name](**inputs(name))[0], rtol=1e-12, atol=1e-14)
 
 
+def test_the_steps_of_adamw_make_its_forward():
+    """Guards: a definition of which the project's steps are not the steps."""
+    rng = np.random.default_rng(0)
+    w, gradients = rng.standard_normal(5), rng.standard_normal((7, 5))
+    stepped, m, v = w, np.zeros(5), np.zeros(5)
+    for t, g in enumerate(gradients, 1):
+        stepped, m, v = exercises.solution("adamw")(stepped, g, m, v, t)
+    np.testing.assert_allclose(exercises.adamw_forward(w, gradients), stepped, rtol=1e-12)
+
+
+def test_the_steps_of_the_kv_cache_make_its_forward():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    keys, values, outs = k[:, :0], v[:, :0], []
+    for t in range(5):
+        new = (a[:, t : t + 1] for a in (q, k, v))
+        out, keys, values = exercises.solution("kv_cache")(*new, keys, values)
+        outs.append(out)
+    np.testing.assert_allclose(exercises.kv_cache_forward(q, k, v), np.concatenate(outs, 1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_solution_is_accepted(run, name):
     """Guards: an exercise that cannot be solved, or that announces other gradients than are asked for."""
-    result = check(run, name, SOLUTIONS[name])
+    result = check(run, name, exercises.solution(name))
     assert result.exit_code == 0, result.output
-    grads = [f"d{n}" for n, x in inputs(name).items() if is_float(x)]
-    assert [line.split(":")[0] for line in result.output.splitlines()] == [f"ok     {d}" for d in grads]
-    blank = inspect.getsource(getattr(exercises, f"{name}_backward"))
-    first_line = blank.split(" -> ")[1].splitlines()[0]
-    assert re.findall(r"\b(d\w+) \(", first_line) == grads
-    assert re.findall(r"\bd\w+", re.search(r"write (.*) here", blank)[1]) == grads
+    names = [line.split(":")[0].split("[")[0] for line in result.output.splitlines() if line[0] != "n"]
+    source = inspect.getsource(getattr(exercises, exercises.blank(name)))
+    grads = [f"d{n}" for n, x in inputs(name).items() if any(is_float(a) for _, a in leaves(x))]
+    announced = list(exercises.STEPS.get(name, grads))
+    assert list(dict.fromkeys(names)) == [f"ok     {d}" for d in announced]
+    assert re.findall(r"\w+", re.search(r"# write (.*) here", source)[1].replace(" and ", " ")) == announced
+    if name not in exercises.STEPS:
+        first_line = source.split(" -> ")[1].splitlines()[0]
+        assert re.findall(r"\b(d\w+) \(", first_line)[: len(grads)] == grads
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_blank_is_refused(run, name):
-    """Guards: a file that needs more than NumPy, or whose blank fails before it says what is missing."""
+    """Guards: a file that needs more than it says, or a blank that passes or fails without a word."""
     run("exercise", name)
     source = Path(f"my_{name}.py").read_text(encoding="utf-8")
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in imports] == ["import numpy as np"]
-    assert f"    tinygpt gradcheck my_{name}.py:{name}\n" in ast.get_docstring(ast.parse(source), clean=False)
+    own = ["from tinygpt.core import ops"] * (name == "block")
+    assert [ast.unparse(node) for node in imports] == ["import numpy as np", *own]
+    command = f"    tinygpt exercise {name} --check my_{name}.py\n"
+    assert command in ast.get_docstring(ast.parse(source), clean=False)
     assert max(map(len, source.splitlines())) <= 110
-    result = run("gradcheck", f"my_{name}.py:{name}")
-    assert result.exit_code == 2 and not result.stdout and result.stderr.count("\n") == 1
-    assert re.search(rf"write d.* here \(.*my_{name}\.py, line \d+, in {name}_backward", result.stderr)
+    result = run("exercise", name, "--check", f"my_{name}.py")
+    assert result.exit_code == 1 and result.stdout.count("\n") == 1
+    names = ", ".join(exercises.STEPS.get(name, ())) or "`return d"
+    assert result.stdout.startswith(f"WRONG  {exercises.blank(name)}: ") and names in result.stdout
+
+
+@pytest.mark.parametrize("name", ["linear", "block"])
+def test_gradcheck_takes_the_file_too(run, name):
+    """Its own forward and inputs stand in the file."""
+    Path(f"my_{name}.py").write_text(filled(name, exercises.solution(name)), encoding="utf-8")
+    assert run("gradcheck", f"my_{name}.py:{name}").exit_code == 0
 
 
 def test_a_solution_stands_where_the_file_says():
@@ -153,21 +188,52 @@ def a_transpose_lacks(dout, cache):
 
 def a_frozen_map_passes_nothing(dout, cache):
     x, w, *more = cache
-    return lora_backward(dout, (x, 0 * w, *more))
+    return exercises.solution("lora")(dout, (x, 0 * w, *more))
 
 
 def no_scale(dout, cache):
-    dx, dA, dB = lora_backward(dout, cache)
+    dx, dA, dB = exercises.solution("lora")(dout, cache)
     return dx, dA, dB / cache[-1]
 
 
 def tokens_averaged(dloss, cache):
-    return policy_gradient_backward(dloss, cache) / cache[1].shape[1]
+    return exercises.solution("policy_gradient")(dloss, cache) / cache[1].shape[1]
 
 
 def no_advantages(dloss, cache):
     logp, ids, advantages = cache
-    return policy_gradient_backward(dloss, (logp, ids, np.ones_like(advantages)))
+    return exercises.solution("policy_gradient")(dloss, (logp, ids, np.ones_like(advantages)))
+
+
+def ids_once(dout, cache):
+    ids, shape = cache
+    dw = np.zeros(shape)
+    dw[ids] += dout
+    return dw
+
+
+def no_stream(dout, cache):
+    dx, dp = exercises.solution("block")(dout, cache)
+    return dx - dout, dp
+
+
+def decay_in_the_gradient(w, g, m, v, t):
+    _, m, v = exercises.solution("adamw")(w, g, m, v, t)
+    return exercises.solution("adamw")(w, g + 0.1 * w, m, v, t)[0], m, v
+
+
+def the_oldest_forgotten(q, k, v, keys, values):
+    out, *_ = exercises.solution("kv_cache")(q, k, v, keys[:, 1:], values[:, 1:])
+    return out, *exercises.solution("kv_cache")(q, k, v, keys, values)[1:]
+
+
+def mean_of_all(dloss, rewards):
+    return -dloss * (rewards - rewards.mean(-1, keepdims=True)) / rewards.size
+
+
+def no_beta(dloss, cache):
+    dchosen, drejected = exercises.solution("dpo")(dloss, cache)
+    return dchosen / cache[-1], drejected
 
 
 @pytest.mark.parametrize("name, mistake, wrong", [
@@ -179,6 +245,12 @@ def no_advantages(dloss, cache):
     ("lora", no_scale, "dB"),
     ("policy_gradient", tokens_averaged, "dlogits"),
     ("policy_gradient", no_advantages, "dlogits"),
+    ("embedding", ids_once, "dw"),
+    ("block", no_stream, "dx"),
+    ("adamw", decay_in_the_gradient, "w"),
+    ("kv_cache", the_oldest_forgotten, "out"),
+    ("rloo", mean_of_all, "dlogp"),
+    ("dpo", no_beta, "dchosen"),
 ])  # fmt: skip
 def test_a_mistake_is_named(run, name, mistake, wrong):
     """Guards: inputs at which a mistake does not show, such as a scale of 1 or advantages that are equal."""
@@ -196,8 +268,9 @@ def test_the_exercises_are_listed(run):
     result = run("exercise")
     assert result.exit_code == 0 and not list(Path().iterdir())
     listed = result.stdout.split("\n\n")[0].splitlines()
-    assert [line.split(maxsplit=1) for line in listed] == [list(row) for row in EXERCISES.items()]
+    assert [line.split(maxsplit=1) for line in listed] == [[name, row[0]] for name, row in EXERCISES.items()]
     least = {"linear", "cross_entropy", "gelu", "layernorm", "attention", "lora", "policy_gradient"}
+    least |= {"embedding", "block", "adamw", "kv_cache", "rloo", "dpo"}
     assert least <= EXERCISES.keys()
 
 
@@ -205,14 +278,14 @@ def test_what_is_printed_checks_the_file(run):
     """Guards: a command that is not the file's, in another folder too."""
     Path("some where").mkdir()
     result = run("exercise", "gelu", "--out", "some where/my_gelu.py")
-    assert result.stdout.endswith("Next: tinygpt gradcheck 'some where/my_gelu.py:gelu'\n")
-    assert "write dx here" in run("gradcheck", "some where/my_gelu.py:gelu").stderr
+    assert result.stdout.endswith("Next: tinygpt exercise gelu --check 'some where/my_gelu.py'\n")
+    assert "`return dx`" in run("exercise", "gelu", "--check", "some where/my_gelu.py").stdout
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("gleu",), "there is no exercise gleu: known are linear, gelu, layernorm, "),
+        (("gleu",), "there is no exercise gleu: known are linear, embedding, gelu, layernorm, "),
         (("gelu",), "my_gelu.py: exists, with work of yours perhaps; --out names another file"),
         (("gelu", "--out", "mine"), "mine: does not end in .py"),
         (("gelu", "--out", "nowhere/mine.py"), "nowhere/mine.py: No such file"),

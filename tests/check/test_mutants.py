@@ -17,8 +17,9 @@ def test_every_mutant_is_caught(name):
     rng = np.random.default_rng([7, len(made)])
     for n in rng.permutation(len(made))[:SAMPLE]:
         change, mutant = made[n]
-        verdict = judge(name, mutant, seed=int(n) % 20)
+        verdict, sentences = judge(name, mutant, seed=int(n) % 20)
         assert verdict != "missed", change
+        assert not [sentence for sentence in sentences if sentence.startswith("wrong: ")], change
         assert verdict != "equal" or reason(change) or judged_elsewhere(name), change
 
 

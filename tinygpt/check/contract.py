@@ -17,6 +17,7 @@ from ..errors import UserError
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 Array = np.ndarray
 Inputs = dict | list | tuple | Array  # by name, in order, or a single one; each may be a nest of arrays
+FIRST_ONLY = "it is right at the first call only"
 MakeInputs = Callable[[np.random.Generator], Inputs]
 
 
@@ -135,6 +136,9 @@ class Pair:
             keys = f"the keys must be the inputs' names: {', '.join(names)}"
             raise UserError(f"backward returns {count} gradient for {name!r}; {keys}{self.numbers()}")
         parts = {p: g for n in names for p, g in ([(n, answer[n])] if n in values else leaves(answer[n], n))}
+        for n in values:
+            if n not in parts and not any(n.startswith(path) and g is None for path, g in parts.items()):
+                raise UserError(f"backward returns no gradient for {n}: that of a nest must be a nest like it")
         grads = {n: None if (g := parts.get(n)) is None or g is False else np.array(g) for n in values}
         for name, g in grads.items():
             if g is not None and g.dtype.kind not in "fiu":
@@ -191,7 +195,7 @@ def gradients(pair: Pair, douts: list, cache, values: dict) -> tuple[dict, list[
             problem = f"its shape is {grad.shape}, that of {its} is {values[name].shape}"
         elif not same(np.float64(grad), np.float64(row[0]), rel=1e-12):
             problem = "backward called twice gives two answers"
-            row, if_right = [grad], "it is right at the first call only"
+            row, if_right = [grad], FIRST_ONLY
         elif grad.dtype.itemsize >= 4 and not all(
             same(np.float64(other[name]), factor * np.float64(grad), rel=1e-6)
             for factor, other in zip(factors, scaled, strict=True)

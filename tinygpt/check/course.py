@@ -41,11 +41,11 @@ def grade(name: str, path: Path, limit: float) -> list[Result]:
         calls.append(json.dumps(arguments, default=submission.encode))
         return own(*arguments)
 
-    gradcheck(*_pair(name, recorded))  # the calls that a right answer gets
+    gradcheck(*pair(name, recorded))  # the calls that a right answer gets
     function = exercises.blank(name)
     try:
         answers = iter(_run(path.resolve(), function, f"[{', '.join(calls)}]", limit))
-        results = gradcheck(*_pair(name, lambda *arguments: _answer(next(answers, {}), arguments)))
+        results = gradcheck(*pair(name, lambda *arguments: _answer(next(answers, {}), arguments)))
     except Exception as error:  # of the submission, or an answer that cannot be judged
         text = " ".join(str(error).split())[:500] or type(error).__name__
         return [Result(function, "wrong", problem=text)]
@@ -54,7 +54,7 @@ def grade(name: str, path: Path, limit: float) -> list[Result]:
     return results
 
 
-def _pair(name: str, function: Callable) -> tuple:
+def pair(name: str, function: Callable) -> tuple:
     """What `gradcheck` takes. Of a step the outputs are the gradients of their sum, weighted by any numbers."""
     forward, inputs = (getattr(exercises, f"{name}_{part}") for part in ("forward", "inputs"))
     if (outputs := exercises.STEPS.get(name)) is None:

@@ -45,7 +45,7 @@ def _sentences(name: str, g: Array, D: Array, u: Array, slopes: Slopes) -> Itera
         yield "it is 0 everywhere"
     factor = float((g * D).sum() / (D * D).sum())
     if abs(factor) > 1e-3 and _near(g, factor * D, abs(factor) * u):
-        yield "its sign is wrong" if abs(factor + 1) < 1e-6 else f"it is {factor:.5g} times the right one"
+        yield "its sign is wrong" if abs(factor + 1) < 1e-6 else f"it is {factor:.6g} times the right one"
     for i, j in combinations(axes, 2):
         if D.shape[i] == D.shape[j] and _near(g.swapaxes(i, j), D, u):
             yield "it is transposed" if g.ndim == 3 else f"its axes {i - 1} and {j - 1} are exchanged"

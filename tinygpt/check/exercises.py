@@ -109,8 +109,8 @@ def embedding_forward(ids, w):
 def embedding_backward(dout, cache):
     """dout (B, T, C) -> dw (V, C).
 
-    Hint: ids get no gradient. A row of w reaches the loss through each place where its id stands: how often is
-    that? `dw[ids] += dout` looks right, and is not where an id stands twice. Look at np.add.at.
+    Hint: ids get no gradient. A row of w reaches the loss through each place where its id stands: how often
+    is that? `dw[ids] += dout` looks right, and is not where an id stands twice. Look at np.add.at.
     """
     ids, shape = cache
     # write dw here
@@ -453,8 +453,8 @@ def dpo_backward(dloss, cache):
 
 def dpo_inputs(rng):
     refs = rng.integers(-9, -2, (2, 5))  # frozen: whole numbers get no gradient
-    chosen, rejected = refs + rng.standard_normal((2, 5))
-    return {"chosen": chosen, "rejected": rejected, "ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
+    logps = refs + rng.standard_normal((2, 5))
+    return dict(zip(("chosen", "rejected", "ref_chosen", "ref_rejected"), [*logps, *refs], strict=True), beta=0.7)
 
 
 # --- the project's own solutions ----------------------------------------------------------------------------

@@ -150,8 +150,8 @@ def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, 
             if not wrong:
                 raise
     if wrong:
-        sure = {r.name: r.diagnosis for r in results if r.name in again and again[r.name].diagnosis == r.diagnosis}
-        results = [r.explained(sure.get(r.name, "")) for r in results]
+        others = {n: (contract.FIRST_ONLY, r.diagnosis) for n, r in again.items()}
+        results = [r.explained(r.diagnosis * (r.diagnosis in others.get(r.name, ()))) for r in results]
     else:
         kept = contract.unmoved(pair, first, second) if any(r.verdict == "wrong" for r in again.values()) else ()
         again = {n: r.explained(KEPT * (n in kept)) for n, r in again.items()}

@@ -32,7 +32,7 @@ def decode(value: dict) -> object:
 def reason(error: BaseException, path: str) -> str:
     """The exception in one line, with the last line of the file that it came from."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f"{type(error).__name__}: {error}" + f" (line {lines[-1]})" * bool(lines)
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def main(path: str, function: str) -> None:

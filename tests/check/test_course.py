@@ -1,0 +1,202 @@
+"""A course: submissions, right, wrong and hostile, graded in processes of their own."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tinygpt.check import course, exercises, submission
+from tinygpt.shell.cli import main
+
+RIGHT = "    return dout @ w.T, x.T @ dout, dout.sum(0)\n"
+BLANK = "    # write dx, dw and db here\n"
+
+
+def linear(body=RIGHT, before="", after=""):
+    """A submission of the exercise `linear`."""
+    text = exercises.text("linear", "")
+    assert BLANK in text
+    return before + text.replace(BLANK, body) + after
+
+
+FORWARD_CHANGED = """
+
+def linear_forward(x, w, b):
+    return 0 * x @ w + 0 * b, (x, w)
+"""
+NUMPY_CHANGED = """
+import numpy, time, json, sys
+numpy.abs = lambda x: 0 * x
+numpy.allclose = numpy.array_equal = lambda *a, **k: True
+time.time = time.monotonic = time.perf_counter = lambda: 0.0
+try:
+    import tinygpt.check.gradcheck as checker
+    checker.gradcheck = checker._check = lambda *a, **k: []
+except ImportError:
+    pass
+"""
+FORGED = """
+import json, os, sys
+ok = [{"name": "dx", "ok": True, "verdict": "ok", "rel_err": 0}]
+print(json.dumps(ok))
+sys.stderr.write(json.dumps(ok))
+for fd in range(1, 9):
+    try:
+        os.write(fd, json.dumps(ok).encode())
+    except OSError:
+        pass
+"""
+SUBMISSIONS = {  # a file, and what is said of it; "" is right
+    "right": (linear(), ""),
+    "right_in_its_own_words": ("import numpy as np\n\ndef linear_backward(d, c):\n"
+                               "    return d.dot(c[1].T), np.einsum('ni,no->io', c[0], d), np.ones(len(d)) @ d\n", ""),
+    "right_with_prints": (linear(before="print('hello')\n", body="    print(dout)\n" + RIGHT), ""),
+    "right_with_another_forward": (linear(after=FORWARD_CHANGED), ""),
+    "right_with_numpy_changed": (linear(before=NUMPY_CHANGED), ""),
+    "right_in_a_dict": (linear("    return {'b': dout.sum(0), 'x': dout @ w.T, 'w': x.T @ dout}\n"), ""),
+    "right_with_a_thread": (linear(before="import threading, time\nthreading.Thread(target=time.sleep, "
+                                          "args=(99,)).start()\n"), ""),
+    "right_with_huge_output": (linear(before="print('x' * 20_000_000)\n"), ""),
+    "right_that_deletes_its_folder_of_temporary_files": (
+        linear(before="import glob, os, tempfile\nfor f in glob.glob(tempfile.gettempdir() + '/tinygpt*'):\n"
+                      "    os.remove(f)\n"), ""),
+    "sign": (linear("    return dout @ w.T, -x.T @ dout, dout.sum(0)\n"), "dw: relative error"),
+    "factor": (linear("    return dout @ w.T, x.T @ dout, 1.0001 * dout.sum(0)\n"), "db: relative error"),
+    "mean": (linear("    return dout @ w.T, x.T @ dout, dout.mean(0)\n"), "db: relative error"),
+    "zeros": (linear("    return 0 * x, 0 * w, np.zeros(w.shape[1])\n"), "dx: relative error"),
+    "shape": (linear("    return dout @ w.T, x.T @ dout, dout\n"), "db: its shape is (5, 3), that of b is (3,)"),
+    "nan": (linear("    return dout @ w.T, x.T @ dout * np.nan, dout.sum(0)\n"), "dw: backward says nan"),
+    "writes": (linear("    dout *= 2\n    return dout @ w.T / 2, x.T @ dout / 2, dout.sum(0) / 2\n"),
+               "dout: backward writes to it"),
+    "adds_up": (linear(before="TOTAL = 0\n", body="    global TOTAL\n    TOTAL = TOTAL + dout.sum(0)\n"
+                                                  "    return dout @ w.T, x.T @ dout, TOTAL\n"),
+                "db: backward called twice gives two answers"),
+    "keeps": (linear(before="KEPT = []\n", body="    KEPT.append(x)\n"
+                                                "    return dout @ w.T, KEPT[0].T @ dout, dout.sum(0)\n"),
+              "dw: relative error"),
+    "missing": (linear("    return dout @ w.T, None, dout.sum(0)\n"), "dw: backward returns no gradient for it"),
+    "one_gradient": (linear("    return dout\n"), "backward returns 1 gradient"),
+    "blank": (linear(BLANK), "backward returns None"),
+    "empty": ("", "has no attribute 'linear_backward'"),
+    "syntax": (linear("    return dout @@ w\n"), "SyntaxError"),
+    "indentation": (linear("  return 1\n"), "IndentationError"),
+    "import": (linear(before="import no_such_thing\n"), "ModuleNotFoundError: No module named 'no_such_thing' (line 1)"),
+    "raises": (linear("    return dout @ w, x, w\n"), "ValueError"),
+    "no_array": (linear("    return object(), x, w\n"), "no array"),
+    "strings": (linear("    return np.full(x.shape, 'a'), x.T @ dout, dout.sum(0)\n"), "an array of <U1"),
+    "objects": (linear("    return np.full(x.shape, None), x.T @ dout, dout.sum(0)\n"), "an array of object"),
+    "exit_at_import": ("import os\nos._exit(0)\n", "no answer (exit status 0)"),
+    "exit_in_the_call": (linear("    import os\n    os._exit(0)\n"), "no answer (exit status 0)"),
+    "sys_exit": ("raise SystemExit(0)\n", "SystemExit: 0"),
+    "kills_itself": (linear(before="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"), "exit status -9"),
+    "loops": ("while True:\n    pass\n", "it does not end within 3 s"),
+    "loops_and_ignores": ("import signal\nfor n in (1, 2, 3, 13, 15):\n    signal.signal(n, signal.SIG_IGN)\n"
+                          "while True:\n    pass\n", "it does not end within 3 s"),
+    "reads_input": ("x = input()\n", "EOFError"),
+    "forged": (linear("    return 0 * x, 0 * w, np.zeros(3)\n", before=FORGED), ""),
+    "closes": (linear(before="import os\nos.closerange(0, 99)\n"), "no answer"),
+    "forks": (linear(before="import os\nos.fork()\n"), ""),
+    "daemon": ("import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(20)\nelse:\n    os._exit(0)\n",
+               "no answer (exit status 0)"),
+    "endless_output": ("while True:\n    print('x' * 100_000)\n", "it does not end within 3 s"),
+    "huge_answer": (linear("    return dout @ w.T, np.zeros((3000, 300)), dout.sum(0)\n"), "8 MiB"),
+    "deep_json": ("import os\nos.write(3, b'[' * 1_000_000)\nos._exit(0)\n", ""),
+}  # fmt: skip
+MAY_BE_EITHER = {"forks"}  # the answers of two processes in one file: whole or not
+HOSTILE = {"forged", "forks", "deep_json"}  # wrong or unreadable: how is not said
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "handed_in").mkdir()
+    for name, (text, _) in SUBMISSIONS.items():
+        (tmp_path / "handed_in" / f"{name}.py").write_text(text, encoding="utf-8")
+    return "handed_in"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="hostile files need POSIX")
+def test_a_folder_is_graded_in_one_call(folder):
+    """Guards: a hang, JSON that is broken by a print, and above all a wrong submission that passes."""
+    assert len(SUBMISSIONS) >= 40
+    began = time.monotonic()
+    result = CliRunner().invoke(main, ["exercise", "linear", "--check", folder, "--json", "--time-limit", "3"])
+    assert time.monotonic() - began < 120
+    assert result.exit_code == 1, result.output
+    rows = json.loads(result.stdout)
+    assert [row["file"] for row in rows] == sorted(f"{name}.py" for name in SUBMISSIONS)
+    for row in rows:
+        name = row["file"].removesuffix(".py")
+        says, problems = SUBMISSIONS[name][1], [g for g in row["gradients"] if not g["ok"]]
+        if name in MAY_BE_EITHER:
+            continue
+        assert row["ok"] == name.startswith("right"), (name, problems)
+        assert row["ok"] == (not problems)
+        texts = [f"{g['name']}: {g['problem'] or 'relative error'}" for g in problems]
+        assert name in HOSTILE or row["ok"] or any(says in text for text in texts), (name, texts)
+
+
+def test_one_file_has_a_row_for_each_gradient(folder):
+    for name, status in ("right", 0), ("factor", 1), ("syntax", 1):
+        result = CliRunner().invoke(main, ["exercise", "linear", "--check", f"{folder}/{name}.py", "--json"])
+        rows = json.loads(result.stdout)
+        assert result.exit_code == status and all(row["ok"] for row in rows) == (status == 0)
+        keys = {"name", "ok", "rel_err", "index", "backward", "differences", "problem", "diagnosis"}
+        assert all(keys <= row.keys() for row in rows)
+        if name == "factor":
+            assert [row["name"] for row in rows] == ["dx", "dw", "db"]
+            assert rows[2]["diagnosis"] == "it is 1.0001 times the right one" and len(rows[2]["index"]) == 1
+            assert rows[2]["backward"] == pytest.approx(1.0001 * rows[2]["differences"], rel=1e-6)
+    result = CliRunner().invoke(main, ["exercise", "linear", "--check", f"{folder}/factor.py"])
+    assert "WRONG  db: relative error 1.0e-04 at [" in result.stdout
+    assert result.stdout.endswith("likely it is 1.0001 times the right one\n")
+
+
+def test_a_folder_of_right_ones_is_right(tmp_path):
+    (tmp_path / "one").mkdir()
+    for name in "a.py", "one/b.py":
+        (tmp_path / name).write_text(linear(), encoding="utf-8")
+    result = CliRunner().invoke(main, ["exercise", "linear", "--check", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (0, "ok     a.py\nok     one/b.py\n")
+
+
+@pytest.mark.parametrize("path, says", [("nowhere.py", "there is no such file"), (".", "no .py file in it")])
+def test_nothing_to_grade_is_one_line(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["exercise", "linear", "--check", path])
+    assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"[[", b"nan", b"[" * 100_000, b"\xff", b'[{"returned": 1}]',
+                                  b'[{"array": [1], "dtype": "O", "shape": [1]}]', b"9" * 100_000], ids=repr)  # fmt: skip
+def test_answers_that_are_no_answers(tmp_path, text):
+    """Guards: an exception of the grader's own."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import os\nos.write(3, {text!r})\nos._exit(0)\n", encoding="utf-8")
+    (result,) = course.grade("linear", file, 20)
+    assert not result.ok and result.problem
+
+
+def test_arrays_come_back_as_they_were():
+    """Guards: a number that JSON rounds, and an array without elements."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((2, 3)), np.zeros((0, 3)), np.array(1e-310), np.array([np.nan, np.inf]),
+              rng.integers(9, size=4), np.array([True]), np.float32(0.1) * np.ones(2, np.float32)]  # fmt: skip
+    text = json.dumps(values, default=submission.encode)
+    for before, after in zip(values, json.loads(text, object_hook=submission.decode, parse_int=float), strict=True):
+        assert before.dtype == after.dtype and before.shape == after.shape
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_child_does_not_import_what_lies_beside_it(tmp_path):
+    """Guards: a file called numpy.py beside a submission, or a module of the checker's under its own name."""
+    Path(tmp_path, "helper.py").write_text("HALF = 0.5", encoding="utf-8")
+    Path(tmp_path, "contract.py").write_text("TWO = 2", encoding="utf-8")
+    file = tmp_path / "mine.py"
+    file.write_text(linear(before="from helper import HALF\nfrom contract import TWO\nassert HALF * TWO == 1\n"),
+                    encoding="utf-8")  # fmt: skip
+    assert all(result.ok for result in course.grade("linear", file, 20))

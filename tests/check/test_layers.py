@@ -1,0 +1,474 @@
+"""Layers of every convention: accepted when they are right, caught with a factor of 1.01 in one gradient."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tinygpt
+from tinygpt.check import layers
+from tinygpt.check.gradcheck import gradcheck
+from tinygpt.errors import UserError
+
+X = np.random.default_rng(5).standard_normal((4, 3))
+
+
+def weights():
+    return np.random.default_rng(6).standard_normal((3, 2)), np.zeros(2)
+
+
+class Lists:
+    """The textbook "Deep Learning from Scratch", volume 2: params and grads are lists."""
+
+    def __init__(self, factor):
+        self.factor, self.params = factor, [*weights()]
+        self.grads = [np.zeros_like(p) for p in self.params]
+
+    def forward(self, x):
+        self.x = x
+        return x @ self.params[0] + self.params[1]
+
+    def backward(self, dout):
+        self.grads[0][...] = self.factor * self.x.T @ dout
+        self.grads[1][...] = dout.sum(0)
+        return dout @ self.params[0].T
+
+
+class Attributes:
+    """Volume 1 of it, and CS231n's: W, b, dW, db."""
+
+    def __init__(self, factor):
+        self.factor, (self.W, self.b), self.dW, self.db = factor, weights(), None, None
+
+    def forward(self, x):
+        self.x = x
+        return x @ self.W + self.b
+
+    def backward(self, dout):
+        self.dW, self.db = self.factor * self.x.T @ dout, dout.sum(0)
+        return dout @ self.W.T
+
+
+class Stored:
+    """The book "Neural Networks from Scratch": nothing is returned."""
+
+    def __init__(self, factor):
+        self.factor, (self.weights, self.biases) = factor, weights()
+
+    def forward(self, inputs):
+        self.inputs = inputs
+        self.output = inputs @ self.weights + self.biases
+
+    def backward(self, dvalues):
+        self.dweights, self.dbiases = self.factor * self.inputs.T @ dvalues, dvalues.sum(0)
+        self.dinputs = dvalues @ self.weights.T
+
+
+class Methods(Attributes):
+    def params(self):
+        return {"W": self.W, "b": self.b}
+
+    def grads(self):
+        return {"W": self.dW, "b": self.db}
+
+
+class LongNames(Lists):
+    """parameters and gradients, as methods that return lists."""
+
+    def parameters(self):
+        return self.params
+
+    def gradients(self):
+        return self.grads
+
+
+class Dictionaries:
+    """A nest, a parameter that is None, and gradients called dW; they add up from call to call."""
+
+    def __init__(self, factor):
+        W, b = weights()
+        self.factor, self.params = factor, {"fc": {"W": W, "b": b}, "none": None}
+        self.grads = {"fc": {"dW": np.zeros_like(W), "db": np.zeros_like(b)}}
+
+    def forward(self, x):
+        self.x = x
+        return x @ self.params["fc"]["W"] + self.params["fc"]["b"]
+
+    def backward(self, dout):
+        self.grads["fc"]["dW"] += self.factor * self.x.T @ dout
+        self.grads["fc"]["db"] += dout.sum(0)
+        return dout @ self.params["fc"]["W"].T
+
+
+class Prefixed:
+    """grad_w beside w; and a callable object without forward."""
+
+    def __init__(self, factor):
+        self.factor, (self.w, self.b) = factor, weights()
+
+    def __call__(self, x):
+        self.x = x
+        return x @ self.w + self.b
+
+    def backward(self, dout):
+        self.grad_w, self.b_grad = self.factor * self.x.T @ dout, dout.sum(0)
+        return dout @ self.w.T
+
+
+class Objects:
+    """Parameters are objects with data and grad, as PyTorch's."""
+
+    def __init__(self, factor):
+        self.factor = factor
+        self.weight, self.bias = (SimpleNamespace(data=p, grad=np.zeros_like(p)) for p in weights())
+
+    def forward(self, x):
+        self.x = x
+        return x @ self.weight.data + self.bias.data
+
+    def backward(self, dout):
+        self.weight.grad += self.factor * self.x.T @ dout
+        self.bias.grad += dout.sum(0)
+        return dout @ self.weight.data.T
+
+
+class WithCache:
+    """A layer that returns its cache, as functions of this project do."""
+
+    def __init__(self, factor):
+        self.factor, (self.W, self.b) = factor, weights()
+
+    def forward(self, x):
+        return x @ self.W + self.b, x
+
+    def backward(self, dout, x):
+        self.dW, self.db = self.factor * x.T @ dout, dout.sum(0)
+        return dout @ self.W.T
+
+
+class Relu:
+    """Without parameters."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def forward(self, x):
+        self.mask = x > 0
+        return x * self.mask
+
+    def backward(self, dout):
+        return self.factor * dout * self.mask
+
+
+class Network:
+    """Layers in a list and in a dict, one of them twice reachable; the weight matrix of one is another's."""
+
+    def __init__(self, factor):
+        last = Stored(factor)
+        last.weights, last.biases = last.weights.T.copy(), np.zeros(3)
+        self.layers, self.named = [Attributes(1), Relu(1)], {"last": last}
+        self.again = self.layers[0]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        self.named["last"].forward(x)
+        return self.named["last"].output
+
+    def backward(self, dout):
+        self.named["last"].backward(dout)
+        dout = self.named["last"].dinputs
+        for layer in reversed(self.layers):
+            dout = layer.backward(dout)
+        return dout
+
+
+NAMES = {
+    Lists: ["grads[0]", "grads[1]"],
+    Attributes: ["dW", "db"],
+    Stored: ["dweights", "dbiases"],
+    Methods: ["grads()['W']", "grads()['b']"],
+    LongNames: ["grads[0]", "grads[1]"],
+    Dictionaries: ["grads['fc']['W']", "grads['fc']['b']"],
+    Prefixed: ["grad_w", "b_grad"],
+    Objects: ["weight.grad", "bias.grad"],
+    WithCache: ["dW", "db"],
+    Relu: [],
+    Network: ["named['last'].dweights", "layers[0].dW", "layers[0].db", "named['last'].dbiases"],
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_each_convention(kind):
+    """Guards: an AttributeError at a line of tinygpt, and a parameter that nobody checked."""
+    layer = kind(1)
+    results = gradcheck(layer, X)
+    own = "dinputs" if kind is Stored else "dx"
+    assert results[0].name == own and {r.name for r in results[1:]} == set(NAMES[kind])
+    assert all(r.ok for r in results) and not results[0].notes, results
+    tinygpt.assert_gradients(layer, lambda rng: {own[1:]: rng.standard_normal((4, 3))})
+    wrong = {r.name: r for r in gradcheck(kind(1.01), X) if not r.ok}
+    assert list(wrong) == [NAMES[kind][0] if NAMES[kind] else "dx"]
+    assert next(iter(wrong.values())).diagnosis == "it is 1.01 times the right one"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NAMES if hasattr(kind, "forward")])
+def test_two_methods_are_a_layer(kind):
+    """Guards: the pair form, which the README promises, with bound methods."""
+    layer = kind(1)
+    tinygpt.assert_gradients(layer.forward, layer.backward, X)
+    layer = kind(1.01)
+    with pytest.raises(AssertionError, match=r"(?s)relative error.*\nlikely it is 1.01 times the right one"):
+        tinygpt.assert_gradients(layer.forward, layer.backward, X)
+
+
+def test_a_layer_is_as_it_was_afterwards():
+    """Guards: a model that a check has changed."""
+    for kind in Lists, Network:
+        layer = kind(1)
+        before = layer.forward(X)
+        gradcheck(layer, X)
+        np.testing.assert_array_equal(layer.forward(X), before)
+
+
+def test_a_layer_that_has_run_before_is_the_same():
+    """Guards: an input that the layer has kept, taken for a parameter."""
+    layer = Stored(1)
+    layer.forward(X)
+    layer.backward(np.ones((4, 2)))
+    assert [r.name for r in gradcheck(layer, X)] == ["dinputs", "dweights", "dbiases"]
+
+
+def test_what_has_no_gradient_is_said():
+    """Guards: a parameter whose gradient was forgotten, and no word about it."""
+    class Forgets(Attributes):
+        def __init__(self):
+            super().__init__(1)
+            self.scale = np.ones(2)
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    assert gradcheck(Forgets(), X)[0].notes == ("no gradient is beside scale: not checked",)
+
+    class Half(Methods):
+        def grads(self):
+            return {"b": self.db}
+
+    verdicts = {r.name: r.verdict for r in gradcheck(Half(1), X)}
+    assert verdicts == {"dx": "ok", "grads()['W']": "missing", "grads()['b']": "ok"}
+
+
+def test_a_layer_of_ids_has_no_gradient_of_its_input():
+    class Embedding:
+        def __init__(self):
+            self.W = np.random.default_rng(0).standard_normal((5, 3))
+
+        def forward(self, ids):
+            self.ids = ids
+            return self.W[ids]
+
+        def backward(self, dout):
+            self.dW = np.zeros_like(self.W)
+            np.add.at(self.dW, self.ids, dout)
+
+    assert [(r.name, r.verdict) for r in gradcheck(Embedding(), np.array([1, 3, 3]))] == [("dW", "ok")]
+
+
+def test_a_layer_that_writes_to_dout_is_caught():
+    """Guards: a relu that spoils the gradient of a residual beside it."""
+    class InPlace(Relu):
+        def backward(self, dout):
+            dout[~self.mask] = 0
+            return dout
+
+    assert [str(r) for r in gradcheck(InPlace(1), X)] == ["dout: backward writes to it"]
+
+
+def test_an_array_that_is_a_gradient_and_dout_is_no_mistake():
+    """Guards: dout set to 0 with the gradient that a bias has kept of it."""
+    class Bias:
+        def __init__(self):
+            self.b = np.ones(3)
+
+        def forward(self, x):
+            return x + self.b
+
+        def backward(self, dout):
+            self.db = dout
+            return dout
+
+    assert all(r.ok for r in gradcheck(Bias(), np.ones(3)))
+
+
+def test_parameters_of_float32_are_refused():
+    layer = Attributes(1)
+    layer.W = layer.W.astype(np.float32)
+    with pytest.raises(UserError, match="^W is float32: parameters must be float64 arrays"):
+        gradcheck(layer, X)
+
+
+@pytest.mark.parametrize("thing, says", [
+    (SimpleNamespace(), "a SimpleNamespace has no backward"), (Attributes, "Attributes is a class: make an object"),
+    (SimpleNamespace(backward=len), "a SimpleNamespace has no forward"), (np.sin, "sin has no backward"),
+])  # fmt: skip
+def test_the_conventions_are_printed(thing, says):
+    """Guards: an AttributeError for an object that is no layer."""
+    with pytest.raises(UserError, match=f"^{says}") as error:
+        gradcheck(thing, X)
+    table = layers.__doc__.split("\n\n")[1]
+    assert table in str(error.value) and all(a in table or g in table for a, g in layers.GRADIENTS[:2])
+
+
+# --- inputs ------------------------------------------------------------------------------------------------
+
+
+def nested_forward(x, scale):
+    return scale * x["a"] * x["more"][0].sum(), (x, scale)
+
+
+def nested_backward(dout, cache):
+    x, scale = cache
+    total = scale * (dout * x["a"]).sum()
+    return {"a": scale * dout * x["more"][0].sum(), "more": [np.full(2, total), None]}
+
+
+def nest():
+    rng = np.random.default_rng(0)
+    return {"a": rng.standard_normal(3), "more": [rng.standard_normal(2), np.arange(4)]}
+
+
+def test_inputs_may_be_nests():
+    """Guards: a dict of weights, of which a message named something else."""
+    inputs = {"x": nest(), "scale": 0.5}
+    results = gradcheck(nested_forward, nested_backward, inputs)
+    assert [(r.name, r.ok) for r in results] == [("dx['a']", True), ("dx['more'][0]", True)]
+
+    def factor(dout, cache):
+        dx = nested_backward(dout, cache)
+        return dx | {"a": 1.01 * dx["a"]}
+
+    wrong, right = gradcheck(nested_forward, factor, inputs)
+    assert (wrong.name, wrong.verdict, right.ok) == ("dx['a']", "wrong", True)
+    half, _ = gradcheck(nested_forward, lambda d, c: nested_backward(d, c) | {"a": None}, inputs)
+    assert half.verdict == "missing"
+    with pytest.raises(UserError, match=r"no gradient for x\['a'\]: that of a nest must be a nest like it"):
+        gradcheck(nested_forward, lambda d, c: np.ones(3), inputs)
+    two = [nest()["a"], [np.ones(3), np.ones(3)]]
+    forward = lambda x, ys: (x * ys[0] + ys[1], (x, ys))  # noqa: E731
+    tinygpt.assert_gradients(forward, lambda d, c: (d * c[1][0], [d * c[0], d.copy()]), two)
+    alone = lambda ys: (ys[0] * ys[1], ys)  # noqa: E731
+    tinygpt.assert_gradients(alone, lambda d, ys: [d * ys[1], d * ys[0]], {"ys": two[1]})
+
+
+@pytest.mark.parametrize("inputs", [{"x": 0.5}, (0.5,), {"x": [1.5, np.arange(2)]}])
+def test_a_number_is_named(inputs):
+    """Guards: "no input is a float array" beside a number that looks like one."""
+    with pytest.raises(UserError, match=r"x(\[0\])? is a Python number: pass np.array\((0|1).5\)"):
+        gradcheck(lambda x: (x, None), lambda dout, cache: dout, inputs)
+
+
+def test_a_gradient_for_a_number_is_named():
+    forward = lambda x, s: (x * s, (x, s))  # noqa: E731
+    backward = lambda d, c: (d * c[1], (d * c[0]).sum())  # noqa: E731
+    with pytest.raises(UserError, match=r"2 gradients; .*; s is a Python number: pass np.array\(2.0\)"):
+        gradcheck(forward, backward, {"x": X, "s": 2.0})
+    tinygpt.assert_gradients(forward, backward, {"x": X, "s": np.array(2.0)})
+    tinygpt.assert_gradients(forward, lambda d, c: d * c[1], {"x": X, "s": 2.0})
+
+
+# --- the diagnosis -----------------------------------------------------------------------------------------
+
+
+def product(x, w):
+    return x @ w, (x, w)
+
+
+def dproduct(dout, cache):
+    x, w = cache
+    return dout @ w.T, x.T @ dout
+
+
+def changed(change):
+    def backward(dout, cache):
+        dx, dw = dproduct(dout, cache)
+        return dx, change(dw, dx)
+
+    return backward
+
+
+def spoiled(*index):
+    def change(dw, dx):
+        dw[index] += 1
+        return dw
+
+    return changed(change)
+
+
+CALLS = []
+
+
+def first_call_only(dout, cache):
+    CALLS.append(1)
+    dx, dw = dproduct(dout, cache)
+    return dx, dw * len(CALLS)
+
+
+@pytest.mark.parametrize("backward, says", [
+    (changed(lambda dw, dx: -dw), "its sign is wrong"),
+    (changed(lambda dw, dx: dw / 3), "it is 0.333333 times the right one"),
+    (changed(lambda dw, dx: 0 * dw), "it is 0 everywhere"),
+    (changed(lambda dw, dx: dw.T), "it is transposed"),
+    (lambda dout, cache: dproduct(dout, cache)[::-1], "it is the gradient of x"),
+    (changed(lambda dw, dx: dw[None]), "the numbers are right, not the shape"),
+    (changed(lambda dw, dx: np.stack([0.3 * dw, 0.7 * dw])), "a sum over axis 0 is missing"),
+    (spoiled(1, 2), "it is wrong at [1, 2] only"),
+    (spoiled(1), "it is wrong at [1, :] only"),
+    (spoiled(slice(None), 0), "it is wrong at [:, 0] only"),
+    (lambda dout, cache: dproduct(np.ones_like(dout), cache), "dout is ignored"),
+    (first_call_only, "it is right at the first call only"),
+    (changed(lambda dw, dx: dw + 0.1), ""),
+    (changed(lambda dw, dx: np.where(dw > 0, dw, 0)), ""),
+])  # fmt: skip
+def test_the_mistake_is_named(backward, says):
+    """The inputs are square, so that every exchange has the right shape."""
+    CALLS.clear()
+    inputs = lambda rng: {"x": rng.standard_normal((4, 4)), "w": rng.standard_normal((4, 4))}  # noqa: E731
+    results = {r.name: r for r in gradcheck(product, backward, inputs)}
+    assert results["dw"].verdict == "wrong" and results["dw"].diagnosis == says
+
+
+def test_a_layer_that_keeps_its_first_input_is_diagnosed():
+    class Keeps(Attributes):
+        def backward(self, dout):
+            self.first = getattr(self, "first", self.x.copy())
+            dx = super().backward(dout)
+            self.dW = self.first.T @ dout
+            return dx
+
+    (wrong,) = [r for r in gradcheck(Keeps(1), lambda rng: rng.standard_normal((4, 3))) if not r.ok]
+    assert wrong.name == "dW" and wrong.diagnosis.startswith("it is right at the first inputs, and the same")
+
+
+def test_a_factor_at_one_point_is_no_diagnosis():
+    """Guards: a scalar that is 3 x^2 times what it should be, called a constant factor."""
+    for inputs in np.array(2.0), np.array([2.0]):
+        (result,) = gradcheck(lambda x: (np.sum(x**3), x), lambda dout, x: dout * x**4, inputs)
+        assert result.verdict == "wrong" and not result.diagnosis
+
+
+def test_only_one_point_is_no_diagnosis():
+    forward = lambda p: (np.log(p) if abs(p.sum() - 1) < 1e-4 else 1 / 0, p)  # noqa: E731
+    (result,) = gradcheck(forward, lambda dout, p: 2 * dout / p, np.array([0.2, 0.3, 0.5]))
+    assert result.verdict == "wrong" and not result.diagnosis
+
+
+def test_the_readme_has_the_conventions():
+    """Guards: a table that the program no longer follows."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for line in layers.__doc__.split("\n\n")[1].splitlines()[1:]:
+        what, convention = re.split(r"  +", line.strip(), maxsplit=1)
+        row = re.search(rf"^\| {what} \| (.*) \|$", readme, re.MULTILINE)
+        assert row and row[1].replace("`", "") == convention, line
