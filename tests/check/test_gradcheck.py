@@ -762,11 +762,12 @@ def mine(tmp_path, monkeypatch):
 
         class Listed(Linear):
             def __init__(self):
-                self.params, self.grads = [np.ones(3)], [np.zeros(3)]
+                self.params, self.grads = 7, 8
 
-        class Nested(Linear):
+        class Single(Linear):
             def __init__(self):
-                self.params, self.grads = {"fc": {"w": np.ones(3)}}, {}
+                super().__init__()
+                self.params["w"] = self.params["w"].astype(np.float32)
 
         class Sized(Linear):
             def __init__(self, size):
@@ -878,10 +879,10 @@ def test_the_lines_to_add_are_printed(mine):
     (["typo:f"], "typo cannot be imported: SyntaxError"),
     (["mine:scael"], "mine has no scael_forward; is it scale_forward?"),
     (["mine:lonely"], "mine has no lonely_backward"),
-    (["mine:Half"], "mine:Half has forward, but not grads"),
-    (["mine:Listed", "--shape", "x=3"], "params is a list: params must be a dict of float64 arrays"),
-    (["mine:Nested", "--shape", "x=3"], "params['fc'] is dict: params must be a dict of float64 arrays"),
-    (["mine:Sized", "--shape", "x=3"], "mine:Sized cannot be made without arguments"),
+    (["mine:Listed", "--shape", "x=3"], "mine:Listed raised TypeError: 'int' object is not subscriptable"),
+    (["mine:Single", "--shape", "x=3,4"], "params['w'] is float32: parameters must be float64 arrays"),
+    (["mine:Sized", "--shape", "x=3,4"], 'missing 1 required positional argument: \'size\'): write them, as in "mine:'),
+    (["mine:Sized(1, 2)", "--shape", "x=3,4"], "cannot be made with these arguments"),
     (["mine:crash", "--shape", "x=2,3"], "mine:crash raised ValueError: cannot reshape"),
     (["mine:scale", "--shape", "x=2,3"], "missing 1 required positional argument: 'g'"),
     (["mine:scale", "--shape", "y=2,3"], "unexpected keyword argument 'y'"),
@@ -896,6 +897,27 @@ def test_mistakes_give_one_line(mine, arguments, message):
     *usage, line = result.output.strip().splitlines()
     assert message in line
     assert not usage or usage[0].startswith("Usage:")
+
+
+def test_a_layer_that_needs_arguments(mine):
+    assert "WRONG  grads['b']" in mine("mine.py:Sized(2)", "--shape", "x=3,4").output
+
+
+def test_what_is_no_layer_gets_the_conventions(mine):
+    """Guards: an AttributeError, and a table that is printed in one line."""
+    result = mine("mine:Half", "--shape", "x=3,4")
+    assert result.exit_code == 2 and result.stderr.startswith("tinygpt: a Half has no backward. A layer is one of")
+    assert "\n    parameters   " in result.stderr
+
+
+def test_json_says_what_could_not_be_checked(mine):
+    """Guards: a SyntaxError that another program reads as no JSON at all."""
+    for target in "typo.py:f", "mine:Half", "mine:scale", "nowhere:f":
+        result = mine(target, "--json")
+        (row,) = json.loads(result.stdout)
+        assert result.exit_code == 2 and row["ok"] is False and row["problem"] and row["name"] == target
+    (row,) = json.loads(mine("mine:wrong", "--json").stdout)
+    assert row["index"] == [1, 2] and row["diagnosis"] == "it is wrong at [1, 2] only" and row["backward"] != row["differences"]
 
 
 def test_the_projects_own_table(monkeypatch):

@@ -21,6 +21,10 @@ FIRST_ONLY = "it is right at the first call only"
 MakeInputs = Callable[[np.random.Generator], Inputs]
 
 
+class AdviceError(UserError):
+    """A mistake whose remedy takes several lines."""
+
+
 def parameters(forward: Callable, required: bool = False) -> list[str]:
     """Names of a function's positional parameters; of those without a default if `required`."""
     every = inspect.signature(forward).parameters.values()

@@ -453,8 +453,9 @@ def dpo_backward(dloss, cache):
 
 def dpo_inputs(rng):
     refs = rng.integers(-9, -2, (2, 5))  # frozen: whole numbers get no gradient
-    logps = refs + rng.standard_normal((2, 5))
-    return dict(zip(("chosen", "rejected", "ref_chosen", "ref_rejected"), [*logps, *refs], strict=True), beta=0.7)
+    chosen, rejected = refs + rng.standard_normal((2, 5))
+    given = {"ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
+    return {"chosen": chosen, "rejected": rejected, **given}
 
 
 # --- the project's own solutions ----------------------------------------------------------------------------

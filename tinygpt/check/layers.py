@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 
 from ..errors import UserError
-from .contract import Array, Pair, as_tuple, is_float, leaves, like, parameters, vector
+from .contract import AdviceError, Array, Pair, as_tuple, is_float, leaves, like, parameters, vector
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 METHODS = ("params", "parameters")  # may be methods, without arguments
@@ -45,7 +45,7 @@ def pair_of(forward: object, backward: Callable | None) -> Pair:
             what = layer.__name__ if hasattr(layer, "__name__") else f"a {type(layer).__name__}"
             lacks = "is a class: make an object of it" if isinstance(layer, type) else "has no backward"
             lacks = "has no forward" if callable(backward) and not callable(forward) else lacks
-            raise UserError(f"{what} {lacks}. A layer is one of these:\n\n{__doc__.split(chr(10) * 2)[1]}")
+            raise AdviceError(f"{what} {lacks}. A layer is one of these:\n\n{__doc__.split(chr(10) * 2)[1]}")
     names = parameters(backward, required=layer is not None)
     if (layer is None or isinstance(layer, ModuleType)) and len(names) != 1:
         return Pair(forward, backward)

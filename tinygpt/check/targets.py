@@ -23,7 +23,7 @@ from ..stages import variants
 from ..stages.adapter import AdapterConfig
 from ..stages.variants import build
 from . import layers
-from .contract import Inputs, MakeInputs, parameters
+from .contract import AdviceError, Inputs, MakeInputs, parameters
 from .gradcheck import Result, gradcheck
 
 Pair = tuple[Callable, Callable, Inputs | MakeInputs]  # forward, backward, inputs
@@ -64,7 +64,7 @@ def find(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple:
     elif (inputs := getattr(module, f"{name}_inputs", None)) is None:
         names = parameters(forward, required=True)
         example = ", ".join(f'"{n}": rng.standard_normal((4, 8))' for n in names)
-        raise UserError(f"""{where} has no {name}_inputs: add, with shapes that fit,
+        raise AdviceError(f"""{where} has no {name}_inputs: add, with shapes that fit,
 
     def {name}_inputs(rng):
         return {{{example}}}

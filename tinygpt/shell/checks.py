@@ -12,6 +12,7 @@ import click
 
 from ..check import bench as benchmarks
 from ..check import course, exercises, targets
+from ..check.contract import AdviceError
 from ..check.gradcheck import Result
 from ..check.gradcheck import gradcheck as compare
 from ..core.config import DTYPES
@@ -141,7 +142,10 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
         except UserError as error:
             if as_json:
                 say(json.dumps([_row(Result(target, "wrong", problem=str(error)))], indent=1))
-            raise
+            if not isinstance(error, AdviceError):
+                raise
+            say(f"tinygpt: {error}", err=True)
+            sys.exit(2)
     for name, backend, result in checks:
         if not as_json:
             say(_text(result, f"{backend:6} {name:23} " * (target is None)))
