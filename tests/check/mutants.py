@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
+from rows import all_pairs
 
 from tinygpt.check import course, exercises
 from tinygpt.check.contract import Pair, leaves, like, moved, vector
 from tinygpt.check.gradcheck import KEPT, STREAMS, gradcheck
-from tinygpt.check.targets import project_pairs
 from tinygpt.core import kernels, ops
 from tinygpt.errors import UserError
 
@@ -200,7 +200,7 @@ def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
     if name.startswith("exercise "):
         return [course.pair(name.removeprefix("exercise "), function)]
     changed = SimpleNamespace(**vars(ops) | {name: function})
-    rows = project_pairs(changed, np.random.default_rng(seed))
+    rows = all_pairs(changed, np.random.default_rng(seed))
     pairs = [pair for row, pair in rows if row.split(",")[0] == name.removesuffix("_backward")]
     assert pairs, f"{name} has no row"
     return pairs
@@ -279,7 +279,8 @@ def holds(sentence: str, name: str, right: tuple, wrong: tuple, seed: list[int])
         return all(np.array_equal(a[name], b[name]) for a, b in zip(wrongs, others, strict=True))
     if sentence == KEPT:
         return np.allclose(wrongs[0][name], wrongs[1][name])
-    return all(_is_true(sentence, wrong[name], right[name], right) for right, wrong in zip(rights, wrongs, strict=True))
+    points = zip(rights, wrongs, strict=True)
+    return all(_is_true(sentence, wrong[name], right[name], right) for right, wrong in points)
 
 
 def _is_true(sentence: str, g: np.ndarray, R: np.ndarray, right: dict) -> bool:
@@ -312,7 +313,7 @@ def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
     for seed in seeds:
         pairs = [(name, course.pair(name, exercises.solution(name))) for name in exercises.EXERCISES]
         for backend in kernels.available():
-            pairs += project_pairs(kernels.backend(backend), np.random.default_rng(seed))
+            pairs += all_pairs(kernels.backend(backend), np.random.default_rng(seed))
         for name, pair in pairs:
             if "model" not in name or (models and seed < 10):
                 for result in gradcheck(*pair, 1e-7, seed=seed, small=4 if "model" in name else 256):
@@ -351,7 +352,7 @@ def main(arguments: list[str]) -> int:
         print(f"{name:36}", *(f"{count} {verdict}" for verdict, count in sorted(counts.items())), flush=True)
         total += counts
     print(f"all, at {len(seeds)} seeds:", *(f"{count} {verdict}" for verdict, count in sorted(total.items())))
-    print("diagnoses, of the caught, at all seeds:", *(f"{count} {what}" for what, count in sorted(spoken.items())))
+    print("of the caught, at all seeds:", *(f"{count} {what}" for what, count in sorted(spoken.items())))
     return bool(total["missed"] or total["unexplained"] or spoken["wrongly"])
 
 

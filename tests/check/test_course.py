@@ -52,8 +52,9 @@ for fd in range(1, 9):
 """
 SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "right": (linear(), ""),
-    "right_in_its_own_words": ("import numpy as np\n\ndef linear_backward(d, c):\n"
-                               "    return d.dot(c[1].T), np.einsum('ni,no->io', c[0], d), np.ones(len(d)) @ d\n", ""),
+    "right_in_its_own_words": (
+        "import numpy as np\n\ndef linear_backward(d, c):\n"
+        "    return d.dot(c[1].T), np.einsum('ni,no->io', c[0], d), np.ones(len(d)) @ d\n", ""),
     "right_with_prints": (linear(before="print('hello')\n", body="    print(dout)\n" + RIGHT), ""),
     "right_with_another_forward": (linear(after=FORWARD_CHANGED), ""),
     "right_with_numpy_changed": (linear(before=NUMPY_CHANGED), ""),
@@ -68,7 +69,7 @@ SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "factor": (linear("    return dout @ w.T, x.T @ dout, 1.0001 * dout.sum(0)\n"), "db: relative error"),
     "mean": (linear("    return dout @ w.T, x.T @ dout, dout.mean(0)\n"), "db: relative error"),
     "zeros": (linear("    return 0 * x, 0 * w, np.zeros(w.shape[1])\n"), "dx: relative error"),
-    "shape": (linear("    return dout @ w.T, x.T @ dout, dout\n"), "db: its shape is (5, 3), that of b is (3,)"),
+    "shape": (linear("    return dout @ w.T, x.T @ dout, dout\n"), "db: its shape is (5, 3), that of b is"),
     "nan": (linear("    return dout @ w.T, x.T @ dout * np.nan, dout.sum(0)\n"), "dw: backward says nan"),
     "writes": (linear("    dout *= 2\n    return dout @ w.T / 2, x.T @ dout / 2, dout.sum(0) / 2\n"),
                "dout: backward writes to it"),
@@ -78,21 +79,22 @@ SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "keeps": (linear(before="KEPT = []\n", body="    KEPT.append(x)\n"
                                                 "    return dout @ w.T, KEPT[0].T @ dout, dout.sum(0)\n"),
               "dw: relative error"),
-    "missing": (linear("    return dout @ w.T, None, dout.sum(0)\n"), "dw: backward returns no gradient for it"),
+    "missing": (linear("    return dout @ w.T, None, dout.sum(0)\n"), "dw: backward returns no gradient"),
     "one_gradient": (linear("    return dout\n"), "backward returns 1 gradient"),
     "blank": (linear(BLANK), "backward returns None"),
     "empty": ("", "has no attribute 'linear_backward'"),
     "syntax": (linear("    return dout @@ w\n"), "SyntaxError"),
     "indentation": (linear("  return 1\n"), "IndentationError"),
-    "import": (linear(before="import no_such_thing\n"), "ModuleNotFoundError: No module named 'no_such_thing' (line 1)"),
+    "import": (linear(before="import nothing\n"),
+               "ModuleNotFoundError: No module named 'nothing' (line 1)"),
     "raises": (linear("    return dout @ w, x, w\n"), "ValueError"),
     "no_array": (linear("    return object(), x, w\n"), "no array"),
     "strings": (linear("    return np.full(x.shape, 'a'), x.T @ dout, dout.sum(0)\n"), "an array of <U1"),
-    "objects": (linear("    return np.full(x.shape, None), x.T @ dout, dout.sum(0)\n"), "an array of object"),
+    "objects": (linear("    return np.full(x.shape, None), x.T @ dout, dout.sum(0)\n"), "of object"),
     "exit_at_import": ("import os\nos._exit(0)\n", "no answer (exit status 0)"),
     "exit_in_the_call": (linear("    import os\n    os._exit(0)\n"), "no answer (exit status 0)"),
     "sys_exit": ("raise SystemExit(0)\n", "SystemExit: 0"),
-    "kills_itself": (linear(before="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"), "exit status -9"),
+    "kills_itself": (linear(before="import os\nos.kill(os.getpid(), 9)\n"), "exit status -9"),
     "loops": ("while True:\n    pass\n", "it does not end within 3 s"),
     "loops_and_ignores": ("import signal\nfor n in (1, 2, 3, 13, 15):\n    signal.signal(n, signal.SIG_IGN)\n"
                           "while True:\n    pass\n", "it does not end within 3 s"),
@@ -100,7 +102,7 @@ SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "forged": (linear("    return 0 * x, 0 * w, np.zeros(3)\n", before=FORGED), ""),
     "closes": (linear(before="import os\nos.closerange(0, 99)\n"), "no answer"),
     "forks": (linear(before="import os\nos.fork()\n"), ""),
-    "daemon": ("import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(20)\nelse:\n    os._exit(0)\n",
+    "daemon": ("import os, time\nif os.fork():\n    os._exit(0)\nos.setsid()\ntime.sleep(20)\n",
                "no answer (exit status 0)"),
     "endless_output": ("while True:\n    print('x' * 100_000)\n", "it does not end within 3 s"),
     "huge_answer": (linear("    return dout @ w.T, np.zeros((3000, 300)), dout.sum(0)\n"), "8 MiB"),
@@ -124,7 +126,8 @@ def test_a_folder_is_graded_in_one_call(folder):
     """Guards: a hang, JSON that is broken by a print, and above all a wrong submission that passes."""
     assert len(SUBMISSIONS) >= 40
     began = time.monotonic()
-    result = CliRunner().invoke(main, ["exercise", "linear", "--check", folder, "--json", "--time-limit", "3"])
+    arguments = ["exercise", "linear", "--check", folder, "--json", "--time-limit", "3"]
+    result = CliRunner().invoke(main, arguments)
     assert time.monotonic() - began < 120
     assert result.exit_code == 1, result.output
     rows = json.loads(result.stdout)
@@ -171,8 +174,10 @@ def test_nothing_to_grade_is_one_line(tmp_path, monkeypatch, path, says):
     assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"[[", b"nan", b"[" * 100_000, b"\xff", b'[{"returned": 1}]',
-                                  b'[{"array": [1], "dtype": "O", "shape": [1]}]', b"9" * 100_000], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("text", [
+    b"", b"{}", b"[1]", b"[[", b"nan", b"[" * 100_000, b"\xff", b'[{"returned": 1}]', b"9" * 100_000,
+    b'[{"array": [1], "dtype": "O", "shape": [1]}]',
+], ids=lambda text: text[:20].decode(errors="replace"))  # fmt: skip
 def test_answers_that_are_no_answers(tmp_path, text):
     """Guards: an exception of the grader's own."""
     file = tmp_path / "mine.py"
@@ -185,9 +190,10 @@ def test_arrays_come_back_as_they_were():
     """Guards: a number that JSON rounds, and an array without elements."""
     rng = np.random.default_rng(0)
     values = [rng.standard_normal((2, 3)), np.zeros((0, 3)), np.array(1e-310), np.array([np.nan, np.inf]),
-              rng.integers(9, size=4), np.array([True]), np.float32(0.1) * np.ones(2, np.float32)]  # fmt: skip
+              rng.integers(9, size=4), np.array([True]), np.full(2, 0.1, np.float32)]  # fmt: skip
     text = json.dumps(values, default=submission.encode)
-    for before, after in zip(values, json.loads(text, object_hook=submission.decode, parse_int=float), strict=True):
+    decoded = json.loads(text, object_hook=submission.decode, parse_int=float)
+    for before, after in zip(values, decoded, strict=True):
         assert before.dtype == after.dtype and before.shape == after.shape
         np.testing.assert_array_equal(before, after)
 
@@ -197,6 +203,6 @@ def test_the_child_does_not_import_what_lies_beside_it(tmp_path):
     Path(tmp_path, "helper.py").write_text("HALF = 0.5", encoding="utf-8")
     Path(tmp_path, "contract.py").write_text("TWO = 2", encoding="utf-8")
     file = tmp_path / "mine.py"
-    file.write_text(linear(before="from helper import HALF\nfrom contract import TWO\nassert HALF * TWO == 1\n"),
-                    encoding="utf-8")  # fmt: skip
+    imports = "from helper import HALF\nfrom contract import TWO\nassert HALF * TWO == 1\n"
+    file.write_text(linear(before=imports), encoding="utf-8")
     assert all(result.ok for result in course.grade("linear", file, 20))

@@ -41,7 +41,8 @@ def inputs(name):
 def filled(name, function):
     """The text of an exercise whose blank is `function`, which the file imports."""
     blank = exercises.blank(name)
-    return exercises.text(name, "") + f"\n\nfrom {function.__module__} import {function.__name__} as {blank}\n"
+    line = f"\n\nfrom {function.__module__} import {function.__name__} as {blank}\n"
+    return exercises.text(name, "") + line
 
 
 def check(run, name, function):
@@ -70,7 +71,8 @@ def policy_gradient_op(logits, ids, advantages):
 
 
 def block_op(x, p):
-    model = GPT(GPTConfig(3, block_size=5, n_layer=1, n_head=2, n_embd=x.shape[-1]), dtype=np.float64, ops=ops)
+    config = GPTConfig(3, block_size=5, n_layer=1, n_head=2, n_embd=x.shape[-1])
+    model = GPT(config, dtype=np.float64, ops=ops)
     for name, (w, b) in p.items():
         model.params[f"h.0.{name}.weight"][:], model.params[f"h.0.{name}.bias"][:] = w, b
     return model.block(x, 0, Pass())
@@ -81,9 +83,8 @@ def rloo_op(logp, rewards):
     return -np.mean(advantage * logp), None
 
 
-OPS = {
-    "lora": lora_op, "policy_gradient": policy_gradient_op, "block": block_op, "rloo": rloo_op, "dpo": dpo.dpo,
-}  # fmt: skip
+OPS = {"lora": lora_op, "policy_gradient": policy_gradient_op, "block": block_op, "rloo": rloo_op}
+OPS["dpo"] = dpo.dpo
 for name in EXERCISES.keys() - OPS.keys() - exercises.STEPS.keys():
     OPS[name] = getattr(ops, f"{name}_forward")
 

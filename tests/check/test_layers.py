@@ -311,7 +311,7 @@ def test_parameters_of_float32_are_refused():
 
 
 @pytest.mark.parametrize("thing, says", [
-    (SimpleNamespace(), "a SimpleNamespace has no backward"), (Attributes, "Attributes is a class: make an object"),
+    (SimpleNamespace(), "a SimpleNamespace has no backward"), (Attributes, "Attributes is a class: make an"),
     (SimpleNamespace(backward=len), "a SimpleNamespace has no forward"), (np.sin, "sin has no backward"),
 ])  # fmt: skip
 def test_the_conventions_are_printed(thing, says):
@@ -354,7 +354,7 @@ def test_inputs_may_be_nests():
     assert (wrong.name, wrong.verdict, right.ok) == ("dx['a']", "wrong", True)
     half, _ = gradcheck(nested_forward, lambda d, c: nested_backward(d, c) | {"a": None}, inputs)
     assert half.verdict == "missing"
-    with pytest.raises(UserError, match=r"no gradient for x\['a'\]: that of a nest must be a nest like it"):
+    with pytest.raises(UserError, match=r"no gradient for x\['a'\]: that of a nest must be a nest too"):
         gradcheck(nested_forward, lambda d, c: np.ones(3), inputs)
     two = [nest()["a"], [np.ones(3), np.ones(3)]]
     forward = lambda x, ys: (x * ys[0] + ys[1], (x, ys))  # noqa: E731
@@ -449,7 +449,7 @@ def test_a_layer_that_keeps_its_first_input_is_diagnosed():
             return dx
 
     (wrong,) = [r for r in gradcheck(Keeps(1), lambda rng: rng.standard_normal((4, 3))) if not r.ok]
-    assert wrong.name == "dW" and wrong.diagnosis.startswith("it is right at the first inputs, and the same")
+    assert wrong.name == "dW" and wrong.diagnosis.startswith("it is right at the first inputs and the same")
 
 
 def test_a_factor_at_one_point_is_no_diagnosis():

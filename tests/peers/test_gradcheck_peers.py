@@ -1,6 +1,6 @@
-"""What torch.autograd.gradcheck and jax.test_util.check_grads say of the mistakes that gradcheck is tested with.
+"""What torch.autograd.gradcheck and jax.test_util.check_grads say of planted mistakes.
 
-    python tests/peers/test_gradcheck_peers.py      prints the README's table; a library that is missing has "-"
+    python tests/peers/test_gradcheck_peers.py      prints the README's table; a missing library has "-"
 
 Each mistake is written once, for three libraries of arrays: `m` is numpy, torch or jax.numpy. All three
 checkers have their default settings, and float64.
@@ -60,9 +60,11 @@ MISTAKES = {  # forward, backward, x
     "3 for 1 beside a gradient of 1e7": (
         lambda m, x: x * m.asarray(SCALES), lambda m, d, x: d * m.asarray(SCALES * [1, 3, 1, 1]), NORMAL),
     "3e-6 for 1e-6 beside a gradient of 1": (
-        lambda m, x: x * m.asarray(SCALES / 1e7), lambda m, d, x: d * m.asarray(SCALES / 1e7 * [1, 3, 1, 1]), NORMAL),
+        lambda m, x: x * m.asarray(SCALES / 1e7),
+        lambda m, d, x: d * m.asarray(SCALES / 1e7 * [1, 3, 1, 1]), NORMAL),
     "1.0001 times, 1e6 added to the output": (lambda m, x: x + 1e6, lambda m, d, x: 1.0001 * d, NORMAL),
-    "1 % too much in 1 of 2,000 elements": (tanh, lambda m, d, x: dtanh(m, d, x) * m.asarray(ONE_WRONG), LARGE),
+    "1 % too much in 1 of 2,000 elements": (
+        tanh, lambda m, d, x: dtanh(m, d, x) * m.asarray(ONE_WRONG), LARGE),
     "backward keeps its first input": (tanh, first_input, NORMAL),
     "backward adds up from call to call": (tanh, adds_up, NORMAL),
     "backward writes to dout": (tanh, writes, NORMAL),
@@ -137,4 +139,5 @@ if __name__ == "__main__":
     words = {True: "accepted", False: "caught", None: "-"}
     for cases in MISTAKES, RIGHT:
         for name, case in cases.items():
-            print(f"| {name} |", " | ".join(words[accepts(checker, case)] for checker in (ours, torchs, jaxs)), "|")
+            row = [words[accepts(checker, case)] for checker in (ours, torchs, jaxs)]
+            print(f"| {name} |", " | ".join(row), "|")

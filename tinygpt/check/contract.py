@@ -121,8 +121,8 @@ class Pair:
     def by_path(self, answer, values: dict) -> dict[str, Array | None]:
         names = self.names()
         if answer is None:
-            grads = ", ".join(map(self.label, names))
-            raise UserError(f"backward returns None, there is nothing to check: end it with `return {grads}`")
+            end = f"end it with `return {', '.join(map(self.label, names))}`"
+            raise UserError(f"backward returns None, there is nothing to check: {end}")
         if not isinstance(answer, dict):
             one_nest = len(names) == 1 and names[0] not in values and len(answer) != 1
             answer = (answer,) if one_nest else as_tuple(answer)
@@ -139,10 +139,11 @@ class Pair:
             count = "a" if name in answer else "no"
             keys = f"the keys must be the inputs' names: {', '.join(names)}"
             raise UserError(f"backward returns {count} gradient for {name!r}; {keys}{self.numbers()}")
-        parts = {p: g for n in names for p, g in ([(n, answer[n])] if n in values else leaves(answer[n], n))}
+        nests = ([(n, answer[n])] if n in values else leaves(answer[n], n) for n in names)
+        parts = {path: g for nest in nests for path, g in nest}
         for n in values:
             if n not in parts and not any(n.startswith(path) and g is None for path, g in parts.items()):
-                raise UserError(f"backward returns no gradient for {n}: that of a nest must be a nest like it")
+                raise UserError(f"backward returns no gradient for {n}: that of a nest must be a nest too")
         grads = {n: None if (g := parts.get(n)) is None or g is False else np.array(g) for n in values}
         for name, g in grads.items():
             if g is not None and g.dtype.kind not in "fiu":

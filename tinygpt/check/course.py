@@ -55,7 +55,7 @@ def grade(name: str, path: Path, limit: float) -> list[Result]:
 
 
 def pair(name: str, function: Callable) -> tuple:
-    """What `gradcheck` takes. Of a step the outputs are the gradients of their sum, weighted by any numbers."""
+    """What `gradcheck` takes. Of a step the outputs are the gradients of a weighted sum, by its weights."""
     forward, inputs = (getattr(exercises, f"{name}_{part}") for part in ("forward", "inputs"))
     if (outputs := exercises.STEPS.get(name)) is None:
         return forward, function, inputs

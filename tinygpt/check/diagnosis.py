@@ -36,8 +36,8 @@ def _sentences(name: str, g: Array, D: Array, u: Array, slopes: Slopes) -> Itera
         for lost in (lost for n in range(g.ndim) for lost in combinations(axes, n)):
             total = g.sum(lost)
             if total.size == D.size and _near(total.reshape(D.shape), D, u):
-                where = " and ".join(str(axis - 1) for axis in lost)
-                yield f"a sum over axis {where} is missing" if lost else "the numbers are right, not the shape"
+                where = f"axis {' and '.join(str(axis - 1) for axis in lost)}"
+                yield f"a sum over {where} is missing" if lost else "the numbers are right, not the shape"
         if g.ndim > 2 and g.swapaxes(-1, -2).shape == D.shape and _near(g.swapaxes(-1, -2), D, u):
             yield "it is transposed"
         return

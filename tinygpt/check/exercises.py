@@ -1,9 +1,9 @@
 """Exercises: a forward pass as one would write it down, a blank, and a hint.
 
-`tinygpt exercise NAME` copies the functions of an exercise from here into a file of the reader's; `tinygpt
-exercise NAME --check FILE` says whether the blank was filled in right (`course.py`). A function belongs to the
-exercise that its name begins with. The blank is a backward. Where nothing is differentiated the blank is a
-step, and a forward defines what the steps must give.
+`tinygpt exercise NAME` copies the functions of an exercise from here into a file of the reader's. `tinygpt
+exercise NAME --check FILE` says whether the blank is filled in right (`course.py`). A function belongs to the
+exercise that its name begins with. The blank is a backward. Where nothing is differentiated, the blank is a
+step, and the forward defines what the steps must give.
 
 The forwards are those of `core` and `stages` without what these have for speed. The caches of operations are
 the same: the solution is the project's own backward.
@@ -21,25 +21,20 @@ from ..stages import rlhf
 from ..stages.dpo import dpo
 
 EXERCISES = {  # in the order of learning: what each teaches, and where the project's own solution stands
-    "linear": ("what all rows share adds up its gradients", "linear_backward in tinygpt/core/ops.py"),
-    "embedding": ("a row that is used twice learns twice", "embedding_backward in tinygpt/core/ops.py"),
-    "gelu": ("a function of each element: product rule and chain rule", "gelu_backward in tinygpt/core/ops.py"),
-    "layernorm": ("an element moves its whole row, through a mean and a variance",
-                  "layernorm_backward in tinygpt/core/ops.py"),
-    "cross_entropy": ("softmax and logarithm are simpler together than alone",
-                      "cross_entropy_backward in tinygpt/core/ops.py"),
-    "attention": ("two products in reverse, with a softmax between them",
-                  "attention_backward in tinygpt/core/ops.py"),
-    "block": ("a stream with two branches, whose gradients add up", "block_backward in tinygpt/core/model.py"),
-    "adamw": ("averages of all gradients so far, in the memory of two", "adamw in tinygpt/core/ops.py"),
-    "kv_cache": ("what came before is not computed again", "attention_forward in tinygpt/core/ops.py"),
-    "lora": ("a small branch beside a map that is frozen", "linear_backward in tinygpt/stages/lora.py"),
-    "policy_gradient": ("rewards become a gradient (REINFORCE)",
-                        "policy_gradient in tinygpt/stages/rlhf.py, a weighted cross_entropy_backward"),
-    "rloo": ("each answer is measured against the others to the same question",
-             "leave_one_out in tinygpt/stages/rlhf.py"),
-    "dpo": ("comparisons steer a model without a judge", "dpo in tinygpt/stages/dpo.py"),
-}  # fmt: skip
+    "linear": ("what all rows share adds up its gradients", "linear_backward, core/ops.py"),
+    "embedding": ("a row that is used twice learns twice", "embedding_backward, core/ops.py"),
+    "gelu": ("a function of each element: product rule and chain rule", "gelu_backward, core/ops.py"),
+    "layernorm": ("an element moves its row, through mean and variance", "layernorm_backward, core/ops.py"),
+    "cross_entropy": ("softmax and logarithm are simpler together", "cross_entropy_backward, core/ops.py"),
+    "attention": ("two products in reverse, a softmax between them", "attention_backward, core/ops.py"),
+    "block": ("a stream with two branches, whose gradients add up", "block_backward, core/model.py"),
+    "adamw": ("averages of all gradients so far, in the memory of two", "adamw, core/ops.py"),
+    "kv_cache": ("what came before is not computed again", "attention_forward, core/ops.py"),
+    "lora": ("a small branch beside a map that is frozen", "linear_backward, stages/lora.py"),
+    "policy_gradient": ("rewards become a gradient (REINFORCE)", "policy_gradient, stages/rlhf.py"),
+    "rloo": ("each answer is measured against the others", "leave_one_out, stages/rlhf.py"),
+    "dpo": ("comparisons steer a model without a judge", "dpo, stages/dpo.py"),
+}
 STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # what their blank returns
 
 
@@ -50,7 +45,7 @@ def blank(name: str) -> str:
 
 def text(name: str, command: str) -> str:
     """The file of an exercise, which `command` will check."""
-    about, solution = EXERCISES[name]
+    about, (function, file) = EXERCISES[name][0], EXERCISES[name][1].split(", ")
     task = """For some loss it gets the gradient of what the forward returns, and
 returns the gradients of what the forward takes; any way to the right numbers will do. Return None in place
 of a gradient that you leave for later: the others are checked."""
@@ -63,7 +58,7 @@ Fill in {blank(name)}. {task} Then
     {command}
 
 says ok, or what is wrong and at which element. When all is ok, compare with the project's own,
-{solution}.
+{function} in tinygpt/{file}.
 """
 
 import numpy as np
@@ -415,13 +410,12 @@ def rloo_forward(logp, rewards):
     return -(gaps * (logp[:, :, None] - logp[:, None, :])).sum() / (2 * n * (n - 1) * B), rewards
 
 
-def rloo_backward(dloss, cache):
+def rloo_backward(dloss, rewards):
     """dloss, a number -> dlogp (B, n).
 
     Hint: collect the terms with logp_i. They are -1 / (B n) times r_i minus the mean reward of the n - 1
     other answers: RLOO's advantage. No pair is needed to compute it. Kool et al. 2019; Ahmadian et al. 2024.
     """
-    rewards = cache
     # write dlogp here
 
 
@@ -467,13 +461,14 @@ def solution(name: str) -> Callable:
 
 
 def _block(dout, cache):
-    c1, c2, c3, c4, c5, c6, c7, c8 = cache
-    model = GPT(GPTConfig(2, block_size=1, n_layer=1, n_head=2, n_embd=dout.shape[-1]), dtype=np.float64, ops=ops)
+    config = GPTConfig(2, block_size=1, n_layer=1, n_head=2, n_embd=dout.shape[-1])
+    model = GPT(config, dtype=np.float64, ops=ops)
     grads = {name: np.zeros(w.shape) for name, w in model.params.items()}
-    parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
-    n1, n2, n4, n5, n6, n8 = ((f"h.0.{part}", c) for part, c in zip(parts, (c1, c2, c4, c5, c6, c8), strict=True))
-    dx = model.block_backward(dout, (n1, n2, c3, (n4, None), n5, n6, c7, (n8, None)), grads)
-    return dx, {part: (grads[f"h.0.{part}.weight"], grads[f"h.0.{part}.bias"]) for part in parts}
+    parts = ["ln_1", "attn.c_attn", None, "attn.c_proj", "ln_2", "mlp.c_fc", None, "mlp.c_proj"]
+    caches = [(f"h.0.{part}", c) if part else c for part, c in zip(parts, cache, strict=True)]
+    caches[3], caches[7] = (caches[3], None), (caches[7], None)  # no dropout
+    dx = model.block_backward(dout, (*caches[:3], None, None, *caches[3:]), grads)  # all places are wanted
+    return dx, {p: (grads[f"h.0.{p}.weight"], grads[f"h.0.{p}.bias"]) for p in filter(None, parts)}
 
 
 def _adamw(w, g, m, v, t):

@@ -52,8 +52,7 @@ __tracebackhide__ = True  # pytest then shows the message and the line of the te
 DOUTS = 4  # upstream gradients at each point; each costs one backward
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
-KEPT = "it is right at the first inputs, and the same at the second: it keeps something of the first call, or "
-KEPT += "lacks what is 0 or 1 in the first inputs"
+KEPT = "it is right at the first inputs and the same at others: something is kept, or a term is missing"
 SEVERITY = ("ok", "not judged", "missing", "wrong")  # the verdicts
 
 
@@ -134,7 +133,7 @@ def gradcheck(
 
 
 def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, *how) -> list[Result]:
-    """The worse verdict of two points on each gradient; where one is wrong at the first, that of the first."""
+    """The worse verdict of two points on each gradient; if one is wrong at the first, that of the first."""
     points, *rngs = (np.random.default_rng([seed, stream]) for stream in STREAMS)
     first = pair.point(inputs(points) if callable(inputs) else inputs)
     results, again, notes = _check(pair, first, *how, *rngs), {}, pair.notes

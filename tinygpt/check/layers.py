@@ -2,9 +2,9 @@
 
     what               conventions
     forward            layer.forward(x), or layer(x); it returns out, or stores layer.output
-    backward           layer.backward(dout); it returns dx, or stores layer.dinputs; or it takes (dout, cache)
+    backward           layer.backward(dout); it returns dx, or stores layer.dinputs; or takes (dout, cache)
     parameters         the arrays, lists or dicts in params, parameters, or any attribute such as W, b, gamma
-    their gradients    grads, gradients (attributes or methods); dW, db, dgamma; grad_W; W_grad; x.data, x.grad
+    their gradients    grads, gradients (or methods of this name); dW, db, dgamma; grad_W, W_grad; p.grad
     layers in layers   found in attributes, lists and dicts; of these, too, the parameters are checked
 
 An array is a parameter if it has a gradient beside it and a forward pass leaves it where it is. Gradients
@@ -23,7 +23,7 @@ from ..errors import UserError
 from .contract import AdviceError, Array, Pair, as_tuple, is_float, leaves, like, parameters, vector
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
-METHODS = ("params", "parameters")  # may be methods, without arguments
+METHODS = ("params", "parameters")  # these and their gradients may be methods without arguments
 GRADIENTS = [  # a parameter's name, that of its gradient
     ("params", "grads"),
     ("parameters", "gradients"),
@@ -81,7 +81,7 @@ class Layer(Pair):
             if name is None:
                 bare.append((path, p))
             elif p.dtype != np.float64:
-                raise UserError(f"{path} is {p.dtype}: parameters must be float64 arrays, in a dict or a list")
+                raise UserError(f"{path} is {p.dtype}: parameters must be float64 arrays")
             else:
                 params[name] = p, p.copy()
         gradients = [g for _, _, _, g in walk(self.layer)]
@@ -112,12 +112,12 @@ class Layer(Pair):
             if name in self.params and isinstance(g, np.ndarray):
                 g[...] = 0
         dx, inputs = self.run_backward(dout, cache), {n: x for n, x in values.items() if n not in self.params}
-        grads = {name: g for _, name, _, g in walk(self.layer)}
+        grads = {name: gradient for _, name, _, gradient in walk(self.layer)}
         params = {n: None if grads.get(n) is None else np.array(grads[n]) for n in self.params}
         return (self.by_path(dx, inputs) if inputs else {}) | params
 
     def run_backward(self, dout, cache):
-        """Calls backward with a copy of dout, of which the layer may keep hold; what it writes there shows."""
+        """Calls backward with a copy of dout, which the layer may keep; what it writes there shows."""
         copy = like(dout, vector(dout)) if isinstance(dout, tuple) else np.copy(dout)[()]
         dx = self.backward(copy, cache) if self.with_cache else self.backward(copy)
         for mine, other in zip(as_tuple(dout), as_tuple(copy), strict=True):
@@ -127,34 +127,31 @@ class Layer(Pair):
 
 
 def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[tuple]:
-    """Path, name of the gradient, array and gradient, of every float array in a layer and in layers below; the
-    name is None where no gradient is beside it."""
+    """Path, name of the gradient, array and gradient, of every float array in a layer and in its layers; the
+    name is None where no gradient is beside the array."""
     seen = set() if seen is None else seen
     if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, type | ModuleType):
         return
     seen.add(id(owner))
-    inside = f"{path}." if path else ""
+    before = f"{path}." if path else ""
     for name in dict.fromkeys([m for m in METHODS if hasattr(owner, m)] + list(vars(owner))):
-        pairs = [g.format(name) for p, g in GRADIENTS if p in (name, "{}")]
-        beside = next((inside + g for g in pairs if hasattr(owner, g)), None)
+        names = [gradient.format(name) for parameter, gradient in GRADIENTS if parameter in (name, "{}")]
+        beside = next((gradient for gradient in names if hasattr(owner, gradient)), None)
         here, value = _content(owner, name)
-        if here is None:
-            continue
-        there, grads = _content(owner, beside.removeprefix(inside)) if beside else ("", None)
-        grads = {p: g for p, g in leaves(grads, "g")} if beside else {}
-        for where, leaf in leaves(value, "g"):
-            at = where[1:]
+        there, grads = _content(owner, beside) if beside else ("", ())
+        grads = dict(leaves(grads, "."))
+        for at, leaf in leaves(value, "."):
             if is_float(leaf):
-                g = grads.get(where, grads.get(re.sub(r"\['(\w+)'\]$", r"['d\1']", where)))
-                yield inside + here + at, f"{inside}{there}{at}" if beside else None, leaf, g
+                g = grads.get(at, grads.get(re.sub(r"\['(\w+)'\]$", r"['d\1']", at)))
+                yield before + here + at[1:], before + there + at[1:] if beside else None, leaf, g
             elif not isinstance(leaf, np.ndarray):
-                yield from walk(leaf, inside + here + at, seen)
+                yield from walk(leaf, before + here + at[1:], seen)
 
 
-def _content(owner: object, name: str) -> tuple[str | None, object]:
+def _content(owner: object, name: str) -> tuple[str, object]:
     """An attribute's name and value; of a method in the table, what it returns."""
     value = getattr(owner, name)
-    if name in ("params", "grads", "parameters", "gradients") and callable(value):
+    if name in sum(GRADIENTS[:2], ()) and callable(value):
         value = value()
         return f"{name}()", value if isinstance(value, dict | list | tuple) else list(value)
-    return (None, None) if callable(value) and not hasattr(value, "__dict__") else (name, value)
+    return name, value

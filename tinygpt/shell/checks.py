@@ -25,9 +25,9 @@ from .terminal import say
 @click.command()
 @click.argument("name", required=False)
 @click.option("--out", type=FILE, show_default="my_NAME.py", help="Where to write it.")
-@click.option("--check", "submissions", type=FILE, help="Grade a file that is filled in, or a folder of files.")
+@click.option("--check", "submissions", type=FILE, help="Grade a filled-in file, or a folder of files.")
 @click.option("--time-limit", type=MORE_THAN_0, default=60.0, help="Seconds for each file.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each gradient or file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, for each gradient or file.")
 def exercise(name: str | None, out: Path | None, submissions: Path | None, time_limit: float,
              as_json: bool) -> None:  # fmt: skip
     """Write a file with a forward pass, a blank for you to fill in, and a hint. Without a NAME: list them.
@@ -92,7 +92,8 @@ def _text(result: Result, where: str = "") -> str:
 
 def _row(result: Result) -> dict:
     """A result for JSON, which has no infinity."""
-    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)} | {"ok": result.ok}
+    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    row["ok"] = result.ok
     return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in row.items()}
 
 
