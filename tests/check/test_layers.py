@@ -1,6 +1,8 @@
 """Layers of every convention: accepted when they are right, caught with a factor of 1.01 in one gradient."""
 
+import dataclasses
 import re
+from collections import deque, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,6 +243,19 @@ def test_a_layer_that_has_run_before_is_the_same():
     assert [r.name for r in gradcheck(layer, X)] == ["dinputs", "dweights", "dbiases"]
 
 
+def test_an_exception_of_a_layer_is_its_own():
+    """Guards: an error of the checker's tidying up in its place."""
+    with pytest.raises(ValueError, match="mismatch"):
+        gradcheck(Lists(1), np.ones((4, 7)))
+
+
+def test_a_shape_that_is_wrong_in_a_large_or_an_empty_tensor():
+    """Guards: a diagnosis that costs 10,000 forwards, or an exception of its own."""
+    for x in np.ones((100, 30)), np.ones((0, 3)):
+        (wrong, *_) = gradcheck(lambda x: (2 * x, None), lambda dout, c: dout.T, x)
+        assert "its shape is" in wrong.problem and not wrong.diagnosis
+
+
 def test_what_has_no_gradient_is_said():
     """Guards: a parameter whose gradient was forgotten, and no word about it."""
     class Forgets(Attributes):
@@ -361,6 +376,27 @@ def test_inputs_may_be_nests():
     tinygpt.assert_gradients(forward, lambda d, c: (d * c[1][0], [d * c[0], d.copy()]), two)
     alone = lambda ys: (ys[0] * ys[1], ys)  # noqa: E731
     tinygpt.assert_gradients(alone, lambda d, ys: [d * ys[1], d * ys[0]], {"ys": two[1]})
+
+
+def test_what_is_no_plain_nest_is_passed_on():
+    """Guards: a named tuple that arrives as a tuple, and a configuration that is taken apart."""
+    Point = namedtuple("Point", "x y")
+
+    @dataclasses.dataclass
+    class Config:
+        scale: np.ndarray
+
+    def forward(point, config, words):
+        assert type(words) is deque
+        return point.x * point.y * config.scale, (point, config)
+
+    def backward(dout, cache):
+        point, config = cache
+        return [[dout * point.y * config.scale, dout * point.x * config.scale]]
+
+    inputs = {"point": Point(X, X + 1), "config": Config(np.array(3.0)), "words": deque(["a"])}
+    results = gradcheck(forward, backward, inputs)
+    assert [(r.name, r.ok) for r in results] == [("dpoint[0]", True), ("dpoint[1]", True)]
 
 
 @pytest.mark.parametrize("inputs", [{"x": 0.5}, (0.5,), {"x": [1.5, np.arange(2)]}])

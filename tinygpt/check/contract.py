@@ -45,16 +45,16 @@ def is_float(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def leaves(value: object, name: str = "", above: tuple = ()) -> Iterator[tuple[str, object]]:
-    """Everything in a nest of tuples, lists, dicts and dataclasses, with its path, as in "cache[0]['y']".
-    `above`: what the value is inside of, as a nest may contain itself."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+def leaves(value, name: str = "", objects: bool = False, above: tuple = ()) -> Iterator[tuple[str, object]]:
+    """Everything in a nest of tuples, lists and dicts, with its path, as in "cache[0]['y']". `objects`: and
+    of dataclasses. `above`: what the value is inside of, as a nest may contain itself."""
+    if objects and dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if not isinstance(value, tuple | list | dict):
         yield name, value
     elif not any(value is other for other in above):
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(child, f"{name}[{key!r}]" if name else str(key), (*above, value))
+            yield from leaves(child, f"{name}[{key!r}]" if name else str(key), objects, (*above, value))
 
 
 def rebuilt(value: object, parts: dict, name: str) -> object:
@@ -63,7 +63,7 @@ def rebuilt(value: object, parts: dict, name: str) -> object:
         return {key: rebuilt(child, parts, f"{name}[{key!r}]") for key, child in value.items()}
     if isinstance(value, tuple | list):
         children = [rebuilt(child, parts, f"{name}[{i}]") for i, child in enumerate(value)]
-        return tuple(children) if isinstance(value, tuple) else children
+        return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
     return parts.get(name, value)
 
 
@@ -73,6 +73,7 @@ class Pair:
     def __init__(self, forward: Callable, backward: Callable) -> None:
         self.forward, self.backward = forward, backward
         self.inputs: dict = {}  # by name, as they were given
+        self.names: list[str] = []  # of those with a gradient
         self.by_name, self.notes = False, []
 
     def restore(self) -> None:
@@ -81,15 +82,12 @@ class Pair:
     def point(self, inputs: Inputs) -> dict[str, Array]:
         """The float arrays among the inputs, by path, as float64 copies."""
         self.inputs, self.by_name = named(self.forward, inputs), isinstance(inputs, dict)
+        self.names = [n for n, x in self.inputs.items() if any(is_float(a) for _, a in leaves(x))]
         return {name: np.array(x, np.float64) for name, x in leaves(self.inputs) if is_float(x)}
 
     def label(self, name: str) -> str:
         """What the gradient of an input is called."""
         return f"d{name}" if name.split("[")[0].isidentifier() else name
-
-    def names(self) -> list[str]:
-        """The inputs that have a gradient."""
-        return [name for name, x in self.inputs.items() if any(is_float(a) for _, a in leaves(x))]
 
     def numbers(self) -> str:
         """What to do with a number that is no array, such as a scale of 0.5."""
@@ -98,7 +96,7 @@ class Pair:
 
     def __call__(self, values: dict) -> tuple:
         """(out, cache) at a point. It refuses all outputs but float64."""
-        args = {name: rebuilt(value, values, name) for name, value in self.inputs.items()}
+        args = self.inputs | {name: rebuilt(self.inputs[name], values, name) for name in self.names}
         result = self.forward(**args) if self.by_name else self.forward(*args.values())
         return self.judgeable(result)
 
@@ -119,12 +117,12 @@ class Pair:
         return self.by_path(self.backward(dout, cache), values)
 
     def by_path(self, answer, values: dict) -> dict[str, Array | None]:
-        names = self.names()
+        names = self.names
         if answer is None:
             end = f"end it with `return {', '.join(map(self.label, names))}`"
             raise UserError(f"backward returns None, there is nothing to check: {end}")
         if not isinstance(answer, dict):
-            one_nest = len(names) == 1 and names[0] not in values and len(answer) != 1
+            one_nest = len(names) == 1 and names[0] not in values and len(as_tuple(answer)) != 1
             answer = (answer,) if one_nest else as_tuple(answer)
             if len(answer) != len(names):
                 raise UserError(
@@ -302,7 +300,8 @@ def unmoved(pair: Pair, *points: dict) -> set[str]:
 
 def snapshot(values: dict) -> list[tuple[str, Array, Array]]:
     """Name, array and a copy of every array in `values`, for `changed`."""
-    arrays = [(name, a) for name, a in leaves(values) if isinstance(a, np.ndarray) and a.dtype.kind != "O"]
+    arrays = [(name, a) for name, a in leaves(values, objects=True)
+              if isinstance(a, np.ndarray) and a.dtype.kind != "O"]  # fmt: skip
     return [(name, array, array.copy()) for name, array in arrays]
 
 

@@ -90,7 +90,7 @@ class Layer(Pair):
         return params
 
     def restore(self) -> None:
-        for p, value in self.params.values():
+        for p, value in (self.params or {}).values():
             p[...] = value
 
     def label(self, name: str) -> str:
