@@ -495,6 +495,14 @@ def test_a_factor_at_one_point_is_no_diagnosis():
         assert result.verdict == "wrong" and not result.diagnosis
 
 
+def test_uncertain_differences_are_no_evidence():
+    """Guards: "the gradient of b", as anything is where the differences of b say nothing."""
+    forward = lambda a, b: ((a * 1, b + 1e15), None)  # noqa: E731
+    rolled = lambda dout, cache: (np.roll(dout[0], 1), dout[1])  # noqa: E731
+    a, b = gradcheck(forward, rolled, [np.ones(3), np.ones(3)])
+    assert (a.verdict, a.diagnosis, b.verdict) == ("wrong", "", "not judged")
+
+
 def test_only_one_point_is_no_diagnosis():
     forward = lambda p: (np.log(p) if abs(p.sum() - 1) < 1e-4 else 1 / 0, p)  # noqa: E731
     (result,) = gradcheck(forward, lambda dout, p: 2 * dout / p, np.array([0.2, 0.3, 0.5]))

@@ -19,11 +19,10 @@ def diagnose(name: str, g: Array | list, slopes: Slopes, if_right: str) -> str:
     """A sentence about the gradients g (K, *shape) of the input `name`, of whatever shape; or ""."""
     if not len(g):
         return if_right
-    if name not in slopes:
+    slopes = {n: (D, u) for n, (D, u) in slopes.items() if u.max() < 1e-5 * np.abs(D).max()}  # clear evidence
+    if name not in slopes or not np.isfinite(g).all():
         return ""
     D, u = (numbers[: len(g)] for numbers in slopes[name])
-    if not (u.max(initial=0) < 1e-5 * np.abs(D).max(initial=0) and np.isfinite(g).all()):
-        return ""  # the differences are no evidence
     if g.shape == D.shape and _near(g, D, u):
         return if_right
     return next(_sentences(name, np.float64(g), D, u, slopes), "")
@@ -50,7 +49,7 @@ def _sentences(name: str, g: Array, D: Array, u: Array, slopes: Slopes) -> Itera
         if D.shape[i] == D.shape[j] and _near(g.swapaxes(i, j), D, u):
             yield "it is transposed" if g.ndim == 3 else f"its axes {i - 1} and {j - 1} are exchanged"
     for other, (theirs, v) in slopes.items():
-        if other != name and theirs.shape == D.shape and _near(g, theirs, v):
+        if other != name and theirs.shape == g.shape and _near(g, theirs, v):
             yield f"it is the gradient of {other}"
     where = np.argwhere((np.abs(g - D) > 1e-6 * np.maximum(np.abs(g), np.abs(D)) + u).any(0))
     if len(where) and D[0].size > 2:
