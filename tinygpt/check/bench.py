@@ -46,14 +46,9 @@ RLHF = {"small": (16, 4, 12, 16)}  # prompts, answers to each, tokens of a promp
 GENERATE = {"nano": (1, 64), "small": (1, 64), "gpt2": (1, 8)}  # batches
 CONTEXT, PROMPT, NEW = 256, 16, 100  # of generation: positions, tokens of a prompt, tokens after it
 GEMM = [
-    (768, 768, 768),
-    (1024, 3072, 768),
-    (768, 384, 128),
-    (768, 128, 512),
-    (2048, 1024, 256),
-    (2048, 2048, 2048),
-    (256, 50304, 768),
-]
+    (768, 768, 768), (1024, 3072, 768), (768, 384, 128), (768, 128, 512), (2048, 1024, 256),
+    (2048, 2048, 2048), (256, 50304, 768),
+]  # fmt: skip
 
 SCALING = {  # one of these at a time, the others as in BASE
     "T": (64, 128, 256, 512, 1024),
@@ -63,15 +58,10 @@ SCALING = {  # one of these at a time, the others as in BASE
 BASE = {"T": 128, "C": 256, "B": 8}
 
 JOBS = [
-    "peak",
-    "gemm",
-    *(f"train/{size}" for size in TRAIN),
-    "numpy/nano",
-    *(f"lora/{size}" for size in LORA),
-    *(f"rlhf/{size}" for size in RLHF),
-    "scaling",
+    "peak", "gemm", *(f"train/{size}" for size in TRAIN), "numpy/nano", *(f"lora/{size}" for size in LORA),
+    *(f"rlhf/{size}" for size in RLHF), "scaling",
     *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
-]
+]  # fmt: skip
 SLOW = {job for job in JOBS if "gpt2" in job or job == "scaling"}
 
 Row = dict[str, object]
@@ -92,12 +82,11 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
     if "c" not in kernels.available():
         raise UserError("bench measures the C core, which is not built here")
     for job in jobs or [job for job in JOBS if job not in SLOW]:
-        parts = [job]
+        parts = {job: None}  # with their number of threads
         if job == "scaling":
-            threads = sorted({1, kernels.processors()})
-            parts = [f"scaling/{axis}/{n}" for axis in SCALING for n in threads]
-        for part in parts:
-            limits = _apart("machine", min(1.0, seconds / 4), _threads(part))
+            parts = {f"scaling/{axis}/{n}": n for axis in SCALING for n in sorted({1, kernels.processors()})}
+        for part, threads in parts.items():
+            limits = _apart("machine", min(1.0, seconds / 4), threads)
             yield from _apart("_measure", part, dtype, seconds, *limits)
 
 
@@ -115,10 +104,6 @@ def _apart(function: str, *args):
         reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
         raise UserError(f"the process that measures has failed ({reason})")
     return json.loads(result.stdout)
-
-
-def _threads(job: str) -> int | None:
-    return int(job.split("/")[2]) if job.startswith("scaling/") else None
 
 
 def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> list[Row]:
@@ -240,12 +225,9 @@ def _scaling(axis: str, size: int, threads: int, peak: float, seconds: float) ->
 
 
 def _training(
-    config: GPTConfig,
-    B: int,
-    T: int,
-    backend: ModuleType | None = None,
+    config: GPTConfig, B: int, T: int, backend: ModuleType | None = None,
     adapter: AdapterConfig | None = None,
-) -> tuple[Callable[[], object], int, int]:
+) -> tuple[Callable[[], object], int, int]:  # fmt: skip
     """A training step, its tokens, its operations."""
     config = dataclasses.replace(config, block_size=T)
     rng = np.random.default_rng(0)
