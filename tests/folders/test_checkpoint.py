@@ -172,7 +172,7 @@ def test_a_run_comes_back(tmp_path, tokenizer):
     checkpoint.save_trainer(tmp_path, optimizer, tokenizer, settings)
     found, again = checkpoint.read_run(tmp_path, Settings)
     assert found == settings and type(again) is type(tokenizer) and again.eos == tokenizer.eos
-    assert again.tokens == tokenizer.tokens and again.to_spec() == tokenizer.to_spec()
+    assert again.tokens == tokenizer.tokens and again.spec == tokenizer.spec
     again = AdamW(build(config))
     checkpoint.load_trainer(tmp_path, again)
     assert again.steps == 41 and again.model.flat.tobytes() == optimizer.model.flat.tobytes()
@@ -333,9 +333,10 @@ def test_a_tokenizer_of_another_model(folder):
     ({"settings": {"model": {}, "rate": "fast"}}, ["rate"]),
     ({"settings": {"model": {}, "names": [1]}}, ["names"]),
     ({"settings": {"model": {}, "rate": 10**400}}, ["rate"]),
-    ({"eos": []}, ["is not a run"]), ({"eos": "x"}, ["trainer.safetensors", "eos_token"]),
+    ({"eos": []}, ["trainer.safetensors", "no token"]), ({"eos": "x"}, ["trainer.safetensors", "eos_token"]),
+    ({"tokenizer_config": []}, ["trainer.safetensors", "eos_token"]),
     ({"tokenizer": None}, ["trainer.safetensors", "pre_tokenizer.type"]),
-    ({"tokenizer": tokenizers.CharTokenizer.train("abcdefghijklm").to_spec()}, ["13 tokens", "12"]),
+    ({"tokenizer": tokenizers.CharTokenizer.train("abcdefghijklm").spec}, ["13 tokens", "12"]),
 ], ids=str)  # fmt: skip
 def test_a_run_that_is_none(tmp_path, state, words):
     """Guards: a forged or foreign trainer.safetensors that crashes, or makes us ask for memory."""
@@ -344,7 +345,7 @@ def test_a_run_that_is_none(tmp_path, state, words):
     parts = {name: ("F32", t.shape, bytes(4 * t.shape[0])) for name, t in tensorfile.tensors(path)[0].items()}
     if isinstance(state, dict):
         right = {"step": 3, "settings": {"model": dataclasses.asdict(CONFIG)}, "eos": None}
-        state = json.dumps(right | {"tokenizer": TOKENIZER.to_spec()} | state)
+        state = json.dumps(right | {"tokenizer": TOKENIZER.spec} | state)
     write(path, parts, {} if state is None else {"tinygpt": state})
     tracemalloc.start()
     with pytest.raises(UserError) as error:

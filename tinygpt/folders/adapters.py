@@ -208,6 +208,7 @@ def load_model(folder: Path | str, adapter_folder: Path | str | None = None) -> 
     if adapter_folder is not None:
         model = load(adapter_folder, model, folder)
         if (Path(adapter_folder) / "tokenizer.json").is_file():
-            tokenizer = tokenizers.load(adapter_folder)
+            stops, tokenizer = tokenizer.stops, tokenizers.load(adapter_folder)
             checkpoint.check_vocabulary(tokenizer, model.config, Path(adapter_folder))
+            tokenizer.stops |= stops
     return model, tokenizer

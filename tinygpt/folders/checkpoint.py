@@ -2,8 +2,8 @@
 
 A folder has config.json, model.safetensors and the tokenizer's files, as `transformers` writes and reads
 them. A post-norm model is GPT-1's architecture, so it is written as an "openai-gpt". Reading takes what the
-hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated, several
-files, half precision. What would change the computation and is not supported, is refused by name.
+hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated or alone,
+several files, half precision. What would change the computation and is not supported, is refused by name.
 
 trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one
 file because a run that is killed between two files would have weights and moments of different steps; and as
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar, get_args, get_type_hints
@@ -30,7 +31,7 @@ from ..core.model import GPT
 from ..core.optim import AdamW
 from ..errors import UserError
 from ..files import tensorfile
-from ..files.atomic import finish, replacing, together
+from ..files.atomic import finish, remove, replacing, together
 from ..files.jsonfile import parse, read_object
 from ..files.tensorfile import Tensor
 from ..stages.variants import build
@@ -40,7 +41,8 @@ Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
 T = TypeVar("T")
 
 CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetensors"
-FILES = (CONFIG, WEIGHTS, TRAINER, "tokenizer.json", "tokenizer_config.json")
+FILES = (CONFIG, WEIGHTS, TRAINER, *tokenizers.FILES)
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"  # in which file each tensor is, where there are several
 
@@ -56,11 +58,20 @@ _FIELDS = {
     "dropout": "resid_pdrop",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
+# What transformers' attribute_map calls them too.
+_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+}
 # What else a config may say, each with the values that mean this model; the first is also meant by silence.
 _COMMON = {"tie_word_embeddings": (True,), "quantization_config": (None,), "pruned_heads": (None, {})}
 _SUPPORTED = {
     "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "activation_function": (
+            "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh",
+        ),  # one function, in several ways of writing
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
@@ -73,24 +84,26 @@ _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel
 _JUDGE = "GPT2ForSequenceClassification"  # a model with a score head
 
 
-def _config_json(config: GPTConfig, eos_id: int | None) -> dict:
+def _config_json(config: GPTConfig, tokenizer: Tokenizer) -> dict:
     kind = "openai-gpt" if config.post_norm else "gpt2"
     values = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
-    judge = {}
+    pad, stops = tokenizer.role_id("pad_token"), sorted(tokenizer.stops | {tokenizer.eos_id} - {None})
+    judge = {} if pad is None else {"pad_token_id": pad}
     if config.num_labels:  # transformers reads at the last token that is no padding: with us that is eos
-        judge = {"architectures": [_JUDGE], "pad_token_id": 0 if eos_id else 1}
+        judge = {"architectures": [_JUDGE], "pad_token_id": 0 if tokenizer.eos_id else 1}
         judge |= {"id2label": {str(n): f"score {n}" for n in range(config.num_labels)}}
     return {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind]],
         **values,
+        "n_ctx": config.block_size,  # as n_positions: llama.cpp's converter to GGUF reads this name
         **judge,
         "embd_pdrop": config.dropout,
         "attn_pdrop": 0.0,
         **first,
-        "bos_token_id": eos_id,  # null, or transformers takes GPT-2's 50256
-        "eos_token_id": eos_id,
+        "bos_token_id": tokenizer.role_id("bos_token"),  # null, or transformers takes GPT-2's 50256
+        "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
     }
 
 
@@ -116,6 +129,9 @@ def read_config(folder: Path) -> GPTConfig:
     for name, allowed in _SUPPORTED[kind].items():
         if name in raw and raw[name] not in allowed:
             raise UserError(f"{path}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
+    for alias, name in _ALIASES.items():
+        if alias in raw and raw.setdefault(name, raw[alias]) != raw[alias]:
+            raise UserError(f"{path}: {name} is {short(raw[name])} and {alias} is {short(raw[alias])}")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
     if raw.get("architectures") == [_JUDGE]:
         labels = raw.get("id2label", {0: 0, 1: 1})  # transformers has two where nothing is said
@@ -177,13 +193,15 @@ def _is_text(value: object) -> bool:
 def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
     folder has the model that was there before, whole, or the new one."""
-    config = _config_json(model.config, tokenizer.eos_id)
+    config = _config_json(model.config, tokenizer)
     with together(folder):
         with replacing(folder / WEIGHTS) as beside:
             _write_weights(beside, model)
         tokenizer.save(folder, model_max_length=model.config.block_size)
         with replacing(folder / CONFIG) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in (GENERATION, INDEX):  # of an older model: config.json says which ids end a text
+            remove(folder / name)
 
 
 def _write_weights(path: Path, model: GPT) -> None:
@@ -204,10 +222,14 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
         kinds = "a model that writes", "a reward model, which judges answers"
         raise UserError(f"{folder}: has {kinds[not judge]}; here {kinds[judge]} is needed")
     tensors = _tensors_of(folder)
+    table = _their_name("wte.weight", config)
     head = tensors.pop("lm_head.weight", None)
+    if head is not None:
+        tensors.setdefault(table, head)  # of a tied pair torch's save_model keeps one
     _check_shapes(tensors, config, folder)
     tokenizer = tokenizers.load(folder)
     check_vocabulary(tokenizer, config, folder)
+    tokenizer.stops = _stops(folder, tokenizer)
     model = build(config)
     for name, p in model.params.items():
         tensors[_their_name(name, config)].read(p)
@@ -216,11 +238,38 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
+# What may stand in generation_config.json: it is for `tinygpt generate` to say, or changes no choice.
+_SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache",
+             "transformers_version", "_from_model_config"}  # fmt: skip
+
+
+def _stops(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a text: by generation_config.json, else by config.json, else the end token. Warns of
+    settings there with which transformers would choose other tokens."""
+    path = folder / GENERATION
+    own = read_object(path) if path.is_file() else {}
+    names = (name for name, value in own.items() if value not in (None, False, 0, 1, []))
+    if ignored := [name for name in names if name not in _SAMPLING and not name.endswith("_token_id")]:
+        warnings.warn(f"{path}: {', '.join(ignored)[:99]} is not supported, and has no effect", stacklevel=3)
+    for values in (own, read_object(folder / CONFIG)):
+        if ids := _ids(values.get("eos_token_id"), tokenizer):
+            return ids
+    return tokenizer.stops
+
+
+def _ids(value: object, tokenizer: Tokenizer) -> set[int]:
+    """The ids that a number or a list names."""
+    values = value if isinstance(value, list) else [value]
+    return {i for i in values if type(i) is int and 0 <= i < tokenizer.vocab_size}
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
     """A model may have more rows than the tokenizer has tokens: GPT-2's are often padded to 50304."""
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
-        raise UserError(f"{path}: {sizes}: they do not belong together")
+        rows = [name for name, token in tokenizer.added.items() if token["id"] >= config.vocab_size]
+        names = f" (there is no row for {short(', '.join(rows))})" * bool(rows)
+        raise UserError(f"{path}: {sizes}{names}: they do not belong together")
 
 
 def _their_name(name: str, config: GPTConfig) -> str:
@@ -276,8 +325,8 @@ def save_trainer(
     Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
     """
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
-    state |= {"tokenizer": tokenizer.to_spec(), "eos": tokenizer.eos}
-    state["chat_template"] = tokenizer.chat_template
+    state |= {"tokenizer": tokenizer.spec, "tokenizer_config": tokenizer.config()}
+    state["stops"] = sorted(tokenizer.stops)
     tensors = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
     tensors |= {"base": optimizer.model.flat} if base else {}
     with replacing(folder / TRAINER) as beside:
@@ -309,10 +358,11 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
         size = math.prod(tensors["base"].shape) if "base" in tensors else 0
         if size != settings.model.size:
             raise UserError(f"{path}: its base of {size} weights is not the model in its settings")
-    try:
-        tokenizer = tokenizers.from_spec(state["tokenizer"], state["eos"], state.get("chat_template"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    older = dict.fromkeys(("bos_token", "eos_token"), state.get("eos")) | {"split_special_tokens": True}
+    tokenizer = tokenizers.from_spec(state["tokenizer"], state.get("tokenizer_config", older), str(path))
+    if isinstance(template := state.get("chat_template"), str):  # of an older version too
+        tokenizer.chat_template = template
+    tokenizer.stops |= _ids(state.get("stops"), tokenizer)
     check_vocabulary(tokenizer, settings.model, path)
     return settings, tokenizer
 
@@ -329,14 +379,13 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
 
 
 def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, and the rest as `save_trainer` has it, of which only step and eos are checked."""
+    """The tensors, and the rest as `save_trainer` has it, of which only the step is checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = parse(metadata["tinygpt"])
-        step, eos, _, _ = (state[name] for name in ("step", "eos", "settings", "tokenizer"))
+        step, _, _ = (state[name] for name in ("step", "settings", "tokenizer"))
     except (ValueError, KeyError, TypeError):
-        step, eos = None, None
-    right = type(step) is int and step >= 0 and isinstance(eos, str | None)
-    if not right or tensors.keys() - {"base"} != {"weights", "m", "v"}:
+        step = None
+    if type(step) is not int or step < 0 or tensors.keys() - {"base"} != {"weights", "m", "v"}:
         raise UserError(f"{path}: is not a run that tinygpt saved")
     return tensors, state

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import UserError
 from ..folders.adapters import load_model
 from ..text import instructions
-from ..text.stream import encode_prompt, stream, until
+from ..text.stream import encode_prompt, note_special, stream, until
 from .terminal import from_stdin, is_terminal, one_line, say
 
 
@@ -72,9 +72,10 @@ def talker(
     model, tokenizer, continuation = speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
     stop = ("" if tuned else "\n\n") if stop is None else stop
-    said, context = [], np.zeros(0, np.int32)
+    said, context = [], np.array(tokenizer.begin, np.int32)
 
     def asked(line: str) -> np.ndarray:
+        note_special(tokenizer, line, "the message")
         if not tuned and tokenizer.documents:  # a line begins a document of its own
             return encode_prompt(tokenizer, line)
         if not tuned:

@@ -82,8 +82,9 @@ def _sampling(stop: str | None, shown: str, required: bool = True):
 @click.command()
 @_sampling(stop="", shown="none")
 @click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
+@click.option("--special-tokens", is_flag=True, help="What the prompt spells of them is the token.")
 @click.option("--num-samples", default=1, type=COUNT, help="How many, a line of dashes between.")
-def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
+def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **options) -> None:
     """Let the model in FOLDER (tinygpt's, or GPT-2 as downloaded from the hub) continue a text.
 
     Prints the prompt and its continuation as it comes. Without a prompt the model begins a text. For answers
@@ -92,7 +93,7 @@ def generate(prompt: str, num_samples: int, stop: str, **options) -> None:
     _, tokenizer, continuation = conversation.speaker(**options)
     if prompt == "-":
         prompt = from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
-    ids = encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt, special_tokens)
     for n in range(num_samples):
         say("-" * 15 + "\n" + prompt if n else prompt, nl=False)
         for piece in continuation(ids, stop):

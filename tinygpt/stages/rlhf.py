@@ -448,7 +448,7 @@ class RLHF(Stage):
 
     def prepare(self) -> None:
         settings, data = self.settings, self.data
-        if data.judge.tokenizer.to_spec() != self.tokenizer.to_spec():
+        if data.judge.tokenizer.spec != self.tokenizer.spec:
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
         mark = fingerprint(data.judge.model)
         if settings.reward_hash not in ("", mark):

@@ -3,6 +3,7 @@
 `core.generate.steps` draws the ids. Not here: conversations (`instructions`).
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,33 +16,42 @@ from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
 Tokenizer = CharTokenizer | BPETokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> Array:
-    """A prompt's ids; an empty one is what a text begins after: the end-of-text token, else a newline.
-    For a tokenizer of documents any prompt begins with that token.
+def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = False) -> Array:
+    """A prompt's ids, (n,), int32, after those that the tokenizer puts before each text.
 
-    Raises UserError for a character that the tokenizer does not know, and where it has neither of these two.
+    An empty prompt is the token that texts begin with: the first of bos_token, eos_token and a newline that
+    the tokenizer has. special: see `encode`. Raises UserError for a character that the tokenizer does not
+    know, and where it has none of these three.
     """
-    if text:
-        ids = tokenizer.encode(text)
-        return np.append(np.int32(tokenizer.eos_id), ids) if tokenizer.documents else ids
-    if tokenizer.eos_id is not None:
-        return np.array([tokenizer.eos_id], np.int32)
+    if not special:
+        note_special(tokenizer, text, "the prompt", "; generate --special-tokens makes it a token")
+    begin = tokenizer.begin
+    if not (text or begin):
+        begin = [i for i in (tokenizer.role_id("bos_token"), tokenizer.eos_id) if i is not None][:1]
+    if text or begin:
+        return np.append(np.array(begin, np.int32), tokenizer.encode(text, special))
     try:
         return tokenizer.encode("\n")
     except UserError:
         raise UserError("the prompt is empty, and this vocabulary has no newline to begin with") from None
 
 
+def note_special(tokenizer: Tokenizer, text: str, what: str, remedy: str = "") -> None:
+    """Warns of a special token that a text spells, which `encode` takes as characters."""
+    if names := tokenizer.spelled(text):
+        warnings.warn(f"{what} spells {', '.join(names)}, which is taken as characters{remedy}", stacklevel=3)
+
+
 def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, **settings) -> Iterator[str]:
-    """One prompt's continuation as text, as it comes, whole characters only, up to the end-of-text token.
+    """One prompt's continuation as text, as it comes, whole characters only, up to one of `tokenizer.stops`.
+    An ordinary token that stops a text is part of it, a special one is not.
 
     Settings are those of `steps`, but for `stop` and `vocab_size`; `until` stops at a text.
     """
     feed = stream_decoder(tokenizer)
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    new = steps(model, [prompt], max_new_tokens, stop=stop, vocab_size=tokenizer.vocab_size, **settings)
-    for _, (i,) in new:
-        if i not in stop:
+    stop, vocab_size = tokenizer.stops, tokenizer.vocab_size
+    for _, (i,) in steps(model, [prompt], max_new_tokens, stop=stop, vocab_size=vocab_size, **settings):
+        if i not in stop & set(tokenizer.special.values()):
             yield feed(i)
     yield feed(final=True)
 

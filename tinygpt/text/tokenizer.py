@@ -1,8 +1,9 @@
 """Text to token ids and back: byte-level BPE, as in GPT-2, and single characters.
 
-Special tokens such as <|endoftext|> are ids beside the text: `encode` never yields one, whatever the text
-spells, and `special` has their ids for those who build sequences. A tokenizer is saved in two files that
-Hugging Face's libraries read with the same ids, and `load` reads theirs.
+Special tokens such as <|endoftext|> are ids beside the text: `encode` yields one only if the caller asks for
+them, and `special` has their ids for those who build sequences. A tokenizer is saved in two files that
+Hugging Face's libraries read with the same ids. `load` reads theirs: `gathered` collects all that a folder
+says of its tokenizer, and what was read is written again.
 
 Not here: Unigram, WordPiece, other splitting rules, normalisation. The algorithm and its references are in
 `bpe.py`.
@@ -10,6 +11,8 @@ Not here: Unigram, WordPiece, other splitting rules, normalisation. The algorith
 
 import codecs
 import json
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -22,11 +25,13 @@ import numpy as np
 from ..errors import UserError
 from ..files.atomic import make_folder, remove, replacing
 from ..files.jsonfile import read_object, read_text
-from .bpe import BYTE_OF, CHAR_OF, apply_merges, learn_merges, merge_steps, pieces
+from .bpe import BYTE_OF, apply_merges, learn_merges, merge_steps, pieces
 
 END_OF_TEXT = "<|endoftext|>"
+FILES = "tokenizer.json", "tokenizer_config.json"
 MOST_TOKENS = 200_000  # of a vocabulary that is made here: its file is within jsonfile's limits
 TEMPLATE = "chat_template.jinja"              # where transformers puts a chat template of its own
+OLDER_FILES = TEMPLATE, "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"
 CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
 
 
@@ -44,18 +49,70 @@ class Explained(NamedTuple):
 class _Tokenizer:
     """What both kinds share. tokens[i] is what id i stands for, in UTF-8: perhaps a part of a character."""
 
-    documents = False  # see BPETokenizer
+    space = False  # see BPETokenizer
 
-    def __init__(self, tokens: list[bytes], special: dict[str, int], eos: str | None):
-        self.tokens = tokens
-        self.special = special
-        self.eos, self.eos_id = eos, None if eos is None else special[eos]
-        self.chat_template: str | None = None  # how a conversation is written, in Hugging Face's words
+    def __init__(self, spec: dict, settings: dict):
+        """spec, settings: what tokenizer.json and tokenizer_config.json say, checked by `from_spec`."""
+        self.spec, self.settings = spec, settings
+        vocab, self.added = _vocabulary(spec)
+        self.tokens = [self._bytes(token) for token in sorted(vocab, key=vocab.__getitem__)]
+        self.special = {name: vocab[name] for name, token in self.added.items() if token["special"]}
+        self.begin = _begin(_at(spec, "post_processor"))  # the ids that a prompt begins with
+        self.eos = _role(settings, "eos_token", END_OF_TEXT if END_OF_TEXT in self.special else None)
+        self.eos_id = None if self.eos is None else self.special[self.eos]
+        self.stops = {self.eos_id} - {None}  # the ids that end a text; a model's folder may name others
+        template = settings.get("chat_template")  # how a conversation is written, in Hugging Face's words
+        self.chat_template: str | None = template if isinstance(template, str) else None
+        # A text is searched for the tokens that are not "normalized" first; of several the longest counts.
+        self._patterns, longest = [], sorted(self.added, key=len, reverse=True)
+        for normalized in (False, True):
+            if names := [re.escape(name) for name in longest if self.added[name]["normalized"] is normalized]:
+                self._patterns.append(re.compile("|".join(names)))
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens, special ones included."""
         return len(self.tokens)
+
+    @property
+    def documents(self) -> bool:
+        """Whether a text begins with the end token and a space, as a document after another one does."""
+        return self.space and self.begin == [self.eos_id]
+
+    def role_id(self, role: str) -> int | None:
+        """The id of the token that has a role such as "pad_token"."""
+        return self.special.get(_role(self.settings, role))
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Ids (n,), int32. special: a special token that the text spells becomes its id.
+
+        Raises UserError for what the vocabulary cannot write: a character that training did not see, a byte
+        that a BPE lacks, half a surrogate pair.
+        """
+        parts = self._parts(text, special)
+        ids = [self._encode(part) if i is None else np.array([i], np.int32) for part, i in parts]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def _parts(self, text: str, special: bool) -> list[tuple[str, int | None]]:
+        """The text in parts, each with its id if it is an added token."""
+        parts = [(text, None)]
+        if special or len(self.added) > len(self.special):
+            for pattern in self._patterns:
+                parts = [new for old in parts for new in self._cut(pattern, *old, special)]
+        return parts
+
+    def _cut(self, pattern: re.Pattern, text: str, i: int | None, special: bool) -> Iterator[tuple]:
+        start = 0
+        for match in pattern.finditer(text) if i is None else ():
+            if special or match[0] not in self.special:
+                yield text[start : match.start()], None
+                yield match[0], self.added[match[0]]["id"]
+                start = match.end()
+        yield text[start:], i
+
+    def spelled(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        return [name for name in self.special if name in text]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids (1-D, integers) stand for. Raises UserError for an id that has no token."""
@@ -70,34 +127,38 @@ class _Tokenizer:
         """The text of ids, with U+FFFD for bytes that are not UTF-8, and special tokens spelled out."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def explain(self, text: str) -> Iterator[Explained]:
+        """Each piece of a text and its merges, in the order in which `encode` does them."""
+        for part, i in self._parts(text, special=False):
+            whole = () if i is None else [Explained(part, [(None, [self.tokens[i]])], [i])]
+            yield from whole or self._explain(part)
+
     def save(self, folder: Path | str, model_max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `load` and for Hugging Face's AutoTokenizer."""
+        """Write tokenizer.json and tokenizer_config.json, for `load` and for Hugging Face's AutoTokenizer.
+
+        Files in which another tool said a part of this are removed: they would count beside these two.
+        """
         folder = Path(folder)
         make_folder(folder)
-        config = {
-            # Any other class replaces the rules in tokenizer.json by its own.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            # Otherwise a text that spells a special token out becomes that token: what a chat template needs,
-            # whose result is a text, and must guard against (ours does, in `instructions`).
-            "split_special_tokens": self.chat_template is None,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": self.eos,
-            "eos_token": self.eos,
-        }
-        if model_max_length is not None:
-            config["model_max_length"] = model_max_length
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        remove(folder / TEMPLATE)  # or it would count, and not what is written here
-        _write_json(folder / "tokenizer.json", self.to_spec())
-        _write_json(folder / "tokenizer_config.json", config)
+        for name in OLDER_FILES:
+            remove(folder / name)
+        length = {} if model_max_length is None else {"model_max_length": model_max_length}
+        for name, value in zip(FILES, (self.spec, self.config() | length), strict=True):
+            with replacing(folder / name) as beside:
+                text = json.dumps(value, ensure_ascii=False, indent=2)
+                beside.write_text(text, encoding="utf-8", newline="\n")
 
-    def to_spec(self) -> dict:
-        """What tokenizer.json holds: with `eos`, all that `from_spec` needs."""
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        added = [{"id": i, "content": name, **flags} for name, i in self.special.items()]
-        return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                "post_processor": None, **self._spec()}
+    def config(self) -> dict:
+        """What tokenizer_config.json says: all that was read there, and the chat template."""
+        # Any other class replaces the rules in tokenizer.json by its own.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= self.settings | ({"add_prefix_space": True} if self.space else {})
+        if self.chat_template != self.settings.get("chat_template"):
+            # The result of a template is a text, in which the end token must become its id. The template must
+            # guard against messages that spell it (ours does, in `instructions`).
+            new = {"chat_template": self.chat_template, "split_special_tokens": False, "eos_token": self.eos}
+            config |= new
+        return config
 
 
 class CharTokenizer(_Tokenizer):
@@ -108,12 +169,15 @@ class CharTokenizer(_Tokenizer):
     ([1, 3, 2, 0], 'hole')
     """
 
-    def __init__(self, vocab: dict[str, int], special: dict[str, int], eos: str | None):
-        """vocab: token -> id, special ones included, ids 0 .. n-1. special: those that text cannot spell."""
-        super().__init__([_utf8(token) for token in sorted(vocab, key=vocab.__getitem__)], special, eos)
+    def __init__(self, spec: dict, settings: dict):
+        super().__init__(spec, settings)
         self._id_of = np.full(0x110000, -1, np.int32)
-        for char in vocab.keys() - special.keys():
-            self._id_of[ord(char)] = vocab[char]
+        for char, i in spec["model"]["vocab"].items():
+            if char not in self.added:
+                self._id_of[ord(char)] = i
+
+    def _bytes(self, token: str) -> bytes:
+        return _utf8(token)
 
     @classmethod
     def train(cls, texts: str | Iterable[str], special: Sequence[str] = ()) -> "CharTokenizer":
@@ -123,10 +187,12 @@ class CharTokenizer(_Tokenizer):
             chars.update(text)
         if not chars:
             raise UserError("the training text is empty: give a text with every character that will be used")
-        return cls(*_with_special(sorted(chars), special))
+        vocab, parts = _with_special(sorted(chars), special)
+        # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+        return from_spec(parts | _CHARACTERS | {"model": model}, _settings(special))
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids, int32, one per character. Raises UserError for a character that training did not see."""
+    def _encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = self._id_of[codes]
         if ids.size and ids.min() < 0:
@@ -135,15 +201,9 @@ class CharTokenizer(_Tokenizer):
                             "train again on text that has it, or use BPE, which takes any text")
         return ids
 
-    def explain(self, text: str) -> Iterator[Explained]:
-        """Each character and its id, in the form that BPETokenizer.explain has."""
+    def _explain(self, text: str) -> Iterator[Explained]:
         for char, i in zip(text, self.encode(text).tolist(), strict=True):
             yield Explained(char, [(None, [self.tokens[i]])], [i])
-
-    def _spec(self) -> dict:
-        vocab = {token.decode("utf-8"): i for i, token in enumerate(self.tokens)}
-        # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
-        return _CHARACTERS | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
 
 
 class BPETokenizer(_Tokenizer):
@@ -154,18 +214,18 @@ class BPETokenizer(_Tokenizer):
     [b's', b'low', b' low', b's']
     """
 
-    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]],
-                 special: dict[str, int], eos: str | None, documents: bool = False):
-        """vocab: token -> id, bytes written as in BYTE_OF, special tokens included, ids 0 .. n-1. merges: the
-        pairs of tokens to join, in order of rank. special: the tokens that no merge makes. documents: a text
-        is encoded as after a space, so that its first word is the token that it is elsewhere, and a prompt
-        stands after the end token."""
-        super().__init__([_utf8(token) if token in special else bytes(map(BYTE_OF.__getitem__, token))
-                          for token in sorted(vocab, key=vocab.__getitem__)], special, eos)
+    def __init__(self, spec: dict, settings: dict):
+        super().__init__(spec, settings)
+        vocab = spec["model"]["vocab"]
         self._id_of = {byte: vocab[char] for char, byte in BYTE_OF.items() if char in vocab}
-        self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+        pairs = enumerate(_merge_list(spec, vocab))
+        self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in pairs}
         self._cache: dict[str, bytes] = {}
-        self.documents = documents
+        # A text is encoded as after a space, so that its first word is the token that it is elsewhere.
+        self.space = spec["pre_tokenizer"].get("add_prefix_space") is True
+
+    def _bytes(self, token: str) -> bytes:
+        return _utf8(token) if token in self.added else bytes(map(BYTE_OF.__getitem__, token))
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int,
@@ -173,6 +233,7 @@ class BPETokenizer(_Tokenizer):
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
         Ids are laid out as GPT-2's: bytes, merges as learned, special tokens; the first of these ends a text.
+        documents: a prompt stands after the end token and, as the documents in a stream do, after a space.
         Raises UserError for an empty text, and for a vocab_size without room for the bytes or too large.
         """
         least = 256 + len(special)
@@ -187,15 +248,15 @@ class BPETokenizer(_Tokenizer):
             raise UserError("the training text is empty: BPE learns from text")
         names, merges = list(BYTE_OF), []
         for a, b in learn_merges({_utf8(word): count for word, count in words.items()}, vocab_size - least):
-            merges.append((names[a], names[b]))
+            merges.append(f"{names[a]} {names[b]}")
             names.append(names[a] + names[b])
-        vocab, special_ids, eos = _with_special(names, special)
-        return cls(vocab, merges, special_ids, eos, documents)
+        vocab, parts = _with_special(names, special)
+        rules = _document_rules(special[0], vocab[special[0]]) if documents else {}
+        return from_spec(parts | _BYTE_LEVEL | rules | {"model": _bpe(vocab, merges)}, _settings(special))
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids, int32. Raises UserError for half a surrogate pair, and for a byte that a vocabulary lacks."""
-        return np.frombuffer(bytearray().join(map(self._encode_piece, pieces(_begun(text, self.documents)))),
-                             np.int32)
+    def _encode(self, text: str) -> np.ndarray:
+        parts = map(self._encode_piece, pieces(_begun(text, self.space)))
+        return np.frombuffer(bytearray().join(parts), np.int32)
 
     def _encode_piece(self, piece: str) -> bytes:
         """A piece's int32 ids as bytes, which are small to keep and fast to join. Text repeats its words."""
@@ -215,30 +276,17 @@ class BPETokenizer(_Tokenizer):
             raise UserError(f"this vocabulary has no token for byte 0x{error.args[0]:02X} of {short(piece)}: "
                             "use one with all 256 bytes") from None
 
-    def explain(self, text: str) -> Iterator[Explained]:
-        """Each piece of text and its merges, in the order in which `encode` does them.
-
+    def _explain(self, text: str) -> Iterator[Explained]:
+        """
         >>> tokenizer = BPETokenizer.train("low lower lowest", vocab_size=260)
         >>> next(tokenizer.explain("lot")).steps
         [(None, [b'l', b'o', b't']), (0, [b'lo', b't'])]
         """
-        for piece in pieces(_begun(text, self.documents)):
+        for piece in pieces(_begun(text, self.space)):
             ids = self._byte_ids(piece)
             steps = [(None, ids), *merge_steps(ids, self._merges)]
             named = [(rank, [self.tokens[i] for i in ids]) for rank, ids in steps]
             yield Explained(piece, named, steps[-1][1])
-
-    def _spec(self) -> dict:
-        names = ["".join(map(CHAR_OF.__getitem__, token)) for token in self.tokens]
-        for name, i in self.special.items():
-            names[i] = name
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                 "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                 "vocab": {name: i for i, name in enumerate(names)},
-                 "merges": [f"{names[a]} {names[b]}" for a, b in sorted(self._merges, key=self._merges.get)]}
-        if not self.documents:
-            return _BYTE_LEVEL | {"model": model}
-        return _BYTE_LEVEL | _document_rules(self.eos, self.eos_id) | {"model": model}
 
 
 def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str]:
@@ -256,8 +304,8 @@ def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str
     return lambda *ids, final=False: utf8.decode(tokenizer.decode_bytes(ids), final)
 
 
-def _begun(text: str, documents: bool) -> str:
-    return " " + text if documents and text and text[0] != " " else text
+def _begun(text: str, space: bool) -> str:
+    return " " + text if space and text and text[0] != " " else text
 
 
 def _utf8(text: str) -> bytes:
@@ -268,20 +316,28 @@ def _utf8(text: str) -> bytes:
                         "read the text with the encoding that it was written in") from None
 
 
-def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict, dict, str | None]:
-    """Ids for tokens, then for special tokens: vocab, special and eos, as the constructors take them."""
+def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict[str, int], dict]:
+    """Ids for tokens, then for special tokens: the vocabulary, and the first part of a tokenizer.json."""
     for name in special:
         if len(list(pieces(name))) < 2:    # as one piece it could be learned, and then text could spell it
             raise UserError(f"special token {name!r} could be a word of the text: write it as <|name|>")
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     if len(vocab) < len(tokens) + len(special):
         raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text")
-    return vocab, {name: vocab[name] for name in special}, next(iter(special), None)
+    added = [{"id": vocab[name], **_token(name)} for name in special]
+    return vocab, _EMPTY | {"added_tokens": added}
+
+
+def _settings(special: Sequence[str]) -> dict:
+    """The tokenizer_config.json of a new tokenizer. Text that spells a special token stays text there too."""
+    eos = next(iter(special), None)
+    return {"split_special_tokens": True, "bos_token": eos, "eos_token": eos}
 
 
 # --- Files --------------------------------------------------------------------------------------------------
 
 # What tokenizer.json says beside its vocabulary.
+_EMPTY = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
 _CHARACTERS = {
     "normalizer": None,
     "pre_tokenizer": {
@@ -290,23 +346,30 @@ _CHARACTERS = {
 }
 _GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTE_LEVEL = {"normalizer": None, "pre_tokenizer": _GPT2_RULE, "decoder": _GPT2_RULE}
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def _bpe(vocab: dict[str, int], merges: list[str]) -> dict:
+    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": vocab, "merges": merges}
+
+
+def _begins_with(name: str, i: int) -> dict:
+    """The post_processor that puts a token before a text."""
+    a, b = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    token = {"SpecialToken": {"id": name, "type_id": 0}}
+    return {"type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
+            "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}}}
 
 
 def _document_rules(eos: str, eos_id: int) -> dict:
     """What it says for `documents`: a space, and the end token, before a text."""
-    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    token = {"SpecialToken": {"id": eos, "type_id": 0}}
-    return {
-        "pre_tokenizer": _GPT2_RULE | {"add_prefix_space": True},
-        "post_processor": {"type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
-                           "special_tokens": {eos: {"id": eos, "ids": [eos_id], "tokens": [eos]}}},
-    }  # fmt: skip
+    rule = _GPT2_RULE | {"add_prefix_space": True}
+    return {"pre_tokenizer": rule, "post_processor": _begins_with(eos, eos_id)}
 
 
-
-# The values with which a file means the ids that are given here; None also where there is no value. Where no
-# space is added, a post_processor may be anything: it only adds special tokens, which `encode` leaves to its
-# caller.
+# The values with which a file means the ids that are given here; None also where there is no value.
 _CHARACTER_RULES = {name: (value,) for name, value in _CHARACTERS.items()}
 _BYTE_LEVEL_RULES = {
     "normalizer": (None,),
@@ -321,93 +384,217 @@ _BYTE_LEVEL_RULES = {
     "model.byte_fallback": (False, None),
     "model.ignore_merges": (False, None),
 }
+# Of a tokenizer_class. The first two take only vocabulary, merges and post_processor from tokenizer.json.
+_CLASSES = "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"
+_USUAL_CLASS = {"gpt2": "GPT2Tokenizer", "openai-gpt": "OpenAIGPTTokenizer"}
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     """Read the tokenizer in a folder: one that `save` wrote, or another that gives the same ids.
 
     Takes tokenizer.json with byte-level BPE that splits as GPT-2, or with `save`'s characters; without it,
-    GPT-2's vocab.json and merges.txt. Raises UserError, naming the file, for whatever else a file holds.
+    GPT-2's vocab.json and merges.txt; and what `gathered` finds beside them. Raises UserError, naming the
+    file, for whatever else a file holds.
     """
-    folder = Path(folder)
-    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    settings = read_object(config) if config.exists() else {}
-    eos = settings.get("eos_token", END_OF_TEXT)
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, str | None):
-        raise UserError(f"{config}: eos_token should be a string or null, is {short(eos)}")
-    if path.exists():
-        spec = read_object(path)
-    else:
-        path, merges = folder / "vocab.json", folder / "merges.txt"
-        if not (path.exists() and merges.exists()):
+    path = Path(folder) / FILES[0]
+    if not path.exists():
+        path = path.with_name("vocab.json")
+        if not (path.exists() and path.with_name("merges.txt").exists()):
             raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
-        vocab, lines = read_object(path), read_text(merges).split("\n")
-        added = [{"id": vocab[eos], "content": eos, "special": True}] if eos in vocab else []
-        spec = _BYTE_LEVEL | {"added_tokens": added, "model": {
-            "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
-    template = read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else settings.get("chat_template")
+    return from_spec(*gathered(path), str(path))
+
+
+def gathered(path: Path) -> tuple[dict, dict]:
+    """What tokenizer.json and tokenizer_config.json would say if these two said all that a folder says.
+
+    path: tokenizer.json or vocab.json; the other files are beside it. The rules are those of transformers
+    5.24, `PreTrainedTokenizerBase._from_pretrained` and `GPT2Tokenizer`. Raises UserError.
+    """
+    settings, model, roles, ids = (
+        read_object(file) if (file := path.with_name(name)).exists() else {}
+        for name in (FILES[1], "config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    if (file := path.with_name(TEMPLATE)).exists():
+        settings["chat_template"] = read_text(file)
+    usual = _USUAL_CLASS.get(str(model.get("model_type")), _CLASSES[-1])
+    rules = settings.pop("tokenizer_class", None) or model.get("tokenizer_class") or usual
+    if rules not in list(_CLASSES):
+        raise UserError(f"{path}: the tokenizer_class {short(rules)} has rules of its own: save the "
+                        "tokenizer as a PreTrainedTokenizerFast, with transformers")
+    adds = "add_bos_token", "add_eos_token", "add_prefix_space"
+    begins, ends, space = (settings.pop(name, None) for name in adds)
+    if path.name == FILES[0]:
+        spec, begins, is_gpt2 = _EMPTY | read_object(path), None, rules in _CLASSES[:2]
+    elif ends:
+        raise UserError(f"{path}: add_eos_token, an end token after each text, is not supported")
+    else:
+        lines = read_text(path.with_name("merges.txt")).split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        spec, is_gpt2 = _EMPTY | _BYTE_LEVEL | {"model": _bpe(read_object(path), merges)}, True
+    own = _at(spec, "pre_tokenizer.add_prefix_space")
+    if is_gpt2:
+        settings = dict.fromkeys(_ROLES[:3], END_OF_TEXT) | settings
+        if own is not None:
+            spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
+    elif space not in (None, own):
+        raise UserError(f"{path}: add_prefix_space is {short(own)}, in {FILES[1]} it is {short(space)}")
     try:
-        return from_spec(spec, eos, template)
+        spec["added_tokens"] = _all_added(spec, settings, roles, ids, is_gpt2)
+        if begins:
+            bos = _role(settings, "bos_token")
+            spec["post_processor"] = _begins_with(bos, _vocabulary(spec)[0][bos])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, KeyError):
+        raise UserError(f"{path.parent}: the files list added or special tokens in an unknown form") from None
+    return spec, settings
 
 
-def from_spec(spec: object, eos: str | None, chat_template: object = None) -> CharTokenizer | BPETokenizer:
-    """Check everything that a tokenizer.json says, and build what it describes. Raises UserError.
+def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool) -> list[dict]:
+    """The added tokens of all files, then the special tokens that are in no list, which get the next ids.
 
-    chat_template: a string is kept as it is; anything else, such as a list of several, is not.
+    roles, ids: special_tokens_map.json and added_tokens.json, which older versions of transformers wrote in
+    place of added_tokens_decoder. Puts the roles into the settings.
     """
+    _is_of_characters(spec)
+    listed = {token["id"]: token for token in _vocabulary(spec)[1].values()}
+    if (decoder := settings.pop("added_tokens_decoder", None)) is None:
+        settings |= roles
+    names = [*_ROLES, *sorted(settings.keys() - set(_ROLES))]
+    special = [settings[name] for name in names if name.endswith("_token") and settings.get(name) is not None]
+    extras = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special += extras.values() if isinstance(extras, dict) else extras
+    special = [_token(value, special=True) for value in special]
+    if decoder is None:
+        names = [token["content"] for token in special]
+        older = ((i, name, name in names) for name, i in ids.items())
+        listed = {i: _token(name, special=is_in, normalized=not is_in) for i, name, is_in in older} | listed
+    else:
+        listed = ({} if is_gpt2 else listed) | {int(i): _token(token) for i, token in decoder.items()}
+    vocab, added = dict(spec["model"]["vocab"]), {}
+    for i, token in [*sorted(listed.items()), *((None, token) for token in special)]:
+        name = token["content"]
+        if i is None and name in added:
+            added[name]["special"] = True
+        else:
+            added[name] = token | {"id": vocab.setdefault(name, len(vocab))}
+        if i not in (None, vocab[name]):
+            raise UserError(f"added token {short(name)} has two ids, {i} and {vocab[name]}")
+    return [{"id": added[name]["id"]} | added[name] for name in sorted(added, key=vocab.__getitem__)]
+
+
+def from_spec(spec: object, settings: object, where: str = FILES[0]) -> CharTokenizer | BPETokenizer:
+    """Check everything that a tokenizer.json and a tokenizer_config.json say, and build what they describe.
+
+    where: the file, for messages. Raises UserError. Warns of tokens that no merge makes.
+    """
+    try:
+        return _built(spec, settings, where)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _is_of_characters(spec: object) -> bool:
+    """Whether a tokenizer.json is of characters, else of bytes. Raises UserError for other rules."""
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
             raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported (byte-level "
                             "BPE with GPT-2's splitting rule, or tinygpt's characters)")
-    vocab, special = _vocabulary(spec)
-    if eos not in special:
-        if eos not in (None, END_OF_TEXT):
-            raise UserError(f"the eos_token {short(eos)} is not one of its special tokens")
-        eos = None
-    documents = _at(spec, "pre_tokenizer.add_prefix_space") is True
-    if documents and (eos is None or not _document_rules(eos, special[eos]).items() <= spec.items()):
-        raise UserError("pre_tokenizer.add_prefix_space is true, which is only supported where the "
-                        "post_processor begins a text with the eos_token")
-    plain = vocab.keys() - special.keys()
+    return characters
+
+
+def _built(spec: dict, settings: object, where: str) -> CharTokenizer | BPETokenizer:
+    characters = _is_of_characters(spec)
+    vocab, added = _vocabulary(spec)
+    ids = vocab.values()
+    if not all(type(i) is int for i in ids) or set(ids) != set(range(len(vocab))):
+        raise UserError(f"the ids of its {len(vocab)} tokens are not 0, 1, 2 ... without gap or repetition")
+    special = [name for name, token in added.items() if token["special"]]
+    for name in added.keys() - special:
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if added[name][flag]]
+        if flags or re.search(r"\S[ \n]", name):  # a text may be cut before a space
+            what = flags[0] if flags else "a space inside"
+            raise UserError(f"added token {short(name)} has {what}, which is not supported")
+    plain = vocab.keys() - added.keys()
     if characters:
         foreign = [token for token in plain if len(token) != 1]
         spelled = [name for name in special if len(name) == 1]
     else:
         merges = _merge_list(spec, vocab)
         foreign = [token for token in plain if not token or not BYTE_OF.keys() >= set(token)]
-        spelled = special.keys() & ({a + b for a, b in merges} | BYTE_OF.keys())
+        spelled = set(special) & ({a + b for a, b in merges} | BYTE_OF.keys())
     if foreign:
         kind = "one character" if characters else "in byte-level writing"
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
         raise UserError(f"special token {short(min(spelled))} is one that text can spell")
-    tokenizer = CharTokenizer(vocab, special, eos) if characters else \
-        BPETokenizer(vocab, merges, special, eos, documents)
-    tokenizer.chat_template = chat_template if isinstance(chat_template, str) else None
-    return tokenizer
+    if not isinstance(settings, dict) or _role(settings, "eos_token") not in (None, *special):
+        raise UserError(f"the eos_token {short(_at(settings, 'eos_token'))} is not one of its special tokens")
+    if not set(_begin(_at(spec, "post_processor"))) <= set(ids):
+        raise UserError("the post_processor puts ids before a text that are not in the vocabulary")
+    _utf8(json.dumps([spec | {"model": None}, settings], ensure_ascii=False))  # `save` writes it
+    if characters:
+        return CharTokenizer(spec, settings)
+    longer = {token for token in plain if len(token) > 1}
+    if lost := longer - {a + b for a, b in merges}:
+        warnings.warn(f"{where}: no merge makes {len(lost):,} of {len(longer):,} tokens: the merges may have "
+                      "been cut, get the files again", stacklevel=2)
+    return BPETokenizer(spec, settings)
 
 
-def _vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, int]]:
-    """The ids of all tokens, and of the special ones among them."""
-    vocab, added, special = _at(spec, "model.vocab"), _at(spec, "added_tokens") or [], {}
-    if not isinstance(vocab, dict) or not isinstance(added, list):
-        raise UserError(f"model.vocab is no object, or added_tokens no list: {short(vocab)}, {short(added)}")
+def _vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, dict]]:
+    """The ids of all tokens, and the added ones among them with their flags."""
+    vocab, tokens, added = _at(spec, "model.vocab"), _at(spec, "added_tokens") or [], {}
+    if not isinstance(vocab, dict) or not isinstance(tokens, list):
+        raise UserError(f"model.vocab is no object, or added_tokens no list: {short(vocab)}, {short(tokens)}")
     vocab = dict(vocab)
-    for token in added:
-        name, i = _at(token, "content"), _at(token, "id")
-        if not isinstance(name, str) or not name or _at(token, "special") is not True:
-            raise UserError(f"added token {short(token)} is not special, only special ones are supported")
-        if vocab.setdefault(name, i) != i:
-            raise UserError(f"added token {short(name)} has two ids, {short(i)} and {short(vocab[name])}")
-        special[name] = vocab[name]
-    ids = vocab.values()
-    if not all(type(i) is int for i in ids) or set(ids) != set(range(len(vocab))):
-        raise UserError(f"the ids of its {len(vocab)} tokens are not 0, 1, 2 ... without gap or repetition")
-    return vocab, special
+    for token in tokens:
+        i, token = _at(token, "id"), _token(token)
+        name = token["content"]
+        if type(i) is not int or vocab.setdefault(name, i) != i:
+            raise UserError(f"added token {short(name)} has two ids, {short(i)} and {short(vocab.get(name))}")
+        added[name] = {"id": i, **token}
+    return vocab, added
+
+
+def _token(value: object, **flags: bool) -> dict:
+    """A token with its flags, of a text or of an object that has some of them."""
+    own = value if isinstance(value, dict) else {"content": value}
+    values = {flag: own.get(flag, usual) for flag, usual in _FLAGS.items()} | flags
+    name = own.get("content")
+    if not isinstance(name, str) or not name or not all(isinstance(value, bool) for value in values.values()):
+        raise UserError(f"{short(value)} is no token: a token is a text, with flags that are true or false")
+    return {"content": name, **values}
+
+
+def _role(settings: dict, name: str, default: str | None = None) -> str | None:
+    """The token that has a role such as "eos_token"."""
+    value = settings.get(name, default)
+    return None if value is None else _token(value)["content"]
+
+
+def _begin(post_processor: object) -> list[int]:
+    """The ids that a post_processor puts before a text. Raises UserError for one that does anything else."""
+    begin, steps = [], [post_processor]
+    if _at(post_processor, "type") == "Sequence":
+        steps = _at(post_processor, "processors")
+    try:
+        for step in steps:
+            if _at(step, "type") == "TemplateProcessing":
+                *before, text = step["single"]
+                names = [part["SpecialToken"]["id"] for part in before]
+                begin += [int(i) for name in names for i in step["special_tokens"][name]["ids"]]
+                right = "Sequence" in text
+            else:
+                right = step is None or _at(step, "type") == "ByteLevel"
+            if not right:
+                raise ValueError
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"the post_processor {short(post_processor)} does more than put tokens before a "
+                        "text, which is all that is supported") from None
+    return begin
 
 
 def _merge_list(spec: dict, vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -431,7 +618,3 @@ def _at(spec: object, name: str) -> object:
         spec = spec.get(key) if isinstance(spec, dict) else None
     return spec
 
-
-def _write_json(path: Path, value: dict) -> None:
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8", newline="\n")
