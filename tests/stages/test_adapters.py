@@ -354,8 +354,9 @@ def test_what_matches_nothing_is_an_error(tmp_path, change, says):
 @pytest.mark.parametrize("field, value, says", [
     ("peft_type", "IA3", "peft_type is 'IA3'"), ("use_dora", True, "use_dora is True"),
     ("rank_pattern", {"c_fc": 3}, "rank_pattern"), ("lora_alpha", "8", "'alpha' is '8'"),
-    ("target_modules", ["c_attn", "q_proj"], "'q_proj' is no linear map"), ("r", 0, "rank is 0"),
-    ("target_modules", [], "'' is no linear map"), ("use_rslora", True, "use_rslora"),
+    ("r", 0, "rank is 0"), ("target_modules", [], "'' is no linear map"),
+    ("kasa_config", {"k": 1}, "kasa_config"),
+    ("exclude_modules", ["h.0.mlp.c_fc"], "h.0.mlp.c_fc.lora_.. belongs nowhere"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(tmp_path, field, value, says):
     model = make(KINDS["lora"])

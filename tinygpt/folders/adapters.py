@@ -5,19 +5,24 @@ base is refused. encoder.safetensors has the MLP that a prompt was learned throu
 prompt, is all that PEFT keeps and reads. The tokenizer lies beside them, as tuning may have given it a form
 for instructions.
 
-Not here: what adapters compute (`stages.lora`, `stages.prompts`). DoRA, rank-stabilised scales, biases and
-other tensors trained beside the low-rank pairs, and prompts made by an LSTM are refused by name.
+A LoRA's tensors say which maps have a branch. The config says so too, in PEFT's words, and must agree.
+
+Not here: what adapters compute (`stages.lora`, `stages.prompts`). DoRA, ranks that differ, biases and other
+tensors trained beside the low-rank pairs, and prompts made by an LSTM are refused by name.
 
 Reference: https://huggingface.co/docs/peft
 """
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from reprlib import repr as short
 
 import numpy as np
 
+from ..core.config import PROJECTIONS, GPTConfig
 from ..core.model import GPT, Array
 from ..errors import UserError
 from ..files import tensorfile
@@ -95,16 +100,21 @@ def _config_json(config: AdapterConfig, model: GPT, base: str) -> dict:
     return raw | {"encoder_hidden_size": config.hidden or model.config.n_embd}
 
 
-# What else a LoRA's config may say, with the values that change nothing here; others are refused by name.
+# What a config may say: values that change nothing here; any value; of a LoRA nothing else but _OFF.
 _SUPPORTED = {
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base
-    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias"), (False,)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters"), (None, [])),
-    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "use_bdlora"), (None,)),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
     "encoder_reparameterization_type": ("MLP",),
+    "modules_to_save": (None, []),
 }
+_FREE = {
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "megatron_config", "megatron_core", "qalora_group_size",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # of init_lora_weights
+}  # fmt: skip
+_OFF = (None, False, [], {})
 
 
 def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Adapted:
@@ -123,9 +133,11 @@ def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Ada
     if kind is None:
         supported = ", ".join(TYPES.values())
         raise UserError(f"{where}: peft_type is {short(raw.get('peft_type'))}; supported are {supported}")
-    for name, allowed in _SUPPORTED.items():
-        if name in raw and raw[name] not in allowed:
-            raise UserError(f"{where}: {name} is {short(raw[name])}; only {allowed[0]} is supported")
+    for name, value in raw.items():
+        allowed = _SUPPORTED.get(name, _OFF if kind == "lora" and name not in _FREE else (value,))
+        if value not in allowed:
+            raise UserError(f"{where}: {name[:99]} is {short(value)}; only {allowed[0]} is supported")
+    checkpoint.check_pickle(folder, WEIGHTS, "adapter_model.bin")
     weights, metadata = tensorfile.tensors(folder / WEIGHTS)
     if "base_sha256" in metadata:
         check_base(model, metadata["base_sha256"], folder, base)
@@ -147,13 +159,33 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str
         tensors[match[1]] = tensor
     if not tensors:
         raise UserError(f"{folder / WEIGHTS}: holds no tensor: the adapter would do nothing")
-    targets = raw.get("target_modules")
-    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not named or raw.get("layers_to_transform") is not None:  # a pattern, some layers
-        targets = sorted({name[: -len(".lora_A")] for name in tensors})
+    targets = _targets(raw, model.config)
+    if targets is None:
+        targets = {name[: -len(".lora_A")] for name in tensors}
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind, targets=sorted(targets))
+    if raw.get("use_rslora"):
+        config = dataclasses.replace(config, alpha=config.alpha * math.sqrt(config.rank))
     return _read_into(config, model, tensors, folder / WEIGHTS)
+
+
+def _targets(raw: dict, base: GPTConfig) -> set[str] | None:
+    """The maps that the config of a LoRA lists, or None where it selects them by a pattern or by layers."""
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules") or []
+    targets = list(PROJECTIONS) if targets == "all-linear" else targets
+    lists = isinstance(targets, list) and isinstance(excluded, list)
+    if not lists or raw.get("layers_to_transform") is not None or not all(map(_is_text, targets + excluded)):
+        return None
+
+    def matches(names: list[str]) -> set[str]:  # PEFT's rule
+        return {m for m in maps if any(f".transformer.{m}".endswith(f".{name}") for name in names)}
+
+    maps = [f"h.{layer}.{name}" for layer in range(base.n_layer) for name in PROJECTIONS]
+    return matches(targets) - matches(excluded)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:

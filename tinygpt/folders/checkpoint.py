@@ -22,6 +22,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar, get_args, get_type_hints
@@ -117,7 +118,8 @@ def read_config(folder: Path) -> GPTConfig:
     finish(folder)
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
         base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
-        raise UserError(f"{folder}: has an adapter: give its base ({base}), and --adapter-folder {folder}")
+        give = f"give its base, which was {base}, and --adapter-folder {folder}"
+        raise UserError(f"{folder}: has an adapter: {give}")
     if not path.is_file():
         paths = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
         inside = f"; there are models in {', '.join(str(p.parent) for p in paths[:9])}" * bool(paths)
@@ -280,11 +282,7 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder under their bare names, without the buffers that hold causal masks."""
     files = [folder / WEIGHTS]
     if not files[0].exists():
-        if (folder / "pytorch_model.bin").exists():
-            raise UserError(
-                f"{folder}: has pytorch_model.bin, which can run code when it is opened, and no {WEIGHTS}: "
-                "convert it with transformers' save_pretrained"
-            )
+        check_pickle(folder, WEIGHTS, "pytorch_model.bin")
         if not (folder / INDEX).exists():
             raise UserError(f"{folder}: has no {WEIGHTS}")
         names = read_object(folder / INDEX).get("weight_map")
@@ -294,6 +292,13 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     tensors = {name: tensor for file in files for name, tensor in tensorfile.tensors(file)[0].items()}
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
+
+
+def check_pickle(folder: Path, weights: str, pickle: str) -> None:
+    """Raises UserError where a folder has weights as a pickle alone."""
+    if (folder / pickle).exists() and not (folder / weights).exists():
+        raise UserError(f"{folder}: has {pickle}, which can run code when it is opened, and no {weights}: "
+                        "load it in PyTorch, and convert it with save_pretrained")  # fmt: skip
 
 
 def _is_name(value: object) -> bool:
@@ -320,17 +325,43 @@ def save_trainer(
 ) -> None:
     """Writes all that changes in training, the tokenizer, and a dataclass that says the rest, as one file.
 
-    Of a model with an adapter that is the adapter; with `base` the model's own weights too.
+    Of a model with an adapter that is the adapter; with `base` the model's own weights too. Beside each path
+    stands the path from this folder, which holds in a project that was moved.
 
     Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
     """
-    state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings)}
+    relative = {}
+    with_paths(settings, lambda path: relative.setdefault(path, _relative(path, folder)))
+    state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings), "relative": relative}
     state |= {"tokenizer": tokenizer.spec, "tokenizer_config": tokenizer.config()}
     state["stops"] = sorted(tokenizer.stops)
     tensors = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
     tensors |= {"base": optimizer.model.flat} if base else {}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
+
+
+def _relative(path: str, folder: Path) -> str:
+    try:
+        return os.path.relpath(os.path.realpath(path), folder.resolve())
+    except ValueError:  # on another drive of Windows
+        return path
+
+
+def with_paths(settings: T, change: Callable[[str], str]) -> T:
+    """The settings with each path changed: those of data, and of models that the run began with or needs.
+    "world:1337" is no path."""
+
+    def new(path: object) -> str:
+        return p if not (p := str(path)) or p.startswith("world:") else change(p)
+
+    fields = {}
+    for name, value in vars(settings).items():
+        if name == "data" or name.endswith("_data"):
+            fields[name] = tuple(map(new, value))
+        elif name in ("init_from", "reward_from", "adapter_folder"):
+            fields[name] = new(value)
+    return dataclasses.replace(settings, **fields)
 
 
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
@@ -350,7 +381,14 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
     adapter = state["settings"].get("adapter") if isinstance(state["settings"], dict) else None
     if isinstance(adapter, dict) and adapter.get("kind") == "":  # as older versions said that there is none
         state["settings"]["adapter"] = None
-    settings = from_json(cls, state["settings"], str(path))
+    relative = state.get("relative") if isinstance(state.get("relative"), dict) else {}
+
+    def there(path: str) -> str:
+        beside = relative.get(path)
+        beside = os.path.normpath(folder.resolve() / beside) if _is_text(beside) else path
+        return beside if os.path.exists(beside) else path
+
+    settings = with_paths(from_json(cls, state["settings"], str(path)), there)
     size = math.prod(tensors["weights"].shape)
     if getattr(settings, "size", settings.model.size) != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")

@@ -28,6 +28,7 @@ from . import adapters, checkpoint
 from .checkpoint import Tokenizer
 
 METRICS = "metrics.jsonl"
+MODELS = {"init_from": "--init-from", "reward_from": "--reward-model"}  # fields that name models
 MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
 
 
@@ -51,17 +52,17 @@ def begin(cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = 
     data = cls.read(settings, STORE)
     settings, model, tokenizer = cls.start(settings, data, STORE)
     stage = cls(settings, settings.train.optimizer(model), tokenizer, data, folder)
-    stage.settings = _absolute(stage.settings)
+    stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
     first_save(folder, stage.optimizer, tokenizer, stage.settings)
     return Run(folder, stage)
 
 
-def resume(cls: type[Stage], folder: Path, **moved: Sequence[str]) -> Run:
+def resume(cls: type[Stage], folder: Path, **moved: Sequence[str] | str) -> Run:
     """The run in `folder` as it was saved last. The folder is locked from now on.
 
-    moved: the fields of the settings that say where data is now, if it is elsewhere. Another field that named
-    the same data moves along. Raises UserError where there is no run of this stage, where another process
-    goes on with it, and where the data is gone or another.
+    moved: the fields of the settings that say where data or a model is now, if it is elsewhere. Another field
+    that named the same data moves along. Raises UserError where there is no run of this stage, where another
+    process goes on with it, and where the data or a model is gone or another.
     """
     if folder.is_dir():
         lock(folder)
@@ -69,31 +70,25 @@ def resume(cls: type[Stage], folder: Path, **moved: Sequence[str]) -> Run:
     if not (settings.data or settings.stage == "pretrain"):
         raise UserError(f"{folder}: this run names no data")
     moved = {name: paths for name, paths in moved.items() if paths}
+    before = vars(settings)
     same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
     settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
     cls = cls.of(settings)
+    for name, option in MODELS.items():
+        path = getattr(settings, name, "")
+        is_needed = name in cls.needs or not settings.has_model
+        if name in moved and not before[name]:
+            raise UserError(f"{folder}: this run began without {option}: leave it out")
+        if path and is_needed and not Path(path).exists():
+            raise UserError(f"{folder}: the run needs {path}, which is gone: say where it is, as {option}")
+    if "init_from" in moved:
+        _base(settings)  # or another model would count as the one that the run began with
     data = cls.read(settings, STORE)
     stage = cls(settings, load(folder, settings, tokenizer), tokenizer, data, folder)
-    stage.settings = _absolute(stage.settings)
+    stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
     if moved:  # the run remembers where its data is now, also if it has no updates left
         save(folder, stage.optimizer, tokenizer, stage.settings)
     return Run(folder, stage)
-
-
-def _absolute(settings: Settings) -> Settings:
-    """The settings with paths that a run can be resumed with from any folder. "world:1337" is no path, and
-    stays as it is."""
-
-    def whole(path: object) -> str:
-        return p if not (p := str(path)) or p.startswith("world:") else str(Path(p).resolve())
-
-    fields = {}
-    for name, value in vars(settings).items():
-        if name == "data" or name.endswith("_data"):
-            fields[name] = tuple(map(whole, value))
-        elif name in ("init_from", "reward_from", "adapter_folder"):
-            fields[name] = whole(value)
-    return dataclasses.replace(settings, **fields)
 
 
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
@@ -207,7 +202,9 @@ def load_judge(folder: Path | str) -> reward.Judge:
     try:
         author = _base(_author(folder))
     except (UserError, OSError) as error:
-        raise UserError(f"{folder}: this judge needs the model that it was made from: {error}") from error
+        remedy = f"tinygpt reward --resume {folder} --init-from FOLDER says where it is"
+        needs = f"this judge needs the model that it was made from: {error}; {remedy}"
+        raise UserError(f"{folder}: {needs}") from error
     return reward.Judge(model, author, tokenizer)
 
 

@@ -34,8 +34,8 @@ def commands() -> Iterator[click.Command]:
 
 def command_of(stage: type[Stage]) -> click.Command:
     """The command of a stage."""
-    options, data = list(_options(stage)), ", ".join(map(flag, _data(stage)))
-    resume = f"Go on with the run there, with its settings. Where its data is now: {data}."
+    options, data = list(_options(stage)), ", ".join(map(flag, _moved(stage)))
+    resume = f"Go on with the run there, with its settings. Where its data or models are now: {data}."
 
     decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
@@ -70,6 +70,12 @@ def _data(stage: type[Stage]) -> list[str]:
     return [name for name, *_ in fields(stage.Settings) if name == "data" or name.endswith("_data")]
 
 
+def _moved(stage: type[Stage]) -> dict[str, str]:
+    """The options that say where data and models are, and their fields of the settings."""
+    names = {name: field.name for name, field, _ in fields(stage.Settings)}
+    return {name: field for name, field in names.items() if name in _data(stage) or field in runs.MODELS}
+
+
 def _run(stage: type[Stage], options: list[tuple], **values) -> None:
     """Begins a run or takes one up, and trains to the end, or until Ctrl-C."""
     run = _begin_or_resume(stage, options, values)
@@ -94,8 +100,9 @@ def _begin_or_resume(stage: type[Stage], options: list[tuple], values: dict) -> 
     written, data, folder = given(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
-        refuse(written - {"resume", *data}, "--resume takes all settings from its folder")
-        return runs.resume(stage, Path(values["resume"]), **{name: values[name] for name in data})
+        moved = _moved(stage)
+        refuse(written - {"resume", *moved}, "--resume takes all settings from its folder")
+        return runs.resume(stage, Path(values["resume"]), **{moved[name]: values[name] for name in moved})
     values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
     _ask_for(options, values)
     check(options, values, written)
