@@ -96,6 +96,9 @@ class _Tokenizer:
     def _parts(self, text: str, special: bool) -> list[tuple[str, int | None]]:
         """The text in parts, each with its id if it is an added token."""
         parts = [(text, None)]
+        for name in self.spelled(text) if special else ():
+            if flags := [flag for flag in _STRIP if self.added[name][flag]]:
+                raise UserError(f"the special token {name} has {flags[0]}, which is not supported in a text")
         if special or len(self.added) > len(self.special):
             for pattern in self._patterns:
                 parts = [new for old in parts for new in self._cut(pattern, *old, special)]
@@ -347,6 +350,7 @@ _CHARACTERS = {
 _GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTE_LEVEL = {"normalizer": None, "pre_tokenizer": _GPT2_RULE, "decoder": _GPT2_RULE}
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+_STRIP = "single_word", "lstrip", "rstrip"  # with which a token is more than the text that spells it
 
 
 def _bpe(vocab: dict[str, int], merges: list[str]) -> dict:
@@ -434,7 +438,6 @@ def gathered(path: Path) -> tuple[dict, dict]:
         spec, is_gpt2 = _EMPTY | _BYTE_LEVEL | {"model": _bpe(read_object(path), merges)}, True
     own = _at(spec, "pre_tokenizer.add_prefix_space")
     if is_gpt2:
-        settings = dict.fromkeys(_ROLES[:3], END_OF_TEXT) | settings
         if own is not None:
             spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
     elif space not in (None, own):
@@ -461,19 +464,24 @@ def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool
     listed = {token["id"]: token for token in _vocabulary(spec)[1].values()}
     if (decoder := settings.pop("added_tokens_decoder", None)) is None:
         settings |= roles
-    names = [*_ROLES, *sorted(settings.keys() - set(_ROLES))]
-    special = [settings[name] for name in names if name.endswith("_token") and settings.get(name) is not None]
     extras = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    special += extras.values() if isinstance(extras, dict) else extras
-    special = [_token(value, special=True) for value in special]
+    extras = list(extras.values() if isinstance(extras, dict) else extras)
+
+    def special(names: Iterable[str]) -> list[dict]:
+        values = (value for name in names if (value := settings.get(name)) is not None)
+        return [_token(value, special=True) for value in (*values, *extras)]
+
     if decoder is None:
-        names = [token["content"] for token in special]
+        names = [token["content"] for token in special(_ROLES)]
         older = ((i, name, name in names) for name, i in ids.items())
         listed = {i: _token(name, special=is_in, normalized=not is_in) for i, name, is_in in older} | listed
     else:
         listed = ({} if is_gpt2 else listed) | {int(i): _token(token) for i, token in decoder.items()}
+    if is_gpt2:  # the roles that its class has by itself
+        settings |= dict.fromkeys(_ROLES[:3], END_OF_TEXT) | settings
+    own = sorted(name for name in settings.keys() - set(_ROLES) if name.endswith("_token"))
     vocab, added = dict(spec["model"]["vocab"]), {}
-    for i, token in [*sorted(listed.items()), *((None, token) for token in special)]:
+    for i, token in [*sorted(listed.items()), *((None, token) for token in special((*_ROLES, *own)))]:
         name = token["content"]
         if i is None and name in added:
             added[name]["special"] = True
@@ -513,7 +521,7 @@ def _built(spec: dict, settings: object, where: str) -> CharTokenizer | BPEToken
         raise UserError(f"the ids of its {len(vocab)} tokens are not 0, 1, 2 ... without gap or repetition")
     special = [name for name, token in added.items() if token["special"]]
     for name in added.keys() - special:
-        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if added[name][flag]]
+        flags = [flag for flag in _STRIP if added[name][flag]]
         if flags or re.search(r"\S[ \n]", name):  # a text may be cut before a space
             what = flags[0] if flags else "a space inside"
             raise UserError(f"added token {short(name)} has {what}, which is not supported")
