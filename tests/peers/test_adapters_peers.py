@@ -20,6 +20,7 @@ from tinygpt.core.generate import generate
 from tinygpt.core.model import GPT
 from tinygpt.core.optim import AdamW
 from tinygpt.core.train import Batch
+from tinygpt.errors import UserError
 from tinygpt.folders import adapters, checkpoint
 from tinygpt.stages import variants
 from tinygpt.stages.adapter import AdapterConfig
@@ -137,6 +138,60 @@ def test_we_load_what_peft_saves(pair, base, tmp_path, rng):
     model, _ = adapters.load_model(base, tmp_path / "a")
     ids = rng.integers(0, 262, (2, 11))
     np.testing.assert_allclose(model.forward(ids)[0], logits(theirs, ids), atol=1e-4)
+
+
+MAPS = ["c_attn", "c_proj", "c_fc"]
+OPTIONS = {  # what a LoraConfig can say, and whether it is loaded here; else it is refused, by this name
+    "target_modules": [("all-linear", True), (r".*c_attn", True), (["c_attn", "q_proj"], True),
+                       (r".*\.h\.[02]\..*c_(attn|fc)", True), (["transformer.h.1.attn.c_attn"], True),
+                       (["c_attn", "wte"], False), (["c_attn", "lm_head"], False), (["mlp.c_proj"], True)],
+    "exclude_modules": [(["mlp.c_proj"], True), (r".*\.h\.1\..*", True), (["h.0.attn.c_attn"], True),
+                        (["h.0"], True)],
+    "layers_to_transform": [(1, True), ([0, 2], True)],
+    "use_rslora": [(True, True)],
+    "init_lora_weights": [("gaussian", True), ("orthogonal", True), (False, True), ("pissa", False),
+                          ("olora", False), ("pissa_niter_4", False)],
+    "rank_pattern": [({"c_fc": 5}, False)],
+    "alpha_pattern": [({"c_fc": 5}, False)],
+    "bias": [("all", False), ("lora_only", False)],
+    "lora_bias": [(True, False)],
+    "use_dora": [(True, False)],
+    "modules_to_save": [(["wpe"], False)],
+    "trainable_token_indices": [([3, 5], False)],
+    "alora_invocation_tokens": [([3, 5], False)],
+    "lora_dropout": [(0.5, True)],
+    "fan_in_fan_out": [(False, True)],
+    "lora_alpha": [(16, True), (0.5, True)],
+    "r": [(1, True), (24, True)],
+}
+
+
+@pytest.mark.parametrize(("name", "value", "loads"), [
+    (name, value, loads) for name, rows in OPTIONS.items() for value, loads in rows
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_every_option_of_a_lora(base, tmp_path, rng, name, value, loads):
+    """Guards: a config believed more than the tensors; an option that is read over (PEFT 2208)."""
+    usual = {"task_type": "CAUSAL_LM", "target_modules": MAPS, **LORA, "r": 4}
+    config = peft.LoraConfig(**usual | {name: value})
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for n, p in theirs.named_parameters():
+        if "lora_" in n:
+            torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path / "a")
+    if not loads:
+        words = name if name != "target_modules" else "no part of a LoRA|belongs nowhere|no linear map"
+        with pytest.raises(UserError, match=words):
+            adapters.load_model(base, tmp_path / "a")
+        return
+    model, _ = adapters.load_model(base, tmp_path / "a")
+    ids = rng.integers(0, 262, (2, 11))
+    expected = logits(theirs, ids)
+    np.testing.assert_allclose(model.forward(ids)[0], expected, atol=2e-3 * np.abs(expected).max())
+    adapters.save(tmp_path / "b", model, TOKENIZER, str(base))
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "b")
+    np.testing.assert_allclose(logits(again, ids), expected, atol=2e-3 * np.abs(expected).max())
 
 
 def test_the_encoder_goes_on_in_peft(pair, base, tmp_path):

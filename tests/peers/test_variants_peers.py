@@ -35,13 +35,13 @@ def token(name: str, rng: random.Random, **flags):
 
 def folder_of(path, rng: random.Random) -> None:
     """Writes a random tokenizer's folder, as transformers 3 to 5, tokenizers and hands have left them."""
-    end = "END of the vocabulary" if rng.random() < 0.3 else ""
-    vocab = MODEL["vocab"] | ({END: len(MODEL["vocab"])} if end else {})
-    names = rng.sample([START, PAD, WORD, "<x>", "<y>", "<|"], rng.randint(0, 4)) + [END] * (not end)
+    inside = rng.random() < 0.3  # the end token is in the vocabulary, too
+    vocab = MODEL["vocab"] | ({END: len(MODEL["vocab"])} if inside else {})
+    names = rng.sample([START, PAD, WORD, "<x>", "<y>"], rng.randint(0, 4)) + [END] * (not inside)
     rng.shuffle(names)
     count = itertools.count(len(vocab))
     ids = {name: vocab[name] if name in vocab else next(count) for name in names}
-    special = {name: name not in (WORD, "<|") and (rng.random() < 0.7 or name == END) for name in names}
+    special = {name: name != WORD and (rng.random() < 0.7 or name == END) for name in names}
     settings, roles_map, files = {}, {}, {}
     if kind := rng.choice(CLASSES):
         settings["tokenizer_class"] = kind
@@ -64,15 +64,15 @@ def folder_of(path, rng: random.Random) -> None:
         flags[rng.choice(names)][rng.choice(["lstrip", "rstrip", "single_word"])] = True
     if rng.random() < 0.6:
         added = [{"id": i, "content": name, **flags[name]} for name, i in ids.items()]
-        first = [{"SpecialToken": {"id": END, "type_id": 0}}] * rng.choice([0, 0, 1])
-        last = [{"SpecialToken": {"id": END, "type_id": 0}}] * rng.choice([0, 0, 0, 0, 1])
+        end, a, b = ({kind: {"id": name, "type_id": 0}} for kind, name in (
+            ("SpecialToken", END), ("Sequence", "A"), ("Sequence", "B")))  # fmt: skip
+        first, last = [end] * rng.choice([0, 0, 1]), [end] * rng.choice([0, 0, 0, 0, 1])
         i = {**vocab, **ids}[END]
-        template = {"type": "TemplateProcessing", "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last],
-                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        template = {"type": "TemplateProcessing", "single": [*first, a, *last], "pair": [a, b],
                     "special_tokens": {END: {"id": END, "ids": [i], "tokens": [END]}}}  # fmt: skip
         plain = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
         processor = rng.choice([None, plain, template, {"type": "Sequence", "processors": [plain, template]}])
-        rule = {"type": "ByteLevel", "add_prefix_space": rng.random() < 0.3, "trim_offsets": True, "use_regex": True}
+        rule = plain | {"add_prefix_space": rng.random() < 0.3}
         files["tokenizer.json"] = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": rule, "post_processor": processor, "decoder": rule,
@@ -80,9 +80,11 @@ def folder_of(path, rng: random.Random) -> None:
         }  # fmt: skip
     else:
         files["vocab.json"] = vocab
-        path.joinpath("merges.txt").write_text("#version: 0.2\n" + "\n".join(MODEL["merges"]), encoding="utf-8")
+        merges = "\n".join(["#version: 0.2", *MODEL["merges"]])
+        path.joinpath("merges.txt").write_text(merges, encoding="utf-8")
     if rng.random() < (0.3 if "tokenizer.json" in files else 0.5):
-        settings["added_tokens_decoder"] = {str(i): {"content": name, **flags[name]} for name, i in ids.items()}
+        decoder = {str(i): {"content": name, **flags[name]} for name, i in ids.items()}
+        settings["added_tokens_decoder"] = decoder
     elif rng.random() < (0.3 if "tokenizer.json" in files else 0.8):
         files["added_tokens.json"] = ids
     if roles_map or rng.random() < 0.2:
@@ -103,7 +105,7 @@ def seen(path) -> tuple:
 
 @pytest.mark.parametrize("seed", range(3000 if "TINYGPT_FULL" in os.environ else 150))
 def test_a_folder_is_read_and_written_as_transformers_does(tmp_path, seed):
-    """Guards: roles, added tokens, a BOS or a space that are lost without a word, on reading or on writing."""
+    """Guards: roles, added tokens, a BOS or a space that are lost without a word, read or written."""
     base, new = tmp_path / "base", tmp_path / "new"
     base.mkdir()
     folder_of(base, random.Random(seed))
