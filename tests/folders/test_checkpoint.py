@@ -32,6 +32,7 @@ from tinygpt.stages import variants
 from tinygpt.stages.adapter import AdapterConfig
 from tinygpt.stages.variants import build
 from tinygpt.text import tokenizer as tokenizers
+from tinygpt.text.stream import stream
 
 KINDS = "nothing", "model", "run", "adapter", "judge", "merged"  # of folders
 FUZZ = int(os.environ.get("TINYGPT_FUZZ", 400))
@@ -134,6 +135,66 @@ def test_the_hubs_layouts(folder, layout):
     else:
         write(path, files)
     assert checkpoint.load(folder)[0].flat.tobytes() == model.flat.tobytes()
+
+
+@pytest.mark.parametrize("config", [
+    {"num_attention_heads": 4}, {"activation_function": "gelu_fast"}, {"activation_function": "gelu_accurate"},
+    {"hidden_size": 8, "num_hidden_layers": 2, "max_position_embeddings": 6},
+], ids=str)  # fmt: skip
+def test_other_names_for_the_same(folder, config):
+    """Guards: 12 heads where a config says 4 under the name that transformers has for all models."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    assert raw["n_ctx"] == 6
+    for alias in config:
+        raw.pop(checkpoint._ALIASES.get(alias), None)
+    path.write_text(json.dumps(raw | config))
+    assert checkpoint.read_config(folder) == dataclasses.replace(
+        CONFIG, n_head=config.get("num_attention_heads", 2))  # fmt: skip
+    path.write_text(json.dumps(raw | config | {"n_embd": 8, "hidden_size": 16}))
+    refused(folder, "n_embd", "hidden_size")
+
+
+def test_a_head_without_a_table(folder):
+    """Of a tied pair torch's save_model keeps one name."""
+    files = tensors(make())
+    files["lm_head.weight"] = files.pop("transformer.wte.weight")
+    write(folder / "model.safetensors", files)
+    assert checkpoint.load(folder)[0].flat.tobytes() == make().flat.tobytes()
+
+
+@pytest.mark.parametrize(("files", "stops"), [
+    ({"generation_config": {"eos_token_id": [12, 3]}}, {3, 12}),
+    ({"generation_config": {"eos_token_id": 5}}, {5}),
+    ({"config": {"eos_token_id": [1, 2]}}, {1, 2}), ({"config": {"eos_token_id": None}}, {12}),
+    ({"config": {"eos_token_id": 50256}}, {12}),
+    ({"config": {"eos_token_id": ["x", True, -1, 10**30]}}, {12}),
+    ({"config": {"eos_token_id": 4}, "generation_config": {"max_length": 9}}, {4}),
+], ids=str)  # fmt: skip
+def test_the_ids_that_end_a_text(tmp_path, files, stops):
+    """Guards: a chat model that never stops, because its end is said in another file (transformers 42481)."""
+    tokenizer = tokenizers.CharTokenizer.train("abcdefghijk\n", ["<|end|>"])
+    model = make(vocab_size=13)
+    checkpoint.save(tmp_path, model, tokenizer)
+    for name, values in files.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    model, tokenizer = checkpoint.load(tmp_path)
+    assert tokenizer.stops == stops
+    checkpoint.save(tmp_path, model, tokenizer)  # after training a text ends with the end token, too
+    assert not (tmp_path / "generation_config.json").exists()
+    assert checkpoint.load(tmp_path)[1].stops == stops | {12}
+    model.flat[:] = 0
+    model.params["ln_f.bias"][0] = model.params["wte.weight"][min(stops), 0] = 1  # it says the first of them
+    text = "".join(stream(model, tokenizer, [0], 4, temperature=0))
+    assert text == ("" if stops == {12} else tokenizer.decode([min(stops)]))
+
+
+def test_settings_of_generation_that_have_no_effect_are_named(folder):
+    values = '{"repetition_penalty": 1.3, "do_sample": true, "top_k": 50, "num_beams": 1}'
+    (folder / "generation_config.json").write_text(values)
+    with pytest.warns(UserWarning, match="repetition_penalty is not supported"):
+        checkpoint.load(folder)
 
 
 def test_loading_takes_the_memory_of_the_weights(tmp_path):

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from tinygpt.check.targets import ADAPTERS
 from tinygpt.core import generate, train
-from tinygpt.core.config import GPTConfig
+from tinygpt.core.config import PROJECTIONS, GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.core.train import Batch, TrainConfig
 from tinygpt.errors import UserError
@@ -626,6 +626,25 @@ def test_merging_leaves_one_model_and_no_older_run(folder):
         result = run("merge", "base", "--adapter-folder", "tuned", "--out", needed, "--overwrite", status=2)
         assert "--out takes another folder" in result.stderr
         assert {path.name: path.read_bytes() for path in Path(needed).iterdir()} == before
+
+
+def test_peft_selects_maps_in_many_ways(tmp_path):
+    """Guards: names that PEFT 0.21 writes for "all-linear", and a scale that is read over."""
+    model = make(KINDS["lora"])
+    adapters.save(tmp_path, model, TOKENIZER, "base")
+    path, ids = tmp_path / "adapter_config.json", np.arange(6)[None]
+    raw = json.loads(path.read_text())
+    full = [f"transformer.h.{layer}.{name}" for layer in range(3) for name in PROJECTIONS]
+    for change in ({"target_modules": "all-linear"}, {"target_modules": full}, {"target_modules": r".*c_.*"},
+                   {"exclude_modules": ["lm_head"]}, {"layers_to_transform": [0, 1, 2]}):  # fmt: skip
+        path.write_text(json.dumps(raw | change))
+        assert same(adapters.load(tmp_path, model.base).adapter, model.adapter)
+    path.write_text(json.dumps(raw | {"use_rslora": True, "lora_alpha": 6 / math.sqrt(2)}))
+    found = adapters.load(tmp_path, model.base)
+    np.testing.assert_allclose(logits(found, ids), logits(model, ids), atol=1e-5)
+    (tmp_path / adapters.WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin, which can run code"):
+        adapters.load(tmp_path, model.base)
 
 
 def test_targets_that_are_no_names_are_ignored_as_a_pattern_is(tmp_path):

@@ -523,3 +523,104 @@ def test_mutated_files_are_one_line_or_a_working_tokenizer(bpe_tokenizer, char_t
         finally:
             shutil.rmtree(tmp_path / "again", ignore_errors=True)
     assert count / 4 < refused < count
+
+
+# --- folders of other tools ---------------------------------------------------------------------------------
+
+
+def folder_with(path: Path, *, json_file: bool = False, **files) -> Path:
+    """GPT-2's two files without an end token in them, or tokenizer.json, and other files. 266 tokens."""
+    spec = BPETokenizer.train("the cat sat on the mat " * 9, 266, special=()).spec
+    model = spec["model"]
+    path.mkdir(exist_ok=True)
+    (path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (path / "merges.txt").write_text("\n".join(model["merges"]), encoding="utf-8")
+    if json_file:
+        (path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_a_slow_tokenizers_files_count(tmp_path):
+    """Guards: an end token that nobody finds, so that a text never ends (transformers 26500)."""
+    found = load(folder_with(tmp_path, added_tokens={"<|end|>": 266, "<user>": 267},
+                             special_tokens_map={"eos_token": {"content": "<|end|>", "lstrip": False}}))
+    assert (found.eos_id, found.stops) == (266, {266})
+    assert found.encode("the<user> cat<|end|>").tolist()[1] == 267  # an ordinary added token
+    assert found.special == {"<|end|>": 266, END: 268}  # which GPT2Tokenizer has for bos and unk
+    assert found.encode("<|end|>", special=True).tolist() == [266]
+
+
+def test_roles_come_back_and_stale_files_go(tmp_path):
+    """Guards: a padding token that is lost in fine-tuning; tokens of an older model beside the new one."""
+    roles = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|start|>", "pad_token": "[PAD]",
+             "additional_special_tokens": ["<tool>"], "padding_side": "left"}
+    found = load(folder_with(tmp_path / "a", tokenizer_config=roles))
+    old = folder_with(tmp_path / "b", added_tokens={"<old>": 266}, special_tokens_map={"eos_token": "<old>"})
+    found.save(old)
+    assert sorted(os.listdir(old)) == ["tokenizer.json", "tokenizer_config.json"]
+    again = load(old)
+    assert (again.spec, again.config()) == (found.spec, found.config())
+    assert again.special == {"<|start|>": 266, END: 267, "[PAD]": 268, "<tool>": 269}
+    assert (again.role_id("pad_token"), again.settings["padding_side"]) == (268, "left")
+    assert encode_prompt(again, "").tolist() == [266]
+    again.chat_template = "a template"  # as tuning sets it: its text must become tokens
+    again.save(old)
+    config = json.loads((old / "tokenizer_config.json").read_text())
+    assert (config["split_special_tokens"], config["eos_token"], config["pad_token"]) == (False, END, "[PAD]")
+
+
+def test_a_prompt_begins_with_what_the_files_say(tmp_path):
+    """Guards: a BOS or a space that transformers puts before a text, and we do not."""
+    base = load(folder_with(tmp_path / "plain"))
+    ids, space = (base.encode(text).tolist() for text in ("the cat", " the cat"))
+    bos = load(folder_with(tmp_path / "bos", tokenizer_config={"add_bos_token": True}))
+    assert encode_prompt(bos, "the cat").tolist() == [266, *ids] and bos.encode("the cat").tolist() == ids
+    config = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True, "add_bos_token": True}
+    spaced = load(folder_with(tmp_path / "space", json_file=True, tokenizer_config=config))
+    assert encode_prompt(spaced, "the cat").tolist() == space  # tokenizer.json says that there is no BOS
+    for name, found in ("bos", bos), ("space", spaced):
+        found.save(tmp_path / name)
+        again = load(tmp_path / name)
+        assert encode_prompt(again, "the cat").tolist() == encode_prompt(found, "the cat").tolist()
+
+
+@pytest.mark.parametrize(("named", "files"), [
+    ("add_eos_token", {"tokenizer_config": {"add_eos_token": True}}),
+    ("RobertaTokenizer", {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}),
+    ("OpenAIGPTTokenizer", {"config": {"model_type": "openai-gpt"}}),
+    ("<x>.* two ids", {"added_tokens": {"<x>": 300}}),
+    ("<x>.* lstrip", {"tokenizer_config": {"added_tokens_decoder": {"266": {
+        "content": "<x>", "lstrip": True, "special": False}}}}),
+    ("a b.* a space inside", {"added_tokens": {"a b": 266}}),
+    ("unknown form", {"tokenizer_config": {"added_tokens_decoder": ["x"]}}),
+    ("unknown form", {"added_tokens": {"<x>": None}}),
+    ("add_prefix_space", {"json_file": True, "tokenizer_config": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}}),
+])  # fmt: skip
+def test_what_other_files_say_and_is_not_honoured_is_named(tmp_path, named, files):
+    with pytest.raises(UserError, match=named):
+        load(folder_with(tmp_path, **files))
+
+
+def test_merges_that_were_cut_are_named(tmp_path):
+    """Guards: half a download, which gives other ids without a word."""
+    folder_with(tmp_path)
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    (tmp_path / "merges.txt").write_text("\n".join(merges[:5]), encoding="utf-8")
+    cut = rf"vocab\.json: no merge makes {len(merges) - 5} of {len(merges)} tokens"
+    with pytest.warns(UserWarning, match=cut):
+        load(tmp_path)
+
+
+def test_of_tokens_in_a_text_the_first_and_then_the_longest_counts(tmp_path):
+    """Guards: a part of a token taken for the whole; what is said of a prompt that spells special tokens."""
+    tokens = {name: 266 + n for n, name in enumerate(["<a>", "<a><b>", "<a", "<s>"])}
+    found = load(folder_with(tmp_path, added_tokens=tokens, tokenizer_config={"eos_token": "<s>"}))
+    assert found.encode("<a><b><a><a").tolist() == [267, 266, 268]
+    assert found.encode("x<s><a>", special=True).tolist() == [found.encode("x")[0], 269, 266]
+    assert 269 not in found.encode("x<s><a>") and found.spelled("x<s><a>") == ["<s>"]
+    assert [part.ids for part in found.explain("<a>x")] == [[266], found.encode("x").tolist()]
+    with pytest.warns(UserWarning, match="the prompt spells <s>, which is taken as characters"):
+        encode_prompt(found, "x<s>")

@@ -473,7 +473,7 @@ def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool
 
     if decoder is None:
         names = [token["content"] for token in special(_ROLES)]
-        older = ((i, name, name in names) for name, i in ids.items())
+        older = ((int(i), name, name in names) for name, i in ids.items())
         listed = {i: _token(name, special=is_in, normalized=not is_in) for i, name, is_in in older} | listed
     else:
         listed = ({} if is_gpt2 else listed) | {int(i): _token(token) for i, token in decoder.items()}
