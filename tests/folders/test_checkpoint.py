@@ -138,7 +138,8 @@ def test_the_hubs_layouts(folder, layout):
 
 
 @pytest.mark.parametrize("config", [
-    {"num_attention_heads": 4}, {"activation_function": "gelu_fast"}, {"activation_function": "gelu_accurate"},
+    {"num_attention_heads": 4},
+    {"activation_function": "gelu_fast"}, {"activation_function": "gelu_accurate"},
     {"hidden_size": 8, "num_hidden_layers": 2, "max_position_embeddings": 6},
 ], ids=str)  # fmt: skip
 def test_other_names_for_the_same(folder, config):

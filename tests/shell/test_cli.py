@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -20,7 +21,7 @@ from tinygpt.core.model import GPT
 from tinygpt.folders import checkpoint
 from tinygpt.shell.cli import main
 from tinygpt.stages.adapter import AdapterConfig
-from tinygpt.text.tokenizer import CharTokenizer
+from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
 
@@ -31,7 +32,7 @@ def run(tmp_path, monkeypatch):
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     Path("pipes/world.json").mkdir(parents=True)  # what stands for a file, and is none
     Path("loop").symlink_to("loop")
-    return lambda *args: CliRunner().invoke(main, args)
+    return lambda *args, **more: CliRunner().invoke(main, args, **more)
 
 
 def test_a_tokenizer_is_trained_and_shown(run):
@@ -86,6 +87,20 @@ def test_a_tokenizer_is_not_written_over(run):
     for extra, status in ((), 0), ((), 2), (("--overwrite",), 0):
         result = run(*train, *extra)
         assert result.exit_code == status
+
+
+def test_a_special_token_in_a_prompt_is_characters_unless_asked_for(run, tmp_path):
+    """Guards: a text that ends itself without a word; a chat in which a user writes the end token."""
+    tokenizer = BPETokenizer.train("the cat sat", 260)
+    model = GPT(GPTConfig(260, 32, n_layer=1, n_head=1, n_embd=8), np.random.default_rng(0))
+    checkpoint.save(tmp_path / "model", model, tokenizer)
+    prompt = "the<|endoftext|>" * 7  # as characters this is more than the context
+    generate = ("generate", str(tmp_path / "model"), "--prompt", prompt, "--max-new-tokens", "1")
+    result = run(*generate)
+    assert "the prompt spells <|endoftext|>" in result.stderr and "are cut" in result.stderr
+    assert not run(*generate, "--special-tokens").stderr
+    result = run("chat", str(tmp_path / "model"), "--max-new-tokens", "1", input=f"{prompt}\n")
+    assert "the message spells <|endoftext|>, which is taken as characters" in result.stderr
 
 
 def test_help_is_quick():

@@ -12,7 +12,6 @@ Not here: Unigram, WordPiece, other splitting rules, normalisation. The algorith
 import codecs
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -24,14 +23,11 @@ import numpy as np
 
 from ..errors import UserError
 from ..files.atomic import make_folder, remove, replacing
-from ..files.jsonfile import read_object, read_text
+from . import tokenfiles
 from .bpe import BYTE_OF, apply_merges, learn_merges, merge_steps, pieces
+from .tokenfiles import END_OF_TEXT, FILES, utf8
 
-END_OF_TEXT = "<|endoftext|>"
-FILES = "tokenizer.json", "tokenizer_config.json"
 MOST_TOKENS = 200_000  # of a vocabulary that is made here: its file is within jsonfile's limits
-TEMPLATE = "chat_template.jinja"              # where transformers puts a chat template of its own
-OLDER_FILES = TEMPLATE, "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"
 CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
 
 
@@ -54,11 +50,12 @@ class _Tokenizer:
     def __init__(self, spec: dict, settings: dict):
         """spec, settings: what tokenizer.json and tokenizer_config.json say, checked by `from_spec`."""
         self.spec, self.settings = spec, settings
-        vocab, self.added = _vocabulary(spec)
+        vocab, self.added = tokenfiles.vocabulary(spec)
         self.tokens = [self._bytes(token) for token in sorted(vocab, key=vocab.__getitem__)]
         self.special = {name: vocab[name] for name, token in self.added.items() if token["special"]}
-        self.begin = _begin(_at(spec, "post_processor"))  # the ids that a prompt begins with
-        self.eos = _role(settings, "eos_token", END_OF_TEXT if END_OF_TEXT in self.special else None)
+        self.begin = tokenfiles.begins_with(spec)  # the ids that a prompt begins with
+        usual = END_OF_TEXT if END_OF_TEXT in self.special else None
+        self.eos = tokenfiles.role(settings, "eos_token", usual)
         self.eos_id = None if self.eos is None else self.special[self.eos]
         self.stops = {self.eos_id} - {None}  # the ids that end a text; a model's folder may name others
         template = settings.get("chat_template")  # how a conversation is written, in Hugging Face's words
@@ -81,7 +78,7 @@ class _Tokenizer:
 
     def role_id(self, role: str) -> int | None:
         """The id of the token that has a role such as "pad_token"."""
-        return self.special.get(_role(self.settings, role))
+        return self.special.get(tokenfiles.role(self.settings, role))
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids (n,), int32. special: a special token that the text spells becomes its id.
@@ -97,7 +94,7 @@ class _Tokenizer:
         """The text in parts, each with its id if it is an added token."""
         parts = [(text, None)]
         for name in self.spelled(text) if special else ():
-            if flags := [flag for flag in _STRIP if self.added[name][flag]]:
+            if flags := [flag for flag in tokenfiles.STRIP if self.added[name][flag]]:
                 raise UserError(f"the special token {name} has {flags[0]}, which is not supported in a text")
         if special or len(self.added) > len(self.special):
             for pattern in self._patterns:
@@ -143,7 +140,7 @@ class _Tokenizer:
         """
         folder = Path(folder)
         make_folder(folder)
-        for name in OLDER_FILES:
+        for name in tokenfiles.OLDER_FILES:
             remove(folder / name)
         length = {} if model_max_length is None else {"model_max_length": model_max_length}
         for name, value in zip(FILES, (self.spec, self.config() | length), strict=True):
@@ -180,7 +177,7 @@ class CharTokenizer(_Tokenizer):
                 self._id_of[ord(char)] = i
 
     def _bytes(self, token: str) -> bytes:
-        return _utf8(token)
+        return utf8(token)
 
     @classmethod
     def train(cls, texts: str | Iterable[str], special: Sequence[str] = ()) -> "CharTokenizer":
@@ -193,7 +190,7 @@ class CharTokenizer(_Tokenizer):
         vocab, parts = _with_special(sorted(chars), special)
         # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
-        return from_spec(parts | _CHARACTERS | {"model": model}, _settings(special))
+        return from_spec(parts | tokenfiles.CHARACTERS | {"model": model}, _settings(special))
 
     def _encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -221,14 +218,14 @@ class BPETokenizer(_Tokenizer):
         super().__init__(spec, settings)
         vocab = spec["model"]["vocab"]
         self._id_of = {byte: vocab[char] for char, byte in BYTE_OF.items() if char in vocab}
-        pairs = enumerate(_merge_list(spec, vocab))
+        pairs = enumerate(tokenfiles.merge_list(spec, vocab))
         self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in pairs}
         self._cache: dict[str, bytes] = {}
         # A text is encoded as after a space, so that its first word is the token that it is elsewhere.
         self.space = spec["pre_tokenizer"].get("add_prefix_space") is True
 
     def _bytes(self, token: str) -> bytes:
-        return _utf8(token) if token in self.added else bytes(map(BYTE_OF.__getitem__, token))
+        return utf8(token) if token in self.added else bytes(map(BYTE_OF.__getitem__, token))
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int,
@@ -250,12 +247,13 @@ class BPETokenizer(_Tokenizer):
         if not words:
             raise UserError("the training text is empty: BPE learns from text")
         names, merges = list(BYTE_OF), []
-        for a, b in learn_merges({_utf8(word): count for word, count in words.items()}, vocab_size - least):
+        for a, b in learn_merges({utf8(word): count for word, count in words.items()}, vocab_size - least):
             merges.append(f"{names[a]} {names[b]}")
             names.append(names[a] + names[b])
         vocab, parts = _with_special(names, special)
-        rules = _document_rules(special[0], vocab[special[0]]) if documents else {}
-        return from_spec(parts | _BYTE_LEVEL | rules | {"model": _bpe(vocab, merges)}, _settings(special))
+        rules = tokenfiles.document_rules(special[0], vocab[special[0]]) if documents else {}
+        spec = parts | tokenfiles.BYTE_LEVEL | rules | {"model": tokenfiles.bpe_model(vocab, merges)}
+        return from_spec(spec, _settings(special))
 
     def _encode(self, text: str) -> np.ndarray:
         parts = map(self._encode_piece, pieces(_begun(text, self.space)))
@@ -274,7 +272,7 @@ class BPETokenizer(_Tokenizer):
 
     def _byte_ids(self, piece: str) -> list[int]:
         try:
-            return [self._id_of[byte] for byte in _utf8(piece)]
+            return [self._id_of[byte] for byte in utf8(piece)]
         except KeyError as error:
             raise UserError(f"this vocabulary has no token for byte 0x{error.args[0]:02X} of {short(piece)}: "
                             "use one with all 256 bytes") from None
@@ -311,14 +309,6 @@ def _begun(text: str, space: bool) -> str:
     return " " + text if space and text and text[0] != " " else text
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"U+{ord(text[error.start]):04X} is half of a surrogate pair, no character: "
-                        "read the text with the encoding that it was written in") from None
-
-
 def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict[str, int], dict]:
     """Ids for tokens, then for special tokens: the vocabulary, and the first part of a tokenizer.json."""
     for name in special:
@@ -327,8 +317,8 @@ def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict[str, 
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     if len(vocab) < len(tokens) + len(special):
         raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text")
-    added = [{"id": vocab[name], **_token(name)} for name in special]
-    return vocab, _EMPTY | {"added_tokens": added}
+    added = [{"id": vocab[name], **tokenfiles.flagged(name)} for name in special]
+    return vocab, tokenfiles.EMPTY | {"added_tokens": added}
 
 
 def _settings(special: Sequence[str]) -> dict:
@@ -337,61 +327,7 @@ def _settings(special: Sequence[str]) -> dict:
     return {"split_special_tokens": True, "bos_token": eos, "eos_token": eos}
 
 
-# --- Files --------------------------------------------------------------------------------------------------
-
-# What tokenizer.json says beside its vocabulary.
-_EMPTY = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
-_CHARACTERS = {
-    "normalizer": None,
-    "pre_tokenizer": {
-        "type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
-    "decoder": {"type": "Fuse"},
-}
-_GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_BYTE_LEVEL = {"normalizer": None, "pre_tokenizer": _GPT2_RULE, "decoder": _GPT2_RULE}
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-_STRIP = "single_word", "lstrip", "rstrip"  # with which a token is more than the text that spells it
-
-
-def _bpe(vocab: dict[str, int], merges: list[str]) -> dict:
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges}
-
-
-def _begins_with(name: str, i: int) -> dict:
-    """The post_processor that puts a token before a text."""
-    a, b = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
-    token = {"SpecialToken": {"id": name, "type_id": 0}}
-    return {"type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
-            "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}}}
-
-
-def _document_rules(eos: str, eos_id: int) -> dict:
-    """What it says for `documents`: a space, and the end token, before a text."""
-    rule = _GPT2_RULE | {"add_prefix_space": True}
-    return {"pre_tokenizer": rule, "post_processor": _begins_with(eos, eos_id)}
-
-
-# The values with which a file means the ids that are given here; None also where there is no value.
-_CHARACTER_RULES = {name: (value,) for name, value in _CHARACTERS.items()}
-_BYTE_LEVEL_RULES = {
-    "normalizer": (None,),
-    "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False, True),
-    "pre_tokenizer.use_regex": (True, None),
-    "decoder.type": ("ByteLevel",),
-    "model.type": ("BPE", None),
-    "model.dropout": (None, 0),
-    "model.continuing_subword_prefix": (None, ""),
-    "model.end_of_word_suffix": (None, ""),
-    "model.byte_fallback": (False, None),
-    "model.ignore_merges": (False, None),
-}
-# Of a tokenizer_class. The first two take only vocabulary, merges and post_processor from tokenizer.json.
-_CLASSES = "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"
-_USUAL_CLASS = {"gpt2": "GPT2Tokenizer", "openai-gpt": "OpenAIGPTTokenizer"}
-_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
@@ -406,90 +342,7 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
         path = path.with_name("vocab.json")
         if not (path.exists() and path.with_name("merges.txt").exists()):
             raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
-    return from_spec(*gathered(path), str(path))
-
-
-def gathered(path: Path) -> tuple[dict, dict]:
-    """What tokenizer.json and tokenizer_config.json would say if these two said all that a folder says.
-
-    path: tokenizer.json or vocab.json; the other files are beside it. The rules are those of transformers
-    5.24, `PreTrainedTokenizerBase._from_pretrained` and `GPT2Tokenizer`. Raises UserError.
-    """
-    settings, model, roles, ids = (
-        read_object(file) if (file := path.with_name(name)).exists() else {}
-        for name in (FILES[1], "config.json", "special_tokens_map.json", "added_tokens.json")
-    )
-    if (file := path.with_name(TEMPLATE)).exists():
-        settings["chat_template"] = read_text(file)
-    usual = _USUAL_CLASS.get(str(model.get("model_type")), _CLASSES[-1])
-    rules = settings.pop("tokenizer_class", None) or model.get("tokenizer_class") or usual
-    if rules not in list(_CLASSES):
-        raise UserError(f"{path}: the tokenizer_class {short(rules)} has rules of its own: save the "
-                        "tokenizer as a PreTrainedTokenizerFast, with transformers")
-    adds = "add_bos_token", "add_eos_token", "add_prefix_space"
-    begins, ends, space = (settings.pop(name, None) for name in adds)
-    if path.name == FILES[0]:
-        spec, begins, is_gpt2 = _EMPTY | read_object(path), None, rules in _CLASSES[:2]
-    elif ends:
-        raise UserError(f"{path}: add_eos_token, an end token after each text, is not supported")
-    else:
-        lines = read_text(path.with_name("merges.txt")).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        spec, is_gpt2 = _EMPTY | _BYTE_LEVEL | {"model": _bpe(read_object(path), merges)}, True
-    own = _at(spec, "pre_tokenizer.add_prefix_space")
-    if is_gpt2:
-        if own is not None:
-            spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
-    elif space not in (None, own):
-        raise UserError(f"{path}: add_prefix_space is {short(own)}, in {FILES[1]} it is {short(space)}")
-    try:
-        spec["added_tokens"] = _all_added(spec, settings, roles, ids, is_gpt2)
-        if begins:
-            bos = _role(settings, "bos_token")
-            spec["post_processor"] = _begins_with(bos, _vocabulary(spec)[0][bos])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError):
-        raise UserError(f"{path.parent}: the files list added or special tokens in an unknown form") from None
-    return spec, settings
-
-
-def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool) -> list[dict]:
-    """The added tokens of all files, then the special tokens that are in no list, which get the next ids.
-
-    roles, ids: special_tokens_map.json and added_tokens.json, which older versions of transformers wrote in
-    place of added_tokens_decoder. Puts the roles into the settings.
-    """
-    _is_of_characters(spec)
-    listed = {token["id"]: token for token in _vocabulary(spec)[1].values()}
-    if (decoder := settings.pop("added_tokens_decoder", None)) is None:
-        settings |= roles
-    extras = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    extras = list(extras.values() if isinstance(extras, dict) else extras)
-
-    def special(names: Iterable[str]) -> list[dict]:
-        values = (value for name in names if (value := settings.get(name)) is not None)
-        return [_token(value, special=True) for value in (*values, *extras)]
-
-    if decoder is None:
-        names = [token["content"] for token in special(_ROLES)]
-        older = ((int(i), name, name in names) for name, i in ids.items())
-        listed = {i: _token(name, special=is_in, normalized=not is_in) for i, name, is_in in older} | listed
-    else:
-        listed = ({} if is_gpt2 else listed) | {int(i): _token(token) for i, token in decoder.items()}
-    if is_gpt2:  # the roles that its class has by itself
-        settings |= dict.fromkeys(_ROLES[:3], END_OF_TEXT) | settings
-    own = sorted(name for name in settings.keys() - set(_ROLES) if name.endswith("_token"))
-    vocab, added = dict(spec["model"]["vocab"]), {}
-    for i, token in [*sorted(listed.items()), *((None, token) for token in special((*_ROLES, *own)))]:
-        name = token["content"]
-        if i is None and name in added:
-            added[name]["special"] = True
-        else:
-            added[name] = token | {"id": vocab.setdefault(name, len(vocab))}
-        if i not in (None, vocab[name]):
-            raise UserError(f"added token {short(name)} has two ids, {i} and {vocab[name]}")
-    return [{"id": added[name]["id"]} | added[name] for name in sorted(added, key=vocab.__getitem__)]
+    return from_spec(*tokenfiles.gathered(path), str(path))
 
 
 def from_spec(spec: object, settings: object, where: str = FILES[0]) -> CharTokenizer | BPETokenizer:
@@ -498,131 +351,6 @@ def from_spec(spec: object, settings: object, where: str = FILES[0]) -> CharToke
     where: the file, for messages. Raises UserError. Warns of tokens that no merge makes.
     """
     try:
-        return _built(spec, settings, where)
+        return (CharTokenizer if tokenfiles.check(spec, settings, where) else BPETokenizer)(spec, settings)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _is_of_characters(spec: object) -> bool:
-    """Whether a tokenizer.json is of characters, else of bytes. Raises UserError for other rules."""
-    characters = _at(spec, "model.type") == "WordLevel"
-    for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
-        if (value := _at(spec, name)) not in allowed:
-            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported (byte-level "
-                            "BPE with GPT-2's splitting rule, or tinygpt's characters)")
-    return characters
-
-
-def _built(spec: dict, settings: object, where: str) -> CharTokenizer | BPETokenizer:
-    characters = _is_of_characters(spec)
-    vocab, added = _vocabulary(spec)
-    ids = vocab.values()
-    if not all(type(i) is int for i in ids) or set(ids) != set(range(len(vocab))):
-        raise UserError(f"the ids of its {len(vocab)} tokens are not 0, 1, 2 ... without gap or repetition")
-    special = [name for name, token in added.items() if token["special"]]
-    for name in added.keys() - special:
-        flags = [flag for flag in _STRIP if added[name][flag]]
-        if flags or re.search(r"\S[ \n]", name):  # a text may be cut before a space
-            what = flags[0] if flags else "a space inside"
-            raise UserError(f"added token {short(name)} has {what}, which is not supported")
-    plain = vocab.keys() - added.keys()
-    if characters:
-        foreign = [token for token in plain if len(token) != 1]
-        spelled = [name for name in special if len(name) == 1]
-    else:
-        merges = _merge_list(spec, vocab)
-        foreign = [token for token in plain if not token or not BYTE_OF.keys() >= set(token)]
-        spelled = set(special) & ({a + b for a, b in merges} | BYTE_OF.keys())
-    if foreign:
-        kind = "one character" if characters else "in byte-level writing"
-        raise UserError(f"token {short(min(foreign))} is not {kind}")
-    if spelled:
-        raise UserError(f"special token {short(min(spelled))} is one that text can spell")
-    if not isinstance(settings, dict) or _role(settings, "eos_token") not in (None, *special):
-        raise UserError(f"the eos_token {short(_at(settings, 'eos_token'))} is not one of its special tokens")
-    if not set(_begin(_at(spec, "post_processor"))) <= set(ids):
-        raise UserError("the post_processor puts ids before a text that are not in the vocabulary")
-    _utf8(json.dumps([spec | {"model": None}, settings], ensure_ascii=False))  # `save` writes it
-    if characters:
-        return CharTokenizer(spec, settings)
-    longer = {token for token in plain if len(token) > 1}
-    if lost := longer - {a + b for a, b in merges}:
-        warnings.warn(f"{where}: no merge makes {len(lost):,} of {len(longer):,} tokens: the merges may have "
-                      "been cut, get the files again", stacklevel=2)
-    return BPETokenizer(spec, settings)
-
-
-def _vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, dict]]:
-    """The ids of all tokens, and the added ones among them with their flags."""
-    vocab, tokens, added = _at(spec, "model.vocab"), _at(spec, "added_tokens") or [], {}
-    if not isinstance(vocab, dict) or not isinstance(tokens, list):
-        raise UserError(f"model.vocab is no object, or added_tokens no list: {short(vocab)}, {short(tokens)}")
-    vocab = dict(vocab)
-    for token in tokens:
-        i, token = _at(token, "id"), _token(token)
-        name = token["content"]
-        if type(i) is not int or vocab.setdefault(name, i) != i:
-            raise UserError(f"added token {short(name)} has two ids, {short(i)} and {short(vocab.get(name))}")
-        added[name] = {"id": i, **token}
-    return vocab, added
-
-
-def _token(value: object, **flags: bool) -> dict:
-    """A token with its flags, of a text or of an object that has some of them."""
-    own = value if isinstance(value, dict) else {"content": value}
-    values = {flag: own.get(flag, usual) for flag, usual in _FLAGS.items()} | flags
-    name = own.get("content")
-    if not isinstance(name, str) or not name or not all(isinstance(value, bool) for value in values.values()):
-        raise UserError(f"{short(value)} is no token: a token is a text, with flags that are true or false")
-    return {"content": name, **values}
-
-
-def _role(settings: dict, name: str, default: str | None = None) -> str | None:
-    """The token that has a role such as "eos_token"."""
-    value = settings.get(name, default)
-    return None if value is None else _token(value)["content"]
-
-
-def _begin(post_processor: object) -> list[int]:
-    """The ids that a post_processor puts before a text. Raises UserError for one that does anything else."""
-    begin, steps = [], [post_processor]
-    if _at(post_processor, "type") == "Sequence":
-        steps = _at(post_processor, "processors")
-    try:
-        for step in steps:
-            if _at(step, "type") == "TemplateProcessing":
-                *before, text = step["single"]
-                names = [part["SpecialToken"]["id"] for part in before]
-                begin += [int(i) for name in names for i in step["special_tokens"][name]["ids"]]
-                right = "Sequence" in text
-            else:
-                right = step is None or _at(step, "type") == "ByteLevel"
-            if not right:
-                raise ValueError
-    except (TypeError, ValueError, KeyError):
-        raise UserError(f"the post_processor {short(post_processor)} does more than put tokens before a "
-                        "text, which is all that is supported") from None
-    return begin
-
-
-def _merge_list(spec: dict, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges, which a file has as ["a", "b"] or as "a b"."""
-    merges, pairs = _at(spec, "model.merges"), []
-    if not isinstance(merges, list):
-        raise UserError(f"model.merges should be a list, is {short(merges)}")
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
-            raise UserError(f"merge {short(merge)} is not a pair of tokens")
-        if not {*pair, "".join(pair)} <= vocab.keys():
-            raise UserError(f"merge {short(merge)} is of tokens that are not in the vocabulary")
-        pairs.append((pair[0], pair[1]))
-    return pairs
-
-
-def _at(spec: object, name: str) -> object:
-    """_at({"a": {"b": 1}}, "a.b") is 1; None where there is nothing of that name."""
-    for key in name.split("."):
-        spec = spec.get(key) if isinstance(spec, dict) else None
-    return spec
-
