@@ -12,7 +12,8 @@ import random
 import pytest
 
 from tinygpt.errors import UserError
-from tinygpt.text.stream import encode_prompt
+from tinygpt.folders import checkpoint
+from tinygpt.text.stream import encode_prompt, stream
 from tinygpt.text.tokenizer import BPETokenizer, load
 
 transformers = pytest.importorskip("transformers")
@@ -132,3 +133,57 @@ def test_a_folder_is_read_and_written_as_transformers_does(tmp_path, seed):
     assert seen(new) == (ids, length, roles, splits)
     again = load(new)
     assert again.spec == ours.spec and again.config() == ours.config()
+
+
+@pytest.mark.parametrize("how", [
+    "as it is", "first of the text", "a list", "in config.json", "aliases", "head alone", "a BOS", "a space",
+])  # fmt: skip
+def test_the_greedy_text_is_theirs(tmp_path, how):
+    """Guards: a text that goes on after its end, or comes from a model that was read in another way."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    vocab = BPETokenizer.train(CORPUS, 300)
+    config = transformers.GPT2Config(
+        vocab_size=vocab.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5,
+        bos_token_id=vocab.eos_id, eos_token_id=vocab.eos_id,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    vocab.save(tmp_path)
+    more = {"a BOS": {"add_bos_token": True}, "a space": {"add_prefix_space": True}}.get(how)
+    if more:
+        model = vocab.spec["model"]
+        tmp_path.joinpath("vocab.json").write_text(json.dumps(model["vocab"]))
+        tmp_path.joinpath("merges.txt").write_text("\n".join(model["merges"]), encoding="utf-8")
+        tmp_path.joinpath("tokenizer.json").unlink()
+        more["tokenizer_class"] = "GPT2Tokenizer"
+        tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps(more))
+    prompt = transformers.AutoTokenizer.from_pretrained(tmp_path)("the cat", return_tensors="pt")
+    greedy, start = {"do_sample": False, "max_new_tokens": 9}, prompt.input_ids.shape[1]
+    usual = theirs.generate(**prompt, **greedy)[0, start:].tolist()
+    ends = {"first of the text": usual[0], "a list": [vocab.eos_id, usual[3]], "in config.json": usual[2]}
+    files = {name: json.loads(tmp_path.joinpath(f"{name}.json").read_text())
+             for name in ("config", "generation_config")}  # fmt: skip
+    if how in ends:
+        files["generation_config" if how != "in config.json" else "config"]["eos_token_id"] = ends[how]
+    if how == "aliases":
+        for new, old in checkpoint._ALIASES.items():
+            files["config"][new] = files["config"].pop(old)
+    for name, value in files.items():
+        tmp_path.joinpath(f"{name}.json").write_text(json.dumps(value))
+    if how == "in config.json":
+        tmp_path.joinpath("generation_config.json").unlink()
+    if how == "head alone":
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = theirs.generate(**prompt, **greedy)[0, start:]
+    model, tokenizer = checkpoint.load(tmp_path)
+    ids = encode_prompt(tokenizer, "the cat")
+    assert ids.tolist() == prompt.input_ids[0].tolist()
+    text = "".join(stream(model, tokenizer, ids, 9, temperature=0))
+    assert text == tokenizer.decode([i for i in expected.tolist() if i != vocab.eos_id])
+    assert how not in ends or len(expected) < 9
