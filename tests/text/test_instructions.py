@@ -1,4 +1,4 @@
-"""The form that conversations take, what of it is learned, and files of examples with their mistakes."""
+"""The form that conversations take, and what of it is learned."""
 
 import doctest
 import json
@@ -76,7 +76,8 @@ def test_pieces_are_cut_where_no_token_spans(content):
     """Guards: ids that differ from those of the whole text, which is what Hugging Face's template gives."""
     messages = [{"role": role, "content": content} for role in ("user", "assistant", "user", "assistant")]
     ids, learned = instructions.encode(TOKENIZER, messages)
-    turn = TOKENIZER.encode(f"User: {content.strip()}\nAssistant: {content.strip()}").tolist()
+    answer = content.rstrip().lstrip("\n")
+    turn = TOKENIZER.encode(f"User: {content.strip()}\nAssistant: {answer}").tolist()
     end = TOKENIZER.eos_id
     assert ids.tolist() == [end, *turn, end, *turn, end]
     assert (ids == end).sum() == 3  # whatever a text spells
@@ -91,7 +92,51 @@ def test_a_tokenizer_without_an_end_of_text():
     assert ids[-1] == tok.eos_id
 
 
+@pytest.mark.parametrize("code", ["    return 1", "\treturn 1\n", "\n  if x:\n    y()\n\n", "x"])
+def test_an_answer_keeps_the_spaces_that_it_begins_with(code):
+    """Guards: code whose first line has lost its indentation, in training or in what a model says."""
+    ids, learned = instructions.encode(TOKENIZER, instructions.pair("Write it.", code))
+    text = TOKENIZER.decode(ids[learned][:-1])
+    assert text == " " + code.strip("\n") and instructions.heard(text) == code.strip("\n")
+
+
+def test_a_message_of_weight_0_is_read_and_not_learned():
+    """Guards: `"weight": 0` of an assistant's message, in OpenAI's form, learned all the same."""
+    messages = [dict(message) for message in CONVERSATION]
+    messages[2]["weight"], messages[4]["weight"] = 0, 1
+    ids, learned = instructions.encode(TOKENIZER, messages)
+    assert ids.tolist() == instructions.encode(TOKENIZER, CONVERSATION)[0].tolist()
+    assert tokens(ids[learned]) == [b" Wilmslow", b"<|endoftext|>"]
+
+
+def test_a_prompt_is_a_key_and_its_messages():
+    """Guards: a prompt of several messages that a judge cannot look up, or that is asked in another form."""
+    for messages in (CONVERSATION[:-1], CONVERSATION[1:2], CONVERSATION[:1]):
+        prompt = instructions.before(messages)
+        assert {prompt: 1} and instructions.turns(prompt) == messages
+        ids = instructions.prompt(TOKENIZER, prompt)
+        assert ids.tolist() == instructions.prompt(TOKENIZER, messages).tolist()
+    assert instructions.before(CONVERSATION[1:2]) == instructions.shown("Where does Ada live?")
+    assert instructions.shown(instructions.before(CONVERSATION[:2])) == (
+        "system: Answer in one word.\nuser: Where does Ada live?"
+    )
+
+
 # --- the template in a folder -------------------------------------------------------------------------------
+
+
+def test_models_that_were_tuned_before_are_tuned():
+    """Guards: a folder of an older version, which says how answers were written then."""
+    tokenizer = BPETokenizer.train(TEXT, 320)
+    tokenizer.chat_template = (
+        "{{ eos_token }}{% for message in messages %}{% if eos_token in message['content'] %}"
+        "{{ raise_exception('a message spells ' + eos_token + ', which ends a text') }}{% endif %}"
+        "{% if message['role'] == 'assistant' %}{{ 'Assistant:' }}"
+        "{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}"
+        "{% else %}{{ (message['role'] | capitalize) + ': ' + (message['content'] | trim) + '\\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    )
+    assert instructions.is_tuned(tokenizer)
 
 
 def test_a_folder_says_that_it_is_tuned(tmp_path):
@@ -114,81 +159,3 @@ def test_a_folder_says_that_it_is_tuned(tmp_path):
     assert tokenizers.load(tmp_path).chat_template is None
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "x"}]}', encoding="utf-8")
     assert tokenizers.load(tmp_path).chat_template is None
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def test_examples_are_read_from_both_forms(tmp_path):
-    """Guards: other keys that disturb, a byte order mark, Windows' line ends, a line without its end."""
-    path = tmp_path / "a.jsonl"
-    pair, turn = {"prompt": "p", "completion": " c\n", "meta": {"k": 1}}, {"messages": CONVERSATION}
-    asked = {"messages": [*CONVERSATION, {"role": "user", "content": "and?", "name": "x"}], "id": 7}
-    lines = [json.dumps(line).encode() for line in (pair, turn, asked)]
-    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\n" + lines[1] + b"\n" + lines[2])
-    found = instructions.read([path, path])
-    assert [e.where for e in found] == [f"{path}:1", f"{path}:3", f"{path}:4"] * 2
-    assert found[0].messages == [{"role": "user", "content": "p"}, {"role": "assistant", "content": " c\n"}]
-    assert found[1].messages == found[2].messages == CONVERSATION  # nothing to learn after the last answer
-    assert instructions.encode(TOKENIZER, found[0].messages)[0].tolist() == [
-        *prompt_of_one("p"), *TOKENIZER.encode(" c").tolist(), TOKENIZER.eos_id,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("line", "says"), [
-    ("{", "is not JSON"),
-    ("[" * 100_000, "is not JSON"),
-    ('{"prompt": "a", "completion": "b"} x', "is not JSON (Extra data at character 35)"),
-    ("[1]", "is [1], not an object"),
-    ("{}", 'a line is {"prompt"'),
-    ('{"prompt": "a"}', "has ['prompt']"),
-    ('{"instruction": "a", "output": "b"}', "has ['instruction', 'output']"),
-    ('{"prompt": "a", "completion": "b", "messages": []}', "has ['completion', 'messages', 'prompt']"),
-    ('{"prompt": "a", "completion": ""}', "a completion is empty"),
-    ('{"prompt": "a", "completion": " \\n"}', "a completion is empty"),
-    ('{"prompt": 1, "completion": "b"}', "what the user says is 1: it must be a string"),
-    ('{"prompt": "a", "completion": null}', "what the assistant says is None"),
-    ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "it must be a string"),
-    ('{"messages": "a"}', "messages is 'a': it must be a list"),
-    ('{"messages": ["a"]}', "role is None"),
-    ('{"messages": [{"role": "human", "content": "a"}]}', "role is 'human': it must be system"),
-    ('{"messages": [{"role": [], "content": "a"}]}', "role is []"),
-    ('{"messages": [{"role": "user"}]}', "what the user says is None"),
-    ('{"messages": []}', "no message of the assistant"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-], ids=str)  # fmt: skip
-def test_a_mistake_is_named_with_its_line(tmp_path, line, says):
-    """Guards: a traceback; an example with nothing to learn; a search for the line among thousands."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        instructions.read([path])
-    assert str(error.value).startswith(f"{path}:3: ") and says in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
-
-
-def test_files_that_hold_no_examples(tmp_path):
-    path = tmp_path / "a.jsonl"
-    for content, says in (
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xfc"}', "a.jsonl:2: byte 12 is not UTF-8"),
-        (b" \n\n", "a.jsonl: has no examples: a line is"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(UserError) as error:
-            instructions.read([path])
-        assert says in str(error.value)
-    with pytest.raises(UserError, match="is a folder"):
-        instructions.read([tmp_path])
-    with pytest.raises(UserError, match="no such file"):
-        instructions.read([tmp_path / "none.jsonl"])
-
-
-def test_a_line_that_never_ends_is_one_line(tmp_path):
-    """Guards: a file of zeros, or of ten million values, that takes all memory."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\0" * (instructions.MOST_BYTES + 2))
-    with pytest.raises(UserError, match="pairs.jsonl:1: is longer than"):
-        instructions.read([path])
-    path.write_text('{"prompt": [' + "[]," * (1 << 20) + '[]], "completion": "a"}')
-    with pytest.raises(UserError, match="pairs.jsonl:1: is not JSON .more than"):
-        instructions.read([path])

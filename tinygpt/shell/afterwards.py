@@ -12,14 +12,15 @@ from ..stages import evaluate, reward
 from ..stages.answers import answers
 from ..stages.pretrain import Pretrain
 from ..stages.prompts import nearest
-from ..stages.samples import sample
 from ..stages.stage import Stage
 from ..text import instructions
 from ..text.stream import stream
 from ..world import corpus
-from .progress import command, shown_token
+from .progress import command, data_options, shown_token
 from .terminal import say
 from .worlds import world_of
+
+FEW = 30  # comparisons, of which a rate is known to +-18 % at best
 
 
 def saved(run: Run, following: str = "generate") -> None:
@@ -65,9 +66,11 @@ def _sft(run: Run) -> None:
 
 def _reward(run: Run) -> None:
     stage, judge = run.stage, run.stage.judge
-    judgement = reward.judged(judge, stage.comparisons.val)
+    judgement = reward.judged(judge, stage.val)
     in_world = any(judgement.by_kind)
     say(f"\nThe preferred answer has the higher score: {judgement.right}.")
+    if judgement.right.n < FEW:
+        say(f"Too few to judge: {judgement.right.n} comparisons, a tenth, say little. Give some hundreds.")
     if in_world:
         say(f"That is by what is true; the labels go by it in {judgement.labels_right:.1%} of these.")
     say(f"By {judgement.margin:.2f} in the mean; its certainty is off by {judgement.calibration:.1%}.")
@@ -80,17 +83,20 @@ def _reward(run: Run) -> None:
         say(f"About people of whom no comparison was: {others.right}.")
         for kind, rate in others.by_kind.items():
             say(f"  {kind}: {rate}")
-    words = ["--init-from", stage.settings.init_from, "--reward-model", str(run.folder), "--data"]
-    say(f"\nSaved in {run.folder}. Next: {command('rlhf', *words, 'world' if source else 'FILE')}")
+    words = ["--init-from", stage.settings.init_from, "--reward-model", str(run.folder)]
+    words += data_options(["world"] if source else stage.settings.data)
+    say(f"\nSaved in {run.folder}. Next: {command('rlhf', *words)}")
 
 
 def _rlhf(run: Run) -> None:
     stage = run.stage
-    rows = stage.data.prompts or [comparison._asdict() for comparison in stage.data.comparisons]
-    prompts = [instructions.prompt(stage.tokenizer, row["prompt"]) for row in rows[:3]]
-    said = sample(stage.model, stage.tokenizer, prompts, 2, 24, np.random.default_rng(0)).answers
-    for n, row in enumerate(rows[:3]):
-        say(f"\n> {row['prompt']}\n" + "\n".join(said[2 * n : 2 * n + 2]))
+    prompts = list(dict.fromkeys(stage.prompts))[:3]
+    ids = [instructions.prompt(stage.tokenizer, prompt) for prompt in prompts]
+    room = min(24, stage.model.context - max(map(len, ids)))
+    before, after = (answers(model, stage.tokenizer, ids, room)
+                     for model in (stage.data.reference, stage.model))  # fmt: skip
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        say(f"\n> {instructions.shown(prompt)}\n  before: {old.text}\n  after:  {new.text}")
     _tasks(stage)
     saved(run, "chat")
 

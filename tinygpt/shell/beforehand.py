@@ -9,6 +9,7 @@ from ..folders import checkpoint, runs
 from ..stages import reward
 from ..stages.sft import read_examples
 from ..text import instructions, tokenizer
+from ..text.examples import Notes
 from ..world import corpus
 from .progress import shown_token
 from .terminal import say
@@ -16,12 +17,14 @@ from .terminal import say
 
 def show(init_from: str, data: tuple[str, ...], count: int) -> None:
     """The first examples as they are trained on: each token, and whether it is learned."""
-    tok = tokenizer.load(init_from)
-    for where, messages in read_examples(data)[:count]:
-        ids, learned = instructions.encode(tok, messages)
-        say(f"{where}: {len(ids)} tokens, {learned.sum()} learned")
+    tok, notes = tokenizer.load(init_from), Notes()
+    for example in read_examples(data, "sft", notes)[:count]:
+        ids, learned = instructions.encode(tok, example.messages)
+        say(f"{example.where}: {len(ids)} tokens, {learned.sum()} learned")
         for i, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):
             say(f"  {'learned' if is_learned else '-':8}{i:6}  {shown_token(tok.tokens[i])}")
+    if notes:
+        say(notes)
 
 
 def _compare(settings: reward.Settings, out: Path, overwrite: bool) -> reward.Settings:

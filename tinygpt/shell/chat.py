@@ -88,9 +88,9 @@ def talker(
 
     def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
         nonlocal context
-        answer = ""
-        for piece in continuation(ids, stop):
-            piece = piece if answer or not tuned else piece.lstrip()
+        answer, begun = "", not tuned
+        for piece in filter(None, continuation(ids, stop)):
+            piece, begun = piece if begun else piece.removeprefix(" "), True  # as `instructions.heard`
             yield piece
             answer += piece
         if alone:

@@ -15,7 +15,8 @@ from ..stages import fewshot as prompting
 from ..stages import variants
 from ..text import instructions
 from ..text import tokenizer as tokenizers
-from ..text.data import documents, joined
+from ..text.data import about, documents, joined
+from ..text.examples import USUAL, Notes
 from ..text.stream import encode_prompt
 from ..text.tokenizer import BPETokenizer
 from ..world import corpus
@@ -30,17 +31,20 @@ from .worlds import world_of
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help='JSON Lines: {"prompt": "..."}; or a folder of tinygpt world, or world:SEED.')  # fmt: skip
+              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
+                   "world:SEED.")  # fmt: skip
 @click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
 @click.option("--max-new-tokens", default=16, type=COUNT, help="Of an answer.")
+@click.option("--refusal", metavar="TEXT", help="A second answer where the model says one thing only, such "
+                                                "as 'I do not know.'")  # fmt: skip
 @click.option("--seed", default=1337, type=COUNT_OR_0, help="Of prompts and answers.")
-def label(folder: Path, data: str, out: Path, max_new_tokens: int, seed: int) -> None:
+def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str | None, seed: int) -> None:
     """Compare two answers of the tuned model in FOLDER, again and again: what tinygpt reward learns from.
 
     One key each: 1 or 2 for the better one, s to skip, q to stop. Each comparison is in the file at once; the
     same command goes on after the last one.
     """
-    labelling.label(folder, data, out, max_new_tokens, seed)
+    labelling.label(folder, data, out, max_new_tokens, refusal, seed)
 
 
 _adapter_folder = click.option(
@@ -62,13 +66,13 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     say(f"Saved in {out}. Next: {command('generate', str(out))}")
 
 
-def _sampling(stop: str | None, shown: str, required: bool = True):
+def _sampling(stop: str | None, shown: str, temperature: str = "0.8", required: bool = True):
     """The arguments that generate and chat share."""
     return together([
         click.argument("folder", type=FOLDER, required=required),
         _adapter_folder,
         click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
-        click.option("--temperature", default=0.8, type=REAL, help="0: greedy."),
+        click.option("--temperature", default=0.8, type=REAL, help="0: greedy.", show_default=temperature),
         click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
         click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
                      help="Only the likeliest tokens that have this probability together; 1: all."),
@@ -102,7 +106,7 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 
 
 @click.command()
-@_sampling(stop=None, shown="a blank line; none after tinygpt sft", required=False)
+@_sampling(None, "a blank line; none after tinygpt sft", "0.8; of a story 0", required=False)
 @click.option("--story", "told", type=FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
@@ -113,6 +117,8 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
     conversation as plain text. What no longer fits its context is forgotten. A story's model, and an untuned
     one of a world, take each line alone.
     """
+    if told and "temperature" not in given():
+        options["temperature"] = 0.0  # as the story's own samples
     conversation.chat(folder, told, stage, compare, stop, adapter_folder, "stage" in given(), **options)
 
 
@@ -120,8 +126,8 @@ def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **
 @click.argument("folder", type=FOLDER)
 @_adapter_folder
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help='JSON Lines: {"prompt": "...", "completion": "..."}, perhaps with "choices": [...]; or '
-                   "the folder of tinygpt world, or world:SEED.")  # fmt: skip
+              help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of the README; '
+                   "or the folder of tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--task", default="mappings",
               type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
               help="Of the world. mappings: words whose labels are drawn anew for each prompt.")  # fmt: skip
@@ -149,9 +155,13 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
     world = corpus.world_of(data) if corpus.is_source(data) else None
     if control and (world is None or task != "mappings"):
         raise click.UsageError("--control is for --task mappings")
+    notes = Notes()
+    rows = None if world else prompting.read(data, model, tokenizer, style, notes)
+    if notes:
+        say(notes)
     for n, k in enumerate(sorted(set(shots))):
         if world is None:
-            prompts = prompting.from_file(data, k, count, seed)
+            prompts = prompting.from_file(rows, k, count, seed)
         elif task == "mappings":
             prompts = prompting.mappings(world, k, count, control)
         else:
@@ -175,20 +185,22 @@ def tokenizer() -> None:
 @tokenizer.command("train")
 @click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
               "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
+@click.option("--plain-text", is_flag=True, help=f"Take {tokenizers.END_OF_TEXT} in a file as text.")
 @click.option("--vocab-size", default=1024, type=COUNT, help="256 bytes, 1 end of text, merges.")
 @out("tokenizer", "tokenizer", holds="the files")
-def tokenizer_train(data: tuple[str, ...], vocab_size: int, out: Path, overwrite: bool) -> None:
+def tokenizer_train(data: tuple[str, ...], plain_text: bool, vocab_size: int, out: Path,
+                    overwrite: bool) -> None:  # fmt: skip
     """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
     if (out / "config.json").exists():
         raise UserError(f"{out}: has a model, which another tokenizer makes unusable; name another folder")
     check_out(out, "tokenizer.json", "tokenizer", overwrite)
-    texts = documents(data)
+    texts = documents(data, plain_text)
     bpe = BPETokenizer.train(joined(texts), vocab_size)
     make_folder(out)
     lock(out)
     bpe.save(out)
     longest = sorted(set(bpe.tokens) - {name.encode() for name in bpe.special}, key=len)[-5:]
-    say(f"{bpe.vocab_size} tokens, the longest {' '.join(map(shown_token, longest))}")
+    say(f"{bpe.vocab_size} tokens, the longest {' '.join(map(shown_token, longest))}{about(texts)}")
     say(f"Saved in {out}. Next: {command('tokenizer', 'show', str(out), 'some text')}")
 
 

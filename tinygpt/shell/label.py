@@ -11,44 +11,55 @@ import numpy as np
 from ..folders import checkpoint
 from ..stages.reward import read_file
 from ..stages.rlhf import read_prompts
-from ..stages.samples import sample
+from ..stages.samples import asked, sample
 from ..text import instructions
+from ..text.examples import Notes
 from ..world import corpus
 from .progress import command
 from .terminal import from_stdin, is_terminal, say
 from .worlds import world_of
 
+TEMPERATURES = (1.0, 1.5, 2.0)  # as long as a model says one thing, it is asked at the next of these
 
-def label(folder: Path, data: str | None, out: Path, max_new_tokens: int, seed: int) -> None:
-    """Shows two answers of the model in `folder` to a prompt of `data`, again and again, until the key q."""
+
+def label(
+    folder: Path, data: str | None, out: Path, max_new_tokens: int, refusal: str | None, seed: int
+) -> None:
+    """Shows two answers of the model in `folder` to a prompt of `data`, again and again, until the key q.
+
+    refusal: an answer that is offered where the model says one thing at all TEMPERATURES.
+    """
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)
     data = data or world_of(folder, "prompts")
     before = read_file(out) if out.exists() else []
     done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
-    items = read_prompts(data)
-    prompts = [item["prompt"] for item in items]
+    notes = Notes()
+    items = [(item.get("where", ""), item) for item in read_prompts(data, notes)]
+    prompts = notes.kept(items, lambda item: (item, asked(model, tokenizer, item["prompt"], max_new_tokens)))
     order = np.random.default_rng(seed).permutation(len(prompts))
     keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
-    say(keys)
-    asked = done
+    say(f"{notes}\n{keys}" if notes else keys)
+    last = done
     for n in itertools.count(done):
-        if n - asked > len(prompts):  # to each it says one thing, or what was compared before
+        if n - last > len(prompts):  # to each it says one thing, or what was compared before
             say("There is nothing left to compare: another --seed or other prompts may give more.")
             break
-        prompt, rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
-        ids = instructions.prompt(tokenizer, prompt)
-        drawn = sample(model, tokenizer, [ids], 8, max_new_tokens, rng).answers
-        pair = list(dict.fromkeys([*filter(None, drawn), "I do not know."]))[:2]
+        (item, ids), rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
+        prompt, texts = item["prompt"], {}  # the keys are in the order in which they came
+        for temperature in TEMPERATURES:
+            if len(texts) < 2:
+                answers = sample(model, tokenizer, [ids], 8, max_new_tokens, rng, temperature).answers
+                texts |= dict.fromkeys(filter(str.strip, answers))
+        pair = list(texts | ({refusal: None} if refusal else {}))[:2]
         if len(pair) < 2 or (prompt, frozenset(pair)) in known:
             continue
         known.add((prompt, frozenset(pair)))
-        asked = n
-        say(f"\n{done + 1}. {prompt}\n  1  {pair[0]}\n  2  {pair[1]}")
+        last = n
+        say(f"\n{done + 1}. {instructions.shown(prompt)}\n  1  {pair[0]}\n  2  {pair[1]}")
         if in_world:
-            meta = items[order[n % len(prompts)]]["meta"]
-            told = "" if meta["exposure"] else " But no text told the model."
-            say(f"     (true: {meta['answer']}.{told})")
+            told = "" if item["meta"]["exposure"] else " But no text told the model."
+            say(f"     (true: {item['meta']['answer']}.{told})")
         key = ""
         while key not in ("1", "2", "s", "q"):
             if key.strip():
@@ -58,7 +69,8 @@ def label(folder: Path, data: str | None, out: Path, max_new_tokens: int, seed: 
             break
         if key != "s":
             chosen, rejected = pair if key == "1" else pair[::-1]
-            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            turns = prompt if isinstance(prompt, str) else instructions.turns(prompt)
+            row = {"prompt": turns, "chosen": chosen, "rejected": rejected}
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             done += 1

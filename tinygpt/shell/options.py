@@ -104,7 +104,7 @@ def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Itera
             continue
         how = {"metavar": about.get("metavar"), "multiple": bool(get_args(kind))}
         how["show_default"] = default not in ("", None, ())
-        shown = default if kind is float and isinstance(default, str) else about.get("shown")
+        shown = default if kind is not str and isinstance(default, str) else about.get("shown")
         if shown:
             how["show_default"], default = shown, () if how["multiple"] else None
         if isinstance(about["allowed"], tuple):

@@ -4,7 +4,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
 from .terminal import can_renew, renew, say
@@ -52,7 +53,13 @@ def command(*words: str) -> str:
     return shlex.join([str(called) if unknown else "tinygpt", *words])
 
 
+def data_options(paths: Iterable[str]) -> list[str]:
+    return [word for path in paths for word in ("--data", path)]
+
+
 def shown_token(token: bytes) -> str:
-    """A token as text, where it is whole characters that can be printed, or as its bytes."""
-    text = token.decode("utf-8", "replace").replace(" ", "\u2423")
-    return text if text.isprintable() and "\ufffd" not in text else token.hex(" ").join("<>")
+    """A token as text, with parts of characters, and characters that cannot be printed, as bytes: <ea b0>."""
+    text = token.decode("utf-8", "surrogateescape").replace(" ", "\u2423")
+    texts = ["".join(run) if whole else "".join(run).encode("utf-8", "surrogateescape").hex(" ").join("<>")
+             for whole, run in groupby(text, str.isprintable)]  # fmt: skip
+    return "".join(texts)

@@ -18,7 +18,7 @@ from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage
 from . import afterwards, beforehand, registry
 from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
-from .progress import command, progress
+from .progress import command, data_options, progress
 from .terminal import say
 from .worlds import name_world
 
@@ -83,11 +83,13 @@ def _run(stage: type[Stage], options: list[tuple], **values) -> None:
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
     say(f"{total:,} weights{beside}{run.stage.about()}")
+    if run.stage.notes:
+        say(run.stage.notes)
     if run.stage.optimizer.steps >= settings.train.max_iters:
         say(f"All {run.stage.optimizer.steps} updates of this run are made.")
         if settings.stage in ("pretrain", "sft") and settings.has_model:
-            more = command(settings.stage, "--init-from", str(run.folder), "--data", "...", "--out", "more")
-            say(f"To train on: {more}")
+            words = ["--init-from", str(run.folder), *data_options(settings.data), "--out", "more"]
+            say(f"To train on: {command(settings.stage, *words)}")
     try:
         run.stage.train(**runs.saving(run, progress(settings.train.max_iters)))
     except KeyboardInterrupt:

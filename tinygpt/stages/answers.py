@@ -22,7 +22,7 @@ BATCH = 64  # prompts at a time
 
 
 class Answer(NamedTuple):
-    text: str  # without white space around it
+    text: str  # as `instructions.heard`, or without white space around it
     stopped: bool  # by the end-of-text token, not by the limit of its length
 
 
@@ -41,6 +41,7 @@ def answers(
     encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     stop, replies = {tokenizer.eos_id} - {None}, {}
+    content = instructions.heard if instructions.is_tuned(tokenizer) else str.strip
     for i in range(0, len(order), BATCH):
         batch = order[i : i + BATCH]
         new = generate(
@@ -49,7 +50,7 @@ def answers(
         )  # fmt: skip
         for place, ids in zip(batch, new, strict=True):
             stopped = len(ids) > 0 and int(ids[-1]) in stop
-            replies[place] = Answer(tokenizer.decode(ids[: len(ids) - stopped]).strip(), stopped)
+            replies[place] = Answer(content(tokenizer.decode(ids[: len(ids) - stopped])), stopped)
     return [replies[place] for place in range(len(encoded))]
 
 

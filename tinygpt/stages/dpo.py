@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.model import GPT
-from ..errors import UserError
 from ..text import instructions
 from ..text.data import Array, Tokenizer
+from ..text.examples import LeftOutError, Notes
 from . import reward
 from .rlhf import RLHF, Material, Settings
 from .samples import Samples, answered, learn, logprobs
@@ -51,7 +51,7 @@ def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Compar
 
 def _answer_ids(tokenizer: Tokenizer, text: str) -> Array:
     """The ids of an answer, with its end."""
-    return np.append(tokenizer.encode(f" {text.strip()}"), np.int32(tokenizer.eos_id))
+    return np.append(tokenizer.encode(instructions.said(text)), np.int32(tokenizer.eos_id))
 
 
 def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
@@ -65,24 +65,24 @@ class DPO(RLHF):
     """DPO from comparisons, of all weights or of an adapter."""
 
     def prepare(self) -> None:
-        self.compute = self._compute
+        self.pairs = self.notes.kept(((c.where, c) for c in self.data.comparisons), self._fitting)
+        self.prompts, self.compute = [c.prompt for c in self.pairs], self._compute
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Material:
-        comparisons = [c for path in settings.data for c in reward.read_file(path)]
-        if not comparisons:
-            raise UserError(f"{', '.join(settings.data)}: is empty")
-        return Material(store.base(settings), None, [], comparisons, [])
+        notes = Notes()
+        comparisons = [c for path in settings.data for c in reward.read_file(path, notes)]
+        return Material(store.base(settings), None, [], comparisons, [], notes=notes)
 
-    def longest(self) -> int:
-        data, tokenizer = self.data.comparisons, self.tokenizer
-        texts = [(c.prompt, _answer_ids(tokenizer, text)) for c in data for text in (c.chosen, c.rejected)]
-        return max(len(instructions.prompt(tokenizer, question)) + len(ids) for question, ids in texts)
+    def _fitting(self, comparison: reward.Comparison) -> reward.Comparison:
+        longest = max(len(_answer_ids(self.tokenizer, text)) for text in comparison[1:3])
+        if len(instructions.prompt(self.tokenizer, comparison.prompt)) + longest - 1 > self.model.context:
+            raise LeftOutError(f"as longer than the {self.model.context} positions of the model")
+        return comparison
 
     def update(self, n: int, rng: np.random.Generator) -> list[Comparisons]:
-        pairs = self.data.comparisons
-        indices = rng.integers(len(pairs), size=self.settings.batch_size)
-        return [compared(self.tokenizer, self.data.reference, [pairs[i] for i in indices])]
+        indices = rng.integers(len(self.pairs), size=self.settings.batch_size)
+        return [compared(self.tokenizer, self.data.reference, [self.pairs[i] for i in indices])]
 
     def _compute(self, batches: list[Comparisons], rng: np.random.Generator) -> float:
         (c,) = batches

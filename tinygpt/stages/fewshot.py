@@ -12,15 +12,16 @@ Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import numpy as np
 
 from ..core.model import GPT
 from ..errors import UserError
-from ..text import instructions
+from ..text import examples, instructions
 from ..text.data import Tokenizer
+from ..text.examples import Example, LeftOutError, Notes
 from ..text.stream import encode_prompt
 from ..world import TASKS, World, raw_integers, shuffled, tasks
 from .answers import Rate, answers, likelihoods, wilson
@@ -206,31 +207,40 @@ def _reviews(world: World, split: str) -> Iterator[tuple]:
 WORLD_TASKS = {"people": _people, "questions": _questions, "phrases": _phrases, "reviews": _reviews}
 
 
-def from_file(path: Path, shots: int, count: int, seed: int = 0) -> list[Prompt]:
-    """Questions of a JSON Lines file, each with other lines of it as examples, drawn anew.
+Row = tuple[str, str, tuple[str, ...]]  # a question, its answer, its choices
 
-    A line has "prompt" and "completion", and may have "choices", a list that holds the completion. Raises
-    UserError, with file and line.
+
+def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) -> list[Row]:
+    """The rows of a file, in any of `examples.FORMS`. A row may have "choices", a list that holds the answer.
+
+    Left out and noted are rows that alone are longer than the model's context. Raises UserError, with file
+    and line.
     """
-    rows = list(_rows(path))
+
+    def row(example: Example) -> Row:
+        turns, choices = instructions.turns(example.prompt), example.row.get("choices", [])
+        answer = example.messages[-1]["content"].strip()
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"choices is {short(choices)}: it must be a list of strings")
+        choices = tuple(choice.strip() for choice in choices)
+        if choices and answer not in choices:
+            raise UserError(f"the answer {short(answer)} is none of the choices")
+        question = "\n".join(message["content"].strip() for message in turns)
+        if not fits(model, tokenizer, Prompt((), question, answer, choices), style):
+            raise LeftOutError(f"as longer than the {model.context} positions of the model")
+        return question, answer, choices
+
+    rows = examples.read([path], examples.EXAMPLE, notes)
+    return notes.kept(((example.where, example) for example in rows), row)
+
+
+def from_file(rows: Sequence[Row], shots: int, count: int, seed: int = 0) -> list[Prompt]:
+    """Questions of a file, each with other rows as examples, drawn anew. Raises UserError for too few."""
     if len(rows) <= shots:
-        raise UserError(f"{path}: {len(rows)} lines are too few for {shots} examples and a question")
+        raise UserError(f"{len(rows)} lines are too few for {shots} examples and a question")
     rng, prompts = np.random.default_rng(seed), []
     for n in rng.permutation(len(rows))[:count]:
         others = rng.permutation(len(rows) - 1)[:shots]
         examples = tuple(rows[m + (m >= n)][:2] for m in others)
         prompts.append(Prompt(examples, *rows[n]))
     return prompts
-
-
-_FORM = '{"prompt": "...", "completion": "...", "choices": ["...", "..."]}, the choices if there are any'
-
-
-def _rows(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for where, row in instructions.objects(path, _FORM, "prompt", "completion"):
-        question, answer, choices = row["prompt"], row["completion"], row.get("choices", [])
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise UserError(f"{where}: a line is {_FORM}")
-        if not answer.strip() or (choices and answer not in choices):
-            raise UserError(f"{where}: needs an answer, which is one of the choices, if there are any")
-        yield question.strip(), answer.strip(), tuple(choice.strip() for choice in choices)

@@ -21,12 +21,13 @@ from ..errors import UserError
 from ..text import data
 from ..text import tokenizer as tokenizers
 from ..text.data import Tokenizer
+from ..text.tokenizer import END_OF_TEXT
 from ..world import corpus
 from . import recipes, stage, variants
 from .adapter import AdapterConfig
 from .stage import Stage, Store
 
-Source = corpus.Corpus | list[data.Document]
+Source = corpus.Corpus | list[data.Text]
 FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _NEW = ("init_from",)  # the option beside which an option of a new model has no meaning
 EVALUATED = 10**6  # tokens of a text for validation, about: of more, batches from all places of it
@@ -42,6 +43,8 @@ class Settings(stage.Settings):
         "synthetic world that --seed makes, or the folder that tinygpt world wrote. Defaults then: "
         f"{written(recipes.PRETRAIN)}.", metavar="PATH", shown="Python's own documentation",
     )  # fmt: skip
+    plain_text: bool = option(False, help=f"Take {END_OF_TEXT} in a file as text. Otherwise it separates "
+                              "documents.")  # fmt: skip
     tokenizer: str = option("char", help="What text is cut into.", metavar="char|bpe|FOLDER", alone=_NEW)
     vocab_size: int = option(1024, "[1, inf)", "With --tokenizer bpe.", only={"tokenizer": ("bpe",)})
     init_from: str = option(
@@ -90,15 +93,16 @@ class Pretrain(Stage):
         parts = self.train_tokens, self.val_tokens
         n, n_val = (part.size if self.world is None else int(part.weights.sum()) for part in parts)
         kinds = f"{self.model.config.vocab_size:,} kinds of token"
-        return f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on"
+        return f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on{self.texts}"
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, source: Source, scratch=None
     ) -> None:
-        super().__init__(settings, optimizer, tokenizer, data)
-        self.world, self.documents, T = None, 0, settings.block_size
+        super().__init__(settings, optimizer, tokenizer, source)
+        self.world, self.documents, self.texts, T = None, 0, "", settings.block_size
         if not isinstance(source, corpus.Corpus):
             self.depends_on(mark := data.fingerprint(source, tokenizer))
+            self.texts = data.about(source)
             tokens = data.stream(source, tokenizer, scratch, mark)
             self.train_tokens, self.val_tokens = data.split(tokens, T)
             B, n = settings.batch_size, settings.gradient_accumulation_steps
@@ -117,7 +121,7 @@ class Pretrain(Stage):
     def read(cls, settings: Settings, store: Store) -> Source:
         """Raises UserError for a world beside other data."""
         if not any(map(corpus.is_source, settings.data)):
-            return data.documents(settings.data)
+            return data.documents(settings.data, settings.plain_text)
         if len(settings.data) > 1:
             raise UserError(f"{', '.join(settings.data)}: name one world, or only texts")
         return corpus.load(settings.data[0])
@@ -171,5 +175,6 @@ def _tokenizer(kind: str, vocab_size: int, source: Source) -> Tokenizer:
             raise UserError("a world's documents stand between end-of-text tokens: use --tokenizer bpe")
         return corpus.train_tokenizer(source, vocab_size)
     if kind == "char":
-        return tokenizers.CharTokenizer.train(data.joined(source))
-    return tokenizers.BPETokenizer.train(itertools.chain.from_iterable(source), vocab_size)
+        special = [END_OF_TEXT] * (data.count(source) > len(source))
+        return tokenizers.CharTokenizer.train(data.joined(source), special)
+    return tokenizers.BPETokenizer.train(filter(None, data.parts(source)), vocab_size)

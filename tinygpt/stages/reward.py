@@ -33,14 +33,18 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import train
+from ..core.config import GPTConfig
 from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import option
 from ..errors import UserError
-from ..text import instructions
+from ..text import examples, instructions
 from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
+from ..text.examples import LeftOutError, Notes
+from ..text.instructions import Prompt
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
+from ..world.corpus import is_source
 from . import recipes, stage
 from .adapter import fingerprint
 from .answers import Rate, answers, wilson
@@ -49,6 +53,7 @@ from .variants import build
 
 ROWS = 16  # at a time, where nothing is trained
 OWN_ANSWER = 32  # tokens of it at most
+MOST_PASSES = 3  # through few comparisons: more would only learn them by heart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +64,14 @@ class Settings(stage.Settings):
     init_from: str = option("", help="The model that becomes the judge: one that was tuned to instructions.",
                             metavar="FOLDER", missing="the model")  # fmt: skip
     data: tuple[str, ...] = option(
-        (), help='JSON Lines: {"prompt": "...", "chosen": "...", "rejected": "..."}; repeat. world: what '
+        (), help=f"JSON Lines: {examples.USUAL[2]}, or another form of the README; repeat. world: what "
         "simulated people prefer of the model's own answers, in the world that it knows.", metavar="FILE",
         missing="the comparisons",
     )  # fmt: skip
     comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Of simulated people.")
     error: float = option(0.1, "[0, 1)", "The rate of their slips.")
-    block_size: int = option(128, "[1, inf)", "Tokens of a row, with several texts.")
+    block_size: int = option(128, "[1, inf)", "Tokens of a row, with several texts.",
+                             shown="128, or the model's if less")  # fmt: skip
     batch_size: int = option(recipes.REWARD["batch_size"], "[1, inf)", "Comparisons at a time.")
     gradient_accumulation_steps: int = 1  # no option here
 
@@ -73,11 +79,12 @@ class Settings(stage.Settings):
 class Comparison(NamedTuple):
     """An answer that was preferred to another one, as `{"prompt", "chosen", "rejected"}` in a file."""
 
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
     kind: str = ""  # what is compared with what, where that is known
     is_right: bool = True  # False: an annotator's slip, where that is known
+    where: str = ""  # file:line
 
 
 class Judge:
@@ -85,15 +92,15 @@ class Judge:
 
     def __init__(self, model: GPT, author: GPT, tokenizer: Tokenizer) -> None:
         self.model, self.author, self.tokenizer = model, author, tokenizer
-        self.own: dict[str, str] = {}  # question -> what the author answers
+        self.own: dict[Prompt, str] = {}  # question -> what the author answers
 
-    def texts(self, questions: Sequence[str], answers: Sequence[str]) -> list[Array]:
+    def texts(self, questions: Sequence[Prompt], answers: Sequence[str]) -> list[Array]:
         """What the judge reads, (n,) each."""
-        self._answer(questions)
+        self.answer(questions)
         pairs = zip(questions, answers, strict=True)
         return [encode(self.tokenizer, question, self.own[question], answer) for question, answer in pairs]
 
-    def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Array:
+    def __call__(self, questions: Sequence[Prompt], answers: Sequence[str]) -> Array:
         """Of what is longer than its context a judge reads the beginning."""
         return scores(self.model, [ids[: self.model.context] for ids in self.texts(questions, answers)])
 
@@ -103,15 +110,18 @@ class Judge:
         judge.model.params["score.weight"][:] = 0
         return judge
 
-    def _answer(self, questions: Iterable[str]) -> None:
-        by_room: dict[int, dict[str, Array]] = {}  # whatever else is asked, a question's answer is the same
-        for question in sorted(set(questions) - self.own.keys()):
+    def answer(self, questions: Iterable[Prompt]) -> None:
+        """Asks the author for what it has not been asked. Half of the context that a question leaves is for
+        the answer to be judged; a question that leaves nothing gets an empty answer."""
+        by_room: dict[int, dict[Prompt, Array]] = {}  # so an answer depends on no other question
+        for question in sorted(set(questions) - self.own.keys(), key=str):
             ids = instructions.prompt(self.tokenizer, question)
-            room = min(OWN_ANSWER, self.author.context - len(ids))
-            if room < 1:
-                raise UserError(f"a question has no room for an answer in {self.author.context} positions")
+            room = min(OWN_ANSWER, (self.author.context - len(ids)) // 2)
             by_room.setdefault(room, {})[question] = ids
         for room, prompts in by_room.items():
+            if room < 1:
+                self.own |= dict.fromkeys(prompts, "")
+                continue
             replies = answers(self.author, self.tokenizer, list(prompts.values()), room)
             self.own |= {question: answer.text for question, answer in zip(prompts, replies, strict=True)}
 
@@ -119,7 +129,7 @@ class Judge:
 # --- texts and scores ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Tokenizer, question: str, own: str, answer: str) -> Array:
+def encode(tokenizer: Tokenizer, question: Prompt, own: str, answer: str) -> Array:
     """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer."""
     messages = [*instructions.pair(question, own), {"role": "assistant", "content": answer}]
     return instructions.encode(tokenizer, messages)[0]
@@ -217,12 +227,6 @@ def with_head(model: GPT, seed: int) -> GPT:
     return judge
 
 
-def _pairs(judge: Judge, comparisons: Sequence[Comparison]) -> list[tuple[Array, Array]]:
-    """What the judge reads, (n,) each, with the chosen answer and with the rejected one."""
-    texts = judge.texts(*_sides(comparisons))
-    return list(zip(texts[::2], texts[1::2], strict=True))
-
-
 def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
     """The comparisons of update n, packed: their texts, chosen and rejected in turn."""
     B = min(settings.batch_size, len(pairs))
@@ -230,20 +234,18 @@ def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> P
     return marked([ids for place in places for ids in pairs[place]], settings.block_size)
 
 
-def _sides(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
+def _sides(comparisons: Sequence[Comparison]) -> tuple[list[Prompt], list[str]]:
     """Questions and answers, chosen and rejected in turn."""
     questions = [c.prompt for c in comparisons for _ in range(2)]
     return questions, [answer for c in comparisons for answer in (c.chosen, c.rejected)]
 
 
 class Comparisons(NamedTuple):
-    """What the settings name: comparisons to train on, those of a tenth of the prompts to evaluate on, and
-    the author, whose answers the judge reads."""
+    """What the settings name, and the author, whose answers the judge reads."""
 
-    train: list[Comparison]
-    val: list[Comparison]
+    comparisons: list[Comparison]
     author: GPT
-    fingerprint: str = ""
+    notes: Notes | None = None
 
 
 class Reward(Stage):
@@ -256,37 +258,62 @@ class Reward(Stage):
     """
 
     name, Settings, needs = "reward", Settings, ("init_from",)
-    sizes, unused, defaults = ("dropout",), ("merge_every", "adapter"), recipes.REWARD
+    sizes, unused, most_tokens = ("dropout",), ("merge_every", "adapter"), 128
+    defaults = recipes.REWARD | {
+        "max_iters": f"{recipes.REWARD['max_iters']}, or {MOST_PASSES} passes if less",
+        "warmup_iters": "a 25th of --max-iters",
+    }
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Comparisons, scratch=None
     ) -> None:
-        """Raises UserError for a comparison of the settings' files that is longer than a row. In memory those
-        are left out."""
+        """Comparisons that are longer than a row are left out. Of files, those of a tenth of the prompts are
+        for evaluation: raises UserError for one prompt."""
         super().__init__(settings, optimizer, tokenizer, data)
-        self.judge, self.comparisons = Judge(self.model, data.author, tokenizer), data
-        self.depends_on(data.fingerprint)
-        self.pairs = _pairs(self.judge, data.train)
-        longest = max(map(len, self.judge.texts(*_sides([*data.train, *data.val]))))
-        if settings.data and longest > settings.block_size:
-            raise UserError(f"a question with two answers has {longest} tokens, and block_size is "
-                            f"{settings.block_size}")  # fmt: skip
-        self.pairs = [pair for pair in self.pairs if max(map(len, pair)) <= settings.block_size]
+        self.judge, limit = Judge(self.model, data.author, tokenizer), settings.block_size
+        self.depends_on(hashlib.sha256(repr([tuple(c[:5]) for c in data.comparisons]).encode()).hexdigest())
+        self.judge.answer(c.prompt for c in data.comparisons)
+
+        def texts(comparison: Comparison) -> tuple[Comparison, list[Array]]:
+            pair = self.judge.texts(*_sides([comparison]))
+            if max(map(len, pair)) > limit:
+                raise LeftOutError(f"as longer than --block-size {limit} with the model's own answer")
+            return comparison, pair
+
+        pairs = self.notes.kept(((c.where, c) for c in data.comparisons), texts)
+        prompts = sorted({c.prompt for c, _ in pairs}, key=str)
+        held_out = self._held_out(prompts) if settings.data else set()
+        self.val = [c for c, _ in pairs if c.prompt in held_out]
+        self.pairs = [pair for c, pair in pairs if c.prompt not in held_out]
         self.compute = partial(loss, optimizer)
 
     def others(self, data: Comparisons) -> Iterable[GPT]:
         return (data.author,)
 
+    def _held_out(self, prompts: list[Prompt]) -> set[Prompt]:
+        """A tenth of the prompts, which the seed decides."""
+        if len(prompts) < 2:
+            raise UserError(f"{self.settings.data[0]}: one prompt is too few: one is to validate on")
+        order = np.random.default_rng([self.settings.train.seed, 0, 1]).permutation(len(prompts))
+        return {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+
+    @classmethod
+    def complete(cls, options: dict, given: set[str], model: GPTConfig, adapter: None) -> None:
+        """Few comparisons are shown `MOST_PASSES` times."""
+        if options["max_iters"] is None:
+            count = sum(options["comparisons"] if is_source(path) else len(read_file(path))
+                        for path in options["data"])  # fmt: skip
+            updates = -(-MOST_PASSES * count // options["batch_size"])
+            options["max_iters"] = min(recipes.REWARD["max_iters"], updates)
+        if options["warmup_iters"] is None:
+            options["warmup_iters"] = options["max_iters"] // 25
+        super().complete(options, given, model, adapter)
+
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Comparisons:
-        author, pairs = store.base(settings), [c for path in settings.data for c in read_file(path)]
-        prompts = sorted({c.prompt for c in pairs})
-        if len(prompts) < 2:
-            raise UserError(f"{settings.data[0]}: one prompt is too few: one is to validate on")
-        order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(prompts))
-        held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-        parts = [c for c in pairs if c.prompt not in held_out], [c for c in pairs if c.prompt in held_out]
-        return Comparisons(*parts, author, hashlib.sha256(repr(pairs).encode()).hexdigest())
+        notes = Notes()
+        comparisons = [c for path in settings.data for c in read_file(path, notes)]
+        return Comparisons(comparisons, store.base(settings), notes)
 
     @classmethod
     def start(cls, settings: Settings, data: Comparisons, store: Store) -> tuple[Settings, GPT, Tokenizer]:
@@ -296,42 +323,38 @@ class Reward(Stage):
         return dataclasses.replace(settings, init_hash=fingerprint(data.author)), model, tokenizer
 
     def about(self) -> str:
-        train, val, *_ = self.comparisons
-        return f"; {len(train):,} comparisons, {len(val):,} to evaluate on"
+        return f"; {len(self.pairs):,} comparisons, {len(self.val):,} to evaluate on"
 
     def update(self, n: int, rng: np.random.Generator) -> list[Packed]:
         return [batch(self.pairs, self.settings, n)]
 
     def evaluate(self) -> train.Record:
-        if not self.comparisons.val:
+        if not self.val:
             return {}
-        judgement = judged(self.judge, self.comparisons.val)
+        judgement = judged(self.judge, self.val)
         return {"val_right": judgement.right.rate, "val_margin": judgement.margin}
 
 
 def in_memory(
     author: GPT, tokenizer: Tokenizer, comparisons: Sequence[Comparison], settings: Settings
 ) -> Reward:
-    """The stage for a new judge in memory, made of its author. Comparisons that are longer than a row are
-    left out."""
+    """The stage for a new judge in memory, made of its author."""
     optimizer = settings.train.optimizer(with_head(author, settings.train.seed))
-    return Reward(settings, optimizer, tokenizer, Comparisons(list(comparisons), [], author))
+    return Reward(settings, optimizer, tokenizer, Comparisons(list(comparisons), author))
 
 
-def read_file(path: str | Path) -> list[Comparison]:
-    """The comparisons of a JSON Lines file. Raises UserError, with file and line."""
-    comparisons, form = [], '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-    for where, row in instructions.objects(path, form, "prompt", "chosen", "rejected"):
-        if row["chosen"].strip() == row["rejected"].strip():
-            raise UserError(f"{where}: chosen and rejected are the same")
-        comparisons.append(_comparison(row))
+def read_file(path: str | Path, notes: Notes | None = None) -> list[Comparison]:
+    """The comparisons of a file, in any of `examples.FORMS`. Raises UserError, with file and line."""
+    comparisons = []
+    for example in examples.read([path], examples.COMPARISON, notes):
+        texts = example.prompt, example.messages[-1]["content"], example.rejected
+        comparisons.append(_comparison(texts, example.row, example.where))
     return comparisons
 
 
-def _comparison(row: dict) -> Comparison:
+def _comparison(texts: tuple[Prompt, str, str], row: dict, where: str = "") -> Comparison:
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    texts = row["prompt"], row["chosen"], row["rejected"]
-    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)))
+    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)), where)
 
 
 def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
@@ -385,4 +408,5 @@ def collect(
         texts = [*filter(None, texts), tasks.REFUSAL, *(f"{value}." for value in some)]
         offered[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
     questions = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
-    return [_comparison(row) for row in preferences.compared(world, questions, count, error, seed, blind)]
+    rows = preferences.compared(world, questions, count, error, seed, blind)
+    return [_comparison((row["prompt"], row["chosen"], row["rejected"]), row) for row in rows]

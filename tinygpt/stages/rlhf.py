@@ -26,7 +26,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,13 +35,15 @@ from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import check_options, option
 from ..errors import UserError
-from ..text import instructions
+from ..text import examples, instructions
 from ..text.data import Array, Tokenizer, shuffled_places
+from ..text.examples import Example, LeftOutError, Notes
+from ..text.instructions import Prompt
 from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
 from . import recipes, reward, sft, stage
 from .adapter import fingerprint
-from .samples import Samples, learn, sample, scored
+from .samples import Samples, asked, learn, sample, scored
 from .stage import Stage, Store
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
@@ -229,7 +230,7 @@ class Rollout(NamedTuple):
     """Samples, and what others think of them."""
 
     samples: Samples
-    questions: list[str]
+    questions: list[Prompt]
     scores: Array  # (N,) of the judge
     ref: Array  # (N, T) log p under the reference
     ref_logits: Array  # (places of answers, V)
@@ -240,7 +241,7 @@ class Rollout(NamedTuple):
         return self.samples.ids
 
 
-Judging = Callable[[list[str], list[str]], Array]  # questions, answers -> scores (N,)
+Judging = Callable[[list[Prompt], list[str]], Array]  # questions, answers -> scores (N,)
 
 
 @dataclasses.dataclass(eq=False)
@@ -251,7 +252,7 @@ class Trainer:
     reference: GPT
     tokenizer: Tokenizer
     config: Config
-    prompts: Sequence[tuple[str, Array]]  # a question's text, its ids
+    prompts: Sequence[tuple[Prompt, Array]]  # a question, its ids
     judge: Judging
     values: AdamW | None = None  # of PPO
     gold: Judging | None = None
@@ -331,27 +332,6 @@ class Trainer:
         return loss
 
 
-def trainer(
-    optimizer: AdamW, reference: GPT, judge: reward.Judge, items: Sequence[tasks.Item], config: Config,
-    how: train.TrainConfig, world: World | None = None, examples: Sequence[list[instructions.Message]] = (),
-) -> Trainer:  # fmt: skip
-    """A Trainer for questions {"prompt": ...}; of a world it knows what simulated people would feel.
-
-    examples: conversations that are learned beside, as many as fit the model, if config.ptx_coef is not 0.
-    """
-    asked = [(item["prompt"], instructions.prompt(judge.tokenizer, item["prompt"])) for item in items]
-    values = how.optimizer(judge.model.copy()) if config.algo == "ppo" else None
-    gold, beside = _gold(world, items) if world else None, None
-    tokenizer, size = judge.tokenizer, optimizer.model.context
-    examples = examples if config.ptx_coef else ()
-    fit = [said for said in examples if len(instructions.encode(tokenizer, said)[0]) <= size]
-    if fit:
-        rows = sft.Settings(model=reference.config, train=how, block_size=size, batch_size=4)
-        beside = sft.updates(tokenizer, fit, rows)
-    return Trainer(optimizer, reference, tokenizer, config, asked, judge, values, gold, how.seed,
-                   how.learning_rate_at, beside)  # fmt: skip
-
-
 # --- the stage ----------------------------------------------------------------------------------------------
 
 
@@ -367,8 +347,9 @@ class Settings(stage.Settings):
     reward_from: str = option("", help="The judge, from tinygpt reward; dpo has none.", name="reward_model",
                               metavar="FOLDER", only=_SAMPLED, missing="the judge")  # fmt: skip
     data: tuple[str, ...] = option(
-        (), help='JSON Lines: {"prompt": "..."}, for dpo {"prompt", "chosen", "rejected"}; repeat. world: '
-        "questions about people of the base's world.", metavar="FILE", missing="the prompts",
+        (), help=f"JSON Lines: {examples.USUAL[0]}, for dpo {examples.USUAL[2]}, or another form of the "
+        "README; repeat. world: questions about people of the base's world.", metavar="FILE",
+        missing="the prompts",
     )  # fmt: skip
     rl: Config = Config()
     reward_hash: str = ""  # of the judge's weights
@@ -404,8 +385,9 @@ class Material(NamedTuple):
     judge: reward.Judge | None  # None for DPO
     prompts: list[tasks.Item]  # a world's questions, or {"prompt": ...}
     comparisons: list[reward.Comparison]  # for DPO
-    examples: list[list[instructions.Message]]  # learned beside
+    examples: list[Example]  # learned beside
     world: World | None = None
+    notes: Notes | None = None
 
 
 class RLHF(Stage):
@@ -430,20 +412,17 @@ class RLHF(Stage):
         return (data.reference, *((data.judge.model, data.judge.author) if data.judge else ()))
 
     def about(self) -> str:
-        return f"; {len(self.data.prompts or self.data.comparisons):,} prompts"
+        return f"; {len(self.prompts):,} prompts"
 
     def __init__(
         self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Material, scratch=None
     ) -> None:
-        """Raises UserError for a question that may not fit the model together with its answer: whichever
-        update came to it first would end the run."""
+        """A question that may not fit the model together with its answer is left out."""
         super().__init__(settings, optimizer, tokenizer, data)
         self.data = data
-        self.depends_on(hashlib.sha256(repr(data[2:5]).encode()).hexdigest())
-        longest = self.longest() - 1  # the last token of an answer is a target and takes no place
-        if longest > self.model.context:
-            reason = f"needs {longest} positions with its answer, and the model has {self.model.context}"
-            raise UserError(f"{', '.join(settings.data)}: a question {reason}")
+        texts = [[item["prompt"] for item in data.prompts], [tuple(c[:5]) for c in data.comparisons],
+                 [example.messages for example in data.examples]]  # fmt: skip
+        self.depends_on(hashlib.sha256(repr(texts).encode()).hexdigest())
         self.prepare()
 
     def prepare(self) -> None:
@@ -454,10 +433,13 @@ class RLHF(Stage):
         if settings.reward_hash not in ("", mark):
             raise UserError(f"{settings.reward_from}: is another judge than the one that the run began with")
         self.settings = dataclasses.replace(settings, reward_hash=mark)
-        how, encode = settings.train, partial(instructions.prompt, self.tokenizer)
+        how = settings.train
+        items = ((item.get("where", ""), item["prompt"]) for item in data.prompts)
+        room = self.model, self.tokenizer
+        pairs = self.notes.kept(items, lambda p: (p, asked(*room, p, settings.rl.max_new_tokens)))
+        self.prompts = [prompt for prompt, _ in pairs]
         trainer = Trainer(
-            self.optimizer, data.reference, self.tokenizer, settings.rl,
-            [(item["prompt"], encode(item["prompt"])) for item in data.prompts], data.judge,
+            self.optimizer, data.reference, self.tokenizer, settings.rl, pairs, data.judge,
             how.optimizer(data.judge.model.copy()) if settings.rl.algo == "ppo" else None,
             _gold(data.world, data.prompts) if data.world else None, how.seed, how.learning_rate_at,
             self._beside(),
@@ -465,17 +447,18 @@ class RLHF(Stage):
         self.update, self.compute = trainer.batches, trainer.compute
 
     def _beside(self) -> Callable[[int], list[train.Batch]] | None:
-        """The batches of examples that are learned beside: as many examples as fit the model."""
+        """The batches of examples that are learned beside."""
         size, how = self.model.context, self.settings.train
-        examples = self.data.examples if self.settings.rl.ptx_coef else ()
-        fit = [said for said in examples if len(instructions.encode(self.tokenizer, said)[0]) <= size]
+
+        def fitting(example: Example) -> list[instructions.Message]:
+            if len(instructions.encode(self.tokenizer, example.messages)[0]) > size:
+                raise LeftOutError(f"as longer than the {size} positions of the model")
+            return example.messages
+
+        beside = self.data.examples if self.settings.rl.ptx_coef else ()
+        fit = self.notes.kept(((example.where, example) for example in beside), fitting)
         rows = sft.Settings(model=self.data.reference.config, train=how, block_size=size, batch_size=4)
         return sft.updates(self.tokenizer, fit, rows) if fit else None
-
-    def longest(self) -> int:
-        """The tokens of the longest question with its answer."""
-        prompts = (instructions.prompt(self.tokenizer, item["prompt"]) for item in self.data.prompts)
-        return max(map(len, prompts)) + self.settings.rl.max_new_tokens
 
     @classmethod
     def of(cls, settings: Settings) -> type[Stage]:
@@ -485,13 +468,12 @@ class RLHF(Stage):
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Material:
-        prompts = [item for path in settings.data for item in read_prompts(path)]
-        if not prompts:
-            raise UserError(f"{', '.join(settings.data)}: is empty")
-        examples = [messages for path in settings.ptx_data for messages in _examples(path)]
+        notes = Notes()
+        prompts = [item for path in settings.data for item in read_prompts(path, notes)]
+        beside = [example for path in settings.ptx_data for example in _examples(path, notes)]
         source = next(filter(corpus.is_source, settings.data), None)
-        world = corpus.world_of(source) if source else None
-        return Material(store.base(settings), store.judge(settings.reward_from), prompts, [], examples, world)
+        world, judge = corpus.world_of(source) if source else None, store.judge(settings.reward_from)
+        return Material(store.base(settings), judge, prompts, [], beside, world, notes)
 
     @classmethod
     def start(cls, settings: Settings, data: Material, store: Store) -> tuple[Settings, GPT, Tokenizer]:
@@ -514,20 +496,21 @@ class RLHF(Stage):
         return record
 
 
-def _examples(path: str) -> list[list[instructions.Message]]:
+def _examples(path: str, notes: Notes) -> list[Example]:
     if corpus.is_source(path):
         return world_examples(corpus.world_of(path))
-    return [example.messages for example in instructions.read([path])]
+    return examples.read([path], examples.EXAMPLE, notes)
 
 
-def world_examples(world: World) -> list[list[instructions.Message]]:
-    """A world's examples for tuning, as conversations, without facts that pre-training cannot have taught:
-    those teach to make up facts, which RLHF is to mend."""
-    return tasks.conversations(world, tasks.tuning(world, answered=0))
+def world_examples(world: World) -> list[Example]:
+    """A world's examples for tuning, without facts that pre-training cannot have taught: those teach to make
+    up facts, which RLHF is to mend."""
+    talks = tasks.conversations(world, tasks.tuning(world, answered=0))
+    return [Example(f"world:{world.seed}:{n}", messages) for n, messages in enumerate(talks, 1)]
 
 
-def read_prompts(path: str) -> list[tasks.Item]:
-    """A world's questions about people for RLHF, or those of a JSON Lines file.
+def read_prompts(path: str, notes: Notes | None = None) -> list[tasks.Item]:
+    """A world's questions about people for RLHF, or {"prompt", "where": file:line} for each prompt of a file.
 
     Three of four are about people whom documents tell of, as those are whom one asks about: a policy that is
     asked about strangers alone learns to say nothing at all.
@@ -539,7 +522,8 @@ def read_prompts(path: str) -> list[tasks.Item]:
             for who in (("known", "rl"), ("known", "sft"), ("never", "rl"))
         )
         return 8 * known + 2 * tuned + never
-    return [row for _, row in instructions.objects(path, '{"prompt": "..."}', "prompt")]
+    prompts = examples.read([path], examples.PROMPT, notes)
+    return [{"prompt": example.prompt, "where": example.where} for example in prompts]
 
 
 def _gold(world: World, items: Sequence[tasks.Item]) -> Judging:

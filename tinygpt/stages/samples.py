@@ -13,7 +13,10 @@ import numpy as np
 from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..text import instructions
 from ..text.data import Array, Tokenizer
+from ..text.examples import LeftOutError
+from ..text.instructions import Prompt
 
 
 class Samples(NamedTuple):
@@ -39,17 +42,28 @@ class Samples(NamedTuple):
 
 def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
-    rng: np.random.Generator,
+    rng: np.random.Generator, temperature: float = 1.0,
 ) -> Samples:  # fmt: skip
-    """`count` answers to each prompt (ids), drawn from the model as it is: temperature 1, nothing ruled out.
+    """`count` answers to each prompt (ids); at temperature 1 from the model as it is, with nothing ruled out.
 
     One of max_new_tokens without an end is scored all the same, as if it had ended there.
     """
     rows = [prompt for prompt in prompts for _ in range(count)]
     stop = {tokenizer.eos_id}
-    new = generate(model, rows, max_new_tokens, temperature=1.0, stop=stop, rng=rng,
+    new = generate(model, rows, max_new_tokens, temperature=temperature, stop=stop, rng=rng,
                    vocab_size=tokenizer.vocab_size)  # fmt: skip
     return answered(tokenizer, rows, new)
+
+
+def asked(model: GPT, tokenizer: Tokenizer, prompt: Prompt, max_new_tokens: int) -> Array:
+    """The ids (n,) of a prompt. Raises LeftOutError where its answer has no room in the model.
+
+    The last token of an answer is a target, and takes no place.
+    """
+    ids = instructions.prompt(tokenizer, prompt)
+    if len(ids) + max_new_tokens - 1 > model.context:
+        raise LeftOutError(f"as longer than {model.context} tokens with --max-new-tokens {max_new_tokens}")
+    return ids
 
 
 def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array]) -> Samples:
@@ -61,8 +75,8 @@ def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array
         n = len(text) - 1
         ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
     stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
-    answers = [tokenizer.decode(a[: len(a) - end]).strip() for a, end in zip(new, stopped, strict=True)]
-    return Samples(ids, targets, mask, answers, stopped)
+    texts = (tokenizer.decode(a[: len(a) - end]) for a, end in zip(new, stopped, strict=True))
+    return Samples(ids, targets, mask, list(map(instructions.heard, texts)), stopped)
 
 
 def logprobs(model: GPT, samples: Samples) -> Array:

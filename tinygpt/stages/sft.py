@@ -31,9 +31,10 @@ from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import option, written
 from ..errors import UserError
-from ..text import data, instructions
+from ..text import data, examples, instructions
 from ..text.data import Array, Packed, Tokenizer
-from ..text.instructions import Example, Message
+from ..text.examples import Example, LeftOutError, Notes
+from ..text.instructions import Message
 from ..world import corpus, tasks
 from . import recipes, stage
 from .adapter import AdapterConfig
@@ -50,7 +51,7 @@ class Settings(stage.Settings):
         metavar="FOLDER", missing="the model to tune",
     )  # fmt: skip
     data: tuple[str, ...] = option(
-        (), help='JSON Lines: {"prompt": "...", "completion": "..."} or {"messages": [...]}; repeat. world: '
+        (), help=f"JSON Lines: {examples.USUAL[1]}, or another form of the README; repeat. world: "
         "what the base's world, or the folder of tinygpt world, has for tuning. Defaults then: "
         f"{written(recipes.SFT)}.", metavar="FILE", missing="the examples",
     )  # fmt: skip
@@ -81,6 +82,7 @@ class Examples(NamedTuple):
     train: list[Example]
     val: list[Example]
     before: dict[str, Array] | None = None  # the weights that the run began with, where they can be had
+    notes: Notes | None = None
 
 
 class SFT(Stage):
@@ -102,22 +104,20 @@ class SFT(Stage):
         super().__init__(settings, optimizer, tokenizer, data)
         self.before = data.before
         instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
-        encoded, dropped = self._fitting(data.train)
+        encoded = self._fitting(data.train)
         order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
         encoded, n = [encoded[i] for i in order], max(1, len(encoded) // 10)
         if data.val:
-            val, more = self._fitting(data.val)
-            dropped += more
+            val = self._fitting(data.val)
         elif not settings.data:  # in memory: nothing is evaluated
             val = []
         elif len(encoded) < 2:
-            raise UserError(
-                f"{settings.data[0]}: one example is too few: one is to train on, one to validate on"
-            )
+            reason = f"one is to train on, one to validate on. {self.notes}"
+            raise UserError(f"{settings.data[0]}: one example is too few: {reason}")
         else:
             val, encoded = encoded[:n], encoded[n:]
         self.rows, self.val_rows = (_packed([ids for _, ids in part], settings) for part in (encoded, val))
-        self.count, self.dropped, self.questions = len(encoded), dropped, [example for example, _ in val]
+        self.count, self.questions = len(encoded), [example for example, _ in val]
         digest = hashlib.sha256()
         for array in (array for part in (encoded, val) for _, pair in part for array in pair):
             digest.update(array)
@@ -129,8 +129,10 @@ class SFT(Stage):
         if not settings.adapter and not settings.adapter_folder:
             with contextlib.suppress(UserError, OSError):
                 before = store.base(settings).params
-        train, val = read_examples(settings.data), read_examples(settings.val_data, "val")
-        return Examples(train, val, before)
+        notes = Notes()
+        train, val = (read_examples(paths, split, notes)
+                      for paths, split in ((settings.data, "sft"), (settings.val_data, "val")))  # fmt: skip
+        return Examples(train, val, before, notes)
 
     @classmethod
     def start(cls, settings: Settings, data: Examples, store: Store) -> tuple[Settings, GPT, Tokenizer]:
@@ -162,29 +164,20 @@ class SFT(Stage):
 
     def about(self) -> str:
         shape, learned = self.rows.ids.shape, int(self.rows.weights.sum())
-        lines = f"; {self.count:,} examples in {shape[0]:,} rows of {shape[1]}, {learned:,} tokens of them "
-        lines += f"learned; {len(self.questions):,} examples to evaluate on"
-        if self.dropped:
-            lines += f"\nLeft out, as longer than --block-size {shape[1]}: {self.dropped:,}"
-        return lines
+        line = f"; {self.count:,} examples in {shape[0]:,} rows of {shape[1]}, {learned:,} tokens of them "
+        return line + f"learned; {len(self.questions):,} examples to evaluate on"
 
-    def _fitting(self, examples: Sequence[Example]) -> tuple[list[tuple], int]:
-        """(example, (ids, learned)) of all that fit a row, and the number of those that do not."""
-        encoded, limit = [], self.settings.block_size
-        for example in examples:
-            try:
-                encoded.append((example, instructions.encode(self.tokenizer, example.messages)))
-            except UserError as error:
-                raise UserError(f"{example.where}: {error}") from None
-        fit = [pair for pair in encoded if len(pair[1][0]) <= limit + 1]
-        if not fit:
-            file, _, _ = examples[0].where.rpartition(":")
-            least = min(len(ids) for _, (ids, _) in encoded) - 1
-            raise UserError(
-                f"{file}: no example fits into block_size {limit}: the shortest needs {least}, and the model "
-                f"has {self.settings.model.block_size} positions"
-            )
-        return fit, len(encoded) - len(fit)
+    def _fitting(self, examples: Sequence[Example]) -> list[tuple]:
+        """(example, (ids, learned)) of all that fit a row."""
+        limit = self.settings.block_size
+
+        def encoded(example: Example) -> tuple:
+            ids, learned = instructions.encode(self.tokenizer, example.messages)
+            if len(ids) > limit + 1:
+                raise LeftOutError(f"as longer than --block-size {limit}")
+            return example, (ids, learned)
+
+        return self.notes.kept(((example.where, example) for example in examples), encoded)
 
     def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
         return update(self.rows, self.settings, n)
@@ -206,11 +199,11 @@ def in_memory(
 ) -> SFT:
     """The stage for a model in memory, of which `train` changes the weights, or its adapter's. All examples
     are trained on. Raises UserError for one that is longer than a row."""
-    found = Examples([Example(f"example:{n}", messages) for n, messages in enumerate(examples)], [])
+    numbered = [Example(f"example:{n}", messages) for n, messages in enumerate(examples)]
     tokenizer.chat_template = instructions.TEMPLATE
-    sft = SFT(settings, settings.train.optimizer(model), tokenizer, found)
-    if sft.dropped:
-        raise UserError(f"{sft.dropped} examples are longer than a row of {settings.block_size}")
+    sft = SFT(settings, settings.train.optimizer(model), tokenizer, Examples(numbered, [], notes=Notes()))
+    if sft.notes:
+        raise UserError(str(sft.notes))
     return sft
 
 
@@ -233,17 +226,17 @@ def _packed(encoded: list[tuple[Array, Array]], settings: Settings) -> Packed:
     return Packed(*map(np.concatenate, zip(*rows, strict=True)))
 
 
-def read_examples(paths: tuple[str, ...], split: str = "sft") -> list[Example]:
-    """The examples of JSON Lines files, and what worlds have for tuning, or for "val"."""
-    found = []
+def read_examples(paths: Iterable[str], split: str, notes: Notes) -> list[Example]:
+    """The examples of files, and what worlds have for tuning, or for "val"."""
+    together = []
     for path in paths:
         if not corpus.is_source(path):
-            found += instructions.read([path])
+            together += examples.read([path], examples.EXAMPLE, notes)
             continue
         world = corpus.world_of(path)
         for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split)), 1):
-            found.append(Example(f"{path}:{n}", messages))
-    return found
+            together.append(Example(f"{path}:{n}", messages))
+    return together
 
 
 def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:

@@ -30,6 +30,7 @@ from ..core.optim import AdamW
 from ..core.option import check_options, option
 from ..errors import UserError
 from ..text.data import Tokenizer
+from ..text.examples import Notes
 from . import lora, variants
 from .adapter import LEARNING_RATES, AdapterConfig, fingerprint
 
@@ -119,9 +120,10 @@ class Stage:
     ) -> None:
         """data: what `read` gave. scratch: a folder for files that can be made again, or None.
 
-        A subclass makes its data ready.
+        A subclass makes its data ready, and adds to the notes of `read` which examples it leaves out.
         """
         self.settings, self.optimizer, self.tokenizer = settings, optimizer, tokenizer
+        self.notes = getattr(data, "notes", None) or Notes()
         self.model, self.compute = optimizer.model, train.gradients(optimizer)
         for model in (self.model, *self.others(data)):
             model.compute_in(settings.train.dtype)

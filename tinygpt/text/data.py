@@ -1,8 +1,9 @@
 """Text into token streams, and token streams into batches.
 
-A document is an iterable of strings that can be gone through again and again: a text file some megabytes at a
+A text is an iterable of strings that can be gone through again and again: a text file some megabytes at a
 time, or a list with one string. Strings are cut before white space, where no tokenizer joins what is cut
-apart. A stream is one array of ids, on disk where it is large. Its last tenth is for validation.
+apart. A text is one document, or several with <|endoftext|> between them. A stream is one array of ids, on
+disk where it is large. Its last tenth is for validation.
 
 `documents()` without paths is a corpus that every Python carries: its own documentation.
 
@@ -12,12 +13,15 @@ which tokens of an instruction count.
 
 import ast
 import codecs
+import contextlib
 import hashlib
 import itertools
 import os
 import random
 import re
+import shlex
 import sysconfig
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,25 +30,28 @@ import numpy as np
 
 from ..errors import UserError
 from ..files.atomic import make_folder, replacing
-from .tokenizer import BPETokenizer, CharTokenizer
+from .tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
 
 Array = np.ndarray
 Tokenizer = CharTokenizer | BPETokenizer
-Document = Iterable[str]
+Text = Iterable[str]
 
 SUFFIXES = (".txt", ".md", ".rst")  # what a folder is searched for
 CHUNK = 1 << 22  # bytes read at a time
 IN_MEMORY = 1 << 28  # bytes of ids; a longer stream goes to a file
 HEADER = 16  # bytes of a file of ids: how many, and the largest
 
-# --- documents ----------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------------------
 
 
 class TextFile:
-    """A document in a UTF-8 file, chunk by chunk. Bytes that are not UTF-8 raise UserError."""
+    """The text of a UTF-8 file, chunk by chunk. Bytes that are not UTF-8 raise UserError.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    plain: an <|endoftext|> in the file is text, and separates no documents.
+    """
+
+    def __init__(self, path: Path, plain: bool = False) -> None:
+        self.path, self.plain = path, plain
 
     def __iter__(self) -> Iterator[str]:
         decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
@@ -67,7 +74,7 @@ class TextFile:
             return decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = read - len(pending) + error.start
-            problem = f"{self.path}: byte {offset} is not UTF-8: convert the file to UTF-8 text"
+            problem = f"{self.path}: byte {offset} is not UTF-8{not_utf8(self.path, pending + block)}"
             raise UserError(problem) from None
 
 
@@ -75,11 +82,41 @@ class TextFile:
 _LAST_CUT = re.compile(r"(?s).*\S(?=[ \n])")
 
 
-def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
+# Encodings, and what most characters beside ASCII are in a text of such an encoding: in Western languages one
+# or two beside a letter, in Japanese runs with kana. Of equals the first counts.
+_ENCODINGS = {
+    "CP1252": "(?<=[A-Za-z])[À-ÿ]{1,2}|[À-ÿ]{1,2}(?=[A-Za-z])|[–-”…€«»]",
+    "SHIFT_JIS": "[、。一-鿿]*[ぁ-ヿ][、。ぁ-ヿ一-鿿]*",
+    "EUC-JP": "[、。一-鿿]*[ぁ-ヿ][、。ぁ-ヿ一-鿿]*",
+    "CP949": "[가-힣]+",
+    "CP1251": "[А-яЁё]{2,}",
+    "GB18030": "[、。，一-鿿]+",
+    "BIG5": "[、。，一-鿿]+",
+}
+
+
+def not_utf8(path: Path, data: bytes) -> str:
+    """What is to be done about a file that is not UTF-8, of which `data` are some bytes."""
+    data = data[: 1 << 16]
+    shares = {"UTF-16": 1.0} if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else {}
+    for name, usual in _ENCODINGS.items() if not shares else ():
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(name)().decode(data)  # the last character may be cut
+            foreign = max(1, sum(char > "\x7f" for char in text))
+            shares[name] = sum(len(match[0]) for match in re.finditer(usual, text)) / foreign
+    name = max(shares, key=shares.get, default="")
+    if not shares or shares[name] < 0.5:
+        return ": convert the file to UTF-8 text"
+    path = shlex.quote(str(path))
+    return f"; it looks like {name}, which this converts: iconv -f {name} -t UTF-8 {path} >{path}.utf8"
+
+
+def documents(paths: Sequence[Path | str] = (), plain: bool = False) -> list[Text]:
     """The text files at these paths, those of a folder sorted by name; without paths Python's own texts.
 
     In a folder and those below it, files ending in .txt, .md or .rst count, hidden ones and empty ones do
-    not. Raises UserError for a path that is missing, not a file, or empty.
+    not. Links to folders are followed, and each folder is read once. Raises UserError for a path that is
+    missing, not a file, or empty.
     """
     if not paths:
         return [[text] for text in python_texts()]
@@ -97,7 +134,7 @@ def documents(paths: Sequence[Path | str] = ()) -> list[Document]:
             raise UserError(f"{path}: is empty")
         else:
             files.append(path)
-    return [TextFile(path) for path in files]
+    return [TextFile(path, plain) for path in files]
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -107,9 +144,14 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _walk(folder: Path, suffixes: tuple[str, ...], skip: Callable[[str], bool]) -> list[Path]:
     """The files in a folder and below it that end in one of `suffixes`, sorted, without what `skip` names."""
-    paths = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not skip(name)]
+    paths, seen = [], {folder.resolve()}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in folders.copy():
+            real = Path(parent, name).resolve()
+            if skip(name) or real in seen:
+                folders.remove(name)
+            seen.add(real)
         paths += [Path(parent, name) for name in files if name.endswith(suffixes) and not skip(name)]
     return sorted(paths)
 
@@ -146,18 +188,61 @@ def _docstrings(library: Path) -> Iterator[str]:
             nodes += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler))]
 
 
-def joined(documents: Iterable[Document]) -> Iterator[str]:
+# --- documents ----------------------------------------------------------------------------------------------
+
+_MARK = re.compile(rf"[\r\n]*{re.escape(END_OF_TEXT)}[\r\n]*")
+
+
+def parts(texts: Iterable[Text]) -> Iterator[str | None]:
+    """The texts, chunk by chunk, with None between two documents.
+
+    A document ends where its text ends, and at an <|endoftext|>, to which the line ends around it belong. An
+    empty document is left out.
+    """
+    has_text = False
+    for text in texts:
+        ends, after_mark = has_text, False
+        for chunk in text:
+            for n, part in enumerate([chunk] if getattr(text, "plain", False) else _MARK.split(chunk)):
+                if n:
+                    ends, after_mark = has_text, True
+                if after_mark:  # in this chunk or in the one before
+                    part = part.lstrip("\r\n")
+                if part:
+                    if ends:
+                        yield None
+                    yield part
+                    has_text, ends, after_mark = True, False, False
+
+
+def joined(texts: Iterable[Text], between: str = "\n\n") -> Iterator[str]:
     """All text, chunk by chunk, with a blank line between documents."""
-    for n, document in enumerate(documents):
-        if n:
-            yield "\n\n"
-        yield from document
+    return (between if part is None else part for part in parts(texts))
 
 
-def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
+def count(texts: Iterable[Text]) -> int:
+    """The number of documents."""
+    return 1 + sum(part is None for part in parts(texts))
+
+
+def about(texts: Sequence[Text]) -> str:
+    """What a user should know of the texts: a line for each thing."""
+    lines, n = "", count(texts)
+    if n > len(texts):
+        lines += f"\n{n:,} documents, which {END_OF_TEXT} separates; with --plain-text it is text."
+    chunks = (part for part in parts(texts) if part and not unicodedata.is_normalized("NFC", part))
+    length = sum(len(part) - len(unicodedata.normalize("NFC", part)) for part in chunks)
+    if length > 0:
+        program = 'import sys, unicodedata as u; sys.stdout.write(u.normalize("NFC", sys.stdin.read()))'
+        lines += (f"\nThe text is decomposed (NFD): composed (NFC) it has {length:,} characters less. This "
+                  f"composes it: python3 -c '{program}' <FILE >NEW")  # fmt: skip
+    return lines
+
+
+def fingerprint(texts: Iterable[Text], tokenizer: Tokenizer) -> str:
     """SHA-256 of all text and of the vocabulary: what a stream of ids is made from."""
     digest = hashlib.sha256()
-    for part in (*tokenizer.tokens, *(chunk.encode() for chunk in joined(documents))):
+    for part in (*tokenizer.tokens, *(chunk.encode() for chunk in joined(texts, "\0"))):
         digest.update(part)
     return digest.hexdigest()
 
@@ -165,30 +250,31 @@ def fingerprint(documents: Iterable[Document], tokenizer: Tokenizer) -> str:
 # --- streams ------------------------------------------------------------------------------------------------
 
 
-def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Array]:
+def encode(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Array]:
     """The ids of all documents, chunk by chunk.
 
     Between documents stands the tokenizer's end-of-text id, or a blank line where it has none.
     """
-    for n, document in enumerate(documents):
-        if n:
-            yield tokenizer.encode("\n\n") if tokenizer.eos_id is None else np.array([tokenizer.eos_id])
-        yield from map(tokenizer.encode, document)
+    for part in parts(texts):
+        if part is None and tokenizer.eos_id is not None:
+            yield np.array([tokenizer.eos_id])
+        else:
+            yield tokenizer.encode("\n\n" if part is None else part)
 
 
 def stream(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, mark: str, in_memory: int = IN_MEMORY
+    texts: Iterable[Text], tokenizer: Tokenizer, folder: Path, mark: str, in_memory: int = IN_MEMORY
 ) -> Array:
     """What `encode` gives, as one array (N,), uint16 or uint32 as the vocabulary needs.
 
     A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped. The next call finds it
-    there by `mark`, the documents' fingerprint. A file that is damaged is made again.
+    there by `mark`, the texts' fingerprint. A file that is damaged is made again.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     file = folder / f"tokens-{mark[:16]}.bin"
     if (tokens := _mapped(file, dtype)) is not None:
         return tokens
-    parts = (ids.astype(dtype) for ids in encode(documents, tokenizer))
+    parts = (ids.astype(dtype) for ids in encode(texts, tokenizer))
     head, size = [], 0
     for ids in parts:
         head.append(ids)
