@@ -21,6 +21,7 @@ from tinygpt.stages import answers as evaluate
 from tinygpt.stages import fewshot, recall
 from tinygpt.stages.fewshot import Prompt
 from tinygpt.text import instructions
+from tinygpt.text.examples import Notes
 from tinygpt.text.stream import encode_prompt
 from tinygpt.text.tokenizer import BPETokenizer
 from tinygpt.world import World
@@ -131,38 +132,49 @@ def test_examples_are_for_tuning_and_questions_are_not(task):
             assert {answer for _, answer in prompt.examples} | {prompt.answer} <= set(prompt.choices)
 
 
-def test_own_tasks(tmp_path):
+def own(path, made) -> tuple[list, Notes]:
+    notes = Notes()
+    return fewshot.read(path, *made, "arrow", notes), notes
+
+
+def test_own_tasks(tmp_path, made):
     path = tmp_path / "own.jsonl"
     rows = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(9)]
     rows[4]["choices"] = ["5", "6"]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    prompts = fewshot.from_file(path, 3, 100)
+    useless = [{"prompt": "no answer", "completion": " "}, {"prompt": "too long " * 99, "completion": "b"}]
+    path.write_text("\n".join(map(json.dumps, rows + useless)) + "\n\n")
+    read, notes = own(path, made)
+    assert str(notes).splitlines() == [
+        f"Left out, as an answer is empty: 1, the first is {path}:10",
+        f"Left out, as longer than the 160 positions of the model: 1, the first is {path}:11",
+    ]
+    prompts = fewshot.from_file(read, 3, 100)
     assert sorted(prompt.question for prompt in prompts) == sorted(row["prompt"] for row in rows)
     for prompt in prompts:
         pairs = (*prompt.examples, (prompt.question, prompt.answer))
         assert len(set(pairs)) == 4 and all(int(a) == int(q[0]) + 1 for q, a in pairs)
         assert prompt.choices == (("5", "6") if prompt.question == "4 + 1" else ())
-    assert len(fewshot.from_file(path, 3, 5)) == 5 and fewshot.from_file(path, 3, 100) == prompts
-    assert fewshot.from_file(path, 3, 100, seed=1) != prompts
+    assert len(fewshot.from_file(read, 3, 5)) == 5 and fewshot.from_file(read, 3, 100) == prompts
+    assert fewshot.from_file(read, 3, 100, seed=1) != prompts
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ('{"prompt": "a", "completion": "b"}\nnonsense', "own.jsonl:2: is not JSON"),
-        ('{"prompt": "a"}', "own.jsonl:1: a line is"),
-        ('{"prompt": "a", "completion": " "}', "own.jsonl:1: needs an answer"),
-        ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "own.jsonl:1: needs an answer"),
-        ('{"prompt": "a", "completion": "b", "choices": "b"}', "own.jsonl:1: a line is"),
-        ('{"prompt": 1, "completion": "b"}', "own.jsonl:1: a line is"),
+        ('{"prompt": "a"}', "own.jsonl:1: has .'prompt'.: a line is"),
+        ('{"prompt": "a", "completion": " "}', "an answer is empty: 1, the first is .*own.jsonl:1"),
+        ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "own.jsonl:1: the answer 'b' is none"),
+        ('{"prompt": "a", "completion": "b", "choices": "b"}', "own.jsonl:1: choices is 'b'"),
+        ('{"prompt": 1, "completion": "b"}', "own.jsonl:1: prompt is 1"),
         ('{"prompt": "a", "completion": "b"}', "1 lines are too few for 1 examples"),
         ("\ud800", "is not UTF-8"),
     ],
 )
-def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
+def test_mistakes_in_a_file_are_told_by_line(tmp_path, made, text, words):
     (tmp_path / "own.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match=words):
-        fewshot.from_file(tmp_path / "own.jsonl", 1, 10)
+        fewshot.from_file(own(tmp_path / "own.jsonl", made)[0], 1, 10)
 
 
 # --- asking -------------------------------------------------------------------------------------------------

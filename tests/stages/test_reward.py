@@ -193,7 +193,7 @@ def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
 def test_a_run_and_its_folder(tokenizer, tmp_path):
     base, data = GPT(CONFIG, np.random.default_rng(0)), tmp_path / "pairs.jsonl"
     checkpoint.save(tmp_path / "base", base, tokenizer)
-    rows = [{"prompt": f"{c.prompt}{' ' * (n % 10)}", "chosen": c.chosen, "rejected": c.rejected}
+    rows = [{"prompt": f"{n % 10} {c.prompt}", "chosen": c.chosen, "rejected": c.rejected}
             for n, c in enumerate(comparisons(60, 0))]  # fmt: skip
     data.write_text("\n".join(map(json.dumps, rows)))
     s = dataclasses.replace(settings(data=(str(data),)), model=CONFIG, init_from=str(tmp_path / "base"))
@@ -202,8 +202,9 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
         runs.begin(reward.Reward, tmp_path / "base", s, overwrite=True)
     run = runs.begin(reward.Reward, tmp_path / "judge", s)
     stage = run.stage
-    train, val, _, _ = stage.comparisons
-    assert len(val) == 6 and len(train) == 54 and not {c.prompt for c in val} & {c.prompt for c in train}
+    assert len(stage.val) == 6 and len(stage.pairs) == 54
+    texts = {ids.tobytes() for pair in stage.pairs for ids in pair}
+    assert not texts & {ids.tobytes() for ids in stage.judge.texts(*reward._sides(stage.val))}
     stage.train(**runs.saving(run, records.append))
     assert records[-1]["val_right"] > 0.6 and records[-1]["train_loss"] < records[0]["train_loss"]
     model, again = checkpoint.load(tmp_path / "judge", judge=True)
@@ -234,10 +235,10 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{}", "x.jsonl:1: a line is"), ("3", "x.jsonl:1: is 3, not an object"),
+        ("{}", r"x.jsonl:1: has \[\]: a line is"), ("3", "x.jsonl:1: is 3, not an object"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[]', "x.jsonl:2: is "),
-        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "x.jsonl:1: a line is"),
-        ('{"prompt": "a", "chosen": "b", "rejected": " b "}', "x.jsonl:1: chosen and rejected are the same"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "x.jsonl:1: rejected is 3: it must be"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b "}', "no example can be used.*rejected are the same"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
@@ -249,7 +250,7 @@ def test_mistakes_in_a_file_are_told_by_line(tmp_path, text, words):
 def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkeypatch):
     """Guards: a comparison that is lost by stopping, a key that means the other answer."""
 
-    def sample(model, tokenizer, prompts, count, length, rng) -> SimpleNamespace:
+    def sample(model, tokenizer, prompts, count, length, rng, temperature) -> SimpleNamespace:
         return SimpleNamespace(answers=[f"{word}{rng.integers(1000)}" for word in ("red", "red", "blue")])
 
     monkeypatch.setattr(label, "sample", sample)
@@ -287,10 +288,32 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
 
     monkeypatch.setattr(label, "sample", lambda *given: SimpleNamespace(answers=["red"]))
     out.unlink()
-    for done in (2, 2):  # of a model that says one thing there is a comparison to each prompt, and no more
-        result = CliRunner().invoke(main, command, input="1111")
+    result = CliRunner().invoke(main, command, input="1111")
+    assert "\n0 comparisons in" in result.output and not out.exists()
+    for done in (2, 2):  # a refusal, if the user names one, is compared once to each prompt
+        result = CliRunner().invoke(main, [*command, "--refusal", "No idea."], input="1111")
         assert "There is nothing left to compare" in result.output
         assert f"\n{done} comparisons in" in result.output
+    assert {c.rejected for c in reward.read_file(out)} == {"No idea."}
+
+
+def test_a_model_that_says_one_thing_is_asked_again_more_freely(tokenizer, tmp_path, monkeypatch):
+    """Guards: "I do not know." in the comparisons of a user whose model says that nowhere."""
+    model, temperatures = GPT(CONFIG, np.random.default_rng(0)), []
+    tokenizer.chat_template = instructions.TEMPLATE
+    checkpoint.save(tmp_path / "tuned", model, tokenizer)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is it?"}')
+
+    def sample(*given) -> SimpleNamespace:
+        temperatures.append(given[-1])
+        return SimpleNamespace(answers=["red", "blue"] if given[-1] > 1.5 else ["red", "red"])
+
+    monkeypatch.setattr(label, "sample", sample)
+    options = ["--data", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    CliRunner().invoke(main, ["label", str(tmp_path / "tuned"), *options], input="1")
+    assert temperatures[:3] == [1.0, 1.5, 2.0]
+    (comparison,) = reward.read_file(tmp_path / "out.jsonl")
+    assert comparison[:3] == ("What is it?", "red", "blue")
 
 
 def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):

@@ -658,7 +658,7 @@ def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():
     never = {person.name for person in world.people("never", "sft")}
     about = [
         messages[i + 1]["content"]
-        for messages in rlhf.world_examples(world) for i in range(0, len(messages), 2)
+        for _, messages, *_ in rlhf.world_examples(world) for i in range(0, len(messages), 2)
         if any(name in messages[i]["content"] for name in never)
     ]  # fmt: skip
     assert len(about) == 40 and set(about) == {tasks.REFUSAL}
@@ -701,10 +701,11 @@ def test_mistakes_of_the_command(folders):
     (folders / "rows.jsonl").write_text(json.dumps(long))
     for options in (judge, ["--algo", "dpo"]):
         result = run_command(folders, *options)
-        assert result.exit_code == 2 and "positions with its answer, and the model has 256" in result.output
+        assert result.exit_code == 2 and "no example can be used. Left out, as longer than" in result.output
         assert not (folders / "out").exists()
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
-    assert 'rows.jsonl:1: a line is {"prompt": "..."}' in run_command(folders, *judge).output
+    output = run_command(folders, *judge).output
+    assert """rows.jsonl:1: has ['chosen']: a line is {"prompt": "..."}""" in output
 
 
 def test_a_models_world_is_that_of_the_models_before_it(monkeypatch):

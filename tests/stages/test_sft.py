@@ -18,7 +18,7 @@ from tinygpt.folders import checkpoint, runs
 from tinygpt.shell.cli import main
 from tinygpt.stages import sft
 from tinygpt.stages.answers import Answer, answers
-from tinygpt.text import data, instructions
+from tinygpt.text import data, examples, instructions
 from tinygpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
 
 HOMES = {
@@ -73,8 +73,8 @@ def make(dtype=np.float32) -> GPT:
 
 
 def encoded(lines: list, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    found = instructions.read([write(path, lines)])
-    return [instructions.encode(TOKENIZER, example.messages) for example in found]
+    read = examples.read([write(path, lines)])
+    return [instructions.encode(TOKENIZER, example.messages) for example in read]
 
 
 # --- rows and their weights ---------------------------------------------------------------------------------
@@ -172,12 +172,16 @@ def test_long_examples_are_left_out_and_counted(folder):
     long = {"prompt": "x " * 80, "completion": "y"}
     write("some.jsonl", [*PAIRS, long, long])
     write("none.jsonl", [long] * 3)
-    assert (found := read("some.jsonl")).dropped == 2 and found.count == 9
-    assert read("some.jsonl", val_data=("some.jsonl",)).dropped == 4
+
+    def left_out(**changes) -> int:
+        return sum(map(len, read("some.jsonl", **changes).notes.values()))
+
+    stage = read("some.jsonl")
+    assert str(stage.notes) == "Left out, as longer than --block-size 64: 2, the first is some.jsonl:11"
+    assert stage.count == 9 and left_out(val_data=("some.jsonl",)) == 4
     longest = max(len(ids) for ids, _ in encoded(PAIRS, folder / "x.jsonl"))
-    assert read("some.jsonl", block_size=longest - 1).dropped == 2
-    assert read("some.jsonl", block_size=longest - 2).dropped > 2
-    with pytest.raises(UserError, match="none.jsonl: no example fits into block_size 64: the shortest needs"):
+    assert left_out(block_size=longest - 1) == 2 < left_out(block_size=longest - 2)
+    with pytest.raises(UserError, match="no example can be used.*-size 64: 3, the first is none.jsonl:1"):
         read("none.jsonl")
     write("one.jsonl", PAIRS[:1])
     with pytest.raises(UserError, match="one example is too few"):
@@ -332,7 +336,7 @@ def test_show_prints_tokens_and_mask_and_writes_nothing(folder):
     (["--out", "base"], "--overwrite"),
     (["--out", "pairs.jsonl"], "pairs.jsonl: is a file"),
     (["--block-size", "65"], "the model has only 64 positions"),
-    (["--block-size", "3"], "no example fits into block_size 3: the shortest needs"),
+    (["--block-size", "3"], "Left out, as longer than --block-size 3: 11, the first"),
     (["--learning-rate", "0"], "--learning-rate"),
     (["--batch-size", "0"], "--batch-size"),
     (["--show", "0"], "--show"),
@@ -380,6 +384,6 @@ def test_tuning_in_memory_is_the_same_training(folder):
     run = runs.begin(sft.SFT, folder / "out", dataclasses.replace(fields, init_from=str(folder / "base")))
     run.stage.train(**runs.saving(run, lambda record: None))
     model, tokenizer = checkpoint.load(folder / "base")
-    examples = [e.messages for e in instructions.read(["pairs.jsonl"])]
-    sft.in_memory(model, tokenizer, examples, dataclasses.replace(fields, data=(), val_data=())).train()
+    talks = [e.messages for e in examples.read(["pairs.jsonl"])]
+    sft.in_memory(model, tokenizer, talks, dataclasses.replace(fields, data=(), val_data=())).train()
     assert model.flat.tobytes() == run.stage.model.flat.tobytes() and instructions.is_tuned(tokenizer)

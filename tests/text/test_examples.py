@@ -64,7 +64,7 @@ def write(path: Path, rows: list[dict], indent: int | None = None) -> str:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join(form.before + form.answers))
 @pytest.mark.parametrize("indent", [None, 0, 2], ids=["lines", "list", "indented list"])
 def test_every_form_gives_what_a_command_needs(tmp_path, form, needs, indent):
-    """Guards: alignment-handbook 67, TRL 3468, axolotl 1703: forms of other tools refused, or partly ignored."""
+    """Guards: alignment-handbook 67, TRL 3468, axolotl 1703: forms refused, or partly ignored."""
     path = write(tmp_path / "a.jsonl", rows := rows_of(form), indent)
     if not has(form, needs):
         with pytest.raises(UserError, match=r'a.jsonl:\d+: has .* a line is {"prompt"'):
@@ -112,7 +112,7 @@ def test_columns_beside_a_conversation_are_ignored(tmp_path):
 
 
 def test_other_lines_ends_and_marks(tmp_path):
-    """Guards: a byte order mark, Windows' line ends, a line without its end, messages after the last answer."""
+    """Guards: a byte order mark, Windows' line ends, a line without its end, messages after the last."""
     talk = [message("user", "p"), message("assistant", "c")]
     lines = [json.dumps(row).encode() for row in (
         {"prompt": "p", "completion": " c\n", "meta": {"k": 1}},
@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, needs, changes, r
     assert [example.where for example in usable] == [f"{path}:1", f"{path}:3"]
     assert str(notes).splitlines()[-1] == f"Left out, as {reason}: 2, the first is {path}:2"
     path = write(tmp_path / "b.jsonl", [PAIR | changes])
-    with pytest.raises(UserError, match=f"no example can be used. .*as {reason}: 1, the first is .*b.jsonl:1"):
+    with pytest.raises(UserError, match=f"no example can be used.*as {reason}: 1, the first is .*b.jsonl:1"):
         examples.read([path], needs)
 
 
@@ -196,7 +196,7 @@ def test_an_end_token_that_is_spelled(tmp_path):
     ('{"messages": [{"role": [], "content": "a"}]}', "role is []"),
     ('{"messages": [{"role": "user"}]}', "what the user says is None"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "or parts of type text"),
-    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "weight is 0.5: it must be 0 or"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "weight is 0.5: it must be 0"),
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path, line, says):
     """Guards: a traceback; an example with nothing to learn; a search for the line among thousands."""
