@@ -1,4 +1,4 @@
-"""One's own data through every stage: each command that a command prints is run, and each form in each command."""
+"""One's own data through every stage: each command that a command prints, and each form in each command."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_examples import has, rows_of, write
 
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
@@ -17,12 +18,14 @@ from tinygpt.text import instructions
 from tinygpt.text.examples import COMPARISON, EXAMPLE, FORMS, PROMPT
 from tinygpt.text.tokenizer import BPETokenizer
 
-from ..text.test_examples import has, rows_of, write
-
-ENGLISH = [(f"What is the {a} of the {b}?", f"The {a} is {c}.") for a in ("colour", "tone", "shade", "hue")
-           for b, c in (("sky", "blue"), ("grass", "green"), ("snow", "white"), ("coal", "black"))]  # fmt: skip
-KOREAN = [(f"{b}의 {a}은 무엇입니까?", f"{c}입니다.") for a in ("색", "빛", "칠", "톤")
-          for b, c in (("하늘", "파란색"), ("풀", "초록색"), ("눈", "하얀색"), ("석탄", "검은색"))]  # fmt: skip
+ENGLISH = [
+    (f"What is the {a} of the {b}?", f"The {a} is {c}.") for a in ("colour", "tone", "shade", "hue")
+    for b, c in (("sky", "blue"), ("grass", "green"), ("snow", "white"), ("coal", "black"))
+]  # fmt: skip
+KOREAN = [
+    (f"{b}의 {a}은 무엇입니까?", f"{c}입니다.") for a in ("색", "빛", "칠", "톤")
+    for b, c in (("하늘", "파란색"), ("풀", "초록색"), ("눈", "하얀색"), ("석탄", "검은색"))
+]  # fmt: skip
 TINY = ("--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--tokenizer", "bpe", "--vocab-size", "400")
 
 
@@ -39,8 +42,8 @@ def printed(output: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("pairs", [ENGLISH, KOREAN], ids=["English", "Korean"])
 def test_each_command_that_is_printed_runs(tmp_path, monkeypatch, pairs):
-    """Guards: block_size 128 for a model of 64 positions, "FILE" and "..." for the user's file, a refusal that
-    the user's model never says."""
+    """Guards: block_size 128 for a model of 64 positions, "FILE" and "..." for the user's file, a refusal
+    that the user's model never says."""
     monkeypatch.chdir(tmp_path)
     Path("own text.txt").write_text("\n".join(f"{p} {c}" for p, c in pairs) * 30, encoding="utf-8")
     write(Path("pairs.jsonl"), [{"prompt": p, "completion": c} for p, c in pairs])
@@ -116,7 +119,7 @@ def test_each_form_in_each_command(folders, tmp_path, form, command):
     rows = rows_of(form)
     for row in rows[1:]:  # a judge needs two prompts
         for column in (*form.before[:1], *form.answers):
-            row[column] = json.loads(json.dumps(row[column]).replace("Ada", "Alan").replace("Where", "So where"))
+            row[column] = json.loads(json.dumps(row[column]).replace("Where", "So where"))
     data = write(tmp_path / "rows.jsonl", rows)
     words = words_of(command, folders, data, tmp_path / "out")
     if has(form, COMMANDS[command]):

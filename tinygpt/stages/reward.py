@@ -97,8 +97,8 @@ class Judge:
     def texts(self, questions: Sequence[Prompt], answers: Sequence[str]) -> list[Array]:
         """What the judge reads, (n,) each."""
         self.answer(questions)
-        pairs = zip(questions, answers, strict=True)
-        return [encode(self.tokenizer, question, self.own[question], answer) for question, answer in pairs]
+        how, pairs = (self.tokenizer, self.model.context), zip(questions, answers, strict=True)
+        return [encode(*how, question, self.own[question], answer) for question, answer in pairs]
 
     def __call__(self, questions: Sequence[Prompt], answers: Sequence[str]) -> Array:
         """Of what is longer than its context a judge reads the beginning."""
@@ -111,12 +111,11 @@ class Judge:
         return judge
 
     def answer(self, questions: Iterable[Prompt]) -> None:
-        """Asks the author for what it has not been asked. Half of the context that a question leaves is for
-        the answer to be judged; a question that leaves nothing gets an empty answer."""
+        """Asks the author what it has not been asked. To a question without room for an answer it says ""."""
         by_room: dict[int, dict[Prompt, Array]] = {}  # so an answer depends on no other question
         for question in sorted(set(questions) - self.own.keys(), key=str):
             ids = instructions.prompt(self.tokenizer, question)
-            room = min(OWN_ANSWER, (self.author.context - len(ids)) // 2)
+            room = min(OWN_ANSWER, self.author.context - len(ids))
             by_room.setdefault(room, {})[question] = ids
         for room, prompts in by_room.items():
             if room < 1:
@@ -129,10 +128,15 @@ class Judge:
 # --- texts and scores ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Tokenizer, question: Prompt, own: str, answer: str) -> Array:
-    """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer."""
-    messages = [*instructions.pair(question, own), {"role": "assistant", "content": answer}]
-    return instructions.encode(tokenizer, messages)[0]
+def encode(tokenizer: Tokenizer, context: int, question: Prompt, own: str, answer: str) -> Array:
+    """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer.
+
+    Of the own answer only as much is in the text as the judge's context has room for.
+    """
+    asked, thought = instructions.prompt(tokenizer, question), tokenizer.encode(instructions.said(own))
+    judged, _ = instructions.encode(tokenizer, [{"role": "assistant", "content": answer}])
+    room = max(0, context - len(asked) - len(judged))
+    return np.concatenate([asked, thought[:room], judged])
 
 
 def marked(texts: Sequence[Array], block_size: int) -> Packed:
@@ -293,7 +297,8 @@ class Reward(Stage):
     def _held_out(self, prompts: list[Prompt]) -> set[Prompt]:
         """A tenth of the prompts, which the seed decides."""
         if len(prompts) < 2:
-            raise UserError(f"{self.settings.data[0]}: one prompt is too few: one is to validate on")
+            reason = f"one prompt is too few: one is to validate on. {self.notes}"
+            raise UserError(f"{self.settings.data[0]}: {reason}")
         order = np.random.default_rng([self.settings.train.seed, 0, 1]).permutation(len(prompts))
         return {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
 
