@@ -74,6 +74,20 @@ def test_each_command_that_is_printed_runs(tmp_path, monkeypatch, pairs):
     assert following == ["chat", "dpo"] and run(*following, keys=pairs[0][0])
 
 
+def test_a_storys_model_goes_on_by_printed_commands(toy, tmp_path, monkeypatch):
+    """Guards: a model of a story, in a folder of its own kind, that the next command does not take."""
+    monkeypatch.chdir(tmp_path)
+    (talk,) = printed(run("story", "--seed", "5", "--out", "story", "--no-report"))
+    assert talk[0] == "chat" and run(*talk, "--max-new-tokens", "2", keys="Where?")
+    (tuned,) = Path("story").glob("*/sft")
+    judge, without = printed(run("label", tuned, keys="1" * 5 + "q"))
+    for words in (judge, ["reward", "--init-from", tuned, "--data", "world", "--out", "worldly"]):
+        (steer,) = printed(run(*words))
+        (talk,) = printed(run(*steer, "--max-iters", "1", "--num-prompts", "2", "--overwrite"))
+        assert talk == ["chat", "rlhf"] and run(*talk, "--max-new-tokens", "2", keys="Where?")
+    assert printed(run(*without, "--max-iters", "1", "--out", "dpo")) == [["chat", "dpo"]]
+
+
 # --- forms and commands -------------------------------------------------------------------------------------
 
 COMMANDS = {

@@ -1,6 +1,11 @@
 """Text files, token streams and batches."""
 
 import os
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,51 @@ def test_a_folders_texts_in_the_order_of_their_names(tmp_path):
     assert text(data.documents([tmp_path])) == ["a/y.rst", "a/z.md", "b.txt", "c.md"]
     assert text(data.documents([tmp_path / "b.txt", tmp_path / "a"])) == ["b.txt", "a/y.rst", "a/z.md"]
     assert text(data.documents([tmp_path / "image.png"])) == ["image.png"]  # named by the user, so it is text
+
+
+def test_folders_that_are_links_are_read_once(tmp_path):
+    """Guards: a linked folder left out without a word; one that is read twice; a link without end."""
+    for name in ("data/b.txt", "data/sub/c.txt", "real/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    for link, to in (("link", "real"), ("again", "real"), ("loop", "data"), ("twin", "data/sub")):
+        (tmp_path / "data" / link).symlink_to(tmp_path / to)
+    assert text(data.documents([tmp_path / "data"])) == ["real/a.txt", "data/b.txt", "data/sub/c.txt"]
+
+
+LETTERS = {
+    "CP949": "안녕하세요. 오늘은 날씨가 좋습니다.\n", "GB18030": "今天天气很好，我们去散步吧。\n",
+    "SHIFT_JIS": "今日は天気がいいですね。カメラも持って。\n",
+    "EUC-JP": "今日は天気がいいですね。カメラも持って。\n",
+    "BIG5": "今天天氣很好，我們去散步吧。\n", "CP1251": "Сегодня хорошая погода, он сидит дома.\n",
+    "CP1252": "Déjà l'été s'achève – «voilà». Füße, Mädchen, niño.\n", "UTF-16": "Ada lives in London.\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", LETTERS)
+@pytest.mark.parametrize("times", [1, 5000])
+def test_another_encoding_is_named_with_what_converts_it(tmp_path, encoding, times):
+    """Guards: "byte 0 is not UTF-8" to somebody whose editor says ANSI, or whose file is from 2005."""
+    path = tmp_path / "old file.txt"
+    path.write_bytes((LETTERS[encoding] * times).encode(encoding))
+    with pytest.raises(UserError, match=f"it looks like {encoding}.*iconv -f {encoding} -t UTF-8 '") as error:
+        list(data.TextFile(path))
+    command = str(error.value).partition("converts: ")[2]
+    assert shlex.split(command)[:6] == ["iconv", "-f", encoding, "-t", "UTF-8", str(path)]
+
+
+def test_decomposed_text_is_said(tmp_path):
+    """Guards: 165 jamo in place of 826 syllables, in a vocabulary that no keyboard types."""
+    composed = "한국어 é "
+    (tmp_path / "a.txt").write_text(unicodedata.normalize("NFD", composed) * 10, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(composed, encoding="utf-8")
+    said = data.about(data.documents([tmp_path]))
+    assert "decomposed (NFD): composed (NFC) it has 60 characters less." in said  # 2 + 1 + 1 + 1 + 1 jamo, é
+    program = re.search("python3 -c '(.*)' <FILE", said)[1]
+    done = subprocess.run([sys.executable, "-c", program], input=(tmp_path / "a.txt").read_bytes(),
+                          capture_output=True, env={"PYTHONUTF8": "1"}, check=True)  # fmt: skip
+    assert done.stdout.decode() == composed * 10
+    assert not data.about(data.documents([tmp_path / "b.txt"]))
 
 
 @pytest.mark.parametrize(("kind", "words"), [
@@ -105,6 +155,35 @@ def test_documents_are_kept_apart(tmp_path):
     assert char.decode(data.stream(documents, char, tmp_path, "mark")) == "abc\n\na"
     bpe = BPETokenizer.train("abc", 257)
     assert bpe.decode(data.stream(documents, bpe, tmp_path, "mark")) == "abc<|endoftext|>a"
+
+
+@pytest.mark.parametrize("chunk", [*range(1, 30), 1000])
+@pytest.mark.parametrize("content", [
+    "a b\n<|endoftext|>\nc  d\n\n<|endoftext|>\r\n\n e\n",
+    "<|endoftext|>a b<|endoftext|><|endoftext|>\nc  d<|endoftext|> e\n<|endoftext|>\n",
+])  # fmt: skip
+def test_a_marker_separates_documents(tmp_path, monkeypatch, chunk, content):
+    """Guards: nshepperd/gpt-2 33: an <|endoftext|> spelled as characters, merged by the BPE, learned as such;
+    a marker that a chunk's end tears; an empty document."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    (tmp_path / "b.txt").write_bytes(b"f\n")
+    texts = data.documents([tmp_path])
+    last = " e\n" if content.endswith(" e\n") else " e"
+    assert "".join("|" if part is None else part for part in data.parts(texts)) == f"a b|c  d|{last}|f\n"
+    assert data.count(texts) == 4 and "4 documents, which <|endoftext|> separates" in data.about(texts)
+    bpe = BPETokenizer.train(filter(None, data.parts(texts)), 270)
+    stream = data.stream(texts, bpe, tmp_path, "mark")
+    assert bpe.decode(stream) == "<|endoftext|>".join(["a b", "c  d", last, "f\n"])
+    assert (stream == bpe.eos_id).sum() == 3 and not any(b"|" in token for token in bpe.tokens[256:-1])
+    char = CharTokenizer.train(data.joined(texts))
+    assert char.decode(data.stream(texts, char, tmp_path, "mark")) == f"a b\n\nc  d\n\n{last}\n\nf\n"
+
+    plain = data.documents([tmp_path], plain=True)
+    assert text(plain) == [content, "f\n"] and data.count(plain) == 2 and not data.about(plain)
+    assert list(filter(None, data.parts(plain)))[0][:1] == content[0]
+    assert bpe.decode(data.stream(plain, bpe, tmp_path, "mark")) == f"{content}<|endoftext|>f\n"
+    assert data.fingerprint(plain, bpe) != data.fingerprint(texts, bpe)
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
