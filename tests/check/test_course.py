@@ -95,17 +95,17 @@ SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "exit_in_the_call": (linear("    import os\n    os._exit(0)\n"), "no answer (exit status 0)"),
     "sys_exit": ("raise SystemExit(0)\n", "SystemExit: 0"),
     "kills_itself": (linear(before="import os\nos.kill(os.getpid(), 9)\n"), "exit status -9"),
-    "loops": ("while True:\n    pass\n", "it does not end within 3 s"),
+    "loops": ("while True:\n    pass\n", "it does not end within 8 s"),
     "loops_and_ignores": ("import signal\nfor n in (1, 2, 3, 13, 15):\n    signal.signal(n, signal.SIG_IGN)\n"
-                          "while True:\n    pass\n", "it does not end within 3 s"),
+                          "while True:\n    pass\n", "it does not end within 8 s"),
     "reads_input": ("x = input()\n", "EOFError"),
     "forged": (linear("    return 0 * x, 0 * w, np.zeros(3)\n", before=FORGED), ""),
     "closes": (linear(before="import os\nos.closerange(0, 99)\n"), "no answer"),
     "forks": (linear(before="import os\nos.fork()\n"), ""),
     "daemon": ("import os, time\nif os.fork():\n    os._exit(0)\nos.setsid()\ntime.sleep(20)\n",
                "no answer (exit status 0)"),
-    "endless_output": ("while True:\n    print('x' * 100_000)\n", "it does not end within 3 s"),
-    "huge_answer": (linear("    return dout @ w.T, np.zeros((3000, 300)), dout.sum(0)\n"), "8 MiB"),
+    "endless_output": ("while True:\n    print('x' * 100_000)\n", "it does not end within 8 s"),
+    "huge_answer": (linear("    return dout @ w.T, np.zeros((600, 300)), dout.sum(0)\n"), "8 MiB"),
     "deep_json": ("import os\nos.write(3, b'[' * 1_000_000)\nos._exit(0)\n", ""),
 }  # fmt: skip
 MAY_BE_EITHER = {"forks"}  # the answers of two processes in one file: whole or not
@@ -126,9 +126,9 @@ def test_a_folder_is_graded_in_one_call(folder):
     """Guards: a hang, JSON that is broken by a print, and above all a wrong submission that passes."""
     assert len(SUBMISSIONS) >= 40
     began = time.monotonic()
-    arguments = ["exercise", "linear", "--check", folder, "--json", "--time-limit", "3"]
+    arguments = ["exercise", "linear", "--check", folder, "--json", "--time-limit", "8"]
     result = CliRunner().invoke(main, arguments)
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 60 + 8 * len(SUBMISSIONS)
     assert result.exit_code == 1, result.output
     rows = json.loads(result.stdout)
     assert [row["file"] for row in rows] == sorted(f"{name}.py" for name in SUBMISSIONS)
