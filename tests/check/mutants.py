@@ -4,7 +4,7 @@
     python tests/check/mutants.py --right SEEDS      judges the right ones, in both backends; 300 seeds: 25
                                                      minutes
 
-A diagnosis that the checker prints is compared with the right gradients, at points that the checker did not see.
+Each diagnosis is compared with the right gradients, at points that the checker did not see.
 
 A mutant is the source of a backward with one change: operands swapped, a term or a factor dropped, a sign,
 a factor of 1.0001, a transpose, another axis, a sum that is missing, `dout` exchanged with another array,
