@@ -50,8 +50,9 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
     """
     feed = stream_decoder(tokenizer)
     stop, vocab_size = tokenizer.stops, tokenizer.vocab_size
+    silent = stop & set(tokenizer.special.values())
     for _, (i,) in steps(model, [prompt], max_new_tokens, stop=stop, vocab_size=vocab_size, **settings):
-        if i not in stop & set(tokenizer.special.values()):
+        if int(i) not in silent:
             yield feed(i)
     yield feed(final=True)
 

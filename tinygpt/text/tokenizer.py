@@ -278,7 +278,8 @@ class BPETokenizer(_Tokenizer):
                             "use one with all 256 bytes") from None
 
     def _explain(self, text: str) -> Iterator[Explained]:
-        """
+        """`explain` of a part without added tokens.
+
         >>> tokenizer = BPETokenizer.train("low lower lowest", vocab_size=260)
         >>> next(tokenizer.explain("lot")).steps
         [(None, [b'l', b'o', b't']), (0, [b'lo', b't'])]
