@@ -14,6 +14,8 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.folders import checkpoint
 from tinygpt.shell.cli import main
+from tinygpt.shell.progress import shown_token
+from tinygpt.stages.recipes import Recipe
 from tinygpt.text import instructions
 from tinygpt.text.examples import COMPARISON, EXAMPLE, FORMS, PROMPT
 from tinygpt.text.tokenizer import BPETokenizer
@@ -29,8 +31,8 @@ KOREAN = [
 TINY = ("--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--tokenizer", "bpe", "--vocab-size", "400")
 
 
-def run(*words: str, keys: str | None = None, status: int = 0) -> str:
-    result = CliRunner().invoke(main, [*map(str, words)], input=keys)
+def run(*words: object, keys: str | None = None, status: int = 0, recipe: Recipe | None = None) -> str:
+    result = CliRunner().invoke(main, [*map(str, words)], input=keys, obj=recipe)
     assert result.exit_code == status, (words, result.output, result.exception)
     return result.output
 
@@ -77,8 +79,10 @@ def test_each_command_that_is_printed_runs(tmp_path, monkeypatch, pairs):
 def test_a_storys_model_goes_on_by_printed_commands(toy, tmp_path, monkeypatch):
     """Guards: a model of a story, in a folder of its own kind, that the next command does not take."""
     monkeypatch.chdir(tmp_path)
-    (talk,) = printed(run("story", "--seed", "5", "--out", "story", "--no-report"))
-    assert talk[0] == "chat" and run(*talk, "--max-new-tokens", "2", keys="Where?")
+    (talk,) = printed(run("story", "--seed", "5", "--out", "story", "--no-report", recipe=toy))
+    answers = run(*talk, "--max-new-tokens", "9", keys="Where?")
+    assert talk[0] == "chat" and "sft:" in answers  # greedy, as the story's own samples are
+    assert answers == run(*talk, "--max-new-tokens", "9", "--seed", "3", "--temperature", "0", keys="Where?")
     (tuned,) = Path("story").glob("*/sft")
     judge, without = printed(run("label", tuned, keys="1" * 5 + "q"))
     for words in (judge, ["reward", "--init-from", tuned, "--data", "world", "--out", "worldly"]):
@@ -86,6 +90,15 @@ def test_a_storys_model_goes_on_by_printed_commands(toy, tmp_path, monkeypatch):
         (talk,) = printed(run(*steer, "--max-iters", "1", "--num-prompts", "2", "--overwrite"))
         assert talk == ["chat", "rlhf"] and run(*talk, "--max-new-tokens", "2", keys="Where?")
     assert printed(run(*without, "--max-iters", "1", "--out", "dpo")) == [["chat", "dpo"]]
+
+
+@pytest.mark.parametrize(("token", "text"), [
+    ("국", "국"), (" 한국어", "␣한국어"), (b" \xed\x95", "␣<ed 95>"), (b"\xb8\xec\x9e\x85\xeb", "<b8>입<eb>"),
+    (b"\n", "<0a>"), ("a", "a"), ("\u200b", "<e2 80 8b>"), (b"\xff", "<ff>"),
+])  # fmt: skip
+def test_a_token_is_shown_as_text_as_far_as_it_is_text(token, text):
+    """Guards: a Korean syllable that is shown as three bytes because a part of another one follows."""
+    assert shown_token(token.encode() if isinstance(token, str) else token) == text
 
 
 # --- forms and commands -------------------------------------------------------------------------------------

@@ -265,7 +265,6 @@ class Reward(Stage):
     sizes, unused, most_tokens = ("dropout",), ("merge_every", "adapter"), 128
     defaults = recipes.REWARD | {
         "max_iters": f"{recipes.REWARD['max_iters']}, or {MOST_PASSES} passes if less",
-        "warmup_iters": "a 25th of --max-iters",
     }
 
     def __init__(
@@ -304,14 +303,14 @@ class Reward(Stage):
 
     @classmethod
     def complete(cls, options: dict, given: set[str], model: GPTConfig, adapter: None) -> None:
-        """Few comparisons are shown `MOST_PASSES` times."""
+        """Few comparisons are shown `MOST_PASSES` times, and the warm-up is a 25th of the updates."""
         if options["max_iters"] is None:
             count = sum(options["comparisons"] if is_source(path) else len(read_file(path))
                         for path in options["data"])  # fmt: skip
             updates = -(-MOST_PASSES * count // options["batch_size"])
             options["max_iters"] = min(recipes.REWARD["max_iters"], updates)
-        if options["warmup_iters"] is None:
-            options["warmup_iters"] = options["max_iters"] // 25
+            if "warmup_iters" not in given:
+                options["warmup_iters"] = options["max_iters"] // 25
         super().complete(options, given, model, adapter)
 
     @classmethod
