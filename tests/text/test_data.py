@@ -183,7 +183,9 @@ def test_a_marker_separates_documents(tmp_path, monkeypatch, chunk, content):
     assert text(plain) == [content, "f\n"] and data.count(plain) == 2 and not data.about(plain)
     assert list(filter(None, data.parts(plain)))[0][:1] == content[0]
     assert bpe.decode(data.stream(plain, bpe, tmp_path, "mark")) == f"{content}<|endoftext|>f\n"
-    assert data.fingerprint(plain, bpe) != data.fingerprint(texts, bpe)
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b")
+    marks = {data.fingerprint(data.documents([tmp_path / "a.txt"], plain), bpe) for plain in (True, False)}
+    assert len(marks | {data.fingerprint([["a\n\nb"]], bpe)}) == 3  # three streams
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])

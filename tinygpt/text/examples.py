@@ -188,7 +188,7 @@ def _messages(value: object, column: str, role: str, note: Callable[[str], None]
             note(f"Taken off, a {END_OF_TEXT} that ends an answer")
             content = content.rstrip().removesuffix(END_OF_TEXT)
         if not unicodedata.is_normalized("NFC", content):
-            note("Decomposed (NFD), as tinygpt pretrain says how to mend")
+            note("Decomposed (NFD), where composed text (NFC) is usual")
         if END_OF_TEXT in content:
             note(f"Taken as characters, a {END_OF_TEXT} within a text")
         messages.append({"role": role, "content": content} | ({} if weight else {"weight": 0}))
