@@ -177,11 +177,11 @@ def test_long_examples_are_left_out_and_counted(folder):
         return sum(map(len, read("some.jsonl", **changes).notes.values()))
 
     stage = read("some.jsonl")
-    assert str(stage.notes) == "Left out, as longer than --block-size 64: 2, the first is some.jsonl:11"
+    assert str(stage.notes) == "Left out, as longer than the block size, 64 tokens: 2, the first is some.jsonl:11"
     assert stage.count == 9 and left_out(val_data=("some.jsonl",)) == 4
     longest = max(len(ids) for ids, _ in encoded(PAIRS, folder / "x.jsonl"))
     assert left_out(block_size=longest - 1) == 2 < left_out(block_size=longest - 2)
-    with pytest.raises(UserError, match="no example can be used.*-size 64: 3, the first is none.jsonl:1"):
+    with pytest.raises(UserError, match="no example can be used.*size, 64 tokens: 3, the first is none.jsonl:1"):
         read("none.jsonl")
     write("one.jsonl", PAIRS[:1])
     with pytest.raises(UserError, match="one example is too few"):
@@ -336,7 +336,7 @@ def test_show_prints_tokens_and_mask_and_writes_nothing(folder):
     (["--out", "base"], "--overwrite"),
     (["--out", "pairs.jsonl"], "pairs.jsonl: is a file"),
     (["--block-size", "65"], "the model has only 64 positions"),
-    (["--block-size", "3"], "Left out, as longer than --block-size 3: 11, the first"),
+    (["--block-size", "3"], "Left out, as longer than the block size, 3 tokens: 11, the first"),
     (["--learning-rate", "0"], "--learning-rate"),
     (["--batch-size", "0"], "--batch-size"),
     (["--show", "0"], "--show"),

@@ -37,7 +37,7 @@ from ..core.option import check_options, option
 from ..errors import UserError
 from ..text import examples, instructions
 from ..text.data import Array, Tokenizer, shuffled_places
-from ..text.examples import Example, LeftOutError, Notes
+from ..text.examples import Example, Notes
 from ..text.instructions import Prompt
 from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
@@ -448,17 +448,11 @@ class RLHF(Stage):
 
     def _beside(self) -> Callable[[int], list[train.Batch]] | None:
         """The batches of examples that are learned beside."""
-        size, how = self.model.context, self.settings.train
-
-        def fitting(example: Example) -> list[instructions.Message]:
-            if len(instructions.encode(self.tokenizer, example.messages)[0]) > size:
-                raise LeftOutError(f"as longer than the {size} positions of the model")
-            return example.messages
-
-        beside = self.data.examples if self.settings.rl.ptx_coef else ()
-        fit = self.notes.kept(((example.where, example) for example in beside), fitting)
-        rows = sft.Settings(model=self.data.reference.config, train=how, block_size=size, batch_size=4)
-        return sft.updates(self.tokenizer, fit, rows) if fit else None
+        if not (self.data.examples and self.settings.rl.ptx_coef):
+            return None
+        rows = sft.Settings(model=self.data.reference.config, train=self.settings.train,
+                            block_size=self.model.context, batch_size=4)  # fmt: skip
+        return sft.updates(self.tokenizer, self.data.examples, rows, self.notes)
 
     @classmethod
     def of(cls, settings: Settings) -> type[Stage]:

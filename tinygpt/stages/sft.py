@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -104,11 +104,11 @@ class SFT(Stage):
         super().__init__(settings, optimizer, tokenizer, data)
         self.before = data.before
         instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
-        encoded = self._fitting(data.train)
+        encoded = fitting(tokenizer, data.train, settings, self.notes)
         order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
         encoded, n = [encoded[i] for i in order], max(1, len(encoded) // 10)
         if data.val:
-            val = self._fitting(data.val)
+            val = fitting(tokenizer, data.val, settings, self.notes)
         elif not settings.data:  # in memory: nothing is evaluated
             val = []
         elif len(encoded) < 2:
@@ -167,18 +167,6 @@ class SFT(Stage):
         line = f"; {self.count:,} examples in {shape[0]:,} rows of {shape[1]}, {learned:,} tokens of them "
         return line + f"learned; {len(self.questions):,} examples to evaluate on"
 
-    def _fitting(self, examples: Sequence[Example]) -> list[tuple]:
-        """(example, (ids, learned)) of all that fit a row."""
-        limit = self.settings.block_size
-
-        def encoded(example: Example) -> tuple:
-            ids, learned = instructions.encode(self.tokenizer, example.messages)
-            if len(ids) > limit + 1:
-                raise LeftOutError(f"as longer than --block-size {limit}")
-            return example, (ids, learned)
-
-        return self.notes.kept(((example.where, example) for example in examples), encoded)
-
     def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
         return update(self.rows, self.settings, n)
 
@@ -210,11 +198,25 @@ def in_memory(
 # --- examples and batches -----------------------------------------------------------------------------------
 
 
+def fitting(
+    tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
+) -> list[tuple[Example, tuple[Array, Array]]]:
+    """Each example that fits a row, with its ids and which of them are learned; the others are noted."""
+
+    def encoded(example: Example) -> tuple[Example, tuple[Array, Array]]:
+        ids, learned = instructions.encode(tokenizer, example.messages)
+        if len(ids) > settings.block_size + 1:
+            raise LeftOutError(f"as longer than the block size, {settings.block_size} tokens")
+        return example, (ids, learned)
+
+    return notes.kept(((example.where, example) for example in examples), encoded)
+
+
 def updates(
-    tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
+    tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
 ) -> Callable[[int], list[train.Batch]]:
-    """From the number of an update to its batches, of all these examples, which fit a row."""
-    encoded = [instructions.encode(tokenizer, messages) for messages in examples]
+    """From the number of an update to its batches, of the examples that fit a row."""
+    encoded = [pair for _, pair in fitting(tokenizer, examples, settings, notes)]
     order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
     rows = _packed([encoded[i] for i in order], settings)
     return lambda n: update(rows, settings, n)
