@@ -50,9 +50,9 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
     """
     feed = stream_decoder(tokenizer)
     stop, vocab_size = tokenizer.stops, tokenizer.vocab_size
-    silent = stop & set(tokenizer.special.values())
+    silent = tuple(stop.intersection(tokenizer.special.values()))
     for _, (i,) in steps(model, [prompt], max_new_tokens, stop=stop, vocab_size=vocab_size, **settings):
-        if int(i) not in silent:
+        if i not in silent:
             yield feed(i)
     yield feed(final=True)
 
