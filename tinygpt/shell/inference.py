@@ -161,7 +161,10 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
         say(notes)
     for n, k in enumerate(sorted(set(shots))):
         if world is None:
-            prompts = prompting.from_file(rows, k, count, seed)
+            drawn = prompting.from_file(rows, k, count, seed)
+            prompts = [p for p in drawn if prompting.fits(model, tokenizer, p, style)] or drawn
+            if left_out := len(drawn) - len(prompts):
+                say(f"Left out, as longer than {model.context} tokens with {k} examples: {left_out:,}")
         elif task == "mappings":
             prompts = prompting.mappings(world, k, count, control)
         else:
