@@ -6,8 +6,9 @@
     kinds.jsonl    the second question about other modules, with the two answers to choose from
     does.jsonl     the first question about other modules, with four answers to choose from
 
-The sources are parsed, not imported. One module in five is in no pair for tuning. Nothing is downloaded:
-`natural_text.md` has the commands that come before and after, and what came out.
+The sources are parsed, not imported. One module in five is in no pair for tuning, and the wrong answers are
+from such modules too: tuning has taught none of the four. Nothing is downloaded. `natural_text.md` has the
+commands that come before and after, and what came out.
 """
 
 import ast
@@ -40,6 +41,7 @@ def main(folder: Path) -> None:
     rows, rng = list(definitions(Path(sysconfig.get_path("stdlib")))), random.Random(0)
     modules = sorted({module for module, *_ in rows})
     held_out = set(rng.sample(modules, len(modules) // 5))
+    sentences = [sentence for module, *_, sentence in rows if module in held_out]
     files = {"pairs": [], "kinds": [], "does": []}
     for module, name, kind, sentence in rows:
         does = {"prompt": f"What does {module}.{name} do?", "completion": sentence}
@@ -47,7 +49,7 @@ def main(folder: Path) -> None:
         if module not in held_out:
             files["pairs"] += [does, is_a]
             continue
-        others = rng.sample([row[3] for row in rows if row[3] != sentence], 3)
+        others = rng.sample([other for other in sentences if other != sentence], 3)
         files["does"].append(does | {"choices": [sentence, *others]})
         files["kinds"].append(is_a | {"choices": ["It is a function.", "It is a class."]})
     folder.mkdir(parents=True, exist_ok=True)
