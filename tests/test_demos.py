@@ -11,7 +11,9 @@ import pytest
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint
+from tinygpt.shell.cli import main
 from tinygpt.stages import evaluate, recipes, reward
+from tinygpt.text import examples
 from tinygpt.world import corpus, tasks
 
 DEMOS = Path(__file__).parent.parent / "demos"
@@ -89,3 +91,22 @@ def test_a_demo_says_what_it_is_and_refuses_what_it_does_not_know(demos, monkeyp
             raise UserError(f"{folder.as_posix()}: is no model")
         out, err = capsys.readouterr()
         assert ended.value.code == status and words in out + err, (given, out, err)
+
+
+def test_questions_about_natural_text(tmp_path, monkeypatch):
+    """Guards: a question whose answer tuning has taught; choices without the right one; a page whose commands
+    do not exist."""
+    monkeypatch.syspath_prepend(DEMOS)
+    import_module("natural_text").main(tmp_path)
+    pairs, kinds, does = (examples.read([tmp_path / f"{name}.jsonl"]) for name in ("pairs", "kinds", "does"))
+    assert len(pairs) > 1000 and len(kinds) == len(does) > 100
+    name = re.compile(r"(?:What does|Is) ([\w.]+)\.(\w+) (?:do|a function or a class)\?")
+    modules, others = ({name.fullmatch(e.prompt)[1] for e in part} for part in (pairs, kinds + does))
+    assert not modules & others and "difflib" in modules | others
+    for example in kinds + does:
+        choices = example.row["choices"]
+        assert choices.count(example.messages[-1]["content"]) == 1 and len(choices) in (2, 4)
+    words = set(re.findall(r"--[a-z-]+", (DEMOS / "natural_text.md").read_text(encoding="utf-8")))
+    commands = (main.get_command(None, name) for name in main.list_commands(None))
+    options = {name for command in commands for option in command.params for name in option.opts}
+    assert words <= options
