@@ -106,7 +106,7 @@ def test_questions_about_natural_text(tmp_path, monkeypatch):
     for example in kinds + does:
         choices = example.row["choices"]
         assert choices.count(example.messages[-1]["content"]) == 1 and len(choices) in (2, 4)
-    words = set(re.findall(r"--[a-z-]+", (DEMOS / "natural_text.md").read_text(encoding="utf-8")))
+    words = set(re.findall(r" (--[a-z-]+)", (DEMOS / "natural_text.md").read_text(encoding="utf-8")))
     commands = (main.get_command(None, name) for name in main.list_commands(None))
     options = {name for command in commands for option in command.params for name in option.opts}
     assert words <= options
