@@ -116,7 +116,7 @@ def test_transformers_gives_the_scores_of_our_reward_model(tmp_path):
     model = reward.with_head(GPT(config, np.random.default_rng(0)), 1)
     model.params["score.weight"] *= 10
     checkpoint.save(tmp_path, model, tokenizer)
-    texts = [reward.encode(tokenizer, "What is it?" * n, "blue", "red") for n in (1, 2, 1)]
+    texts = [reward.encode(tokenizer, 10**6, "What is it?" * n, "blue", "red") for n in (1, 2, 1)]
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(peer).__name__ == "GPT2ForSequenceClassification"
     padded = torch.full((3, max(map(len, texts))), peer.config.pad_token_id)
