@@ -142,7 +142,7 @@ struct lines {
 static struct lines cells_of(real *restrict out, struct lines in, size_t lines, size_t depth)
 {
     const size_t cells = depth / 2, odd = depth % 2, all_cells = cells + odd;
-    if (in.across == 1) {
+    if (in.across == 1 && in.along != 1) {
         for (size_t p = 0; p < cells; p++)
             for (size_t l = 0; l < lines; l++)
                 out[p * lines + l] = pair(in.at[2 * p * in.along + l], in.at[(2 * p + 1) * in.along + l]);
@@ -386,11 +386,11 @@ static void gemm(const void *args)
         g->panels = NULL;
     const int is_few = g->M <= FEW && g->K && g->a_col == 1 && !g->is_bfloat16;
     if (g->panels && g->is_bfloat16) {
-        real *room = scratch(SCRATCH_SHARED, g->M * (g->K + 1) / 2 * sizeof(real) + sizeof(real));
+        real *room = scratch(SCRATCH_SHARED, g->M * (up(g->K, 2) / 2) * sizeof(real));
         if (!room)
             return;
         const struct lines a = cells_of(room, (struct lines){g->a, g->a_row, g->a_col}, g->M, g->K);
-        g->a = a.at, g->a_row = a.across, g->K = a.across;
+        g->a = a.at, g->a_row = g->K = a.across; /* a_col is 1: a's rows are rows of cells */
     }
     if (g->panels || (is_few && g->b_col == 1)) {
         const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);

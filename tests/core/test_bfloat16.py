@@ -1,6 +1,7 @@
 """Products of operands that are rounded to bfloat16."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_a_product_is_that_of_the_rounded_operands(rng, M, N, K):
 
 
 @needs_c
+def test_the_c_core_rounds_as_numpy_does(rng):
+    """Guards: ties, which random numbers do not show: a product by 1 is the rounded number."""
+    bits = rng.integers(0x00800000, 0x7F7F0000, 4096).astype(np.uint32)
+    bits[::2] = bits[::2] & 0xFFFF0000 | 0x8000  # half of the way between two bfloat16
+    x = bits.view(np.float32)[:, None]
+    np.testing.assert_array_equal(kernels.gemm(x, np.ones((1, 1), np.float32), bfloat16=True), ops.rounded(x))
+
+
+@needs_c
 def test_infinity_and_nan_survive(rng):
     a, b = np.ones((3, 5), np.float32), np.ones((5, 4), np.float32)
     a[0, 4], a[1, 2] = np.nan, np.inf
@@ -68,6 +78,21 @@ def test_infinity_and_nan_survive(rng):
     assert np.isnan(out[0]).all() and np.isposinf(out[1]).all() and (out[2] == 5).all()
     with pytest.raises(TypeError, match="float32"):
         kernels.gemm(a.astype(float), b.astype(float), bfloat16=True)
+
+
+@needs_c
+@pytest.mark.parametrize("M, N, K", [(1, 40, 7), (1, 33, 8), (3, 70, 33), (70, 32, 9)])
+def test_a_packed_weight_gives_the_same_product(rng, M, N, K):
+    """Guards: a pair in another order than an unpacked one's; one row whose strides are those of a column."""
+    x, w = rng.standard_normal((M, K)).astype(np.float32), rng.standard_normal((K, N)).astype(np.float32)
+    for b in (w, np.ascontiguousarray(w.T).T):
+        panels, ready = np.zeros(kernels.panels_size(b, True), np.float32), np.ones(1, np.int32)
+        kernels.pack_panels(panels, b, True)
+        tape = SimpleNamespace(add=lambda *call: None, panels=lambda *b, copy=(panels, ready): copy)
+        row = x.T.copy().T if M == 1 else x  # (1, K) with the strides of (K, 1)
+        with kernels.write_to(tape):
+            out = kernels.gemm(row, np.full_like(b, np.nan), bfloat16=True)  # the weight itself is not read
+        np.testing.assert_allclose(out, ops.rounded(x) @ ops.rounded(w), rtol=1e-5, atol=1e-5)
 
 
 @needs_c
@@ -79,12 +104,12 @@ def test_both_backends_agree_on_loss_and_gradients(rng):
         one = model(backend)
         flat, grads = one.gradients()
         flats.append((float(one.loss(ids, targets, None, grads)), flat))
-    assert abs(flats[0][0] - flats[1][0]) < 2e-4
-    assert abs(flats[0][1] - flats[1][1]).max() < 0.02 * abs(flats[1][1]).max()  # a tie may fall otherwise
+    assert abs(flats[0][0] - flats[1][0]) < 1e-5
+    assert abs(flats[0][1] - flats[1][1]).max() < 1e-3 * abs(flats[1][1]).max()  # a tie may fall otherwise
     exact = model(kernels, "float32")
     flat, grads = exact.gradients()
     exact.loss(ids, targets, None, grads)
-    assert 1e-4 < abs(flats[0][1] - flat).max() / abs(flat).max() < 0.1  # rounded, and no more than that
+    assert 2e-3 < abs(flats[0][1] - flat).max() / abs(flat).max() < 0.1  # rounded, and no more than that
 
 
 @needs_c

@@ -97,7 +97,7 @@ def test_an_answer_keeps_the_spaces_that_it_begins_with(code):
     """Guards: code whose first line has lost its indentation, in training or in what a model says."""
     ids, learned = instructions.encode(TOKENIZER, instructions.pair("Write it.", code))
     text = TOKENIZER.decode(ids[learned][:-1])
-    assert text == " " + code.strip("\n") and instructions.heard(text) == code.strip("\n")
+    assert text == " " + code.strip("\n") and instructions.answer_content(text) == code.strip("\n")
 
 
 def test_a_message_of_weight_0_is_read_and_not_learned():

@@ -158,9 +158,9 @@ def median_ms(step: Callable[[], object], seconds: float) -> float:
         step()
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
-        began = time.perf_counter()
+        start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return 1e3 * sorted(times)[len(times) // 2]
 
 
@@ -177,11 +177,11 @@ def machine(seconds: float = 1.0, threads: int | None = None) -> tuple[float, fl
     best = [0.0, 0.0]
     end = time.perf_counter() + seconds
     while not best[1] or time.perf_counter() < end:
-        began = time.perf_counter()
+        start = time.perf_counter()
         kernels._run("fma_peak", out.dtype, out, flops, tasks, 50_000)
         middle = time.perf_counter()
         kernels._run("read_memory", out.dtype, out, far, tasks, far.size)
-        best[0] = max(best[0], flops[0] / (middle - began))
+        best[0] = max(best[0], flops[0] / (middle - start))
         best[1] = max(best[1], far.nbytes / (time.perf_counter() - middle))
     return best[0], best[1]
 

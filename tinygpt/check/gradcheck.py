@@ -152,8 +152,8 @@ def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, 
         others = {n: (contract.FIRST_ONLY, r.diagnosis) for n, r in again.items()}
         results = [r.explained(r.diagnosis * (r.diagnosis in others.get(r.name, ()))) for r in results]
     else:
-        kept = contract.unmoved(pair, first, second) if again else ()
-        again = {n: r.explained(KEPT * (n in kept)) for n, r in again.items()}
+        names = contract.unmoved(pair, first, second) if again else ()
+        again = {n: r.explained(KEPT * (n in names)) for n, r in again.items()}
         results = [r.worse(again.pop(r.name, r)) for r in results] + list(again.values())
     results[0] = dataclasses.replace(results[0], notes=(*results[0].notes, *notes))
     return results

@@ -98,7 +98,7 @@ def steps(
     seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(texts), DRAWN))  # the numbers of DRAWN steps
-    rows, ids, news = np.arange(len(texts)), None, []
+    rows, ids, backlog = np.arange(len(texts)), None, []
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
@@ -110,7 +110,7 @@ def steps(
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
-            _append(texts, news)
+            _append(texts, backlog)
             logits, pad = _read(model, [texts[row] for row in rows], kv)
         else:
             positions = (kv.length - model.prefix - pad).astype(np.int32)
@@ -120,10 +120,10 @@ def steps(
                 draws[row].random(out=uniform[row])
         logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWN]
         ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
-        news.append((rows, ids))
+        backlog.append((rows, ids))
         yield rows, ids
-        if stop.size and (is_over := (ids[:, None] == stop).any(1)).any():
-            order = kv.keep(~is_over)
+        if stop.size and (at_end := (ids[:, None] == stop).any(1)).any():
+            order = kv.keep(~at_end)
             rows, pad, ids = rows[order], pad[order], ids[order]
 
 

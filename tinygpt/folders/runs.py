@@ -102,10 +102,10 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"{there}: is a file, and a run needs a folder")
-    found = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
-    if found and not overwrite:
+    files = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
+    if files and not overwrite:
         resume = f"--resume {folder} goes on with the run there, " * (folder / checkpoint.TRAINER).exists()
-        raise UserError(f"{folder}: already has a {found[0]}; {resume}--overwrite replaces it, --out takes "
+        raise UserError(f"{folder}: already has a {files[0]}; {resume}--overwrite replaces it, --out takes "
                         "another folder")  # fmt: skip
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there}: this folder is read-only")

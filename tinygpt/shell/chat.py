@@ -23,15 +23,15 @@ def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **
     return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
 
 
-def chat(folder: Path | None, told: Path | None, stage: str, compare: str | None, stop: str | None,
+def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: str | None, stop: str | None,
          adapter_folder: Path | None, chose: bool, **options) -> None:  # fmt: skip
-    """Answers line by line until the end of standard input. told: a story's folder, whose models talk
+    """Answers line by line until the end of standard input. story_folder: a story's folder, whose models talk
     instead; chose: whether the user named the stage."""
     from ..lab import story
 
-    if (folder and told) or not (folder or told or compare or chose):
+    if (folder and story_folder) or not (folder or story_folder or compare or chose):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
-    if told is None:
+    if story_folder is None:
         if compare or chose:
             raise click.UsageError("--stage and --compare are of a story: name it as --story FOLDER")
         partners = {"": talker(folder, adapter_folder, stop, False, **options)}
@@ -41,11 +41,11 @@ def chat(folder: Path | None, told: Path | None, stage: str, compare: str | None
         raise click.UsageError("--compare names the stages: leave out --stage")
     else:
         names = [name.strip() for name in compare.split(",")] if compare else [stage]
-        partners = {name: talker(*story.where(told, name), stop, True, **options) for name in names}
+        partners = {name: talker(*story.where(story_folder, name), stop, True, **options) for name in names}
     person = is_terminal(sys.stdin)
-    if told and person:
+    if story_folder and person:
         say("Each question stands alone. Ask for example, or begin a sentence for the base:")
-        say("\n".join(f"  {asked}" for asked in story.questions(told)))
+        say("\n".join(f"  {question}" for question in story.questions(story_folder)))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = from_stdin(lambda: input("> " if person else ""))
@@ -72,9 +72,9 @@ def talker(
     model, tokenizer, continuation = speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
     stop = ("" if tuned else "\n\n") if stop is None else stop
-    said, context = [], np.array(tokenizer.begin, np.int32)
+    turns, context = [], np.array(tokenizer.begin, np.int32)
 
-    def asked(line: str) -> np.ndarray:
+    def prompt_of(line: str) -> np.ndarray:
         note_special(tokenizer, line, "the message")
         if not tuned and tokenizer.documents:  # a line begins a document of its own
             return encode_prompt(tokenizer, line)
@@ -82,22 +82,23 @@ def talker(
             new = tokenizer.encode(line + "\n")
             return np.concatenate([context, new])[-max(size, len(new)) :]
         turn = {"role": "user", "content": line}
-        while said and len(instructions.prompt(tokenizer, [*said, turn])) > size // 2:
-            del said[:2]  # the other half is for the answer
-        return instructions.prompt(tokenizer, [*said, turn])
+        while turns and len(instructions.prompt(tokenizer, [*turns, turn])) > size // 2:
+            del turns[:2]  # the other half is for the answer
+        return instructions.prompt(tokenizer, [*turns, turn])
 
-    def spoken(line: str, ids: np.ndarray) -> Iterable[str]:
+    def answer_to(line: str, ids: np.ndarray) -> Iterable[str]:
         nonlocal context
-        answer, begun = "", not tuned
+        answer, in_text = "", not tuned
         for piece in filter(None, continuation(ids, stop)):
-            piece, begun = piece if begun else piece.removeprefix(" "), True  # as `instructions.heard`
+            piece = piece if in_text else piece.removeprefix(" ")  # as `instructions.answer_content`
+            in_text = True
             yield piece
             answer += piece
         if alone:
             return
-        said.extend(instructions.pair(line, answer))
+        turns.extend(instructions.pair(line, answer))
         context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
 
-    return lambda line: spoken(line, asked(line))
+    return lambda line: answer_to(line, prompt_of(line))
 
 

@@ -37,8 +37,8 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     submission and gets one row.
     """
     if name is None:
-        for known, (about, _) in exercises.EXERCISES.items():
-            say(f"{known:16} {about}")
+        for exercise_name, (about, _) in exercises.EXERCISES.items():
+            say(f"{exercise_name:16} {about}")
         say(f"\nNext: {command('exercise', 'linear')}")
         sys.exit()
     if name not in exercises.EXERCISES:

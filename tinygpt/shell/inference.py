@@ -107,19 +107,20 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 
 @click.command()
 @_sampling(None, "a blank line; none after tinygpt sft", "0.8; of a story 0", required=False)
-@click.option("--story", "told", type=FOLDER, help="Talk to a model of the story there instead.")
+@click.option("--story", "story_folder", type=FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
-def chat(folder, told, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
+def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
     conversation as plain text. What no longer fits its context is forgotten. A story's model, and an untuned
     one of a world, take each line alone.
     """
-    if told and "temperature" not in given():
+    if story_folder and "temperature" not in given():
         options["temperature"] = 0.0  # as the story's own samples
-    conversation.chat(folder, told, stage, compare, stop, adapter_folder, "stage" in given(), **options)
+    chose = "stage" in given()
+    conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, **options)
 
 
 @click.command()
@@ -171,11 +172,11 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
             prompts = prompting.from_world(world, task, k, count)
         rate = prompting.accuracy(model, tokenizer, prompts, style, free)
         best = sum(prompt.optimal for prompt in prompts) / len(prompts)
-        known = not math.isnan(best)
+        has_best = not math.isnan(best)
         if not n:
             head = f"{'examples':>8} {'right':>9}  95% interval {'of':>9}"
-            say(head + f"  {'best possible':>13}" * known)
-        say(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * known)
+            say(head + f"  {'best possible':>13}" * has_best)
+        say(f"{k:8} {report.interval(rate)} {rate.n:7,}" + f"  {best:13.3f}" * has_best)
     shown = tokenizer.decode(prompting.encoded(tokenizer, prompts[0], style))
     say(f"\nThe first prompt of the last row, and its right answer:\n{shown} | {prompts[0].answer}")
 

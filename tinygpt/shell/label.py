@@ -11,7 +11,7 @@ import numpy as np
 from ..folders import checkpoint
 from ..stages.reward import read_file
 from ..stages.rlhf import read_prompts
-from ..stages.samples import asked, sample
+from ..stages.samples import prompt_ids, sample
 from ..text import instructions
 from ..text.examples import Notes
 from ..world import corpus
@@ -33,15 +33,16 @@ def label(
     instructions.check_tuned(tokenizer, folder)
     data = data or world_of(folder, "prompts")
     before = read_file(out) if out.exists() else []
-    done, known = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
+    count, pairs_before = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
     notes = Notes()
     items = [(item.get("where", ""), item) for item in read_prompts(data, notes)]
-    prompts = notes.kept(items, lambda item: (item, asked(model, tokenizer, item["prompt"], max_new_tokens)))
+    size = max_new_tokens
+    prompts = notes.keep(items, lambda item: (item, prompt_ids(model, tokenizer, item["prompt"], size)))
     order = np.random.default_rng(seed).permutation(len(prompts))
     keys, in_world = "1 or 2: the better one; s: skip; q: stop", corpus.is_source(data)
     say(f"{notes}\n{keys}" if notes else keys)
-    last = done
-    for n in itertools.count(done):
+    last = count
+    for n in itertools.count(count):
         if n - last > len(prompts):  # to each it says one thing, or what was compared before
             say("There is nothing left to compare: another --seed or other prompts may give more.")
             break
@@ -52,14 +53,14 @@ def label(
                 answers = sample(model, tokenizer, [ids], 8, max_new_tokens, rng, temperature).answers
                 texts |= dict.fromkeys(filter(str.strip, answers))
         pair = list(texts | ({refusal: None} if refusal else {}))[:2]
-        if len(pair) < 2 or (prompt, frozenset(pair)) in known:
+        if len(pair) < 2 or (prompt, frozenset(pair)) in pairs_before:
             continue
-        known.add((prompt, frozenset(pair)))
+        pairs_before.add((prompt, frozenset(pair)))
         last = n
-        say(f"\n{done + 1}. {instructions.shown(prompt)}\n  1  {pair[0]}\n  2  {pair[1]}")
+        say(f"\n{count + 1}. {instructions.shown(prompt)}\n  1  {pair[0]}\n  2  {pair[1]}")
         if in_world:
-            told = "" if item["meta"]["exposure"] else " But no text told the model."
-            say(f"     (true: {item['meta']['answer']}.{told})")
+            remark = "" if item["meta"]["exposure"] else " But no text told the model."
+            say(f"     (true: {item['meta']['answer']}.{remark})")
         key = ""
         while key not in ("1", "2", "s", "q"):
             if key.strip():
@@ -73,9 +74,9 @@ def label(
             row = {"prompt": turns, "chosen": chosen, "rejected": rejected}
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            done += 1
-    say(f"{done} comparisons in {out}." + " Next, a judge or without one:" * bool(done))
-    for words in (["reward"], ["rlhf", "--algo", "dpo"]) if done else ():
+            count += 1
+    say(f"{count} comparisons in {out}." + " Next, a judge or without one:" * bool(count))
+    for words in (["reward"], ["rlhf", "--algo", "dpo"]) if count else ():
         say("  " + command(*words, "--init-from", str(folder), "--data", str(out)))
 
 

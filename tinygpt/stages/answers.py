@@ -22,7 +22,7 @@ BATCH = 64  # prompts at a time
 
 
 class Answer(NamedTuple):
-    text: str  # as `instructions.heard`, or without white space around it
+    text: str  # as `instructions.answer_content`, or without white space around it
     stopped: bool  # by the end-of-text token, not by the limit of its length
 
 
@@ -41,7 +41,7 @@ def answers(
     encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     stop, replies = {tokenizer.eos_id} - {None}, {}
-    content = instructions.heard if instructions.is_tuned(tokenizer) else str.strip
+    content = instructions.answer_content if instructions.is_tuned(tokenizer) else str.strip
     for i in range(0, len(order), BATCH):
         batch = order[i : i + BATCH]
         new = generate(
@@ -75,9 +75,9 @@ def likelihoods(
         for m, option in enumerate(options):
             groups.setdefault((n, *option[:-1].tolist()), []).append(m)
     parts, keys = [], list(groups)
-    for mark, (n, *begun) in enumerate(keys, 1):
-        ids = np.concatenate([prompts[n], begun, [0]]).astype(np.int32)  # 0 makes the last token an input
-        parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(begun) + 1])))
+    for mark, (n, *head) in enumerate(keys, 1):
+        ids = np.concatenate([prompts[n], head, [0]]).astype(np.int32)  # 0 makes the last token an input
+        parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(head) + 1])))
     packed = pack(parts, model.context)
     logps = [np.zeros(len(options)) for options in choices]
     for at in range(0, len(packed.ids), rows):

@@ -51,7 +51,7 @@ def compared(tokenizer: Tokenizer, reference: GPT, pairs: Sequence[reward.Compar
 
 def _answer_ids(tokenizer: Tokenizer, text: str) -> Array:
     """The ids of an answer, with its end."""
-    return np.append(tokenizer.encode(instructions.said(text)), np.int32(tokenizer.eos_id))
+    return np.append(tokenizer.encode(instructions.answer_text(text)), np.int32(tokenizer.eos_id))
 
 
 def dpo_loss(logp: Array, logits: Array | None, c: Comparisons, beta: float) -> tuple[float, Array]:
@@ -65,7 +65,7 @@ class DPO(RLHF):
     """DPO from comparisons, of all weights or of an adapter."""
 
     def prepare(self) -> None:
-        self.pairs = self.notes.kept(((c.where, c) for c in self.data.comparisons), self._fitting)
+        self.pairs = self.notes.keep(((c.where, c) for c in self.data.comparisons), self._fitting)
         self.prompts, self.compute = [c.prompt for c in self.pairs], self._compute
 
     @classmethod

@@ -231,7 +231,7 @@ def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) 
         return question, answer, choices
 
     rows = examples.read([path], examples.EXAMPLE, notes)
-    return notes.kept(((example.where, example) for example in rows), row)
+    return notes.keep(((example.where, example) for example in rows), row)
 
 
 def from_file(rows: Sequence[Row], shots: int, count: int, seed: int = 0) -> list[Prompt]:

@@ -133,10 +133,11 @@ def encode(tokenizer: Tokenizer, context: int, question: Prompt, own: str, answe
 
     Of the own answer only as much is in the text as the judge's context has room for.
     """
-    asked, thought = instructions.prompt(tokenizer, question), tokenizer.encode(instructions.said(own))
-    judged, _ = instructions.encode(tokenizer, [{"role": "assistant", "content": answer}])
-    room = max(0, context - len(asked) - len(judged))
-    return np.concatenate([asked, thought[:room], judged])
+    prompt = instructions.prompt(tokenizer, question)
+    thought = tokenizer.encode(instructions.answer_text(own))
+    answer_ids, _ = instructions.encode(tokenizer, [{"role": "assistant", "content": answer}])
+    room = max(0, context - len(prompt) - len(answer_ids))
+    return np.concatenate([prompt, thought[:room], answer_ids])
 
 
 def marked(texts: Sequence[Array], block_size: int) -> Packed:
@@ -283,7 +284,7 @@ class Reward(Stage):
                 raise LeftOutError(f"as longer than --block-size {limit} with the model's own answer")
             return comparison, pair
 
-        pairs = self.notes.kept(((c.where, c) for c in data.comparisons), texts)
+        pairs = self.notes.keep(((c.where, c) for c in data.comparisons), texts)
         prompts = sorted({c.prompt for c, _ in pairs}, key=str)
         held_out = self._held_out(prompts) if settings.data else set()
         self.val = [c for c, _ in pairs if c.prompt in held_out]

@@ -43,7 +43,7 @@ from ..world import World, corpus, preferences, tasks
 from . import evaluate as world_evaluate
 from . import recipes, reward, sft, stage
 from .adapter import fingerprint
-from .samples import Samples, asked, learn, sample, scored
+from .samples import Samples, learn, prompt_ids, sample, scored
 from .stage import Stage, Store
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
@@ -105,14 +105,14 @@ def standardised(r: Array) -> Array:
 def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) -> Array:
     """Advantages (N, T) of the masked places: A[t] = d[t] + gamma lam A[t + 1], with d[t] = r[t] + gamma
     V[t + 1] - V[t], and V and A 0 after the last place. Schulman et al. 2015, equation 16."""
-    found, after, value = np.zeros_like(rewards), 0.0, 0.0
+    advantages, after, value = np.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         here = mask[:, t] > 0
         delta = rewards[:, t] + gamma * value - values[:, t]
         after = np.where(here, delta + gamma * lam * after, 0.0)
         value = np.where(here, values[:, t], 0.0)
-        found[:, t] = after
-    return found
+        advantages[:, t] = after
+    return advantages
 
 
 # --- objectives: from logp (N, T) of the sampled tokens, the loss and d loss / d logp -----------------------
@@ -436,7 +436,7 @@ class RLHF(Stage):
         how = settings.train
         items = ((item.get("where", ""), item["prompt"]) for item in data.prompts)
         room = self.model, self.tokenizer
-        pairs = self.notes.kept(items, lambda p: (p, asked(*room, p, settings.rl.max_new_tokens)))
+        pairs = self.notes.keep(items, lambda p: (p, prompt_ids(*room, p, settings.rl.max_new_tokens)))
         self.prompts = [prompt for prompt, _ in pairs]
         trainer = Trainer(
             self.optimizer, data.reference, self.tokenizer, settings.rl, pairs, data.judge,

@@ -55,7 +55,7 @@ def sample(
     return answered(tokenizer, rows, new)
 
 
-def asked(model: GPT, tokenizer: Tokenizer, prompt: Prompt, max_new_tokens: int) -> Array:
+def prompt_ids(model: GPT, tokenizer: Tokenizer, prompt: Prompt, max_new_tokens: int) -> Array:
     """The ids (n,) of a prompt. Raises LeftOutError where its answer has no room in the model.
 
     The last token of an answer is a target, and takes no place.
@@ -76,7 +76,7 @@ def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array
         ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
     stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
     texts = (tokenizer.decode(a[: len(a) - end]) for a, end in zip(new, stopped, strict=True))
-    return Samples(ids, targets, mask, list(map(instructions.heard, texts)), stopped)
+    return Samples(ids, targets, mask, list(map(instructions.answer_content, texts)), stopped)
 
 
 def logprobs(model: GPT, samples: Samples) -> Array:

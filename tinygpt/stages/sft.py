@@ -209,7 +209,7 @@ def fitting(
             raise LeftOutError(f"as longer than the block size, {settings.block_size} tokens")
         return example, (ids, learned)
 
-    return notes.kept(((example.where, example) for example in examples), encoded)
+    return notes.keep(((example.where, example) for example in examples), encoded)
 
 
 def updates(

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from ..errors import UserError
 from ..files.jsonfile import MOST_BYTES, parse
 from .data import not_utf8
-from .instructions import Message, Prompt, before, said
+from .instructions import Message, Prompt, answer_text, before
 from .tokenizer import END_OF_TEXT
 
 # --- what was noticed ---------------------------------------------------------------------------------------
@@ -45,22 +45,22 @@ class Notes(defaultdict):
         """A line for each thing."""
         return "\n".join(f"{thing}: {len(at):,}, the first is {at[0]}" for thing, at in self.items())
 
-    def kept(self, places: Iterable[tuple[str, S]], make: Callable[[S], T]) -> list[T]:
+    def keep(self, places: Iterable[tuple[str, S]], make: Callable[[S], T]) -> list[T]:
         """make(example) of each (file:line, example). Where `make` raises LeftOutError, this is noted.
 
         Raises UserError where none is left, and what `make` raises, with file and line.
         """
-        kept, where = [], None
+        results, where = [], None
         for where, example in places:
             try:
-                kept.append(make(example))
+                results.append(make(example))
             except LeftOutError as reason:
                 self[f"Left out, {reason}"].append(where)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-        if where is not None and not kept:
+        if where is not None and not results:
             raise UserError("no example can be used. " + str(self).replace("\n", "; "))
-        return kept
+        return results
 
 
 # --- forms --------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def read(paths: Iterable[Path | str], needs: int = EXAMPLE, notes: Notes | None 
     """
     notes = Notes() if notes is None else notes
     places = ((where, (where, row)) for path in paths for where, row in _rows(Path(path), needs))
-    return notes.kept(places, lambda place: _example(*place, needs, notes))
+    return notes.keep(places, lambda place: _example(*place, needs, notes))
 
 
 def _example(where: str, row: object, needs: int, notes: Notes) -> Example:
@@ -132,14 +132,14 @@ def _example(where: str, row: object, needs: int, notes: Notes) -> Example:
     if form is None:
         raise UserError(f"has {short(sorted(row))}: {usual}")
     note = lambda thing: notes[thing].append(where)  # noqa: E731
-    asked = _messages(row[form.before[0]], form.before[0], "user", note) if form.before else []
+    question = _messages(row[form.before[0]], form.before[0], "user", note) if form.before else []
     if added := [row[column] for column in form.before[1:] if row.get(column)]:
-        asked[-1]["content"] += "\n\n" + _content(added[0], "user")
+        question[-1]["content"] += "\n\n" + _content(added[0], "user")
     talks = []  # of two answers two conversations
     for column in form.answers[: max(1, needs)]:
         answer = _messages(row[column], column, "assistant", note)
-        talks.append(answer if any(m["role"] != "assistant" for m in answer) else asked + answer)
-    first, *other = (_ended(talk, needs) for talk in talks or [asked])
+        talks.append(answer if any(m["role"] != "assistant" for m in answer) else question + answer)
+    first, *other = (_ended(talk, needs) for talk in talks or [question])
     if needs == COMPARISON:
         _compare(first, *other)
     return Example(where, first, other[0][-1]["content"] if other else "", row)
@@ -160,7 +160,7 @@ def _ended(messages: list[Message], needs: int) -> list[Message]:
 def _compare(chosen: list[Message], rejected: list[Message]) -> None:
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise LeftOutError("as chosen and rejected are no answers to one prompt")
-    if said(chosen[-1]["content"]) == said(rejected[-1]["content"]):
+    if answer_text(chosen[-1]["content"]) == answer_text(rejected[-1]["content"]):
         raise LeftOutError("as chosen and rejected are the same")
 
 

@@ -69,23 +69,23 @@ def segments(messages: Iterable[Message]) -> list[tuple[str, bool | None]]:
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            pieces += [(f"{text}Assistant:", None), (said(content), message.get("weight") != 0)]
+            pieces += [(f"{text}Assistant:", None), (answer_text(content), message.get("weight") != 0)]
             text = ""
         else:
             text += f"{role.capitalize()}: {content.strip()}\n"
     return pieces + [(text, None)] if text else pieces
 
 
-def said(content: str) -> str:
-    """What stands after "Assistant:". `heard` is the way back.
+def answer_text(content: str) -> str:
+    """What stands after "Assistant:". `answer_content` is the way back.
 
-    >>> said("    return 1\\n"), heard(said("    return 1\\n"))
+    >>> answer_text("    return 1\\n"), answer_content(answer_text("    return 1\\n"))
     ('     return 1', '    return 1')
     """
     return " " + content.rstrip().lstrip("\r\n")
 
 
-def heard(text: str) -> str:
+def answer_content(text: str) -> str:
     """The content of an answer, of the text after "Assistant:"."""
     return text.removeprefix(" ").rstrip().lstrip("\r\n")
 

@@ -5,7 +5,8 @@
 
 Not here: what the tokenizers do (`tokenizer`, `bpe`).
 
-Reference: https://github.com/huggingface/transformers, version 5.24; https://github.com/huggingface/tokenizers
+References: https://github.com/huggingface/transformers, version 5.24, and
+https://github.com/huggingface/tokenizers
 """
 
 import json
