@@ -62,4 +62,5 @@ def test_training_and_generation_from_the_command_line(tmp_path):
     for dtype in dtypes:
         model, _, _ = speaker(tmp_path / dtype, None, 1, dtype)
         assert model.bfloat16 == (dtype == "bfloat16")
-        assert len(run("generate", tmp_path / dtype, "--prompt", "one", "--max-new-tokens", 12, "--dtype", dtype)) > 12
+        new = ("--prompt", "one", "--max-new-tokens", 12, "--dtype", dtype)
+        assert len(run("generate", tmp_path / dtype, *new)) > 12
