@@ -13,8 +13,8 @@ from ..errors import UserError
 from .terminal import one_line, printable, say
 
 ORDER = (  # the story, then a life
-    "story", "pretrain", "world", "sft", "label", "reward", "rlhf", "merge", "generate", "chat", "fewshot",
-    "tokenizer", "claims", "exercise", "gradcheck", "bench",
+    "story", "pretrain", "world", "sft", "label", "reward", "rlhf", "merge", "generate", "chat", "look",
+    "fewshot", "tokenizer", "claims", "exercise", "gradcheck", "bench",
 )  # fmt: skip
 
 

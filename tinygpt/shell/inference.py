@@ -1,15 +1,17 @@
-"""The commands for a trained model: label, merge, generate, chat, fewshot; and those of the tokenizer."""
+"""The commands for a trained model (label, merge, generate, chat, look, fewshot) and for its tokenizer."""
 
 import math
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
 
 from ..core.config import DTYPES
 from ..errors import UserError
-from ..files.atomic import lock, make_folder
+from ..files.atomic import lock, make_folder, replacing
 from ..folders import adapters, runs
+from ..lab import look as looking
 from ..lab import report
 from ..stages import fewshot as prompting
 from ..stages import variants
@@ -22,7 +24,7 @@ from ..text.tokenizer import BPETokenizer
 from ..world import corpus
 from . import chat as conversation
 from . import label as labelling
-from .options import COUNT, COUNT_OR_0, FOLDER, PATH, REAL, Number, check_out, given, out, together
+from .options import COUNT, COUNT_OR_0, FILE, FOLDER, PATH, REAL, Number, check_out, given, out, together
 from .progress import command, shown_token
 from .terminal import from_stdin, say
 from .worlds import world_of
@@ -121,6 +123,41 @@ def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_fo
         options["temperature"] = 0.0  # as the story's own samples
     chose = "stage" in given()
     conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, **options)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("text")
+@_adapter_folder
+@click.option("--answer", default="", show_default="none", help="To TEXT; it alone is learned.")
+@click.option("--token", type=COUNT, show_default="the third", help="Its rows are in the page whole.")
+@click.option("--lr", default=1e-3, type=REAL, help="The learning rate of the update.")
+@click.option("--out", default="look.html", type=FILE, help="The page.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
+def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, token: int | None, lr: float,
+         out: Path, overwrite: bool) -> None:  # fmt: skip
+    """See one training step of the model in FOLDER on TEXT: a page for a browser, which needs no network.
+
+    The page shows the lines of code beside the arrays that they computed, forward and backward, the update,
+    where each head looks, the prediction after each layer, and the gradient. The model's files stay as they
+    are.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another file")
+    model, tokenizer = adapters.load_model(folder, adapter_folder)
+    if answer:
+        ids, learned = instructions.encode(tokenizer, instructions.pair(text, answer))
+    else:
+        ids = encode_prompt(tokenizer, text)
+        learned = np.ones(len(ids), bool)
+
+    def label(i: int) -> str:
+        return shown_token(tokenizer.tokens[i]) if i < tokenizer.vocab_size else f"id {i}"
+
+    page = looking.html(looking.observe(model, ids, learned, label, token or min(3, len(ids) - 1), lr))
+    with replacing(out) as path:
+        path.write_text(page, encoding="utf-8")
+    say(f"Saved {out}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser.")
 
 
 @click.command()
