@@ -1,38 +1,31 @@
 /* adamw.c: the two passes over all weights: the gradient's norm, and the update. */
 
-/* Added up in PARTS fixed parts, so that the sum does not depend on the threads; in double. */
-enum { PARTS = 256, STRIPES = 16 };
-struct squares {
-    const struct sum_of_squares *s;
-    double part[PARTS];
-};
+/* Every part is added up by one thread, so that no sum depends on the threads; in double. */
+enum { STRIPES = 16 };
 
-static void sum_part(const void *args, size_t begin, size_t end)
+static void squares_of_parts(const void *args, size_t begin, size_t end)
 {
-    struct squares *q = (struct squares *)args;
-    const real *x = q->s->x;
-    const size_t n = q->s->n, length = (n + PARTS - 1) / PARTS;
+    const struct squares *a = args;
+    const real *x = a->x;
     for (size_t part = begin; part < end; part++) {
         double stripe[STRIPES] = {0}; /* independent sums, which the compiler can keep in vectors */
-        size_t i = part * length, stop = i + length < n ? i + length : n;
+        size_t i = part * a->length, stop = i + a->length < a->n ? i + a->length : a->n;
         for (; i + STRIPES <= stop; i += STRIPES)
             for (size_t k = 0; k < STRIPES; k++)
                 stripe[k] += (double)x[i + k] * x[i + k];
         for (; i < stop; i++)
             stripe[0] += (double)x[i] * x[i];
-        q->part[part] = 0;
+        a->out[part] = 0;
         for (size_t k = 0; k < STRIPES; k++)
-            q->part[part] += stripe[k];
+            a->out[part] += stripe[k];
     }
 }
 
-static void sum_of_squares(const void *args)
+static void squares(const void *args)
 {
-    struct squares q = {.s = args};
-    parallel(sum_part, &q, PARTS, q.s->n < 65536 ? PARTS : 1);
-    *q.s->out = 0;
-    for (size_t part = 0; part < PARTS; part++)
-        *q.s->out += q.part[part];
+    const struct squares *a = args;
+    const size_t parts = (a->n + a->length - 1) / a->length;
+    parallel(squares_of_parts, a, parts, a->n < 65536 ? parts : 1);
 }
 
 static void adamw_range(const void *args, size_t begin, size_t end)

@@ -16,7 +16,7 @@
     X(gemm) X(column_sum) X(embedding_forward) X(embedding_backward) X(layernorm_forward) \
     X(layernorm_backward) X(gelu_forward) X(gelu_backward) X(attention_forward) X(attention_backward) \
     X(residual_forward) X(dropout_forward) X(cross_entropy_forward) X(cross_entropy_backward) \
-    X(sum_of_squares) X(adamw) X(append_rows) X(pack_panels) X(sample) X(check_ids) \
+    X(squares) X(adamw) X(append_rows) X(pack_panels) X(sample) X(check_ids) \
     X(fma_peak) X(read_memory)
 
 /* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL.
@@ -135,10 +135,10 @@ struct cross_entropy_backward {
     size_t rows, V;
 };
 
-struct sum_of_squares {
-    double *out;                 /* one number */
+struct squares {
+    double *out;                 /* (parts,): the sum of each `length` squares */
     const real *x;
-    size_t n;
+    size_t n, length;
 };
 
 struct adamw {

@@ -245,10 +245,12 @@ def test_a_target_outside_the_vocabulary_is_an_error(ops, bad):
 # --- the optimizer -----------------------------------------------------------------------------------------
 
 
-def test_sum_of_squares(ops, rng):
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_squares(ops, rng, length):
     for n in (0, 1, 7, 100_003):
         x = rng.standard_normal(n).astype(np.float32)
-        assert ops.sum_of_squares(x) == pytest.approx(float((x.astype(np.float64) ** 2).sum()), rel=1e-9)
+        expected = [(x[i : i + length].astype(np.float64) ** 2).sum() for i in range(0, n, length)]
+        np.testing.assert_allclose(ops.squares(x, length), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 7, 100_003])

@@ -86,7 +86,7 @@ def test_a_long_text_is_evaluated_on_batches_from_all_places(folder, monkeypatch
     Path("text.txt").write_text(TEXT * 20, encoding="utf-8")
     seen, mean = [], stage.train.mean_loss
 
-    def watched(model, batches) -> float:
+    def watched(model, batches, group) -> float:
         seen.append(list(batches))
         return mean(model, seen[-1])
 

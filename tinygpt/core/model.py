@@ -105,9 +105,9 @@ class GPT(memory.Parameters):
         return self
 
     @property
-    def draws(self) -> bool:
-        """Whether a forward with `rng` has dropout in it."""
-        return self.config.dropout > 0
+    def draws(self) -> int:
+        """How many numbers a forward takes from `rng`, of 64 bits: one for each dropout."""
+        return (1 + 2 * self.config.n_layer) * (self.config.dropout > 0)
 
     @property
     def context(self) -> int:

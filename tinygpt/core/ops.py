@@ -439,9 +439,10 @@ def sample(
 # --- the optimizer's two passes over all weights ------------------------------------------------------------
 
 
-def sum_of_squares(x: Array) -> float:
-    """The square of the Euclidean norm of x, added up in float64."""
-    return sum(float(np.square(x[i : i + BLOCK], dtype=np.float64).sum()) for i in range(0, x.size, BLOCK))
+def squares(x: Array, length: int) -> Array:
+    """The sums of the squares of each `length` numbers of x (N,), in float64: (N / length, rounded up)."""
+    parts = (x[i : i + length] for i in range(0, x.size, length))
+    return np.array([np.square(part, dtype=np.float64).sum() for part in parts])
 
 
 def adamw(
@@ -467,3 +468,4 @@ def adamw(
 
 
 BLOCK = 1 << 15
+PARTS = 256  # in which the squares of all gradients are added up, see `optim`

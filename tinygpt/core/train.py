@@ -6,7 +6,9 @@ It reports through a callback and prints nothing. The random numbers of update n
 from (seed, n): a run that was interrupted continues with the very numbers it would have had, nothing needs to
 be stored for that, and evaluating or sampling on the way does not change the run.
 
-Not here: where batches come from, what is saved and where, several processes.
+Several processes share the batches of an update and then exchange gradients and weights (`parallel`).
+
+Not here: where batches come from, what is saved and where.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from .config import DTYPES
 from .model import GPT
 from .optim import AdamW, learning_rate
 from .option import check_options, option
+from .parallel import ALONE, Alone, half
 from .replay import recorded
 
 Array = np.ndarray
@@ -74,10 +77,10 @@ class TrainConfig:
         since, climb = (n % self.merge_every, self.merge_every // 10) if self.merge_every else (n, 0)
         return rate * (since + 1) / (climb + 1) if since < min(climb, n) else rate
 
-    def optimizer(self, model: GPT, names: Iterable[str] | None = None) -> AdamW:
+    def optimizer(self, model: GPT, names: Iterable[str] | None = None, group: Alone = ALONE) -> AdamW:
         """An optimizer with these settings for the parameters `names` of a model, all if None."""
         fields = ("beta1", "beta2", "weight_decay", "grad_clip")
-        return AdamW(model, names, **{field: getattr(self, field) for field in fields})
+        return AdamW(model, names, group=group, **{field: getattr(self, field) for field in fields})
 
 
 class NonFiniteError(UserError):
@@ -102,20 +105,22 @@ def train(
     (to which the argument is added), and every eval_interval updates and after the last what `evaluate`
     returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
     update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
+    Several processes do all this at the same update, whichever of them got the signal or the error.
 
     compute(batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a record with the loss
     as train_loss; by default it is `gradients(optimizer)`.
 
     Raises NonFiniteError, before the update or the save in question.
     """
-    compute = compute or gradients(optimizer)
+    compute, group = compute or gradients(optimizer), optimizer.group
     origin, last_save = time.perf_counter() - elapsed_s, optimizer.steps
     with _first_interrupt_waits() as interrupted, np.errstate(over="ignore", invalid="ignore"):
         while optimizer.steps < config.max_iters:
             start, rng = time.perf_counter(), np.random.default_rng([config.seed, optimizer.steps])
             todo = batches(optimizer.steps, rng)
-            losses = compute(todo, rng)
+            losses = compute(group.share(todo, rng, optimizer.model.draws), rng)
             losses = losses if isinstance(losses, dict) else {"train_loss": losses}
+            losses["train_loss"] = group.reduce(optimizer.flat, optimizer.bounds, losses["train_loss"])
             _check_finite(losses["train_loss"], "loss", optimizer.steps + 1, last_save)
             lr = config.learning_rate_at(optimizer.steps)
             norm = optimizer.step(lr)
@@ -133,12 +138,13 @@ def train(
                 report(record | {"elapsed_s": round(time.perf_counter() - origin, 3)} | evaluation)
             except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
                 failure = error
-            if due or interrupted or failure:
+            stop, broken = group.agree(interrupted, failure)
+            if due or stop or broken:
                 save()
                 last_save = n
-            if failure:
-                raise failure
-            if interrupted:
+            if broken:
+                raise failure or UserError("another process failed")
+            if stop:
                 raise KeyboardInterrupt
 
 
@@ -155,25 +161,37 @@ def gradients(optimizer: AdamW) -> Callable:
 
     def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
         loss = partial(plain, rng=rng) if rng is not None and model.draws else replayed
-        value, total = 0.0, np.zeros_like(optimizer.flat) if len(batches) > 1 else None
-        for batch in batches:
-            value += float(loss(**counted(batch)))
-            if total is not None:
-                total += optimizer.flat
-        if len(batches) != 1:
-            optimizer.flat[:] = 0 if total is None else total
-        return value
+        return accumulated(optimizer.flat, lambda batch: float(loss(**counted(batch))), batches)
 
     return compute
 
 
-def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
-    """The weighted mean of -log p(target) over all batches, in nats, without dropout."""
-    total, count = 0.0, 0.0
-    for batch in batches:
-        total += float(model.loss(**counted(batch)))
-        count += float(batch.weights.sum(dtype=np.float64))
-    return total / max(count, 1e-30)
+def accumulated(flat: Array, compute: Callable[[object], float], batches: Sequence) -> float:
+    """The sum of the losses of batches; that of their gradients is then in `flat`, where compute(batch) puts
+    those of one batch. Both are added in a binary tree over the numbers of the batches, see `parallel`."""
+    if not batches:
+        flat[:] = 0
+        return 0.0
+    if len(batches) == 1:
+        return compute(batches[0])
+    cut = half(len(batches))
+    left = accumulated(flat, compute, batches[:cut])
+    gradients_of_left = flat.copy()
+    right = accumulated(flat, compute, batches[cut:])
+    flat += gradients_of_left
+    return left + right
+
+
+def mean_loss(model: GPT, batches: Iterable[Batch], group: Alone = ALONE) -> float:
+    """The weighted mean of -log p(target) over all batches, in nats, without dropout. The processes of a
+    group take turns, and get the same mean."""
+    sums = []
+    for n, batch in enumerate(batches):
+        own = n % group.size == group.rank
+        loss = float(model.loss(**counted(batch))) if own else 0.0
+        sums.append((loss, float(batch.weights.sum(dtype=np.float64)) if own else 0.0))
+    total, count = group.merged(np.array([(0.0, 0.0), *sums])).cumsum(0)[-1]  # np.sum adds in another order
+    return float(total / max(count, 1e-30))
 
 
 def counted(batch: Batch) -> dict[str, Array | None]:

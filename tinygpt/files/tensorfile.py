@@ -47,6 +47,11 @@ class Tensor(NamedTuple):
         for part, values in self._parts(out):
             part[:] = values
 
+    def part(self, own: slice) -> "Tensor":
+        """The numbers from own.start to own.stop of a flat tensor."""
+        offset = self.offset + own.start * SIZES[self.dtype]
+        return self._replace(shape=(own.stop - own.start,), offset=offset)
+
     def equals(self, other: Array) -> bool:
         """Whether `other`, contiguous, has this shape and these values."""
         return self.shape == other.shape and all(np.array_equal(*parts) for parts in self._parts(other))
@@ -114,18 +119,22 @@ def _check(header: dict, size: int) -> None:
         raise ValueError(f"{size} bytes of tensors instead of {end}")
 
 
-def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: dict[str, Array | tuple], metadata: dict[str, str]) -> None:
     """Writes tensors as float32. Where `path` must not be seen half written, it is one of `atomic.replacing`.
+
+    A tensor is an array, or (shape, a function that returns the array when its turn comes).
 
     Not by the library, which writes through temporary files of its own that a kill leaves behind.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.size
-        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
+        shape = tensor[0] if isinstance(tensor, tuple) else tensor.shape
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor, "<f4"))
+            array = tensor[1]() if isinstance(tensor, tuple) else tensor
+            file.write(np.ascontiguousarray(array, "<f4"))

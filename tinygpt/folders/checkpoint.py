@@ -23,6 +23,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar, get_args, get_type_hints
@@ -335,7 +336,9 @@ def save_trainer(
     state = {"step": optimizer.steps, "settings": dataclasses.asdict(settings), "relative": relative}
     state |= {"tokenizer": tokenizer.spec, "tokenizer_config": tokenizer.config()}
     state["stops"] = sorted(tokenizer.stops)
-    tensors = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
+    tensors = {"weights": optimizer.trained.flat}
+    for name, moment in (("m", optimizer.m), ("v", optimizer.v)):
+        tensors[name] = optimizer.flat.shape, partial(optimizer.whole, moment)
     tensors |= {"base": optimizer.model.flat} if base else {}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
@@ -408,6 +411,9 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
 def load_trainer(folder: Path, optimizer: AdamW) -> None:
     """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
     tensors, state = _read_trainer(folder / TRAINER)
+    for name in ("m", "v"):
+        if tensors[name].shape == optimizer.flat.shape:  # or the line below says what is wrong
+            tensors[name] = tensors[name].part(optimizer.own)
     outs = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
     for name, out in (outs | ({"base": optimizer.model.flat} if "base" in tensors else {})).items():
         if tensors[name].shape != out.shape:

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import train
+import numpy as np
+
+from .. import __version__
+from ..core import kernels, train
 from ..core.model import GPT
 from ..core.optim import AdamW
+from ..core.parallel import ALONE, Alone, digest
 from ..errors import UserError
 from ..files.atomic import holds, lock, make_folder, remove, replacing, sync, together, writing
 from ..files.jsonfile import parse
@@ -39,33 +43,42 @@ class Run(NamedTuple):
     stage: Stage
 
 
-def begin(cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False) -> Run:
+def begin(
+    cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False, group: Alone = ALONE
+) -> Run:
     """A new run in `folder`. What is there is replaced last, after all that can be wrong has been checked.
     The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
 
-    Raises UserError, also where `folder` has a model and not `overwrite`.
+    Of a group of processes number 0 locks and writes the folder. Raises UserError, also where `folder` has a
+    model and not `overwrite`.
     """
-    needed = [getattr(settings, field) for field in cls.needs]
-    check_folder(folder, overwrite, needed)
-    if judge := getattr(settings, "reward_from", ""):
-        check_folder(folder, overwrite, [_author(Path(judge)).init_from])
+    group.shares(settings.gradient_accumulation_steps)
+    if group.rank == 0:
+        needed = [getattr(settings, field) for field in cls.needs]
+        check_folder(folder, overwrite, needed)
+        if judge := getattr(settings, "reward_from", ""):
+            check_folder(folder, overwrite, [_author(Path(judge)).init_from])
+    group.meet()  # or the lock would remove what the others are writing
     data = cls.read(settings, STORE)
     settings, model, tokenizer = cls.start(settings, data, STORE)
-    stage = cls(settings, settings.train.optimizer(model), tokenizer, data, folder)
+    stage = cls(settings, settings.train.optimizer(model, group=group), tokenizer, data, folder)
     stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
+    _check_alike(stage)
     first_save(folder, stage.optimizer, tokenizer, stage.settings)
     return Run(folder, stage)
 
 
-def resume(cls: type[Stage], folder: Path, **moved: Sequence[str] | str) -> Run:
+def resume(cls: type[Stage], folder: Path, group: Alone = ALONE, **moved: Sequence[str] | str) -> Run:
     """The run in `folder` as it was saved last. The folder is locked from now on.
 
     moved: the fields of the settings that say where data or a model is now, if it is elsewhere. Another field
-    that named the same data moves along. Raises UserError where there is no run of this stage, where another
-    process goes on with it, and where the data or a model is gone or another.
+    that named the same data moves along. All processes of a group read the folder. Raises UserError where
+    there is no run of this stage, where another process goes on with it, and where the data or a model is
+    gone or another.
     """
-    if folder.is_dir():
+    if folder.is_dir() and group.rank == 0:
         lock(folder)
+    group.meet()  # the lock has finished what a kill interrupted
     settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
     if not (settings.data or settings.stage == "pretrain"):
         raise UserError(f"{folder}: this run names no data")
@@ -73,6 +86,7 @@ def resume(cls: type[Stage], folder: Path, **moved: Sequence[str] | str) -> Run:
     before = vars(settings)
     same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
     settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
+    group.shares(settings.gradient_accumulation_steps)
     cls = cls.of(settings)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
@@ -84,11 +98,32 @@ def resume(cls: type[Stage], folder: Path, **moved: Sequence[str] | str) -> Run:
     if "init_from" in moved:
         _base(settings)  # or another model would count as the one that the run began with
     data = cls.read(settings, STORE)
-    stage = cls(settings, load(folder, settings, tokenizer), tokenizer, data, folder)
+    stage = cls(settings, load(folder, settings, tokenizer, group), tokenizer, data, folder)
     stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
+    _check_alike(stage)
     if moved:  # the run remembers where its data is now, also if it has no updates left
         save(folder, stage.optimizer, tokenizer, stage.settings)
     return Run(folder, stage)
+
+
+def _check_alike(stage: Stage) -> None:
+    """Raises UserError where the processes that train a stage differ in something that their bytes depend
+    on."""
+    group, settings, optimizer = stage.optimizer.group, stage.settings, stage.optimizer
+    if group.size == 1:
+        return
+    tokenizer, backend = stage.tokenizer, stage.model.ops.__name__.rpartition(".")[2]
+    options = settings.train, settings.model, settings.adapter, settings.batch_size, settings.block_size
+    group.alike({
+        "version of tinygpt or NumPy": f"{__version__} {np.__version__}",
+        "instruction set": f"{backend} {kernels.isa if kernels.lib else ''}",
+        "tokenizer": digest(json.dumps([tokenizer.spec, tokenizer.config()]).encode()),
+        "data": settings.fingerprint,
+        "settings": digest(repr((*options, settings.gradient_accumulation_steps)).encode()),
+        "model": digest(stage.model.flat),
+        "adapter": digest(optimizer.trained.flat),
+        "update": str(optimizer.steps),
+    })  # fmt: skip
 
 
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
@@ -115,16 +150,24 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes a new run. After a full disk or a kill the folder has what was there before, or the new run."""
-    if not settings.has_model:
+    is_writer = optimizer.group.rank == 0
+    if is_writer and not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
-    if not holds(folder):  # the folder was not there when the run began: nobody may have written there since
+    if is_writer and not holds(folder):  # it was not there when the run began: nobody may have written since
         make_folder(folder)
         check_folder(folder, overwrite=False)
     save(folder, optimizer, tokenizer, settings)
 
 
 def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes a run as it is. After a full disk or a kill the folder has the older state or this one."""
+    """Writes a run as it is. After a full disk or a kill the folder has the older state or this one.
+
+    Of several processes number 0 writes, and all call this function: they have the moments.
+    """
+    if optimizer.group.rank:
+        for moment in (optimizer.m, optimizer.v):
+            optimizer.whole(moment)
+        return
     make_folder(folder)
     lock(folder)
     with together(folder):
@@ -154,7 +197,7 @@ def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) 
             remove(folder / name)
 
 
-def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
+def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Alone = ALONE) -> AdamW:
     """The optimizer and its model as they were saved last; settings and tokenizer are from `read_run`.
 
     The model's files are written anew, as a kill may have come between them and the run's own. Raises
@@ -168,9 +211,10 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer) -> AdamW:
         model = variants.build(settings.model)
     if settings.adapter:
         model = variants.beside(model, settings.adapter)
-    optimizer = settings.train.optimizer(model)
+    optimizer = settings.train.optimizer(model, group=group)
     checkpoint.load_trainer(folder, optimizer)
-    _export(folder, model, tokenizer, settings)
+    if group.rank == 0:
+        _export(folder, model, tokenizer, settings)
     return optimizer
 
 
@@ -220,8 +264,10 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
     Each record becomes a line of metrics.jsonl and goes to `report`.
     """
     folder, stage = run
-    metrics = folder / METRICS
+    metrics, group = folder / METRICS, stage.optimizer.group
     state = stage.optimizer, stage.tokenizer, stage.settings
+    if group.rank:
+        return {"save": lambda: save(folder, *state)}
 
     def save_all() -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -229,7 +275,7 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
         try:
             save(folder, *state)
         except UserError:
-            if holds(folder):
+            if holds(folder) or group.size > 1:
                 raise
             save(folder, *state)  # the folder was removed in the middle of the save
 
@@ -239,7 +285,7 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
             lock(folder)
         with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if removed:
+        if removed and group.size == 1:
             save_all()
         report(record)
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from ..core.parallel import Alone
 from ..errors import UserError
 from ..folders import checkpoint, runs
 from ..stages import reward
@@ -27,10 +28,17 @@ def show(init_from: str, data: tuple[str, ...], count: int) -> None:
         say(notes)
 
 
-def _compare(settings: reward.Settings, out: Path, overwrite: bool) -> reward.Settings:
-    """The settings with a file of comparisons that simulated people make, in place of a world."""
+def _compare(settings: reward.Settings, out: Path, overwrite: bool, group: Alone) -> reward.Settings:
+    """The settings with a file of comparisons that simulated people make, in place of a world. Of several
+    processes number 0 writes the file, and the others read it."""
     if not any(map(corpus.is_source, settings.data)):
         return settings
+    group.shares(settings.gradient_accumulation_steps)
+    path = _comparisons(settings, out, overwrite) if group.rank == 0 else ""
+    return dataclasses.replace(settings, data=(group.lines(str(path))[0],))
+
+
+def _comparisons(settings: reward.Settings, out: Path, overwrite: bool) -> Path:
     runs.check_folder(out, overwrite, needed=(settings.init_from,))
     if len(settings.data) > 1:
         raise UserError(f"{', '.join(settings.data)}: name one world, or only files")
@@ -43,7 +51,7 @@ def _compare(settings: reward.Settings, out: Path, overwrite: bool) -> reward.Se
     out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
     path = out / f"comparisons-{hashlib.sha256(repr(comparisons).encode()).hexdigest()[:8]}.jsonl"
     reward.write_file(path, comparisons)
-    return dataclasses.replace(settings, data=(str(path),))
+    return path
 
 
 BEFOREHAND = {"reward": _compare}

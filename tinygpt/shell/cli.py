@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import sys
 import warnings
 
@@ -18,6 +19,16 @@ ORDER = (  # the story, then a life
 )  # fmt: skip
 
 
+IN_PARALLEL = "pretrain", "sft", "reward"  # under mpiexec
+
+
+def _launched() -> tuple[int, int]:
+    """See `parallel.launched`. Imports NumPy and the C core."""
+    from ..core import parallel
+
+    return parallel.launched()
+
+
 class Commands(click.Group):
     """Turns a user's mistake into one line and exit status 2, and a warning into one line."""
 
@@ -27,6 +38,11 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         self._load()
+        rank, size = _launched()
+        if size > 1 and name in self.commands and name not in IN_PARALLEL:
+            if rank:
+                sys.exit(2)
+            raise UserError(f"{name} is one process: mpiexec is for {', '.join(IN_PARALLEL)}")
         return self.commands.get(name)
 
     def _load(self) -> None:
@@ -42,14 +58,20 @@ class Commands(click.Group):
                 self.add_command(each)
 
     def invoke(self, ctx: click.Context):
-        warnings.showwarning = lambda message, *_: say(f"tinygpt: {message}", err=True)
+        """Of several processes number 0 prints, and the others only what is wrong with them."""
+        rank = 0
+        warnings.showwarning = lambda message, *_: rank or say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
         try:
+            if rank := _launched()[0]:
+                sys.stdout = None
             return super().invoke(ctx)
         except BrokenPipeError:  # `tinygpt generate | head`: click ends quietly
             raise
         except click.ClickException as error:  # click prints it
+            if rank:
+                sys.exit(2)
             error.message = printable(error.message)
             raise
         except KeyboardInterrupt:  # where a command has nothing to save
@@ -66,7 +88,8 @@ class Commands(click.Group):
             say(f"tinygpt: {one_line(error)}", err=True)
             sys.exit(2)
         except (UserError, OSError, MemoryError) as error:
-            say(f"tinygpt: {one_line(error)}", err=True)
+            who = f"process {rank} on {platform.node()}: " if rank else ""
+            say(f"tinygpt: {who}{one_line(error)}", err=True)
             sys.exit(2)
         finally:
             if atomic := sys.modules.get("tinygpt.files.atomic"):

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import click
 
+from ..core import parallel
 from ..core.config import PRESETS, GPTConfig
 from ..core.train import TrainConfig
+from ..errors import UserError
 from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage
 from . import afterwards, beforehand, registry
 from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
 from .progress import command, data_options, progress
-from .terminal import say
+from .terminal import one_line, say
 from .worlds import name_world
 
 SHOW = "Print so many examples, token by token, and stop."
 EXTRA = {"sft": [click.option("--show", type=COUNT, help=SHOW)]}
+HANG = "With mpiexec: seconds without an answer of a process after which the others end."
 FIRST = ("init_from", "reward_model", "data")
 
 
@@ -42,6 +48,7 @@ def command_of(stage: type[Stage]) -> click.Command:
         out(stage.out or stage.name),
         click.option("--resume", metavar="FOLDER", help=resume),
         *EXTRA.get(stage.name, ()),
+        click.option("--hang-timeout", type=click.FloatRange(0, min_open=True), default=1800, help=HANG),
         *from_fields((option for option in options if option[0] not in FIRST), stage.defaults),
     ])  # fmt: skip
     return click.command(stage.name, help=inspect.getdoc(stage))(decorate(partial(_run, stage, options)))
@@ -76,10 +83,46 @@ def _moved(stage: type[Stage]) -> dict[str, str]:
     return {name: field for name, field in names.items() if name in _data(stage) or field in runs.MODELS}
 
 
-def _run(stage: type[Stage], options: list[tuple], **values) -> None:
-    """Begins a run or takes one up, and trains to the end, or until Ctrl-C."""
-    run = _begin_or_resume(stage, options, values)
+def _run(stage: type[Stage], options: list[tuple], hang_timeout: float, **values) -> None:
+    """Begins a run or takes one up, and trains to the end, or until Ctrl-C. Of several processes number 0
+    then shows what was trained."""
+    group = parallel.join(hang_timeout)
+    try:
+        run = _train(stage, options, values, group)
+    except click.UsageError:  # in all processes
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if group.size > 1:
+            _fail(group, error)
+        raise
+    group.leave()
+    if group.rank == 0:
+        afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
+
+
+def _fail(group: parallel.Processes, error: BaseException) -> None:
+    """The end of a process, and of all others, after an error."""
+    expected = isinstance(error, (UserError, OSError, MemoryError))
+    if not expected:
+        traceback.print_exception(error)
+    kind = "" if expected else f"{type(error).__name__}: "
+    text, all_end = group.last_words(error, kind + one_line(error))
+    if text:
+        say(f"tinygpt: {text}", err=True)
+    else:
+        time.sleep(parallel.GRACE)  # mpiexec ends all when this process ends, and another one has to say it
+    if not all_end:
+        group.abort()
+    os._exit(2)
+
+
+def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Alone) -> runs.Run:
+    run = _begin_or_resume(stage, options, values, group)
     settings, model = run.stage.settings, run.stage.model
+    each = group.shares(settings.gradient_accumulation_steps)
+    if group.size > 1 and each & (each - 1):
+        say(f"Each process has {each} batches: so the weights depend on the number of processes. They do not "
+            "where each has 1, 2, 4 or 8.")  # fmt: skip
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
     say(f"{total:,} weights{beside}{run.stage.about()}")
@@ -94,17 +137,21 @@ def _run(stage: type[Stage], options: list[tuple], **values) -> None:
         run.stage.train(**runs.saving(run, progress(settings.train.max_iters)))
     except KeyboardInterrupt:
         say(f"\nStopped. To go on: {command(settings.stage, '--resume', str(run.folder))}")
+        group.leave()
         sys.exit(130)
-    afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
+    return run
 
 
-def _begin_or_resume(stage: type[Stage], options: list[tuple], values: dict) -> runs.Run:
+def _begin_or_resume(
+    stage: type[Stage], options: list[tuple], values: dict, group: parallel.Alone
+) -> runs.Run:
     written, data, folder = given(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
         moved = _moved(stage)
-        refuse(written - {"resume", *moved}, "--resume takes all settings from its folder")
-        return runs.resume(stage, Path(values["resume"]), **{moved[name]: values[name] for name in moved})
+        refuse(written - {"resume", "hang_timeout", *moved}, "--resume takes all settings from its folder")
+        paths = {field: values[name] for name, field in moved.items()}
+        return runs.resume(stage, Path(values["resume"]), group, **paths)
     values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
     _ask_for(options, values)
     check(options, values, written)
@@ -113,8 +160,8 @@ def _begin_or_resume(stage: type[Stage], options: list[tuple], values: dict) -> 
         sys.exit()
     settings = _settings(stage, values, written)
     if stage.name in beforehand.BEFOREHAND:
-        settings = beforehand.BEFOREHAND[stage.name](settings, folder, values["overwrite"])
-    return runs.begin(stage.of(settings), folder, settings, values["overwrite"])
+        settings = beforehand.BEFOREHAND[stage.name](settings, folder, values["overwrite"], group)
+    return runs.begin(stage.of(settings), folder, settings, values["overwrite"], group)
 
 
 def _ask_for(options: list[tuple], values: dict) -> None:

@@ -19,8 +19,9 @@ class LoRA(Adapted):
     """A GPT with low-rank branches at the linear maps that its adapter names."""
 
     @property
-    def draws(self) -> bool:
-        return super().draws or self.adapter.config.dropout > 0
+    def draws(self) -> int:
+        branches = sum(name.endswith(".lora_A") for name in self.adapter.params)
+        return super().draws + branches * (self.adapter.config.dropout > 0)
 
     def initialise(self, rng: np.random.Generator) -> None:
         """A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation) and B is zero: the model
@@ -86,4 +87,5 @@ def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:
-            optimizer.m[begin:end] = optimizer.v[begin:end] = 0
+            own = slice(*np.clip([begin, end], optimizer.own.start, optimizer.own.stop) - optimizer.own.start)
+            optimizer.m[own] = optimizer.v[own] = 0

@@ -154,12 +154,12 @@ class Pretrain(Stage):
         """val_loss over the validation part; EVALUATED says of how much of a text."""
         B, T = self.settings.batch_size, self.settings.block_size
         if self.world is not None:
-            val_loss = train.mean_loss(self.model, _batches(self.val_tokens, B))
+            val_loss = train.mean_loss(self.model, _batches(self.val_tokens, B), self.optimizer.group)
             return {"val_loss": val_loss, "val_floor": self.floor}
         every = -(-len(self.val_tokens) // EVALUATED)
         blocks = itertools.islice(data.consecutive_blocks(self.val_tokens, B, T), 0, None, every)
         batches = (train.Batch(ids, targets, np.ones(ids.shape, np.float32)) for ids, targets in blocks)
-        return {"val_loss": train.mean_loss(self.model, batches)}
+        return {"val_loss": train.mean_loss(self.model, batches, self.optimizer.group)}
 
 
 def _batches(rows: data.Packed, count: int) -> list[train.Batch]:

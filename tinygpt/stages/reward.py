@@ -73,7 +73,6 @@ class Settings(stage.Settings):
     block_size: int = option(128, "[1, inf)", "Tokens of a row, with several texts.",
                              shown="128, or the model's if less")  # fmt: skip
     batch_size: int = option(recipes.REWARD["batch_size"], "[1, inf)", "Comparisons at a time.")
-    gradient_accumulation_steps: int = 1  # no option here
 
 
 class Comparison(NamedTuple):
@@ -177,17 +176,22 @@ def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
 
 
 def loss(
-    optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None
+    optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None, share: float = 1.0
 ) -> float:
-    """For `train.train`: the loss of a batch of 2 N texts, chosen and rejected in turn; its gradients."""
-    (rows,), model = batches, optimizer.model
-    view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
-    outputs, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
-    nats, chosen, rejected = bradley_terry(outputs[::2, 0], outputs[1::2, 0])
-    dscores = np.zeros_like(outputs)
-    dscores[::2, 0], dscores[1::2, 0] = chosen, rejected
-    model.backward(dscores, cache, optimizer.grads)
-    return nats
+    """For `train.train`: `share` times the losses of batches of 2 N texts, chosen and rejected in turn, and
+    the gradients."""
+    model = optimizer.model
+
+    def of_one(rows: Packed) -> float:
+        view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
+        outputs, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
+        nats, chosen, rejected = bradley_terry(outputs[::2, 0], outputs[1::2, 0])
+        dscores = np.zeros_like(outputs)
+        dscores[::2, 0], dscores[1::2, 0] = share * chosen, share * rejected
+        model.backward(dscores, cache, optimizer.grads)
+        return share * nats
+
+    return train.accumulated(optimizer.flat, of_one, batches)
 
 
 class Judgement(NamedTuple):
@@ -233,7 +237,7 @@ def with_head(model: GPT, seed: int) -> GPT:
 
 
 def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
-    """The comparisons of update n, packed: their texts, chosen and rejected in turn."""
+    """The comparisons of batch n of all updates, packed: their texts, chosen and rejected in turn."""
     B = min(settings.batch_size, len(pairs))
     places = shuffled_places(len(pairs), B, n, settings.train.seed)
     return marked([ids for place in places for ids in pairs[place]], settings.block_size)
@@ -289,7 +293,7 @@ class Reward(Stage):
         held_out = self._held_out(prompts) if settings.data else set()
         self.val = [c for c, _ in pairs if c.prompt in held_out]
         self.pairs = [pair for c, pair in pairs if c.prompt not in held_out]
-        self.compute = partial(loss, optimizer)
+        self.compute = partial(loss, optimizer, share=1 / settings.gradient_accumulation_steps)
 
     def others(self, data: Comparisons) -> Iterable[GPT]:
         return (data.author,)
@@ -331,7 +335,8 @@ class Reward(Stage):
         return f"; {len(self.pairs):,} comparisons, {len(self.val):,} to evaluate on"
 
     def update(self, n: int, rng: np.random.Generator) -> list[Packed]:
-        return [batch(self.pairs, self.settings, n)]
+        count = self.settings.gradient_accumulation_steps
+        return [batch(self.pairs, self.settings, n * count + k) for k in range(count)]
 
     def evaluate(self) -> train.Record:
         if not self.val:

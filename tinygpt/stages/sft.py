@@ -176,7 +176,7 @@ class SFT(Stage):
         if not self.questions:
             return {}
         rows = consecutive(self.val_rows, self.settings.batch_size)
-        record = {"val_loss": train.mean_loss(self.model, rows)}
+        record = {"val_loss": train.mean_loss(self.model, rows, self.optimizer.group)}
         if self.before is not None:
             record["weight_change"], _ = train.weight_change(self.before, self.model.params)
         return record

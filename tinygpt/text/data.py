@@ -284,8 +284,8 @@ def stream(
     else:
         return np.concatenate(head)
     make_folder(folder)
-    for old in folder.glob("tokens-*.bin"):
-        old.unlink()
+    for old in set(folder.glob("tokens-*.bin")) - {file}:  # another process may be making the same file
+        old.unlink(missing_ok=True)
     count = largest = 0
     with replacing(file) as beside, open(beside, "wb") as out:
         out.write(bytes(HEADER))
