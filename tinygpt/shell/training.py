@@ -109,8 +109,9 @@ def _fail(group: parallel.Processes, error: BaseException) -> None:
     text, all_end = group.last_words(error, kind + one_line(error))
     if text:
         say(f"tinygpt: {text}", err=True)
-    else:
-        time.sleep(parallel.GRACE)  # mpiexec ends all when this process ends, and another one has to say it
+    # mpiexec ends all processes when one ends, and prints no more: another one has to say it, or this text is
+    # still on its way
+    time.sleep(parallel.GRACE / 2 if text else parallel.GRACE)
     if not all_end:
         group.abort()
     os._exit(2)
