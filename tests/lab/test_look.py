@@ -114,7 +114,7 @@ def test_every_operation_is_there():
     forward = ["embedding", "embedding", "residual", *blocks, "layernorm", "linear"]
     back = ["linear", "layernorm", *blocks[::-1], "embedding", "embedding"]
     names = [f"{op}_forward" for op in forward] + ["cross_entropy_forward", "cross_entropy_backward"]
-    names += [f"{op}_backward" for op in back] + ["weighted_sum", "sum_of_squares", "adamw", "adamw"]
+    names += [f"{op}_backward" for op in back] + ["weighted_sum", "squares", "adamw", "adamw"]
     steps = data["steps"]
     assert [step["op"] for step in steps] == names
     layers = [step["layer"] for step in steps if step["phase"] == "forward"]
@@ -286,7 +286,7 @@ def test_in_a_browser(folders, tmp_path):
         for _ in range(count):
             seen.append(browser.run("return byId('status').textContent"))
             captions = browser.run(CAPTIONS)
-            assert captions or "sum" in seen[-1], seen[-1]
+            assert captions or "squares" in seen[-1], seen[-1]
             ranges += [shown for name, shown in captions if name == "logits"]
             for (name, _), (below, shown) in zip(captions, captions[1:], strict=False):
                 if " = " in name and below.startswith("gradient of"):

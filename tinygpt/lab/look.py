@@ -38,9 +38,9 @@ from ..stages.adapter import Adapted
 MOST_TOKENS, MOST_SHOWN, MOST_IN_ROW = 64, 64, 4096
 CHECKED, DISTANCE, SEED = 20, 1e-5, [0, 25]  # weights that are moved, how far, and who picks them
 OPERATIONS = [name for name in vars(ops) if name.endswith(("_forward", "_backward"))]
-OPERATIONS += ["weighted_sum", "sum_of_squares", "adamw"]
+OPERATIONS += ["weighted_sum", "squares", "adamw"]
 PHASES = {"cross_entropy_forward": "loss", "cross_entropy_backward": "backward", "weighted_sum": "loss",
-          "sum_of_squares": "update"}  # fmt: skip
+          "squares": "update"}  # fmt: skip
 TABLES = {"wte.weight": "word", "wpe.weight": "position"}  # what their rows stand for
 
 
