@@ -142,7 +142,7 @@ def words_of(command: str, folder: Path, data: Path, out: Path) -> list:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join(form.before + form.answers))
 def test_each_form_in_each_command(folders, tmp_path, form, command):
-    """Guards: a form that one command takes and another refuses: each cell of the README's table."""
+    """Guards: a form that one command takes and another refuses: each cell of demos/formats.md."""
     rows = rows_of(form)
     for row in rows[1:]:  # a judge needs two prompts
         for column in (*form.before[:1], *form.answers):

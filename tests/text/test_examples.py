@@ -76,12 +76,12 @@ def test_every_form_gives_what_a_command_needs(tmp_path, form, needs, indent):
         assert example.rejected == BAD * (needs == COMPARISON)
 
 
-def test_the_readme_shows_the_forms():
+def test_a_page_shows_the_forms():
     """Guards: a form that nobody can find, or one that is promised and refused."""
-    readme = Path(__file__).parents[2] / "README.md"
-    if not readme.exists():
+    page = Path(__file__).parents[2] / "demos" / "formats.md"
+    if not page.exists():
         pytest.skip("needs the sources")
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for form in FORMS:
         columns = ", ".join(f"`{column}`" for column in (*form.before, *form.answers))
         marks = " | ".join("yes" if has(form, needs) else "no" for needs in (EXAMPLE, PROMPT, COMPARISON))
