@@ -2,9 +2,12 @@
 
     .venv/bin/python demos/2_instructions.py [FOLDER]
 
-Pre-training told it where people live; it never saw a question. The loss is now that of the completions
-alone. Fine-tuning is a fine adjustment: the form of its answers changes altogether, the weights hardly; it
-answers zero-shot about people who are in no tuning example; and where it knows nothing, as confidently.
+Pre-training taught the model where people live. The model never saw a question. Now it reads pairs of a
+question (the prompt) and an answer (the completion). Only the tokens of the completion count in the loss.
+
+The form of the answers changes completely, and the weights change little. The model answers questions about
+people who are in no tuning example. This is zero-shot. It also invents answers about unknown people. At the
+end the demo makes requests that are too hard for a model of this size.
 """
 
 from pathlib import Path
@@ -16,9 +19,16 @@ from tinygpt.folders import checkpoint
 from tinygpt.lab import report
 from tinygpt.shell.terminal import say
 from tinygpt.stages import evaluate, sft
+from tinygpt.stages.answers import answers
+from tinygpt.text.instructions import prompt
 from tinygpt.world import World, tasks
 
 TRAIN = TrainConfig(max_iters=1000, learning_rate=4e-4, min_lr=4e-5, warmup_iters=10)
+TOO_HARD = (
+    "Write a Python Streamlit program that takes input from the user and stores it in SQLite.",
+    "What is the capital of France?",
+    "Translate into Korean: I love you.",
+)
 
 
 def main(folder: Path) -> None:
@@ -45,6 +55,10 @@ def main(folder: Path) -> None:
     settings = sft.Settings(model=model.config, train=TRAIN, block_size=128, batch_size=8)
     sft.in_memory(model, tokenizer, examples, settings).train()
     measure("after")
+    print("\n=== too hard for this model")
+    replies = answers(model, tokenizer, [prompt(tokenizer, request) for request in TOO_HARD], 60)
+    for request, answer in zip(TOO_HARD, replies, strict=True):
+        say(f"> {request}\n  {answer.text}")
     moved, _ = weight_change(before, model.params)
     (folder / "tuned").mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "tuned", model, tokenizer)

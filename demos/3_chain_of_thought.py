@@ -3,10 +3,12 @@
     .venv/bin/python demos/3_chain_of_thought.py [FOLDER]
 
 "You start at Ashford and take the red line, then the blue line. Where do you arrive?" The model of demo 1
-knows every ride, as its text tells of journeys ride by ride. Tuned on answers alone it cannot put rides
-together; tuned on answers with their steps, which call up what it has read, it can, also where no example has
-the problem. It is the steps that do it: as many full stops do not help, nor the steps in another order, nor
-more training. And when a step is false, the answer follows from that.
+knows every ride, because its text tells of journeys ride by ride.
+
+After tuning on answers alone, the model cannot join the rides. After tuning on answers with their steps, it
+can, also for problems that no example has. Each step recalls one ride from the text. Three controls do not
+help: full stops in place of the steps, the steps in another order, and more training. A false step in the
+completion leads to the answer that follows from the false step.
 """
 
 import dataclasses
@@ -56,14 +58,14 @@ def main(folder: Path) -> None:
     ):
         model, cells = tuned(style, times), []
         for items in problems.values():
-            found = evaluate.score(world, items, evaluate.ask(model, tokenizer, items))
-            cells.append(f"{found.right.rate:8.3f}")
+            score = evaluate.score(world, items, evaluate.ask(model, tokenizer, items))
+            cells.append(f"{score.right.rate:8.3f}")
         print(f"{note:44}{''.join(cells)}")
         item = problems[3][0]
         answer = evaluate.ask(model, tokenizer, [item])[0].text
         say(f"  > {item['prompt']}\n    {answer}    (true: {item['meta']['answer']})")
     changed, followed = evaluate.corrupted(model, tokenizer, world, problems[3] + problems[4] + problems[5])
-    print(f"\nWith a false step: the answer changes {changed}; it is what follows from that step {followed}.")
+    print(f"\nAfter a false step the answer changes: {changed}. It follows from the false step: {followed}.")
     print("Next: demos/4_reward_model.py")
 
 

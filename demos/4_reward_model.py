@@ -1,11 +1,13 @@
-"""Demo 4: the reward model. People compare answers of the model of demo 2, and a judge learns their taste.
+"""Demo 4: the reward model. People compare answers of the model of demo 2, and a judge learns from them.
 
     .venv/bin/python demos/4_reward_model.py [FOLDER]
 
-After its tuning the model answers confidently about people of whom it knows nothing. People would rather hear
-"I do not know." (here they are simulated: they know the truth, and slip in one comparison of ten). The judge
-is the same model with one number as its result. It first says what it thinks itself, then looks at the
-answer: what it learns is to compare, and when not to trust itself. It is tested on other people.
+After its tuning, the model invents answers about unknown people. People prefer the answer "I do not know."
+The people here are simulated: they know the truth, and err in one comparison of ten.
+
+The judge is a copy of the model with one number as its output. The judge reads the question, the model's own
+answer, and the answer to score. So it learns to compare the two answers, and to mistrust the model's own
+answer about unknown people. The test uses other people than the training.
 """
 
 from pathlib import Path
@@ -30,29 +32,30 @@ def main(folder: Path) -> None:
         slip = "" if c.is_right else "    (a slip)"
         say(f"> {c.prompt}\n  better: {c.chosen}    worse: {c.rejected}{slip}")
 
-    # 1. More labels, a better judge, of people of whom no comparison was; shuffled labels teach nothing.
+    # 1. More labels make a better judge. Shuffled labels teach nothing. The pairs are about other people.
     others = world.people("known", "eval") + world.people("never", "eval")
     pairs = reward.collect(author, tokenizer, world, others, 2000, error=0)
-    turned = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in labelled]
-    shuffled = [(c, other)[n % 2] for n, (c, other) in enumerate(zip(labelled, turned, strict=True))]
+    swapped = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in labelled]
+    shuffled = [(c, other)[n % 2] for n, (c, other) in enumerate(zip(labelled, swapped, strict=True))]
     kinds = sorted({c.kind for c in pairs})
     print(f"\n{'labels':18} {'right':>6}" + "".join(f"  {kind}" for kind in kinds))
-    for name, some in [("shuffled", shuffled), *((f"{count:,}", labelled[:count]) for count in COUNTS)]:
-        updates = min(3 * len(some), COUNTS[-1]) // BATCH + 1
+    for name, labels in [("shuffled", shuffled), *((f"{count:,}", labelled[:count]) for count in COUNTS)]:
+        updates = min(3 * len(labels), COUNTS[-1]) // BATCH + 1
         train = TrainConfig(max_iters=updates, learning_rate=RATE, min_lr=RATE / 10, warmup_iters=50)
         settings = reward.Settings(model=author.config, train=train, block_size=128, batch_size=BATCH)
-        stage = reward.in_memory(author, tokenizer, some, settings)
+        stage = reward.in_memory(author, tokenizer, labels, settings)
         stage.train()
         judge = stage.judge
-        found = reward.judged(judge, pairs)
-        cells = (f"{found.by_kind[kind].rate:{len(kind) + 2}.3f}" for kind in kinds)
-        print(f"{name:18} {found.right.rate:6.3f}{''.join(cells)}")
+        judgement = reward.judged(judge, pairs)
+        cells = (f"{judgement.by_kind[kind].rate:{len(kind) + 2}.3f}" for kind in kinds)
+        print(f"{name:18} {judgement.right.rate:6.3f}{''.join(cells)}")
 
-    # 2. What it thinks of some answers; only differences mean anything.
+    # 2. The scores of some answers. Only the difference of two scores has a meaning.
     for question in dict.fromkeys(c.prompt for c in pairs[:4]):
-        said = sorted({answer for c in pairs if c.prompt == question for answer in (c.chosen, c.rejected)})
-        say(f"\n> {question}    (it would say: {judge.own[question]})")
-        for score, answer in sorted(zip(judge([question] * len(said), said), said, strict=True))[::-1]:
+        answers = sorted({answer for c in pairs if c.prompt == question for answer in (c.chosen, c.rejected)})
+        say(f"\n> {question}    (the model's own answer: {judge.own[question]})")
+        scores = judge([question] * len(answers), answers)
+        for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
             say(f"  {score:6.2f}  {answer}")
     (folder / "judge").mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "judge", judge.model, tokenizer)

@@ -1,11 +1,11 @@
-"""Demo 5: RLHF. The judge of demo 4 scores what the model of demo 2 says, and a policy gradient follows.
+"""Demo 5: RLHF. The judge of demo 4 scores the answers of the model of demo 2. A policy gradient follows.
 
     .venv/bin/python demos/5_rlhf.py [FOLDER]
 
-In each update the model answers questions, each several times; what scores better than its other answers to
-the same question becomes likelier (RLOO). A penalty for every nat away from where it began keeps it in its
-language: what the judge likes is not all that people like. Nobody whom it is asked about at the end was in
-its tuning, in a comparison, or in RLHF.
+In each update the model answers some questions, each several times. An answer that scores better than the
+other answers to the same question becomes likelier (RLOO). A penalty on the distance from the start (KL, in
+nats) keeps the model's language. The penalty is needed, because the judge's taste is not exactly the taste of
+people. The questions at the end are about people who are in no tuning example, comparison or RLHF prompt.
 """
 
 from pathlib import Path
@@ -33,20 +33,20 @@ def main(folder: Path) -> None:
         print(f"\n=== {note}")
         for item, answer in zip(shown, evaluate.ask(model, tokenizer, shown), strict=True):
             say(f"> {item['prompt']}\n  {answer.text}    (true: {item['completion']})")
-        asked = {name: evaluate.ask(model, tokenizer, items) for name, items in sets.items()}
-        print("\n" + report.scores({name: evaluate.score(world, sets[name], asked[name]) for name in sets}))
+        answers = {name: evaluate.ask(model, tokenizer, items) for name, items in sets.items()}
+        print("\n" + report.scores({name: evaluate.score(world, sets[name], answers[name]) for name in sets}))
 
     measure("before")
     rate, updates = RECIPE["learning_rate"], RECIPE["max_iters"]
     how = train.TrainConfig(max_iters=updates, learning_rate=rate, min_lr=rate / 10, warmup_iters=5)
     questions = rlhf.read_prompts(f"world:{common.SEED}")
     config = rlhf.Config(algo="rloo", beta=RECIPE["beta"], ptx_coef=RECIPE["ptx_coef"])
-    tuning = rlhf.world_examples(world)  # goes on beside, so that nothing of it is lost
+    tuning = rlhf.world_examples(world)  # each update also trains on these, so that nothing is forgotten
     material = rlhf.Material(reference, judge, questions, [], tuning, world)
     settings = rlhf.Settings(model=model.config, train=how, rl=config, block_size=model.context)
     stage = rlhf.RLHF(settings, how.optimizer(model), tokenizer, material)
 
-    # reward is what the judge says, gold what the simulated people would: it learns from the first alone.
+    # reward: the judge's score. gold: the score of the simulated people. Only the reward trains the model.
     print(f"\n{'update':>6} {'reward':>7} {'gold':>6} {'KL':>6} {'entropy':>8}")
 
     def row(record: train.Record) -> None:

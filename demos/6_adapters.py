@@ -1,10 +1,10 @@
-"""Demo 6: adapters. Demo 2 again, with a few extra weights beside the model of demo 1, which stays as it is.
+"""Demo 6: adapters. Demo 2 again, with a few extra weights beside the model of demo 1. The base stays fixed.
 
     .venv/bin/python demos/6_adapters.py [FOLDER]
 
-LoRA adds a product of two thin matrices to each weight matrix; p-tuning learns 16 rows that stand before
-the text like words that no vocabulary has. No gradient of the base is computed, let alone applied: its bytes
-are the same before and after, and with the adapter off it answers as it always did.
+LoRA adds a product of two thin matrices to each weight matrix. p-tuning learns 16 vectors that stand before
+the text. They act like words that no vocabulary has. The demo computes no gradient of the base and changes no
+byte of it. With the adapter off, the logits are the same before and after the training.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         print(f"{name:22}{trained:>16}{np.mean(formed):13.3f}{cells}")
 
     print(f"{'':22}{'weights trained':>16}  well-formed" + "".join(f"  {name}" for name in sets))
-    row("as it was", base, "")
+    row("base, not tuned", base, "")
     for name, config, rate in ARMS:
         rng = np.random.default_rng(common.SEED)
         model = base.copy() if config is None else variants.create(base, config, rng)
@@ -59,14 +59,14 @@ def main(folder: Path) -> None:
         if config is not None and config.kind == "lora":
             merged = variants.merge(model)
             change = abs(merged.forward(question)[0] - model.forward(question)[0]).max()
-            print(f"{'':22}merged into the weights, its logits change by {change:.0e}")
+            print(f"{'':22}merged into the weights: the logits change by {change:.0e}")
         elif config is not None:
             words = tokenizer.decode(nearest(model, 1)[:, 0])
-            say(f"{'':22}the words that its rows are nearest to: {words}")
+            say(f"{'':22}the words nearest to its 16 vectors: {words}")
 
     same = (base.forward(question)[0] == untuned).all()
     print(f"\nSHA-256 of the base before {mark[:16]}..., after {fingerprint(base)[:16]}...")
-    print(f"With the adapters off its logits are {'the same, bit for bit' if same else 'DIFFERENT'}.")
+    print(f"Without an adapter its logits are {'the same, bit for bit' if same else 'DIFFERENT'}.")
     print("Next: demos/7_in_context.py")
 
 

@@ -1,4 +1,4 @@
-"""What the demos share: their folder, their seed, and the models that they make for one another."""
+"""The parts that all demos share: the folder, the seed, and the models that one demo makes for another."""
 
 import sys
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ FOLDER, SEED = Path("out/demo"), 1337
 
 @contextmanager
 def command_line(about: str) -> Iterator[Path]:
-    """The folder that a demo's command names, or FOLDER. `about` is for --help. Errors become one line."""
-    given = sys.argv[1:]
-    if len(given) > 1 or given and given[0].startswith("-"):
+    """Yields the folder of the command line, or FOLDER. --help prints `about`. Errors become one line."""
+    arguments = sys.argv[1:]
+    if len(arguments) > 1 or arguments and arguments[0].startswith("-"):
         print(about)
-        sys.exit(0 if given in (["-h"], ["--help"]) else 2)
+        sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
     sys.stdout.reconfigure(line_buffering=True)  # through a pipe too
     try:
-        yield Path(given[0]) if given else FOLDER
+        yield Path(arguments[0]) if arguments else FOLDER
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. What was saved is kept; what this demo was training is lost.")
+        sys.exit("\nStopped. Saved models are kept. The model that this demo was training is lost.")
 
 
 def pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
@@ -49,7 +49,7 @@ def judge(folder: Path) -> Judge:
 
 
 def _made_by(demo: str, folder: Path, model: Path) -> Path:
-    """The folder of a model, which the demo makes if it is not there."""
+    """Returns the folder `model`. Where it has no model, the demo makes the model first."""
     if not (model / "model.safetensors").exists():
         import_module(demo).main(folder)  # the name begins with a digit, so `import` cannot spell it
     return model

@@ -1,14 +1,14 @@
-"""Questions about Python's standard library with answers, made by program from its docstrings.
+"""Questions and answers about Python's standard library. The program makes them from the docstrings.
 
     python demos/natural_text.py FOLDER
 
     pairs.jsonl    for tuning: "What does heapq.heappush do?", "Is heapq.heappush a function or a class?"
-    kinds.jsonl    the second question about other modules, with the two answers to choose from
+    kinds.jsonl    the second question about other modules, with two answers to choose from
     does.jsonl     the first question about other modules, with four answers to choose from
 
-The sources are parsed, not imported. One module in five is in no pair for tuning, and the wrong answers are
-from such modules too: tuning has taught none of the four. Nothing is downloaded. `natural_text.md` has the
-commands that come before and after, and what came out.
+The program parses the sources and does not import them. One module in five is in no pair for tuning. The
+wrong answers are also from such modules, so tuning has taught none of the four answers. Nothing is
+downloaded. `natural_text.md` has the commands before and after this one, and the results.
 """
 
 import ast
@@ -24,7 +24,7 @@ KINDS = {ast.FunctionDef: "a function", ast.AsyncFunctionDef: "a function", ast.
 
 
 def definitions(library: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(module, name, kind, first sentence of the docstring) of the functions and classes of modules."""
+    """Yields (module, name, kind, first sentence of the docstring) for each public function and class."""
     for path in sorted([*library.glob("*.py"), *library.glob("*/*.py")]):
         module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
         if re.search(r"test|idlelib|lib2to3|turtledemo|packages|\b_", module):

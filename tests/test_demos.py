@@ -24,16 +24,17 @@ def demos(tmp_path, monkeypatch):
     """The modules, with few documents, updates and questions; their folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DEMOS)
-    names = ["common", *sorted(path.stem for path in DEMOS.glob("[1-9]_*.py"))]
-    common, *found = map(import_module, names)
-    monkeypatch.setattr(found[0], "UPDATES", 2)
-    monkeypatch.setattr(found[3], "COUNTS", (20, 40))
-    monkeypatch.setattr(found[4], "RECIPE", recipes.RLHF | {"max_iters": 2})
+    names = ["common", *sorted(path.stem for path in DEMOS.glob("[0-9]_*.py"))]
+    common, *modules = map(import_module, names)
+    monkeypatch.setattr(modules[0], "MOMENTS", (0, 2))
+    for number, updates in ((0, 2), (1, 2), (6, 3), (8, 3)):
+        monkeypatch.setattr(modules[number], "UPDATES", updates)
+    monkeypatch.setattr(modules[4], "COUNTS", (20, 40))
+    monkeypatch.setattr(modules[5], "RECIPE", recipes.RLHF | {"max_iters": 2})
     taught_by = reward.taught_by
     monkeypatch.setattr(reward, "taught_by", lambda world: taught_by(world)[:3])
-    monkeypatch.setattr(found[5], "UPDATES", 3)
-    monkeypatch.setattr(found[6], "COUNT", 5)
-    for module in found[1:3]:
+    monkeypatch.setattr(modules[7], "COUNT", 5)
+    for module in modules[2:4]:
         monkeypatch.setattr(module, "TRAIN", TrainConfig(max_iters=3))
     for module, name, few in (
         (corpus, "draw", {"documents": 600, "held_out": 20}),
@@ -45,27 +46,30 @@ def demos(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "named_tasks", lambda world, count: named(world, count=4))
     few = lambda world, split, steps, count, *style: journeys(world, split, steps, 5, *style)  # noqa: E731
     monkeypatch.setattr(tasks, "journeys", few)
-    yield common, *found
+    yield common, *modules
     for name in names:
         del sys.modules[name]
 
 
 def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
-    common, _, instructions, chain, _, steering, adapters, in_context = demos
+    common, minute, _, instructions, chain, _, steering, adapters, in_context, customers = demos
     folder = common.FOLDER
+    minute.main()
+    assert len(re.findall(r"(?m)^ +[02] +\d+ s +\d\.\d\d █+ +0 of 64  ", capsys.readouterr().out)) == 2
     instructions.main(folder)  # makes the model that it needs
     output = capsys.readouterr().out
     assert "loss above it" in output and "recalled" in output and "Saved in" in output
     assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
+    assert "too hard for this model\n> Write a Python" in output
     model, tokenizer = checkpoint.load(folder)
     assert model.config.vocab_size == tokenizer.vocab_size
     chain.main(folder)
     output = capsys.readouterr().out
     assert "blind guess" not in output and len(re.findall(r"(?: +\d\.\d{3}){5}", output)) == 5
-    assert "the answer changes" in output
+    assert "step the answer changes" in output
     steering.main(folder)  # makes the judge that it needs
     output = capsys.readouterr().out
-    assert "(it would say: " in output and "shuffled" in output and "Saved in" in output
+    assert "(the model's own answer: " in output and "shuffled" in output and "Saved in" in output
     assert len(re.findall(r"\n +\d+( +-?\d+\.\d\d){4}", output)) == 1
     assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
     assert common.judge(folder).own == {}  # from the folder: it has answered nothing yet
@@ -77,6 +81,12 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     output = capsys.readouterr().out
     assert output.count("\n  layer ") == 4 and "the same, bit for bit" in output
     assert len(re.findall(r"(?: +\d\.\d{3}){6}", output)) == 4
+    without, _, again = re.findall(r"(?m)^with.{14}(.* \|.*)$", output)
+    assert without == again
+    customers.main(folder)
+    output = capsys.readouterr().out
+    assert output.count("\n  no adapter") == 3 and len(re.findall(r"(?: +\d+%){3}", output)) == 4
+    assert "after: the same." in output
 
 
 def test_a_demo_says_what_it_is_and_refuses_what_it_does_not_know(demos, monkeypatch, capsys):
