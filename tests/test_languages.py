@@ -1,0 +1,96 @@
+"""Two pages in two languages say the same: sections, rows of tables, commands, numbers, links and pictures.
+
+A page is a list of blocks. Each block of one page has its partner in the other page, at the same place: a
+heading, a row of a table, an item of a list, a paragraph, a block of code. Words are free. Not compared: the
+comments in code, which are translated.
+"""
+
+import re
+from collections import Counter
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAIRS = [("demos/README.md", "demos/README.ko.md")]
+
+
+class Block(NamedTuple):
+    kind: str  # "## ", "|5" (a row of five cells), "- ", "code", "text"
+    facts: Counter  # the block's code, numbers and links
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The blocks of a page in Markdown."""
+    parts = re.split(r"(?ms)^(```.*?^```)$", page)
+    return [block for n, part in enumerate(parts)
+            for block in ([_code(part)] if n % 2 else map(_block, _paragraphs(part)))]  # fmt: skip
+
+
+def _paragraphs(text: str) -> list[str]:
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    starts = r"(?m)^(?=#|\||>|[-*] |\d+\. )|\n\s*\n"  # where a block begins, or a blank line
+    return [" ".join(part.split()) for part in re.split(starts, text) if part and part.strip()]
+
+
+def _code(text: str) -> Block:
+    lines = (re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.splitlines())
+    return Block("code", Counter(line for line in lines if line), text)
+
+
+def _block(text: str) -> Block:
+    kind = re.match(r"#+ |\||> |[-*] |\d+\. |", text)[0] or "text"
+    code = re.findall(r"`[^`]+`", text)
+    words = re.sub(r"`[^`]+`", "", text)
+    links = [link.replace(".ko.", ".") for link in re.findall(r"\]\(([^)#]*)[^)]*\)", words)]
+    words = re.sub(r"\]\([^)]*\)|^\d+\. ", "", words)
+    numbers = [n.rstrip(",.") for n in re.findall(r"\.?\d[\d,.]*", words)]
+    if kind == "|":
+        kind += str(text.count("|") - text.count(r"\|") - 1)
+    return Block(kind, Counter([*code, *links, *numbers]), text)
+
+
+def differences(first: str, second: str) -> list[str]:
+    """What one page has and the other has not, block by block. The list ends at a block without a partner."""
+    problems = []
+    for one, other in zip_longest(blocks(first), blocks(second)):
+        if one is None or other is None or one.kind != other.kind:
+            return [*problems, f"no partner: {one and one.text} / {other and other.text}"]
+        if one.facts != other.facts:
+            problems.append(f"only here: {[*(one.facts - other.facts)]}, only there: "
+                            f"{[*(other.facts - one.facts)]}: {one.text} / {other.text}")  # fmt: skip
+    return problems
+
+
+@pytest.mark.parametrize("english, korean", PAIRS)
+def test_the_languages_say_the_same(english: str, korean: str) -> None:
+    first, second = ((ROOT / page).read_text(encoding="utf-8") for page in (english, korean))
+    assert differences(first, second) == []
+
+
+PAGE = """# One
+[한국어](README.ko.md) Two words, 3 numbers, `code`.
+
+| a | 1,000 |
+|---|---|
+| b | .5 and 98.5 % |
+
+- a point
+```
+tinygpt story  # a comment
+```
+"""
+
+
+@pytest.mark.parametrize("change", [
+    ("# One", "## One"), ("3 numbers", "4 numbers"), ("`code`", "`cod`"), ("| b | .5", "| b | c | .5"),
+    ("98.5 %", "98.6 %"), ("| b | .5 and 98.5 % |\n", ""), ("- a point", "a point"), ("README.ko", "RAEDME.ko"),
+    ("tinygpt story", "tinygpt stroy"), ("| a | 1,000 |", "| a | 1000 |"), ("- a point\n", ""),
+])  # fmt: skip
+def test_a_difference_is_seen(change: tuple[str, str]) -> None:
+    other = PAGE.replace("a comment", "설명").replace("README.ko.md", "README.md")
+    assert differences(PAGE, other) == []
+    assert change[0] in PAGE and differences(PAGE.replace(*change), other)
