@@ -87,7 +87,7 @@ tinygpt story  # a comment
 
 @pytest.mark.parametrize("change", [
     ("# One", "## One"), ("3 numbers", "4 numbers"), ("`code`", "`cod`"), ("| b | .5", "| b | c | .5"),
-    ("98.5 %", "98.6 %"), ("| b | .5 and 98.5 % |\n", ""), ("- a point", "a point"), ("README.ko", "RAEDME.ko"),
+    ("98.5 %", "98.6 %"), ("| b | .5 and 98.5 % |\n", ""), ("- a point", "a point"), ("README.ko", "REAMDE"),
     ("tinygpt story", "tinygpt stroy"), ("| a | 1,000 |", "| a | 1000 |"), ("- a point\n", ""),
 ])  # fmt: skip
 def test_a_difference_is_seen(change: tuple[str, str]) -> None:
