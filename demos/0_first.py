@@ -1,6 +1,6 @@
 """Demo 0: a GPT learns to write, from nothing, in less than a minute on two cores.
 
-    .venv/bin/python demos/0_first_minute.py
+    .venv/bin/python demos/0_first.py
 
 The program writes sentences about 16 invented people. A small GPT with random weights reads these sentences
 letter by letter. The GPT has one task: predict the next letter. At several moments the demo shows:
