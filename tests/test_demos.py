@@ -11,6 +11,7 @@ import pytest
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint
+from tinygpt.lab.claims import CLAIMS
 from tinygpt.shell.cli import main
 from tinygpt.stages import evaluate, recipes, reward
 from tinygpt.text import examples
@@ -101,6 +102,17 @@ def test_a_demo_says_what_it_is_and_refuses_what_it_does_not_know(demos, monkeyp
             raise UserError(f"{folder.as_posix()}: is no model")
         out, err = capsys.readouterr()
         assert ended.value.code == status and words in out + err, (given, out, err)
+
+
+def test_the_glossary_names_what_is_there():
+    """Guards: a file that was renamed, a demo or a claim that does not exist."""
+    page = (DEMOS / "README.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(\w+/\w+\.py)`", page))
+    missing = [file for file in files if not (DEMOS.parent / "tinygpt" / file).exists()]
+    assert len(files) >= 20 and not missing
+    numbers = set(re.findall(r"[Dd]emo (\d)", page))
+    assert numbers == {path.name[0] for path in DEMOS.glob("[0-9]_*.py")}
+    assert {int(n) for n in re.findall(r"[Cc]laim (\d+)", page)} <= set(CLAIMS)
 
 
 def test_questions_about_natural_text(tmp_path, monkeypatch):

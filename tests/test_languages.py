@@ -71,6 +71,20 @@ def test_the_languages_say_the_same(english: str, korean: str) -> None:
     assert differences(first, second) == []
 
 
+def test_the_figure_says_the_same_in_both_languages_and_has_the_story_of_the_readme() -> None:
+    """Guards: a figure drawn anew for one language, or from another story than the README's table."""
+    texts = [re.findall(r"<text[^>]*>(.*?)</text>", (ROOT / "demos" / name).read_text(encoding="utf-8"))
+             for name in ("learning.svg", "learning.ko.svg")]  # fmt: skip
+    english, korean = ([sorted(re.findall(r"\d(?:[\d,.]*\d)?", text)) for text in part] for part in texts)
+    assert english == korean and len(english) > 30
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, change in re.findall(r"^(pre-training|RLHF) .*?([\d.]+)%", table, re.M):
+        shown = f"{float(change):.0f}" if name == "pre-training" else change
+        assert f"weights move by {shown}%" in texts[0], (name, change)
+    lora, ptuning = (re.search(rf"^{name} .*? (\d+,\d+) +0", table, re.M)[1] for name in ("LoRA", "p-tuning"))
+    assert f"trained: {lora}, {ptuning} weights" in texts[0]
+
+
 PAGE = """# One
 [한국어](README.ko.md) Two words, 3 numbers, `code`.
 
