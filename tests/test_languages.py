@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAIRS = [("demos/README.md", "demos/README.ko.md")]
+PAIRS = [("README.md", "README.ko.md"), ("demos/README.md", "demos/README.ko.md")]
 
 
 class Block(NamedTuple):
