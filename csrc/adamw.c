@@ -1,6 +1,6 @@
-/* adamw.c: the two passes over all weights: the gradient's norm, and the update. */
+/* adamw.c: the two passes over all weights: the norm of the gradient, and the update. */
 
-/* Every part is added up by one thread, so that no sum depends on the threads; in double. */
+/* One thread adds up a part, in double: no sum depends on the number of threads. */
 enum { STRIPES = 16 };
 
 static void squares_of_parts(const void *args, size_t begin, size_t end)
@@ -8,7 +8,7 @@ static void squares_of_parts(const void *args, size_t begin, size_t end)
     const struct squares *a = args;
     const real *x = a->x;
     for (size_t part = begin; part < end; part++) {
-        double stripe[STRIPES] = {0}; /* independent sums, which the compiler can keep in vectors */
+        double stripe[STRIPES] = {0}; /* independent sums, which the compiler keeps in vectors */
         size_t i = part * a->length, stop = i + a->length < a->n ? i + a->length : a->n;
         for (; i + STRIPES <= stop; i += STRIPES)
             for (size_t k = 0; k < STRIPES; k++)

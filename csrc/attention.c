@@ -1,22 +1,22 @@
 /* attention.c: causal multi-head attention, forward, backward, and one query against a cache of keys.
 
-   A task is one head of one batch row. It goes through the queries a panel at a time, QUERIES of them, and
-   holds their scores against the keys in a strip: strip[j][q], keys down, queries across the lanes. No T x T
-   matrix is stored: a strip is S x QUERIES, and backward makes it again (Dao et al. 2022).
+   A task is one head of one batch row. It takes the queries in panels of QUERIES, and keeps the scores of a
+   panel in a strip: strip[j][q], a row for each key j, a lane for each query q. No T x T matrix is stored: a
+   strip is S x QUERIES, and backward computes it again (Dao et al. 2022).
 
-   Lying this way, the softmax over keys is a run down the strip with one query in each lane, and the six
-   products are all the tile of gemm.c, with one operand broadcast and the other read along its rows:
+   In this order the softmax over the keys goes down the strip, with one query in each lane. All six products
+   use the tile of gemm.c, with one operand broadcast and the other read along its rows:
 
        forward     scores  = k q^T       out = scores^T v
        backward    dprobs  = v dout^T    dv += probs dout     dk += dscores q     dq = dscores^T k
 
-   Keys and values are first copied into rows padded with zeros, so that tiles need no edges. Which keys a
-   query sees is the one rule in tinygpt.h; a panel runs from the first key that any of its queries sees to
-   the last. */
+   Keys and values are first copied into rows padded with zeros, so that every tile is whole. tinygpt.h has
+   the rule which keys a query sees. A panel computes the keys from the first to the last one that any of its
+   queries sees. */
 
 enum { QUERIES = COLS };
 
-/* rows x D at a stride -> padded x Dp, zeros outside. */
+/* Copies rows x D at a stride to padded x Dp, and fills the rest with zeros. */
 static void copy_rows(real *out, const real *in, size_t rows, size_t stride, size_t D, size_t padded,
                       size_t Dp)
 {
@@ -55,8 +55,9 @@ static void keys_by_channels(real *out, const real *strip, const real *rows, siz
                  rows + c, Dp, QUERIES);
 }
 
-/* What the queries of a panel see: for each lane its own key and the first one after the prefix; for all of
-   them the keys from begin to end, and those between `open` and `shut`, which every lane sees. */
+/* The keys that the queries of a panel see. For each lane: its own key, and its first key after the prefix.
+   For the panel: the keys from begin to end, which some lane sees, and from open to shut, which every lane
+   sees. */
 struct view {
     ivec own[2], first[2];
     size_t prefix, begin, end, open, shut;
@@ -64,10 +65,10 @@ struct view {
 
 static struct view look(const int32_t *start, size_t b, size_t T, size_t S, size_t prefix, size_t i, size_t n)
 {
-    const size_t after = least(T, S - prefix), inside = T - after; /* of the queries */
+    const size_t after = least(T, S - prefix), inside = T - after; /* queries after and in the prefix */
     struct view w = {.prefix = prefix, .begin = S, .end = up(S - T + i + n, LINES), .shut = S - T + i + 1};
     for (size_t q = 0; q < QUERIES; q++) {
-        size_t query = i + (q < n ? q : n - 1); /* a lane without a query sees what the last one sees */
+        size_t query = i + (q < n ? q : n - 1); /* a lane without a query repeats the last query */
         size_t own = S - T + query;
         size_t first = start && query >= inside ? prefix + start[b * after + query - inside] : 0;
         first = least(first, own);
@@ -80,7 +81,7 @@ static struct view look(const int32_t *start, size_t b, size_t T, size_t S, size
     return w;
 }
 
-/* x where lane block `half` sees key j, elsewhere `hidden`. */
+/* For vector `half` of the lanes: x where a lane sees key j, elsewhere `hidden`. */
 INLINE vec mask(const struct view *w, size_t j, int half, vec x, real hidden)
 {
     if (j >= w->open && j < w->shut)
@@ -89,8 +90,8 @@ INLINE vec mask(const struct view *w, size_t j, int half, vec x, real hidden)
     return pick((w->own[half] >= (integer)j) & (j < w->prefix ? ~(ivec){0} : after), x, all(hidden));
 }
 
-/* strip <- exp(scale strip - top) for each query, 0 for a key that it does not see; total: its sums over the
-   keys. */
+/* strip <- exp(scale strip - top) for each query, with top its largest score; 0 for a key that the query does
+   not see. total[q]: the sum over the keys. */
 static void softmax(real *strip, real *total, real scale, const struct view *w)
 {
     for (int half = 0; half < 2; half++) {
@@ -140,9 +141,9 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
     }
 }
 
-/* T = 1, the step of generation: `heads` heads from h0 on of row b. Every key and value is used once, so the
-   time goes into reading them, and memory is read fastest strictly in order: a row at a time, all heads of
-   it. The products of LANES keys are kept until their sums fill a vector. */
+/* T = 1, a step of generation: `heads` heads of row b, beginning with h0. Every key and value is used once,
+   so reading them takes the time, and memory is fastest when it is read strictly in order: row by row, all
+   heads of a row. The products of LANES keys are kept, and their LANES sums then fill a vector. */
 INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, size_t h0, size_t heads)
 {
     const size_t S = a->S, Sp = up(S, LANES), own = S - 1;
@@ -170,7 +171,7 @@ INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, 
     for (size_t h = 0; h < heads; h++) {
         real *p = probs + h * Sp;
         vec top = all(-INFINITY), total = {0};
-        for (size_t j = a->prefix; j < first; j++) /* hidden */
+        for (size_t j = a->prefix; j < first; j++) /* hidden keys */
             p[j] = -INFINITY;
         for (size_t j = S; j < Sp; j++)
             p[j] = -INFINITY;
@@ -196,7 +197,7 @@ INLINE void decode(const size_t D, const struct attention_forward *a, size_t b, 
         }
 }
 
-/* Head sizes in use are given as constants, for which the compiler unrolls the loops. */
+/* The usual head sizes are compile-time constants: the compiler then unrolls the loops. */
 static void attention_decode_heads(const void *args, size_t begin, size_t end)
 {
     const struct attention_forward *a = args;
@@ -244,7 +245,7 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
             copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);
             pack(q_t, q, QUERIES, QUERIES, D, Dp, 1);
             pack(dout_t, dout, QUERIES, QUERIES, D, Dp, 1);
-            keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores, for now */
+            keys_by_queries(probs, k, q_t, D, Dp, w.begin, w.end); /* scores; softmax makes them probs */
             keys_by_queries(dscores, v, dout_t, D, Dp, w.begin, w.end); /* dprobs */
             real total[QUERIES];
             softmax(probs, total, scale, &w);

@@ -1,6 +1,7 @@
-/* cross_entropy.c: -log softmax(logits)[target], and its gradient. The probabilities are never stored:
-   backward makes them again from the logits and two numbers a row, the largest logit and the sum of exp(logit
-   - largest). */
+/* cross_entropy.c: -log softmax(logits)[target], and its gradient.
+
+   The probabilities are never stored. Backward computes them again, from the logits and two numbers per row:
+   the largest logit, and the sum of exp(logit - largest). */
 
 static void cross_entropy_forward_rows(const void *args, size_t begin, size_t end)
 {
@@ -33,7 +34,7 @@ static void cross_entropy_backward_rows(const void *args, size_t begin, size_t e
     for (size_t i = begin; i < end; i++) {
         const real *x = a->logits + i * V, weight = a->dnll[i], top = a->top[i], share = weight / a->total[i];
         real *dx = a->dlogits + i * V;
-        if (weight == 0) { /* not weight times the softmax: a masked row's logits may be infinite */
+        if (weight == 0) { /* 0 times the softmax may be NaN: the logits of a masked row may be infinite */
             memset(dx, 0, V * sizeof(real));
             continue;
         }

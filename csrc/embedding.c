@@ -1,5 +1,5 @@
-/* embedding.c: rows of a table by number, and the gradient's way back; the residual sum and dropout beside
-   it. */
+/* embedding.c: rows of a table by id, and the gradient of the table; the residual sum, dropout, and rows that
+   are appended to a KV cache. */
 
 static void embedding_forward_rows(const void *args, size_t begin, size_t end)
 {
@@ -19,10 +19,10 @@ static void check_ids(const void *args)
     const struct check_ids *a = args;
     *a->outside = 0;
     for (size_t i = 0; i < a->n; i++)
-        *a->outside |= (uint32_t)a->ids[i] >= a->below; /* a negative id is a large one here */
+        *a->outside |= (uint32_t)a->ids[i] >= a->below; /* as unsigned, a negative id is large */
 }
 
-/* Two rows may name the same id, so threads share the channels, not the rows. */
+/* Two rows may have the same id, so each thread has some of the channels of all rows. */
 static void embedding_backward_channels(const void *args, size_t begin, size_t end)
 {
     const struct embedding_backward *a = args;
@@ -55,7 +55,7 @@ static void residual_forward(const void *args)
     parallel(residual_forward_range, a, a->n, 4096);
 }
 
-/* The hash of ops.dropout_mask: element number i gives the same answer in any order. */
+/* The hash of ops.dropout_mask. It depends on the seed and the element's number alone. */
 static void dropout_range(const void *args, size_t begin, size_t end)
 {
     const struct dropout_forward *a = args;

@@ -1,7 +1,7 @@
 /* gelu.c: GELU in its tanh form, x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), and its gradient.
 
-   (1 + tanh(u)) / 2 is the logistic function of 2u, 1 / (1 + exp(-2u)): one exp, no cancellation where tanh
-   is near -1, and the derivative is s (1 - s) (2u)'. */
+   (1 + tanh(u)) / 2 is s = 1 / (1 + exp(-2u)), the logistic function of 2u. It needs one exp and has no
+   cancellation where tanh(u) is near -1. Its derivative is s (1 - s) (2u)'. */
 
 #define TWO_ROOT_2_OVER_PI ((real)1.5957691216057307117597842397375)
 

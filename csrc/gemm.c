@@ -1,27 +1,27 @@
-/* gemm.c: matrix multiply, the operation that training spends its time in.
+/* gemm.c: matrix multiply. Training spends most of its time here.
 
-   `by_three_loops` is the whole operation. All that comes after it computes the same numbers sooner, by
-   Goto's algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). At the bottom, `tile` keeps a
-   small block of c in registers and adds to it one outer product a step: ROWS numbers of a times 2 vectors of
-   b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic, not loading, is what takes the
-   time. Around it, blocking keeps what is used again close:
+   `by_three_loops` is the whole operation. The rest of the file computes the same sums faster, by Goto's
+   algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). The innermost function is `tile`. It
+   keeps a small block of c in registers, and each step adds one outer product to the block: ROWS numbers of a
+   times 2 vectors of b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic takes the time,
+   not loading. The loops around `tile` keep in a cache what is used again:
 
-       each thread has a piece of c of its own, and in it
+       each thread has its own piece of c, and in this piece
        for each WIDTH of columns, for each DEPTH of K:
            pack b: panels of 2 vectors' columns, in the order in which tiles read     (second cache)
            for each HEIGHT of rows:
                for each panel of b                                                    (first cache)
                    for each ROWS rows of a: one tile                                  (registers)
 
-   Packing turns any strides into one order and pads the edges with zeros, so NN, NT, TN and odd sizes all run
-   the same inner loop. Rows of a that are contiguous are read where they lie. A thread packs what it reads:
-   two may pack the same panel, but neither waits for the other, nor for its cache. Each element of c is
-   summed in one order, whatever the threads do.
+   Packing gives operands of any strides one order, and pads the edges with zeros. NN, NT, TN and odd sizes
+   then run the same inner loop. Contiguous rows of a are read in place. Each thread packs the panels that it
+   reads: two threads may pack the same panel, but neither waits for the other, or for the other's cache. The
+   order of the sum of an element of c does not depend on the number of threads.
 
-   With bfloat16 the operands are rounded to 16 bits, and c stays float. A processor with AVX512-BF16 then
-   makes twice as many multiply-adds a step: each lane multiplies a pair of numbers by a pair, and adds both
-   products to its sum. Packing makes such pairs, of two neighbours along K, in a cell of 32 bits. From there
-   on a cell stands where a number stood, K is half as long, and everything else is as above. */
+   bfloat16: the operands are rounded to 16 bits, and c stays float. In one instruction of AVX512-BF16 a lane
+   multiplies a pair of numbers by a pair, and adds both products to its sum: twice as many multiply-adds.
+   Packing puts such a pair, two neighbours along K, into one cell of 32 bits. After packing a cell takes the
+   place of a number, K is half as long, and the rest is as above. */
 
 static void by_three_loops(const struct gemm *g)
 {
@@ -35,14 +35,14 @@ static void by_three_loops(const struct gemm *g)
 }
 
 enum { DEPTH = 384, WIDTH = 512, HEIGHT = 16 * ROWS, COLS = 2 * LANES };
-enum { SMALL = 1 << 18 }; /* multiply-adds: fewer take less time than a second thread needs to begin */
+enum { SMALL = 1 << 18 }; /* multiply-adds: below this, a second thread would start too late to help */
 
-/* Two numbers in one cell, each rounded to bfloat16, which is the upper half of a float: to the nearest, ties
-   to an even last bit. A NaN stays one. */
+/* Two numbers in one cell, each rounded to bfloat16, the upper half of a float: to the nearest, ties to an
+   even last bit. A NaN stays NaN. */
 INLINE real pair(real low, real high)
 {
 #if REAL_IS_DOUBLE
-    return low + 0 * high; /* there is no such cell */
+    return low + 0 * high; /* never called: a double has no cells */
 #else
     uint32_t bits[2];
     memcpy(&bits[0], &low, 4), memcpy(&bits[1], &high, 4);
@@ -55,7 +55,7 @@ INLINE real pair(real low, real high)
 #endif
 }
 
-/* acc + x b, lane by lane, with one x for all lanes; of cells, both products of their pairs. */
+/* acc + x b, lane by lane, with one x for all lanes. For cells, acc plus both products of the pairs. */
 INLINE vec multiply_add(const int is_cells, vec acc, const real *x, vec b)
 {
     if (!is_cells)
@@ -73,8 +73,8 @@ INLINE vec multiply_add(const int is_cells, vec acc, const real *x, vec b)
 }
 
 /* c[i][j] = from[i][j] + sum over p < depth of a[i a_row + p a_col] b[p b_row + j], for i < rows, j < COLS.
-   from NULL is zeros. `rows` is a compile-time constant, so that c lives in registers. c, not needed before
-   the end, is on its way from memory while the sums are made. */
+   from NULL means zeros. `rows` is a compile-time constant, so that c is in registers. c is needed only at
+   the end: the prefetch brings it from memory while the sums are computed. */
 INLINE void tile(const int is_cells, const int rows, real *c, size_t c_row, const real *from, size_t from_row,
                  const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row, size_t depth)
 {
@@ -105,14 +105,14 @@ INLINE void tile(const int is_cells, const int rows, real *c, size_t c_row, cons
     }
 }
 
-/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines, the last
-   one filled up with zeros: line l's element p goes to out[l / full][p][l % full]. across is the stride from
-   line to line, along the stride in a line; full is a constant. */
+/* Copies `lines` lines (rows of a, columns of b) of `depth` elements into panels of `full` lines. Zeros fill
+   the last panel. Element p of line l goes to out[l / full][p][l % full]. across is the stride from line to
+   line, along the stride in a line. full is a compile-time constant. */
 INLINE void pack(real *restrict out, const real *restrict in, size_t lines, const size_t full, size_t depth,
                  size_t across, size_t along)
 {
     size_t l = 0;
-    for (size_t p = 0; p < depth && across == 1; p++) /* memory in its order */
+    for (size_t p = 0; p < depth && across == 1; p++) /* reads memory in order */
         for (l = 0; l + full <= lines; l += full)
             memcpy(out + l * depth + p * full, in + l + p * along, full * sizeof(real));
     for (; l < lines; l += full) {
@@ -132,13 +132,13 @@ INLINE void pack(real *restrict out, const real *restrict in, size_t lines, cons
     }
 }
 
-/* Lines of an operand, rows of a or columns of b: the stride from line to line, and that along K. */
+/* Lines of an operand, rows of a or columns of b: the stride from line to line, and the stride along K. */
 struct lines {
     const real *at;
     size_t across, along;
 };
 
-/* `lines` lines of `depth` numbers in cells, in the order in which they lie, written to `out`. */
+/* Writes `lines` lines of `depth` numbers to `out` as cells, in the order of the numbers in memory. */
 static struct lines cells_of(real *restrict out, struct lines in, size_t lines, size_t depth)
 {
     const size_t cells = depth / 2, odd = depth % 2, all_cells = cells + odd;
@@ -163,12 +163,12 @@ static struct lines cells_of(real *restrict out, struct lines in, size_t lines, 
     return (struct lines){out, all_cells, 1};
 }
 
-/* A slice of K: its first index, its depth, both in cells where there are cells. */
+/* A slice of K: its first index and its depth, both counted in cells where there are cells. */
 struct slice {
     size_t p, depth;
 };
 
-/* What a slice has of these lines: the numbers as they lie, or cells in `room`. */
+/* These lines, cut to a slice of K: the numbers in place, or cells that are written to `room`. */
 INLINE struct lines slice_of(const int is_cells, real *room, struct lines in, size_t lines, struct slice k,
                              size_t K)
 {
@@ -178,14 +178,14 @@ INLINE struct lines slice_of(const int is_cells, real *room, struct lines in, si
     return cells_of(room, in, lines, least(K - 2 * k.p, 2 * k.depth));
 }
 
-/* c's rows i to i + height, columns j to j + width, of a tile with `rows` rows: in place, edges by way of a
-   copy. a and b begin where the slice does. */
+/* Computes rows i to i + height and columns j to j + width of c by a tile of `rows` rows: in place, or in a
+   copy where the tile is cut at an edge. a and b begin at the slice. */
 INLINE void one_tile(const int is_cells, const int rows, const struct gemm *g, struct slice k, const real *a,
                      size_t a_row, size_t a_col, const real *b, size_t b_row, size_t i, size_t j,
                      size_t height, size_t width)
 {
     real *c = g->c + i * g->c_row + j, edge[ROWS * COLS] = {0}, *out = c;
-    /* later slices add to what is there */
+    /* the first slice begins with add or bias, a later slice with the sums so far */
     const real *from = k.p ? c : g->add ? g->add + i * g->c_row + j : g->bias ? g->bias + j : NULL;
     size_t from_row = k.p || g->add ? g->c_row : 0, out_row = g->c_row;
     if (height < (size_t)rows || width < COLS) {
@@ -203,8 +203,8 @@ INLINE void one_tile(const int is_cells, const int rows, const struct gemm *g, s
                 c[r * g->c_row + l] += g->bias[j + l];
 }
 
-/* Rows i0 to i1 of the columns j0 to j1, with b packed. a is packed where it must be: when its rows have
-   gaps, and at the bottom, where rows are missing. */
+/* Rows i0 to i1 of the columns j0 to j1, with b packed. a is packed only where its rows are not contiguous,
+   and in the last tile if that has fewer than ROWS rows. */
 INLINE void multiply(const int is_cells, const struct gemm *g, struct slice k, real *packed,
                      const real *packed_b, size_t i0, size_t i1, size_t j0, size_t j1)
 {
@@ -226,7 +226,7 @@ INLINE void multiply(const int is_cells, const struct gemm *g, struct slice k, r
         }
 }
 
-/* c in pieces, of whole tiles: row_pieces x col_pieces. */
+/* c is cut into row_pieces x col_pieces pieces of whole tiles. */
 struct grid {
     const struct gemm *g;
     size_t row_pieces, col_pieces;
@@ -264,14 +264,14 @@ INLINE void pieces(const int is_cells, const void *args, size_t begin, size_t en
 static void pieces_of_c(const void *args, size_t begin, size_t end) { pieces(0, args, begin, end); }
 static void pieces_by_cells(const void *args, size_t begin, size_t end) { pieces(1, args, begin, end); }
 
-/* A few rows of a, as in generation, use each element of b a few times: reading b is most of what it
-   takes. So b is not packed for one multiply but read once, as it lies. Memory is slower where a panel's rows
-   lie apart; who multiplies by the same b at every step packs it once for all of them: see `pack_panels`. */
+/* With a few rows of a, as in generation, each element of b is used a few times, and reading b takes most of
+   the time. So b is not packed for one multiply, but read once, in place. Memory is slower where the rows of
+   a panel are far apart: if b is the same in every step, `pack_panels` packs it once for all steps. */
 enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
 
-/* An item is FEW_ROWS rows of a and a panel of b, row blocks outermost: with many rows a thread has its own,
-   as in the kernels before and after, and what they wrote is in its cache. What whole tiles leave of the rows
-   makes smaller ones. */
+/* An item is a block of FEW_ROWS rows of a, and one panel of b. The row blocks are the outer loop: with many
+   rows a thread has its own rows, as in the kernels before and after, and finds their results in its cache.
+   Rows that do not fill a tile of ROWS go to smaller tiles. */
 INLINE void panels_by_tiles(const int is_cells, const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
@@ -331,8 +331,8 @@ static void pack_panels(const void *args)
     parallel(pack_panels_range, a, up(a->N, COLS) / COLS, 1);
 }
 
-/* c[i][j] = a's row i . b's column j, for `rows` rows and GROUP columns, or fewer: those past `columns`
-   repeat. */
+/* c[i][j] = row i of a . column j of b, for `rows` rows and `columns` columns. It computes GROUP columns: the
+   last one again for each missing column. */
 INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_t columns)
 {
     const real *b[GROUP];
@@ -362,7 +362,7 @@ INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_
             g->c[at + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0) + (g->add ? g->add[at + l] : 0);
 }
 
-/* Columns of b contiguous, as in the tied head. */
+/* For contiguous columns of b, as in the tied head. */
 static void few_rows_by_dots(const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
@@ -390,7 +390,7 @@ static void gemm(const void *args)
         if (!room)
             return;
         const struct lines a = cells_of(room, (struct lines){g->a, g->a_row, g->a_col}, g->M, g->K);
-        g->a = a.at, g->a_row = g->K = a.across; /* a_col is 1: a's rows are rows of cells */
+        g->a = a.at, g->a_row = g->K = a.across; /* a_col is 1: rows of a become rows of cells */
     }
     if (g->panels || (is_few && g->b_col == 1)) {
         const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
@@ -402,24 +402,24 @@ static void gemm(const void *args)
         parallel(few_rows_by_dots, g, up(g->N, GROUP) / GROUP, 1 + 65536 / (g->K * GROUP));
         return;
     }
-    if (!g->K || !g->M || !g->N) { /* an empty sum, or nothing at all */
+    if (!g->K || !g->M || !g->N) { /* empty sums, or an empty c */
         by_three_loops(g);
         return;
     }
     const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
-    const size_t wanted = g->M * g->N * g->K < SMALL ? 1 : thread_count();
-    struct grid t = {g, 1, 1}; /* a piece for each thread: each packs its b anew, so four cost 4 % more */
+    const size_t workers = g->M * g->N * g->K < SMALL ? 1 : thread_count();
+    struct grid t = {g, 1, 1}; /* one piece for each thread: each piece packs its b, so four cost 4 % more */
     if (g->M >= g->N) { /* cut the longer side */
-        t.row_pieces = least(row_tiles, wanted);
-        t.col_pieces = least(panels, wanted / t.row_pieces);
+        t.row_pieces = least(row_tiles, workers);
+        t.col_pieces = least(panels, workers / t.row_pieces);
     } else {
-        t.col_pieces = least(panels, wanted);
-        t.row_pieces = least(row_tiles, wanted / t.col_pieces);
+        t.col_pieces = least(panels, workers);
+        t.row_pieces = least(row_tiles, workers / t.col_pieces);
     }
     parallel(g->is_bfloat16 ? pieces_by_cells : pieces_of_c, &t, t.row_pieces * t.col_pieces, 1);
 }
 
-/* A column at a time would jump; a range of columns, row by row, keeps its sums in the cache. */
+/* Adds a range of columns row by row: x is read in order, and the sums stay in the cache. */
 static void column_sum_range(const void *args, size_t begin, size_t end)
 {
     const struct column_sum *a = args;

@@ -1,5 +1,4 @@
-/* layernorm.c: y = g (x - mean) rstd + b over each row of C channels, and its gradient. See ops.py for the
-   why. */
+/* layernorm.c: y = g (x - mean) rstd + b over each row of C channels, and its gradient. ops.py derives it. */
 
 static void layernorm_forward_rows(const void *args, size_t begin, size_t end)
 {
@@ -32,14 +31,14 @@ static void layernorm_forward(const void *args)
     parallel(layernorm_forward_rows, a, a->rows, 1 + 4096 / (a->C + 1));
 }
 
-/* One pass over the rows gives all three. dg and db are sums over rows: a part of the rows has sums of its
-   own, and these are added up at the end; the parts are the same whatever the threads do. */
+/* One pass over the rows gives dx, dg and db. dg and db are sums over rows. The rows are cut into parts; each
+   part has its own sums, and the end adds them up. The cut does not depend on the number of threads. */
 enum { MOST_PARTS = 32 };
 
 struct layernorm_parts {
     const struct layernorm_backward *a;
     real *dg, *db; /* (parts, C) */
-    size_t rows;   /* in a part */
+    size_t rows;   /* of a part */
 };
 
 static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
@@ -47,7 +46,7 @@ static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
     const struct layernorm_parts *t = args;
     const struct layernorm_backward *a = t->a;
     const size_t C = a->C;
-    const int sums = a->dg || a->db; /* a frozen norm has none */
+    const int sums = a->dg || a->db; /* 0 for a frozen norm */
     for (size_t part = begin; part < end; part++) {
         real *dg = t->dg + part * C, *db = t->db + part * C;
         memset(dg, 0, C * sizeof(real));
@@ -79,7 +78,7 @@ static void layernorm_backward_parts(const void *args, size_t begin, size_t end)
 static void layernorm_backward(const void *args)
 {
     const struct layernorm_backward *a = args;
-    const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS; /* in a part */
+    const size_t C = a->C, rows = up(a->rows, MOST_PARTS) / MOST_PARTS; /* rows of a part */
     const size_t parts = rows ? up(a->rows, rows) / rows : 0;
     real *dg = scratch(SCRATCH_SHARED, 2 * MOST_PARTS * C * sizeof(real));
     if (!dg)

@@ -1,9 +1,10 @@
-/* memory.c: memory that was freed stays with the process, for the next array.
+/* memory.c: the process keeps freed memory for its next arrays.
 
-   The model makes a new array for each result. An array of more than 128 KiB would come from the operating
-   system as pages of zeros and go back to it, in each step: a page fault for every 4 KiB. With these three
-   settings glibc takes large arrays from its heap too, and keeps the heap when they are freed. After the
-   first step nothing is asked of the operating system any more. Other C libraries decide for themselves. */
+   The model makes a new array for each result. By default glibc takes an array of more than 128 KiB from the
+   operating system, as pages of zeros, and returns it when it is freed. Every step would then have a page
+   fault for every 4 KiB. With these three settings glibc takes large arrays from its heap too, and never
+   shrinks the heap. After the first step the process takes no more memory from the operating system. Other C
+   libraries have no such settings. */
 typedef void real;
 #include "tinygpt.h"
 

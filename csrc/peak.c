@@ -1,6 +1,7 @@
-/* peak.c: what this machine can do at most, for `tinygpt bench` to hold the kernels against. */
+/* peak.c: the limits of this machine, in arithmetic and in memory: `tinygpt bench` compares the kernels with
+   them. */
 
-/* `steps` times 12 independent multiply-adds of whole vectors, in registers, in each of `tasks`. */
+/* Each of `tasks` does `steps` times 12 independent multiply-adds of whole vectors, in registers. */
 static void fma_peak_tasks(const void *args, size_t begin, size_t end)
 {
     const struct fma_peak *a = args;
@@ -15,7 +16,7 @@ static void fma_peak_tasks(const void *args, size_t begin, size_t end)
         }
         for (size_t i = 1; i < 12; i++)
             sums[0] += sums[i];
-        a->out[task] = sum(sums[0]); /* used, or the compiler would leave it all out */
+        a->out[task] = sum(sums[0]); /* without a result the compiler would remove the loop */
     }
 }
 
@@ -26,7 +27,7 @@ static void fma_peak(const void *args)
     parallel(fma_peak_tasks, a, a->tasks, 1);
 }
 
-/* Reads x once; out takes a sum for each of the tasks. */
+/* Reads x once. Each task writes the sum of its part to out. */
 static void read_memory_tasks(const void *args, size_t begin, size_t end)
 {
     const struct read_memory *a = args;

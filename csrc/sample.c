@@ -1,11 +1,11 @@
-/* sample.c: the next token of each row, by the definition in ops.py: softmax of logits / temperature, cut to
-   the top_k likeliest or to the likeliest that together have top_p, then one number against the sums.
+/* sample.c: draws the next token of each row, as ops.sample defines it: softmax of logits / temperature; the
+   top_k likeliest tokens, or the likeliest with top_p together; then one random number against the sums.
 
-   Nothing is sorted. Where a cut lies is found as quickselect finds a rank (Hoare 1961): split around a
-   pivot, weigh the upper part, go on in the part that holds the cut. A token weighs 1 for top_k, its
-   probability for top_p. */
+   Nothing is sorted. The threshold of a cut is found as quickselect finds a rank (Hoare 1961): split around a
+   pivot, weigh the upper part, continue in the part with the threshold. For top_k a token weighs 1, for top_p
+   its probability. */
 
-enum { MASS_BLOCK = 256 }; /* tokens added up at once, and passed over when the sum stays below the number */
+enum { MASS_BLOCK = 256 }; /* tokens that `draw` adds up and skips at once */
 
 static double mass(const real *p, size_t n)
 {
@@ -21,14 +21,14 @@ static double mass(const real *p, size_t n)
     return total;
 }
 
-/* The largest number in x for which the elements of at least its size together weigh `wanted`; the least
-   element if all are too light. Reorders x. */
-static real cut(real *x, size_t n, double wanted, int by_mass)
+/* The largest element t of x such that the elements >= t together weigh at least `goal`; the smallest element
+   if all together weigh less. Reorders x. */
+static real cut(real *x, size_t n, double goal, int by_mass)
 {
-    real least_kept = 0;
+    real threshold = 0;
     while (n) {
         const real pivot = x[n / 2];
-        size_t above = 0, equal = 0; /* x: those above the pivot, those equal to it, those below */
+        size_t above = 0, equal = 0; /* x is reordered: above the pivot, equal to it, below it */
         double above_weight = 0;
         for (size_t i = 0; i < n; i++) {
             const real y = x[i];
@@ -43,17 +43,17 @@ static real cut(real *x, size_t n, double wanted, int by_mass)
             } else
                 equal++;
         }
-        if (above_weight >= wanted) {
+        if (above_weight >= goal) {
             n = above;
             continue;
         }
-        least_kept = pivot;
-        wanted -= above_weight + equal * (by_mass ? (double)pivot : 1);
-        if (wanted <= 0)
+        threshold = pivot;
+        goal -= above_weight + equal * (by_mass ? (double)pivot : 1);
+        if (goal <= 0)
             break;
         x += above + equal, n -= above + equal;
     }
-    return least_kept;
+    return threshold;
 }
 
 static int32_t draw(const real *p, size_t V, double uniform)
@@ -61,14 +61,14 @@ static int32_t draw(const real *p, size_t V, double uniform)
     double total = 0, sum = 0, next;
     for (size_t i = 0; i < V; i += MASS_BLOCK)
         total += mass(p + i, least(V - i, MASS_BLOCK));
-    const double wanted = uniform * total;
+    const double goal = uniform * total;
     size_t i = 0, last = 0;
-    for (; i + MASS_BLOCK < V && (next = sum + mass(p + i, MASS_BLOCK)) <= wanted; i += MASS_BLOCK)
+    for (; i + MASS_BLOCK < V && (next = sum + mass(p + i, MASS_BLOCK)) <= goal; i += MASS_BLOCK)
         sum = next;
     for (; i < V; i++) {
         if (p[i] > 0)
-            last = i; /* should the sums round to less than `wanted` */
-        if ((sum += p[i]) > wanted)
+            last = i; /* the answer if all sums, rounded, stay below `goal` */
+        if ((sum += p[i]) > goal)
             break;
     }
     return last;
@@ -108,20 +108,20 @@ static void sample_rows(const void *args, size_t begin, size_t end)
         }
         for (size_t i = 0; i < V; i += LANES)
             store(p + i, (load_n(x + i, V - i, -INFINITY) - top) / temperature);
-        real least_kept = -INFINITY;
+        real threshold = -INFINITY;
         if (a->top_k && a->top_k < V) {
             memcpy(copy, p, V * sizeof(real));
-            least_kept = cut(copy, V, a->top_k, 0);
+            threshold = cut(copy, V, a->top_k, 0);
         }
         for (size_t i = 0; i < V; i += LANES) {
             const vec y = load(p + i);
-            store(p + i, pick(y < least_kept, all(0), vexp(y)));
+            store(p + i, pick(y < threshold, all(0), vexp(y)));
         }
         if (a->top_p < 1) {
             memcpy(copy, p, V * sizeof(real));
-            least_kept = cut(copy, V, a->top_p * mass(p, V), 1);
+            threshold = cut(copy, V, a->top_p * mass(p, V), 1);
             for (size_t i = 0; i < V; i++)
-                p[i] = p[i] < least_kept ? 0 : p[i];
+                p[i] = p[i] < threshold ? 0 : p[i];
         }
         a->out[row] = draw(p, V, a->uniform[row]);
     }

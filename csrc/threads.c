@@ -1,18 +1,18 @@
-/* threads.c: the only file that knows about threads.
+/* threads.c: the pool of threads. No other file knows about threads.
 
-   A pool of workers made at first use. A job is a function and a number of items, of which each thread has a
-   share. It is the same part of them in every job, so that rows which one kernel wrote are still in the cache
-   of the processor that needs them in the next. Who is done early takes from the others' shares. Between the
-   kernels of a training step there are microseconds, so a worker looks for the next job for a while before it
-   goes to sleep.
+   The first job starts the workers. A job is a function and a number of items. Each thread has a share of the
+   items, the same part in every job: rows that one kernel wrote are then still in the cache of the processor
+   that reads them in the next kernel. A thread that has finished its share takes items from the other shares.
+   Kernels of a training step follow each other within microseconds, so a worker polls for the next job for a
+   while before it sleeps.
 
-   The caller never waits for a worker that has not begun: on a busy machine one may not get a processor for
-   milliseconds, and the caller then does all the work itself. A worker enters a job through a gate, which the
-   caller shuts when no items are left; it then waits only for those inside.
+   The caller never waits for a worker that has not begun. On a busy machine a worker may get no processor for
+   milliseconds; the caller then does all the work itself. A worker enters a job through a gate. The caller
+   shuts the gate when no items are left, and then waits only for the workers inside.
 
-   The pool serves one job at a time: a caller that finds it busy (another Python thread) does its work alone.
-   A child process made by fork has none of its parent's threads; the handler below forgets them, and the
-   child makes its own. */
+   The pool serves one job at a time. If another Python thread has a job in the pool, the caller does its work
+   alone. A child process made by fork has none of its parent's threads: the handler below forgets them, and
+   the child starts its own. */
 #include "threads.h"
 
 #include <pthread.h>
@@ -23,20 +23,20 @@
 
 enum { MOST_THREADS = 256, LOOKS = 20000 };
 
-enum { OPEN = 1, INSIDE = 2 }; /* the gate: one bit, and above it the number of workers inside */
+enum { OPEN = 1, INSIDE = 2 }; /* the gate: bit 0 says open; the bits above count the workers inside */
 
 static struct {
     void (*work)(const void *, size_t, size_t);
     const void *args;
     size_t piece, shares;
     struct {
-        _Alignas(64) atomic_size_t next; /* first item nobody has taken; on a cache line of its own */
+        _Alignas(64) atomic_size_t next; /* the first item that is not taken; on a cache line of its own */
         size_t end;
     } share[MOST_THREADS];
     atomic_size_t gate;
-    atomic_size_t job; /* counts jobs: a change is the signal */
+    atomic_size_t job; /* counts jobs: workers wait for a change */
     atomic_flag busy;
-    size_t threads, workers; /* wanted, with the caller; started */
+    size_t threads, workers; /* threads to use, the caller included; workers that were started */
     size_t asleep;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -47,7 +47,8 @@ static struct {
     .wake = PTHREAD_COND_INITIALIZER,
 };
 
-/* Between two looks. Now and then another thread may have the processor: perhaps the one that is awaited. */
+/* A pause between two polls. Every 256th poll lets another thread have the processor: it may be the thread
+   that this one waits for. */
 static inline void relax(int look)
 {
     if (look % 256 == 0)
@@ -59,7 +60,7 @@ static inline void relax(int look)
 #endif
 }
 
-/* The thread's own share first, then what the others have left of theirs. */
+/* Takes items of the thread's own share first, then of the other shares. */
 static void take_ranges(size_t me)
 {
     for (size_t k = 0; k < pool.shares; k++) {
@@ -118,7 +119,7 @@ static void start_workers(void)
     for (; pool.workers + 1 < pool.threads; pool.workers++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, worker, (void *)(uintptr_t)(pool.workers + 1)))
-            pool.threads = pool.workers + 1; /* the machine has no more: do with these */
+            pool.threads = pool.workers + 1; /* the system starts no more threads: use these */
         else
             pthread_detach(thread);
     }
@@ -134,14 +135,14 @@ void parallel(void (*work)(const void *, size_t, size_t), const void *args, size
     start_workers();
     const size_t grains = (n + grain - 1) / grain;
     pool.work = work, pool.args = args, pool.shares = pool.threads;
-    pool.piece = (grains + 4 * pool.shares - 1) / (4 * pool.shares) * grain; /* four in a share */
+    pool.piece = (grains + 4 * pool.shares - 1) / (4 * pool.shares) * grain; /* four pieces in a share */
     for (size_t s = 0; s < pool.shares; s++) {
         const size_t end = (s + 1) * grains / pool.shares * grain;
         atomic_store(&pool.share[s].next, s * grains / pool.shares * grain);
         pool.share[s].end = end < n ? end : n;
     }
     atomic_store(&pool.gate, OPEN);
-    pthread_mutex_lock(&pool.lock); /* a worker is either before its last look or counted asleep */
+    pthread_mutex_lock(&pool.lock); /* now each worker either polls `job` again or is counted asleep */
     atomic_fetch_add(&pool.job, 1);
     if (pool.asleep)
         pthread_cond_broadcast(&pool.wake);
@@ -157,7 +158,7 @@ struct slot {
     void *memory;
     size_t bytes;
 };
-static pthread_key_t key; /* to a thread's slots; not _Thread_local, which may be gone before free_slots */
+static pthread_key_t key; /* of a thread's slots; _Thread_local memory may end before free_slots runs */
 
 static void free_slots(void *slots)
 {
@@ -182,7 +183,7 @@ static struct slot *own_slots(void)
     return NULL;
 }
 
-static atomic_size_t failures; /* of all threads: a caller sees whether one came in its time */
+static atomic_size_t failures; /* of all threads: a caller compares it before and after a job */
 
 void *scratch(int slot, size_t bytes)
 {
@@ -205,7 +206,8 @@ size_t memory_failures(void) { return atomic_load(&failures); }
 
 size_t thread_count(void) { return pool.threads; }
 
-/* More threads start with the next job; fewer cannot be had, so this is for before the first one. */
+/* With a larger n more workers start at the next job. Workers never end: with a smaller n they still help,
+   but with n = 1 the caller works alone. */
 void tinygpt_set_threads(size_t n)
 {
     pool.threads = n < 1 ? 1 : n > MOST_THREADS ? MOST_THREADS : n;

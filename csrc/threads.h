@@ -1,14 +1,15 @@
-/* threads.h: the two things a kernel may ask of the machine. */
+/* threads.h: threads and memory for kernels. */
 #include <stddef.h>
 
-/* Calls work(args, begin, end) for ranges that cover 0 to n and begin at multiples of `grain`, on all
-   threads; returns when all are done. Which range a thread gets is a matter of chance, so an item's result
-   must not depend on it. */
+/* Calls work(args, begin, end) on all threads, for ranges that together cover 0 to n and begin at multiples
+   of `grain`. Returns when all are done. Chance decides which thread gets which range, so the result of an
+   item must not depend on its thread or its range. */
 void parallel(void (*work)(const void *args, size_t begin, size_t end), const void *args, size_t n,
               size_t grain);
 
-/* Memory of the calling thread, on a cache line, kept until the next call with the same slot; slots do not
-   overlap. NULL where there is none: the kernel then returns at once, and `memory_failures` has grown. */
+/* Memory of the calling thread, aligned to a cache line and valid until the thread's next call with the same
+   slot. Returns NULL where there is no memory: `memory_failures` then counts one more, and the kernel must
+   return at once. */
 enum { SCRATCH_SHARED, SCRATCH_PRIVATE, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 size_t memory_failures(void);

@@ -1,12 +1,12 @@
-/* tinygpt.h: all that Python may call, one struct of arguments per operation.
+/* tinygpt.h: the functions that Python calls, and one struct of arguments per operation.
 
    Shapes: B batch, T time (queries), S keys, C channels, H heads, D = C / H, V vocabulary; rows = B * T.
-   Arrays are row-major and contiguous unless a stride is given; strides count elements. `real` is float or
-   double: every kernel is compiled for both, and for each instruction set (see variants/). Results come
-   first. What each operation computes, and why its gradient is what it is, stands in tinygpt/ops.py.
+   Arrays are row-major and contiguous unless a stride is given. Strides count elements. `real` is float or
+   double: every kernel is compiled for both, and for each instruction set (see variants/). In a struct the
+   results come first. tinygpt/core/ops.py says what each operation computes, and derives its gradient.
 
-   Three readers share this file: the kernels, variants/dispatch.c, and setup.py, which makes the bridge to
-   Python from it, with void * for each pointer to numbers. */
+   Three readers share this file: the kernels, variants/dispatch.c and setup.py. setup.py makes the bridge to
+   Python, with void * for each pointer to numbers. */
 #ifndef TINYGPT_H
 #define TINYGPT_H
 #include <stddef.h>
@@ -20,8 +20,8 @@
     X(fma_peak) X(read_memory)
 
 /* c = a b + bias + add, with c and add (M, N), a (M, K), b (K, N), bias (N); bias and add may be NULL.
-   Strides make transposes: a^T is a with a_row and a_col exchanged. Rows of c and of add are contiguous,
-   c_row apart. */
+   Strides make transposes: a^T is a with a_row and a_col exchanged. The rows of c and of add are contiguous,
+   and begin c_row elements apart. */
 struct gemm {
     real *c;
     const real *a, *b, *bias, *add, *panels;
@@ -30,9 +30,9 @@ struct gemm {
     int is_bfloat16;
 };
 
-/* out = b (K, N) in panels of as many columns as a tile has, each panel's rows one after the other, zeros
-   beyond N. gemm reads them as `panels` instead of b where *packed is 1; panels and packed may be NULL. out
-   has room for N rounded up to 32. */
+/* out = b (K, N), cut into panels. A panel has as many columns as a tile of gemm, and its rows lie one after
+   the other. Columns beyond N are zeros; out has room for N rounded up to a multiple of 32.
+   gemm reads `panels` instead of b where *packed is 1. panels and packed may be NULL. */
 struct pack_panels {
     real *out;
     const real *b;
@@ -59,7 +59,7 @@ struct embedding_backward {
     const real *dout;      /* (rows, C) */
     const int32_t *ids;
     size_t V, rows, C;
-    int add;               /* to what dw holds; else it begins at zero */
+    int add;               /* 1: add to dw; 0: dw begins at zero */
 };
 
 struct layernorm_forward {
@@ -70,8 +70,8 @@ struct layernorm_forward {
 };
 
 struct layernorm_backward {
-    real *dx, *dg, *db;         /* each may be NULL: not wanted */
-    const real *dout, *x, *g, *mean, *rstd, *add; /* add: NULL, or added to dx */
+    real *dx, *dg, *db;         /* each may be NULL: not computed */
+    const real *dout, *x, *g, *mean, *rstd, *add; /* add: NULL, or (rows, C), which is added to dx */
     size_t rows, C;
 };
 
@@ -87,10 +87,10 @@ struct gelu_backward {
     size_t n;
 };
 
-/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position. Query i of row b
-   sees the keys j <= S - T + i for which j < prefix or j >= prefix + start[b][i], and its own always. start
-   is NULL, or (B, T) without the queries that stand in the prefix themselves. S is *length where length is
-   not NULL: a replayed call then sees as many keys as there are by then. */
+/* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position.
+   Query i of row b stands at key S - T + i. It sees its own key, and of the keys before it those with
+   j < prefix or j >= prefix + start[b][i]. start is NULL, or (B, T) without the queries in the prefix.
+   Where length is not NULL, S is *length: the call reads it, so a replay sees the keys of that moment. */
 struct attention_forward {
     real *out;
     const real *q, *k, *v;
@@ -149,8 +149,8 @@ struct adamw {
     /* rate = lr / (1 - beta1^step), shrink = 1 - lr weight_decay, correction2 = 1 / (1 - beta2^step) */
 };
 
-/* x (B, T, C) becomes the last T of the first *length positions of cache (B, S, C), each with its strides.
-   The call returns 2 where there is no such place. */
+/* Copies x (B, T, C) to positions *length - T to *length of cache (B, S, C). Both have strides. The call
+   returns 2 where the cache has no such positions. */
 struct append_rows {
     real *cache;
     const real *x;
@@ -158,7 +158,7 @@ struct append_rows {
     size_t B, T, S, C, cache_batch, cache_row, x_batch, x_row;
 };
 
-/* One token a row, drawn as ops.sample says; -1 where the logits are not finite. */
+/* Draws one token per row, as ops.sample does; -1 where the logits are not finite. */
 struct sample {
     int32_t *out;                /* (rows) */
     const real *logits;          /* (rows, V), logits_row apart */
@@ -167,17 +167,17 @@ struct sample {
     double temperature, top_p;
 };
 
-/* Whether an id is not one of the numbers 0 to below - 1; the call then returns 2. */
+/* outside = 1 if any id is negative or at least `below`, else 0. If 1, the call returns 2. */
 struct check_ids {
     int32_t *outside;            /* one number */
     const int32_t *ids;          /* (n) */
     size_t n, below;
 };
 
-/* For `tinygpt bench`: the work of registers alone, and of memory alone; see peak.c. */
+/* For `tinygpt bench`: arithmetic without memory, and memory without arithmetic; see peak.c. */
 struct fma_peak {
     real *out;                   /* (tasks) */
-    double *flops;               /* one number: the operations that were made */
+    double *flops;               /* one number: the count of floating-point operations */
     size_t tasks, steps;
 };
 
@@ -188,18 +188,18 @@ struct read_memory {
 };
 
 /* Runs the operation number `op`, in the order of OPS, in double if is_double; args is its struct. Returns
-   0, or 1 if memory ended: the results are then none, or 2 if check_ids or append_rows says no. */
+   0; 1 if there was no memory, and the results are undefined; 2 where check_ids or append_rows says so. */
 int tinygpt_run(int op, int is_double, const void *args);
 
-/* Many of them, one after the other, up to one that does not return 0. */
+/* Runs n calls in order, and stops after the first that does not return 0. Returns the last status. */
 struct call {
     int op, is_double;
     const void *args;
 };
 int tinygpt_run_all(const struct call *calls, size_t n);
 
-/* Chooses the instruction set ("base", "avx2", "avx512"), NULL for the best that this machine has. Returns
-   its name, or NULL where the machine lacks the one asked for. */
+/* Chooses the instruction set by name: "base", "avx2", "avx512" or "avx512bf16". NULL chooses the best one of
+   this machine. Returns the name, or NULL where the machine does not have that instruction set. */
 const char *tinygpt_choose_isa(const char *name);
 
 void tinygpt_set_threads(size_t n);

@@ -1,7 +1,7 @@
-/* vec.h: the vector type, and what C has no operator for: partial loads, reductions, exp.
+/* vec.h: the vector type, and its operations that C does not have: partial loads, reductions, exp.
 
-   `vec` is a GNU vector of LANES reals, as wide as the instruction set has registers. + - * / work lane by
-   lane, a scalar operand counts for all lanes, and comparisons give 0 and -1 lane by lane. */
+   `vec` is a GNU vector of LANES reals, as wide as a register of the instruction set. + - * / work lane by
+   lane, a scalar operand counts for all lanes, and a comparison gives 0 or -1 in each lane. */
 #include <math.h>
 #include <string.h>
 
@@ -45,9 +45,9 @@ INLINE void store_n(real *p, vec v, size_t n)
         memcpy(p, &v, n * sizeof(real));
 }
 
-/* v[i][j] <- v[j][i] for a square of LANES vectors. One round writes rows i and i + LANES/2, their elements
-   in turn, as rows 2i and 2i + 1; log2(LANES) rounds are a transpose, as each moves one bit of i to j and one
-   of j to i. */
+/* v[i][j] <- v[j][i] for a square of LANES vectors. A round interleaves the elements of rows i and
+   i + LANES/2, and writes them as rows 2i and 2i + 1. So it moves one bit of i to j and one bit of j to i:
+   log2(LANES) rounds are a transpose. */
 #if VECTOR_BYTES / (4 + 4 * REAL_IS_DOUBLE) == 2
 #define LOW 0, 2
 #define HIGH 1, 3
@@ -79,8 +79,8 @@ INLINE void transpose(vec *v)
     }
 }
 
-/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the halves of x[i]
-   and of x[i + n], and lays what is left of the two in turn. */
+/* Lane l of the result is the sum over the lanes of v[l], for LANES vectors. A round adds the two halves of
+   x[i] and of x[i + n], and interleaves the two results. */
 INLINE vec sums(const vec *v)
 {
     vec x[LANES];
@@ -95,7 +95,7 @@ INLINE vec sums(const vec *v)
     return x[0];
 }
 
-/* Over the lanes, halving: the same order on every machine with this vector width. */
+/* The sum over the lanes, by halving: the same order on every machine with this vector width. */
 INLINE real sum(vec v)
 {
     real x[LANES];
@@ -116,13 +116,16 @@ INLINE real max_lane(vec v)
     return x[0];
 }
 
-/* exp, lane by lane. In double libm's own, so that finite differences see no approximation. In float:
+/* exp, lane by lane. In double it is libm's exp, so that finite differences see no approximation. In float:
 
-   x = n ln 2 + r with n the nearest integer, so |r| <= 0.3466 and exp(x) = 2^n exp(r). The series to r^7
-   leaves about r^8/8! < 5.3e-9, a tenth of float's rounding. 2^n is made by writing n into the exponent bits;
-   as 2^128 has none, the polynomial is doubled and 2^(n-1) used. Adding 1.5 * 2^23 leaves no bits for a
-   fraction, which rounds, and puts n into the lowest bits. ln 2 is taken away in two parts so that n times
-   the first is exact. Results under 2.5e-38 become 0, so that no slow denormal numbers arise. */
+   x = n ln 2 + r, where n is the nearest integer. So |r| <= 0.3466 and exp(x) = 2^n exp(r).
+
+   exp(r): the series to r^7. Its error is about r^8/8! < 5.3e-9, a tenth of float's rounding.
+   n: adding 1.5 * 2^23 to x / ln 2 leaves no bits for a fraction, so the sum rounds; n is in the lowest bits.
+   r: n ln 2 is subtracted in two parts, so that n times the first part is exact.
+   2^n: n is written into the exponent bits. 2^128 has no such bits, so 2^(n-1) is multiplied by 2 exp(r).
+
+   Results below 2.5e-38 become 0: denormal numbers would be slow. */
 INLINE vec vexp(vec x)
 {
 #if REAL_IS_DOUBLE
@@ -133,7 +136,7 @@ INLINE vec vexp(vec x)
 #else
     const float lowest = -86.6f, highest = 88.72f, magic = 12582912.0f;
     const ivec under = x < lowest, over = x > highest;
-    vec c = (vec)((ivec)x & ~(under | over)); /* 0 where the result is not in range: exp(0) = 1 for now */
+    vec c = (vec)((ivec)x & ~(under | over)); /* 0 where the result is out of range */
     vec rounded = c * 1.44269504f + magic;
     vec n = rounded - magic;
     vec r = (c - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -1,4 +1,4 @@
-/* dispatch.c: which variant of the kernels runs. */
+/* dispatch.c: chooses the variant of the kernels, and calls a kernel by its number. */
 #include <string.h>
 
 typedef void real;
@@ -17,9 +17,9 @@ enum { OPS(NUMBER) };
 
 static kernel *tables[2] = {tinygpt_f32_base, tinygpt_f64_base};
 
-static int use(const char *wanted, const char *name, int supported, kernel *f32, kernel *f64)
+static int use(const char *choice, const char *name, int supported, kernel *f32, kernel *f64)
 {
-    if (!supported || (wanted && strcmp(wanted, name)))
+    if (!supported || (choice && strcmp(choice, name)))
         return 0;
     tables[0] = f32, tables[1] = f64;
     return 1;
@@ -43,7 +43,7 @@ const char *tinygpt_choose_isa(const char *name)
     return use(name, "base", 1, tinygpt_f32_base, tinygpt_f64_base) ? "base" : NULL;
 }
 
-/* Lengths of KV caches are read when a call is made, so Python cannot have checked them. */
+/* A replay reads the length of a KV cache at every call; Python checked the first one only. */
 static int has_room(const struct append_rows *a)
 {
     return *(const int64_t *)a->length >= (int64_t)a->T && *(const int64_t *)a->length <= (int64_t)a->S;

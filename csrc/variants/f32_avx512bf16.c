@@ -1,4 +1,4 @@
-/* float, avx512 with the dot product of bfloat16. */
+/* float, avx512 with its instruction for dot products of bfloat16 pairs. */
 #ifdef __x86_64__
 #include <immintrin.h>
 #define REAL_IS_DOUBLE 0

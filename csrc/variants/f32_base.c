@@ -1,5 +1,5 @@
-/* float, every machine: 16-byte vectors are SSE2 on x86-64 and NEON on arm64, which has twice the registers.
-   */
+/* float, every machine: vectors of 16 bytes are SSE2 on x86-64 and NEON on arm64. NEON has twice as many
+   registers. */
 #define REAL_IS_DOUBLE 0
 #define VECTOR_BYTES 16
 #ifdef __aarch64__
