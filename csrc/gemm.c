@@ -1,10 +1,10 @@
 /* gemm.c: matrix multiply. Training spends most of its time here.
 
    `by_three_loops` is the whole operation. The rest of the file computes the same sums faster, by Goto's
-   algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). The innermost function is `tile`. It
-   keeps a small block of c in registers, and each step adds one outer product to the block: ROWS numbers of a
-   times 2 vectors of b. A step loads ROWS + 2 operands for 2 ROWS multiply-adds, so arithmetic takes the time,
-   not loading. The loops around `tile` keep in a cache what is used again:
+   algorithm (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015). The innermost function is `tile`: it
+   keeps a small block of c in registers, and adds one outer product to the block in each step. The product is
+   of ROWS numbers of a and 2 vectors of b. So a step loads ROWS + 2 operands for 2 ROWS multiply-adds, and
+   arithmetic takes the time, not loading. The loops around `tile` keep in a cache what is used again:
 
        each thread has its own piece of c, and in this piece
        for each WIDTH of columns, for each DEPTH of K:
