@@ -37,11 +37,11 @@ def test_rounding_is_to_the_nearest_and_to_even():
     x = [1, 1 + step / 2, 1 + 3 * step / 2, 1 + step * 0.51, 3.4e38, -0.0, 1e-45, np.inf, np.nan, 257]
     x = np.array(x, np.float32)
     expected = np.array([1, 1, one + 2 * step, one + step, np.inf, -0.0, 0, np.inf, np.nan, 256], np.float32)
-    np.testing.assert_array_equal(ops.rounded(x), expected)
-    assert np.signbit(ops.rounded(x)[5])
-    np.testing.assert_array_equal(ops.rounded(ops.rounded(x)), ops.rounded(x))
+    np.testing.assert_array_equal(ops.nearest_bfloat16(x), expected)
+    assert np.signbit(ops.nearest_bfloat16(x)[5])
+    np.testing.assert_array_equal(ops.nearest_bfloat16(ops.nearest_bfloat16(x)), ops.nearest_bfloat16(x))
     with pytest.raises(TypeError):
-        ops.rounded(np.ones(2))
+        ops.nearest_bfloat16(np.ones(2))
 
 
 @needs_c
@@ -50,7 +50,7 @@ def test_a_product_is_that_of_the_rounded_operands(rng, M, N, K):
     """Guards: pairs at an odd end, slices of K, rows that fill no tile; each layout of the operands."""
     a, b = rng.standard_normal((M, K)).astype(np.float32), rng.standard_normal((K, N)).astype(np.float32)
     whole_a, whole_b = (rng.integers(-8, 9, x.shape).astype(np.float32) for x in (a, b))
-    near_a, near_b = ops.rounded(a).astype(np.float64), ops.rounded(b).astype(np.float64)
+    near_a, near_b = ops.nearest_bfloat16(a).astype(np.float64), ops.nearest_bfloat16(b).astype(np.float64)
     bound = 2 * (K + 2) * 2.0**-24 * (abs(near_a) @ abs(near_b)) + K * 2.0**-125
     for x, y in transposes(a, b):
         assert (abs(kernels.gemm(x, y, bfloat16=True) - near_a @ near_b) <= bound).all()
@@ -67,7 +67,8 @@ def test_the_c_core_rounds_as_numpy_does(rng):
     bits = rng.integers(0x00800000, 0x7F7F0000, 4096).astype(np.uint32)
     bits[::2] = bits[::2] & 0xFFFF0000 | 0x8000  # half of the way between two bfloat16
     x = bits.view(np.float32)[:, None]
-    np.testing.assert_array_equal(kernels.gemm(x, np.ones((1, 1), np.float32), bfloat16=True), ops.rounded(x))
+    out = kernels.gemm(x, np.ones((1, 1), np.float32), bfloat16=True)
+    np.testing.assert_array_equal(out, ops.nearest_bfloat16(x))
 
 
 @needs_c
@@ -90,9 +91,10 @@ def test_a_packed_weight_gives_the_same_product(rng, M, N, K):
         kernels.pack_panels(panels, b, True)
         tape = SimpleNamespace(add=lambda *call: None, panels=lambda *b, copy=(panels, ready): copy)
         row = x.T.copy().T if M == 1 else x  # (1, K) with the strides of (K, 1)
-        with kernels.write_to(tape):
+        with kernels.current_tape.use(tape):
             out = kernels.gemm(row, np.full_like(b, np.nan), bfloat16=True)  # the weight itself is not read
-        np.testing.assert_allclose(out, ops.rounded(x) @ ops.rounded(w), rtol=1e-5, atol=1e-5)
+        product = ops.nearest_bfloat16(x) @ ops.nearest_bfloat16(w)
+        np.testing.assert_allclose(out, product, rtol=1e-5, atol=1e-5)
 
 
 @needs_c

@@ -9,7 +9,6 @@ import pytest
 
 from tinygpt.core import parallel, train
 from tinygpt.core.config import GPTConfig
-from tinygpt.core.ops import PARTS
 from tinygpt.core.optim import AdamW
 from tinygpt.errors import UserError
 from tinygpt.stages import variants
@@ -19,7 +18,7 @@ from tinygpt.stages.variants import build
 CONFIG = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
 
-class Share(parallel.Alone):
+class Share(parallel.Group):
     """One of several processes, without the others."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -79,7 +78,7 @@ def test_slices_cover_all_and_end_between_parts(size, processes):
     """Guards: weights of two processes or of none, a norm that depends on the number of processes."""
     bounds = parallel.slices(size, processes)
     assert bounds[0] == 0 and bounds[-1] == size and sorted(bounds) == bounds and len(bounds) == processes + 1
-    length = -(-size // PARTS)
+    length = -(-size // parallel.PARTS)
     assert all(bound % length == 0 or bound == size for bound in bounds)
 
 
@@ -126,7 +125,7 @@ def test_the_slices_of_an_update_are_the_update(ops, rng, adapter, processes):
             part.flat[:] = gradients
         total = sum(squares_of(slices))
         for part in slices:
-            part.group.merged = lambda array, total=total: total
+            part.group.combine = lambda array, total=total: total
         norm = whole.step(1e-2)
         assert norm > 1  # it is clipped
         for part in slices:
@@ -141,16 +140,16 @@ def squares_of(slices: list[AdamW]) -> list[np.ndarray]:
     """What each process gives to the others for the norm."""
     parts = []
     for part in slices:
-        part.group.merged = lambda array: parts.append(array) or array
+        part.group.combine = lambda array: parts.append(array) or array
         part._squares()
     return parts
 
 
 def test_batches_that_cannot_be_shared():
     """Guards: a batch that nobody computes."""
-    assert Share(0, 3).shares(6) == 2
+    assert Share(0, 3).share_size(6) == 2
     with pytest.raises(UserError, match="accumulation-steps 9, or another multiple of 3"):
-        Share(0, 3).shares(8)
+        Share(0, 3).share_size(8)
 
 
 def test_one_process_imports_no_mpi():
@@ -163,11 +162,11 @@ def test_one_process_imports_no_mpi():
 def test_what_differs_is_named(monkeypatch):
     """Guards: processes that train on other data, or with other rounding."""
     group = Share(0, 2)
-    group.lines = lambda text: [text, "far\tsame\tother"]
+    group.texts = lambda text: [text, "far\tsame\tother"]
     with pytest.raises(UserError, match="process 1 on far and process 0 on .* differ in: data$"):
-        group.alike({"version": "same", "data": "mine"})
-    group.lines = lambda text: [text, text]
-    group.alike({"version": "same", "data": "mine"})
+        group.check_alike({"version": "same", "data": "mine"})
+    group.texts = lambda text: [text, text]
+    group.check_alike({"version": "same", "data": "mine"})
 
 
 def test_a_launcher_says_who_one_is(monkeypatch):

@@ -80,7 +80,7 @@ LOAN = []  # an array that another tape's arena has lent
 def test_what_a_replay_could_not_repeat_is_refused(model, rng, tapes, function):
     """Guards: a result of an earlier call."""
     other, LOAN[:] = rng.random((4, 4)), []
-    with memory.lending(memory.Arena()):
+    with memory.current_arena.use(memory.Arena()):
         LOAN.append(memory.empty((4, 4), np.float64))
     step = recorded(lambda x: function(x, model.flat, other), model)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_an_exception_leaves_no_tape(model, rng):
     fails.clear()
     for _ in range(3):
         np.testing.assert_array_equal(step(x), kernels.gelu_forward(x)[0])
-    assert kernels.current_tape() is None
+    assert kernels.current_tape.value is None
 
 
 def test_a_cache_that_is_full_is_an_error(model, rng):

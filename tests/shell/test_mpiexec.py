@@ -194,6 +194,17 @@ def test_processes_that_differ_are_named(home):
     assert not (home / "differ" / "config.json").exists()
 
 
+def test_one_process_may_set_its_threads(home):
+    """Guards: an exchange that a process leaves out because of its environment: the others would hang."""
+    args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--hang-timeout", "20", "--out", "threads"]
+    environment = {name: value for name, value in os.environ.items() if name != "TINYGPT_THREADS"}
+    both = [*command(1, *args), ":", "-n", "1", "env", "TINYGPT_THREADS=2", *command(1, *args)]
+    done = subprocess.run(
+        [MPIEXEC, "-n", "1", *both], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_mpi4py_there_is_a_line(home):
     """Guards: runs of all processes in one folder."""
     (home / "site" / "mpi4py").mkdir(parents=True)

@@ -1,21 +1,20 @@
 """The operations of `ops.py` in C: the same names, arguments and results, in float32 and float64.
 
-A function here checks shapes, finds the pointers and fills one struct of csrc/tinygpt.h; the arithmetic is in
-csrc/. Caches may hold other things than those of `ops`, so a forward and its backward come from the same
-backend. Arrays that the C core cannot walk (odd strides, another type) are copied first.
+A function here checks shapes and fills one struct of csrc/tinygpt.h with pointers and sizes. The arithmetic
+is in csrc/. Arrays of another type, and arrays with strides that the C core cannot use, are copied first. A
+cache is not that of `ops`: a forward and its backward must come from the same backend.
 
-Three environment variables are read at import: TINYGPT_BACKEND (numpy or c), TINYGPT_ISA (base, avx2, avx512
-or avx512bf16: which instruction set the C core uses) and TINYGPT_THREADS. Where the C core was not built,
-`backend()` is NumPy, with one warning.
+Environment variables: TINYGPT_BACKEND is numpy or c. TINYGPT_ISA is the instruction set of the C core: base,
+avx2, avx512 or avx512bf16. TINYGPT_THREADS is the number of threads. Where the C core is not built, `backend`
+returns NumPy, with one warning.
 """
 
 import contextlib
 import functools
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,13 +31,15 @@ except ImportError:
 
 
 def available() -> tuple[str, ...]:
-    """The backends that work here, the fastest first."""
+    """The names of the backends of this installation, the fastest first."""
     return ("c", "numpy") if lib else ("numpy",)
 
 
 def backend(name: str | None = None) -> ModuleType:
-    """The module of operations called `name`, "c" or "numpy"; by default TINYGPT_BACKEND, or the fastest
-    there is."""
+    """The module of operations of the backend "c" or "numpy". None: TINYGPT_BACKEND, or the fastest one.
+
+    Raises UserError for another name, and for "c" where the C core is not built.
+    """
     choice = name or os.environ.get("TINYGPT_BACKEND")
     name = choice or available()[0]
     if name not in ("c", "numpy"):
@@ -46,16 +47,13 @@ def backend(name: str | None = None) -> ModuleType:
     if name == "c" and not lib:
         raise UserError(f"backend c: the C core is not built here; {_remedy()}")
     if not lib and not choice:
-        warnings.warn(
-            f"no C core here, running on NumPy, which is slower: {_remedy()}; "
-            "TINYGPT_BACKEND=numpy silences this",
-            stacklevel=2,
-        )
+        slower = f"no C core here, running on NumPy, which is slower: {_remedy()}"
+        warnings.warn(f"{slower}; TINYGPT_BACKEND=numpy silences this", stacklevel=2)
     return sys.modules[__name__] if name == "c" else ops
 
 
 def _remedy() -> str:
-    """How to get the C core: setup.py leaves a file where there was a compiler and the build failed."""
+    """How the user gets the C core. setup.py writes a file where there is a compiler and the build fails."""
     try:
         compiler = (Path(__file__).parent.parent / "_build_error.txt").read_text(encoding="utf-8")
     except OSError:
@@ -64,14 +62,14 @@ def _remedy() -> str:
 
 
 def set_threads(n: int) -> None:
-    """How many threads the C core uses, itself included. Results do not depend on it."""
+    """Sets the number of threads of the C core, the calling thread included. No result depends on n."""
     if n < 1:
         raise UserError(f"{n} threads: there must be at least 1")
     lib.tinygpt_set_threads(min(n, 1 << 16))
 
 
 def _configure() -> str:
-    """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the instruction set in use."""
+    """Applies TINYGPT_ISA and TINYGPT_THREADS; returns the name of the instruction set."""
     name, threads = os.environ.get("TINYGPT_ISA"), os.environ.get("TINYGPT_THREADS") or None
     isa = lib.tinygpt_choose_isa(os.fsencode(name) if name else ffi.NULL)
     if not isa:
@@ -84,15 +82,15 @@ def _configure() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the instruction set in use multiplies bfloat16. Elsewhere such products are of rounded float32,
-    slower than without rounding."""
+    """Whether the instruction set multiplies bfloat16. If not, the C core rounds the operands and multiplies
+    them as float32, which is slower than float32 without rounding."""
     return bool(lib) and isa == "avx512bf16"
 
 
 def processors() -> int:
-    """Those this process may use: fewer than the machine's in a container, where more threads only wait."""
+    """The number of processors that this process may use: in a container fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # cgroups 2: "max 100000", or microseconds a period
+    with contextlib.suppress(OSError, ValueError):  # cgroups 2: "max 100000", or microseconds and period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         count = min(count, max(1, int(quota) // int(period)))
     return count
@@ -102,50 +100,35 @@ def processors() -> int:
 
 
 def _pointer(a: Array | bool | None):
-    if a is None or a is False:  # an argument left out, a gradient that is not computed
+    if a is None or a is False:  # no argument, or a gradient that is not computed
         return ffi.NULL
     if a.flags.c_contiguous:
-        return ffi.from_buffer(a)  # the quick way, which takes only arrays without gaps
+        return ffi.from_buffer(a)  # the fastest way, for contiguous arrays only
     return ffi.cast("void *", a.__array_interface__["data"][0])
 
 
 def _run(op: str, dtype: np.dtype, *fields) -> None:
-    """Runs `op` on the struct with these fields, in the order of tinygpt.h; arrays become pointers."""
+    """Runs `op` on a struct of these fields, in the order of tinygpt.h; arrays become pointers."""
     if dtype.char not in "fd" or not dtype.isnative:
         raise TypeError(f"{op}: arrays are float32 or float64 in the machine's byte order, not {dtype.str}")
     number, struct = _OPS[op]
     args = ffi.new(struct, [f if type(f) in (int, float) else _pointer(f) for f in fields])
     if status := lib.tinygpt_run(number, dtype.char == "d", args):
         raise IndexError(op) if status == 2 else MemoryError(f"the C core's {op}")
-    if (tape := current_tape()) is not None:
+    if (tape := current_tape.value) is not None:
         tape.add(op, (number, dtype.char == "d", args), fields)
 
 
-_tapes = threading.local()
-
-
-def current_tape():
-    """The tape on which this thread's operations are written down, or None: see replay.py."""
-    return getattr(_tapes, "current", None)
-
-
-@contextlib.contextmanager
-def write_to(tape) -> Iterator[None]:
-    """Within this context, this thread's operations are written down on the tape; None: on no tape."""
-    outer, _tapes.current = current_tape(), tape
-    try:
-        yield
-    finally:
-        _tapes.current = outer
+current_tape = memory.Current()  # the tape that records this thread's operations, see replay.py
 
 
 def _in_numpy(function: Callable) -> Callable:
-    """An operation of few numbers, which is not worth a kernel."""
+    """An operation on few numbers: NumPy is fast enough, and C needs no kernel."""
 
     @functools.wraps(function)
     def operation(*args, **named):
         result = function(*args, **named)
-        if (tape := current_tape()) is not None:
+        if (tape := current_tape.value) is not None:
             tape.add_numpy(function, args, named, result)
         return result
 
@@ -153,14 +136,14 @@ def _in_numpy(function: Callable) -> Callable:
 
 
 def _like(a: Array, dtype: np.dtype, shape: tuple) -> Array:
-    """`a` as the C core reads it: of this type, without gaps; ValueError where its shape is another."""
+    """`a` as a contiguous array of this type. Raises ValueError if `a` has another shape."""
     if a.shape != shape:
         raise ValueError(f"expected an array of shape {shape}, not {a.shape}")
     return np.ascontiguousarray(a, dtype)
 
 
 def _strided(a: Array, dtype: np.dtype) -> Array:
-    """`a` in this type and with strides that count elements forwards, copied only where it is not so."""
+    """`a` in this type, with strides of whole elements that are not negative; a copy only if necessary."""
     a = np.asarray(a, dtype)
     if any(s < 0 or s % a.itemsize for s in a.strides):
         return np.array(a, order="C")  # ascontiguousarray keeps an odd stride of an axis of length 1
@@ -168,7 +151,7 @@ def _strided(a: Array, dtype: np.dtype) -> Array:
 
 
 def _rows(a: Array, dtype: np.dtype) -> Array:
-    """`a` (B, S, C) as above and without gaps between channels: rows may lie apart, as those of q in qkv."""
+    """`_strided`, for `a` (B, S, C) whose rows must be contiguous, with or without gaps between the rows."""
     a = _strided(a, dtype)
     return a if a.strides[2] == a.itemsize or a.shape[2] == 1 else np.ascontiguousarray(a)
 
@@ -178,28 +161,24 @@ def _strides(*arrays: Array) -> list[int]:
 
 
 def _destination(out: Array, dtype: np.dtype, shape: tuple, layout: bool) -> Array:
-    """`out`, or ValueError where it is not what is to be written or its `layout` is not one that can be."""
+    """`out`. Raises ValueError for another type or shape, a read-only array, or if `layout` is False."""
     if out.shape != tuple(shape) or out.dtype != dtype or not (layout and out.flags.writeable):
         raise ValueError(f"out: not a writable {dtype} array of shape {tuple(shape)}, or with odd strides")
     return out
 
 
-def _result(out: Array | None, dtype: np.dtype, shape: tuple) -> Array:
-    """`out`, if the C core can write into it, or a new array."""
+def _result(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
+    """A new array for None, False for False, else `out`, checked."""
     if out is None:
         return memory.empty(shape, dtype)
-    return _destination(out, dtype, shape, out.flags.c_contiguous)
-
-
-def _grad(out: Grad, dtype: np.dtype, shape: tuple) -> Grad:
-    return False if out is False else _result(out, dtype, shape)
+    return out if out is False else _destination(out, dtype, shape, out.flags.c_contiguous)
 
 
 _FLOAT32 = np.dtype(np.float32)  # for an operation without real numbers
 
 
 def _ids(ids: Array, below: int, what: str) -> Array:
-    """`ids` as int32 without gaps. Raises IndexError unless all are from 0 to below - 1."""
+    """`ids` as a contiguous int32 array. Raises IndexError unless all are from 0 to below - 1."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what}s are integers, not {ids.dtype}")
     rows = np.ascontiguousarray(ids, np.int32)
@@ -213,7 +192,7 @@ def _ids(ids: Array, below: int, what: str) -> Array:
     return rows
 
 
-# --- the operations: see ops.py for what each computes ------------------------------------------------------
+# --- the operations: ops.py has their docstrings and formulas -----------------------------------------------
 
 
 def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
@@ -227,7 +206,7 @@ def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = F
     ids, shape = cache
     if dw is False:
         return False
-    ids = _ids(ids, shape[0], "id")  # again: the cache may hold the caller's own array
+    ids = _ids(ids, shape[0], "id")  # again: the cache may hold the caller's array, which may have changed
     dout = _like(dout, dout.dtype, (*ids.shape, shape[1]))
     add, dw = add and dw is not None, _result(dw, dout.dtype, shape)
     _run("embedding_backward", dout.dtype, dw, dout, ids, shape[0], ids.size, shape[1], int(add))
@@ -238,9 +217,12 @@ def gemm(
     a: Array, b: Array, bias: Array | None = None, add: Array | None = None, out: Array | None = None,
     bfloat16: bool = False,
 ) -> Array:  # fmt: skip
-    """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N). a and b may have any strides, so
-    `.T` costs nothing; so may out, where there is no bias and nothing to add, if either its rows or its
-    columns have no gaps. bfloat16: a and b, float32, are rounded to bfloat16."""
+    """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N): (M, N), in `out` if it is given.
+
+    a and b may have any strides, so `.T` costs nothing. The rows of out must be contiguous, or, without bias
+    and add, the columns; with add, all of it. bfloat16: a and b, float32, are first rounded to bfloat16.
+    Raises ValueError for shapes or strides that do not fit, TypeError for bfloat16 of float64.
+    """
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
@@ -249,7 +231,7 @@ def gemm(
     if out is None:
         out = memory.empty((M, N), a.dtype)
     elif out.strides[1] != size and out.strides[0] == size and bias is None and add is None:
-        return gemm(b.T, a.T, out=out.T, bfloat16=bfloat16).T  # no gaps in columns: compute the transpose
+        return gemm(b.T, a.T, out=out.T, bfloat16=bfloat16).T  # contiguous columns: compute the transpose
     rows = (out.strides[1] == size or N == 1) and (out.strides[0] >= N * size or M == 1)
     _destination(out, a.dtype, (M, N), rows and out.strides[0] % size == 0)
     strides = [s // size for s in (out.strides[0], *a.strides, *b.strides)]
@@ -257,7 +239,7 @@ def gemm(
         raise ValueError("gemm: where something is added, the rows of out have no gaps")
     bias = None if bias is None else _like(bias, a.dtype, (N,))
     add = None if add is None else _like(add, a.dtype, (M, N))
-    tape = current_tape() if a.strides[1] == size else None
+    tape = current_tape.value if a.strides[1] == size else None
     panels, packed = tape.panels(b, bfloat16) if tape is not None else (None, None)
     if bfloat16 and a.dtype != np.float32:
         raise TypeError(f"bfloat16: the operands are float32, not {a.dtype}")
@@ -266,14 +248,14 @@ def gemm(
 
 
 def panels_size(b: Array, bfloat16: bool = False) -> int:
-    """The size of an array for `pack_panels`: N rounded up to 32, times K or, of pairs in bfloat16, half."""
+    """The number of elements of `panels`: N rounded up to 32, times K or, in bfloat16, K / 2."""
     K, N = b.shape
     return -(-N // 32) * 32 * (-(-K // 2) if bfloat16 else K)
 
 
 def pack_panels(panels: Array, b: Array, bfloat16: bool = False) -> None:
-    """Fills `panels` with b (K, N) in the order in which `gemm` reads: a few rows are then multiplied at the
-    speed of memory."""
+    """Fills `panels` with b (K, N) in the order in which `gemm` reads. A few rows times these panels take no
+    longer than reading them from memory."""
     K, N = b.shape
     _run("pack_panels", b.dtype, panels, b, N, K, *(s // b.itemsize for s in b.strides), int(bfloat16))
 
@@ -318,7 +300,7 @@ def layernorm_backward(
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
     x, g, mean, rstd = cache
     dout = _like(dout, x.dtype, x.shape)
-    dg, db = _grad(dg, x.dtype, g.shape), _grad(db, x.dtype, g.shape)
+    dg, db = _result(dg, x.dtype, g.shape), _result(db, x.dtype, g.shape)
     dx = memory.empty(x.shape, x.dtype)
     add = None if add is None else _like(add, x.dtype, x.shape)
     _run("layernorm_backward", x.dtype, dx, dg, db, dout, x, g, mean, rstd, add, mean.size, x.shape[-1])
@@ -349,11 +331,10 @@ def attention_forward(
 ) -> tuple[Array, tuple]:  # fmt: skip
     (B, T, C), S = q.shape, k.shape[1] if length is None else int(length)
     if k.shape != (B, k.shape[1], C) or v.shape != k.shape or not T <= S <= k.shape[1] or C % n_head:
-        raise ValueError(
-            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together, or {n_head} heads"
-        )
+        shapes = f"q {q.shape}, k {k.shape}, v {v.shape} and {n_head} heads"
+        raise ValueError(f"attention: {shapes} do not fit together")
     if not 0 <= prefix <= S:
-        raise ValueError(f"attention: prefix is {prefix}: it counts keys, of which there are {S}")
+        raise ValueError(f"attention: prefix is {prefix}: it must be 0 to {S}, the number of keys")
     q, k, v = _rows(q, q.dtype), _rows(k, q.dtype), _rows(v, q.dtype)
     if start is not None:
         start = _ids(_like(start, np.int32, (B, min(T, S - prefix))), (1 << 31) - 1, "start")
@@ -368,7 +349,7 @@ def attention_backward(
 ) -> tuple[Array, Array, Array] | Array:
     q, k, v, start, sizes = cache
     if packed and k.shape != q.shape:
-        raise ValueError("attention: gradients side by side are for as many keys as queries")
+        raise ValueError("attention: packed gradients need as many keys as queries")
     dout = _like(dout, q.dtype, q.shape)
     if packed:
         C, dqkv = q.shape[2], memory.empty((*q.shape[:2], 3 * q.shape[2]), q.dtype)
@@ -430,7 +411,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
     logits, targets, top, total = cache
-    targets = _ids(targets, logits.shape[-1], "target")  # again: the cache may hold the caller's own array
+    targets = _ids(targets, logits.shape[-1], "target")  # again: the caller's array may have changed
     dlogits, dnll = memory.empty(logits.shape, logits.dtype), _like(dnll, logits.dtype, targets.shape)
     sizes = targets.size, logits.shape[-1]
     _run("cross_entropy_backward", logits.dtype, dlogits, dnll, logits, top, total, targets, *sizes)
@@ -458,7 +439,7 @@ if lib:
     isa = _configure()
     _NAMES = [name[3:] for name in dir(lib) if name.startswith("OP_")]
     _OPS = {op: (getattr(lib, f"OP_{op}"), ffi.typeof(f"struct {op} *")) for op in _NAMES}
-    # where both backends have a function, its contract is written once
+    # a function of both backends has one docstring, in ops.py
     for _name, _function in vars(ops).items():
         if callable(_function) and _name in globals() and not globals()[_name].__doc__:
             globals()[_name].__doc__ = _function.__doc__

@@ -1,8 +1,8 @@
-"""Memory: one flat buffer with named views into it, and the arena of a recording.
+"""Memory: flat buffers with named views, and arenas, which lend the memory of a recording.
 
-Weights, gradients and both Adam moments are each one contiguous array; a dict of views gives every tensor its
-name. Clipping, the optimizer, hashing a model and measuring how far it moved are then one call each. Every
-other array is made anew, and is valid as long as somebody holds it.
+Weights, gradients and both Adam moments are one contiguous array each, and a dict of views gives every tensor
+its name. Clipping, an update, a model's hash and the distance between two models are then one call each.
+Every other array is new, and stays valid as long as a Python object holds the array.
 """
 
 import contextlib
@@ -19,20 +19,37 @@ from ..errors import UserError
 ALIGN = 64  # bytes: a cache line, and the widest vector of the C core
 
 
+class Current(threading.local):
+    """A value of each thread: None, except within `use`."""
+
+    value = None
+
+    @contextlib.contextmanager
+    def use(self, value: object) -> Iterator[None]:
+        """In this context `value` is the value of this thread."""
+        outer, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = outer
+
+
+current_arena = Current()  # the arena that lends the memory of this thread's new arrays; None: no arena
+
+
 def empty(shape: tuple[int, ...] | int, dtype: np.dtype | type) -> np.ndarray:
-    """np.empty whose first element lies on a cache line."""
+    """np.empty, aligned to a cache line. The memory is a loan of the current arena, if there is one."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    if (arena := getattr(_lending, "arena", None)) is not None:
+    if (arena := current_arena.value) is not None:
         return np.ndarray(shape, dtype, arena.lend(size))
     raw = np.empty(size + ALIGN, np.uint8)
     return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % ALIGN)
 
 
 class Arena:
-    """Memory that `empty` lends within `with lending(arena)`. A block is lent again as soon as nobody holds
-    the array in it, or a view of that array."""
+    """Blocks of memory for arrays. A block is lent again once its array and all views of it are gone."""
 
     def __init__(self) -> None:
         self._loans = weakref.WeakValueDictionary()  # by id
@@ -43,36 +60,23 @@ class Arena:
         if fits:
             block = self.free.pop(min(fits, key=lambda n: len(self.free[n])))
         else:
-            with lending(None):
+            with current_arena.use(None):
                 block = empty(size, np.uint8)
-        # an object that an array and its views keep alive; of a memoryview NumPy would keep the block alone
+        # An array and its views keep a ctypes object alive. Of a memoryview they would keep only the block.
         loan = (ctypes.c_char * size).from_buffer(block)
         weakref.finalize(loan, self.free.append, block).atexit = False
         self._loans[id(loan)] = loan
         return loan
 
     def has_lent(self, owner: object) -> bool:
-        """Whether this object, an array's base, is a loan of this arena."""
+        """Whether this object, the base of an array, is a loan of this arena."""
         return self._loans.get(id(owner)) is owner
-
-
-@contextlib.contextmanager
-def lending(arena: Arena | None) -> Iterator[None]:
-    """Within this context, this thread's new arrays are loans of the arena; None: of no arena."""
-    outer, _lending.arena = getattr(_lending, "arena", None), arena
-    try:
-        yield
-    finally:
-        _lending.arena = outer
-
-
-_lending = threading.local()
 
 
 def flat(
     shapes: dict[str, tuple[int, ...]], dtype: np.dtype | type
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A zeroed buffer that holds tensors of these shapes one after the other, and the named views into it."""
+    """A buffer of zeros for tensors of these shapes, one after the other, and its views by name."""
     buffer = empty(sum(map(math.prod, shapes.values())), dtype)
     buffer[:] = 0
     views, end = {}, 0
@@ -88,11 +92,12 @@ class Parameters:
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: type) -> None:
         self.flat, self.params = flat(shapes, dtype)
 
-    def gradients(
-        self, names: Iterable[str] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A zeroed flat buffer and its named views for the gradients of `names` (all parameters if None)."""
+    def gradients(self, names: Iterable[str] | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A flat buffer of zeros and its named views, for the gradients of `names`; None: of all parameters.
+
+        Raises UserError for a name that no parameter has.
+        """
         names = set(self.params if names is None else names)
-        if unknown := names - set(self.params):
-            raise UserError(f"no parameter is called {sorted(unknown)[0]!r}; {min(self.params)} is one")
+        if strangers := names - set(self.params):
+            raise UserError(f"no parameter is called {min(strangers)!r}; {min(self.params)} is one")
         return flat({n: p.shape for n, p in self.params.items() if n in names}, self.flat.dtype)

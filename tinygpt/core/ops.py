@@ -10,15 +10,15 @@ Each operation is a pair:
     out, cache        = layernorm_forward(x, g, b)
     dx, dg, db        = layernorm_backward(dout, cache)
 
-`dout` is the gradient of some scalar loss L with respect to `out`; a backward returns the gradients of L with
-respect to the forward's inputs, in their order. The cache is an ordinary value: backward writes neither to it
-nor to `dout`, so calling it twice gives the same answer.
+`dout` is the gradient of a scalar loss L with respect to `out`. A backward returns the gradients of L with
+respect to the inputs of the forward, in the order of the inputs. The cache is an ordinary value. A backward
+writes neither to the cache nor to `dout`, so a second call gives the same answer.
 
-Gradients of parameters. `dw=`, `db=` and `dg=` each take an array to write into, None to have one made, or
-False: that gradient is not computed, and False comes back in its place. So frozen weights cost nothing.
+Gradients of parameters. `dw=`, `db=` and `dg=` each take an array for the result, or None for a new array, or
+False. With False the gradient is not computed, and the result is False: frozen weights cost no time.
 
-What this file does not do: be fast. `kernels.py` has the same functions in C; tests hold the two together,
-and `tinygpt gradcheck` holds both to finite differences. Every function works in float32 and in float64.
+Every function works in float32 and in float64. This file is not fast. `kernels.py` has the same functions in
+C. Tests compare the two files, and `tinygpt gradcheck` compares both with finite differences.
 """
 
 import numpy as np
@@ -26,14 +26,14 @@ import numpy as np
 from ..errors import UserError
 
 Array = np.ndarray
-Grad = Array | bool | None  # an array to write into, None: make one, or False: do not compute this gradient
+Grad = Array | bool | None  # an array for the gradient; None: a new array; False: do not compute the gradient
 
 
 # --- embedding ----------------------------------------------------------------------------------------------
 
 
 def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
-    """Row `ids[b, t]` of the table `w`: out[b, t] = w[ids[b, t]].
+    """out[b, t] = w[ids[b, t]]: one row of the table `w` for each id.
 
     ids (B, T) integers in [0, V), w (V, C) -> out (B, T, C). Raises IndexError for an id outside the table.
     """
@@ -45,10 +45,10 @@ def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
 
 
 def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Grad:
-    """Adds up the gradients of equal ids: dw[v] = sum of dout[b, t] where ids[b, t] = v.
+    """dw[v] = the sum of dout[b, t] over all (b, t) with ids[b, t] = v: equal ids share a row of the table.
 
-    With `add` the sum goes on top of what `dw` holds. This is what makes the gradient of a tied embedding a
-    plain sum, the head's part first and then this one.
+    dout (B, T, C) -> dw (V, C). With `add` the sum is added to the numbers in `dw`. So the gradient of a tied
+    table is a plain sum: the head writes its part, and the embedding adds its own.
     """
     ids, shape = cache
     if dw is False:
@@ -69,15 +69,16 @@ def linear_forward(
 ) -> tuple[Array, tuple]:
     """out = x w + b + add. x (..., I), w (I, O), b (O,) or None, add (..., O) or None -> out (..., O).
 
-    The weight is (in, out) and used as it lies, GPT-2's layout. The tied head passes `wte.T`, a view. In a
-    branch's last layer `add` is the residual stream; a sum hands its gradient to both sides unchanged, so the
-    gradient of `add` is `dout` itself.
+    The weight is (in, out), as in GPT-2. The tied head passes `wte.T`, a view. In the last layer of a branch
+    `add` is the residual stream. A sum passes its gradient to both sides unchanged, so the gradient of `add`
+    is `dout` itself.
 
-    bfloat16: x and w, float32, are `rounded` before they are multiplied, and in the backward dout too. Sums
-    stay float32. Some processors multiply twice as many such numbers at a time.
+    bfloat16: x and w, float32, are rounded by `nearest_bfloat16` before the product, and so is dout in the
+    backward. Sums stay float32. Some processors multiply twice as many bfloat16 numbers at a time.
     """
-    x_near, w_near = operands(x, w, bfloat16=bfloat16)
-    out = x_near @ w_near
+    if bfloat16:
+        x, w = nearest_bfloat16(x), nearest_bfloat16(w)
+    out = x @ w
     if add is not None:
         out = out + add
     if b is not None:
@@ -89,33 +90,31 @@ def linear_backward(
     dout: Array, cache: tuple, dw: Grad = None, db: Grad = None, add: Array | None = None,
     bfloat16: bool = False,
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
-    """dx = dout w^T + add, dw = x^T dout, db = the sum of dout's rows.
+    """dx = dout w^T + add, dw = x^T dout, db = the sum of the rows of dout.
 
-    Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]: x[n, i] meets dout[n, o] through w[i, o], and
-    w[i, o] and b[o] are used once for every row n, so their gradients are sums over the rows. A forward
-    without a bias takes db=False. `add` is the gradient that reaches x in another way.
+    Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]. The slope of out[n, o] along x[n, i] is
+    w[i, o], so dx[n, i] sums dout[n, o] w[i, o] over the outputs o. Every row n uses w[i, o] and b[o] once,
+    so their gradients are sums over the rows. `add` is the gradient that reaches x on another path. A forward
+    without a bias takes db=False.
     """
-    x, w, dout_near = operands(*cache, dout, bfloat16=bfloat16)
-    dx = dout_near @ w.T
+    x, w = cache
+    operand = nearest_bfloat16(dout) if bfloat16 else dout
+    dx = operand @ w.T
     if add is not None:
         dx = dx + add
     if dw is not False:
-        dw = np.matmul(x.reshape(-1, x.shape[-1]).T, dout_near.reshape(-1, w.shape[1]), out=dw)
+        dw = np.matmul(x.reshape(-1, x.shape[-1]).T, operand.reshape(-1, w.shape[1]), out=dw)
     if db is not False:
         db = np.sum(dout.reshape(-1, w.shape[1]), axis=0, out=db)
     return dx, dw, db
 
 
-def operands(*arrays: Array, bfloat16: bool) -> tuple[Array, ...]:
-    """The operands of a product: the arrays themselves, or each of them `rounded`."""
-    return tuple(map(rounded, arrays)) if bfloat16 else arrays
+def nearest_bfloat16(x: Array) -> Array:
+    """x, float32, rounded to bfloat16 and kept as float32. Any shape.
 
-
-def rounded(x: Array) -> Array:
-    """x, float32, rounded to bfloat16: a number keeps 8 of its 24 binary digits, and its exponent.
-
-    A bfloat16 is the upper half of a float32. Rounding is to the nearest, ties to an even last digit. A
-    number beyond the largest bfloat16 becomes infinity. Raises TypeError for another type.
+    A bfloat16 is the upper half of a float32: the same exponent, and 8 of the 24 binary digits. Rounding is
+    to the nearest, ties to an even last digit. A number beyond the largest bfloat16 becomes infinity. Raises
+    TypeError for another type.
     """
     if x.dtype != np.float32:
         raise TypeError(f"bfloat16: the operands are float32, not {x.dtype}")
@@ -130,8 +129,9 @@ def rounded(x: Array) -> Array:
 def layernorm_forward(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """out = g xhat + b, with xhat = (x - mean) rstd and rstd = 1 / sqrt(variance + eps), over the channels.
 
-    x (..., C), g and b (C,) -> out (..., C). Ba, Kiros and Hinton 2016. The variance is the mean of squared
-    deviations (divided by C, not C - 1), computed after the mean: E[x^2] - E[x]^2 would cancel.
+    x (..., C), g and b (C,) -> out (..., C). Ba, Kiros and Hinton 2016. The variance is the mean of the
+    squared deviations: it divides by C, not by C - 1. E[x^2] - E[x]^2 is the same in exact arithmetic, but
+    loses digits where the mean is large.
     """
     mean = x.mean(-1, keepdims=True)
     rstd = 1 / np.sqrt(np.square(x - mean).mean(-1, keepdims=True) + x.dtype.type(eps))
@@ -143,13 +143,15 @@ def layernorm_backward(
 ) -> tuple[Array, Grad, Grad]:  # fmt: skip
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + add, with dxhat = dout g.
 
-    Why two terms are taken away: xhat always has mean 0 and mean square 1, whatever x is. Moving x along the
-    all-ones direction, or along xhat itself, does not change xhat, so the part of dxhat that points along
-    either cannot reach x. The two means are the projections on those directions. `add` is the gradient that
-    reaches x past the norm, along the residual stream.
+    dg = the sum over the rows of dout xhat, db = the sum over the rows of dout.
+
+    Why two terms are subtracted: xhat has mean 0 and mean square 1 for every x. A change of x along the
+    all-ones direction, or along xhat itself, leaves xhat as it is. So dx must have no part along these two
+    directions. The two means project dxhat on the directions, and the subtraction removes the projections.
+    `add` is the gradient that reaches x along the residual stream.
     """
     x, g, mean, rstd = cache
-    channels = tuple(range(x.ndim - 1))  # every axis but the last: g and b are shared by all rows
+    rows = tuple(range(x.ndim - 1))  # the axes that g and b do not have: all rows share g and b
     xhat = (x - mean) * rstd
     dxhat = dout * g
     along_ones = dxhat.mean(-1, keepdims=True)
@@ -158,9 +160,9 @@ def layernorm_backward(
     if add is not None:
         dx = dx + add
     if dg is not False:
-        dg = np.sum(dout * xhat, axis=channels, out=dg)
+        dg = np.sum(dout * xhat, axis=rows, out=dg)
     if db is not False:
-        db = np.sum(dout, axis=channels, out=db)
+        db = np.sum(dout, axis=rows, out=db)
     return dx, dg, db
 
 
@@ -189,7 +191,7 @@ def gelu_backward(dout: Array, cache: tuple) -> Array:
     return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du)
 
 
-# --- what prompt encoders are made of -----------------------------------------------------------------------
+# --- the layers of a prompt encoder (stages/prompts.py) -----------------------------------------------------
 
 
 def relu_forward(x: Array) -> tuple[Array, tuple]:
@@ -218,16 +220,17 @@ def tanh_backward(dout: Array, cache: tuple) -> Array:
 
 
 def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int = 0) -> Array:
-    """Which keys each query sees, as booleans (B, 1, T, S).
+    """Which keys each query sees: booleans (B, 1, T, S).
 
-    The queries are the last T of S positions. Query i of row b stands at key S - T + i and sees the first
-    `prefix` keys and those from start[b, i] to its own, its own always; start counts keys after the prefix.
-    That one rule is causality, packed documents (start: where the document begins), padding on the left
-    (start: where the text begins), the KV cache (T < S), and the rows or keys of a learned prompt. Queries
-    may stand in the prefix themselves: of these start says nothing, it is (B, T) without them.
+    The queries are the last T of S positions: query i of row b stands at key S - T + i. It sees its own key
+    always, the first `prefix` keys, and the keys from start[b, i] to its own. start counts keys after the
+    prefix. It is (B, T), less the queries that stand in the prefix; None is 0 for all.
+
+    This rule is causality. It is also packed documents (start: where the document begins), padding on the
+    left (start: where the text begins), the KV cache (T < S), and a learned prompt (prefix).
     """
     key = np.arange(S)
-    own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1)
+    own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1): each query's own key
     first = np.zeros((B, 1, T, 1), np.int64)
     if start is not None:
         first[:, 0, max(0, prefix - (S - T)) :, 0] = prefix + start
@@ -241,9 +244,9 @@ def attention_forward(
 ) -> tuple[Array, tuple]:  # fmt: skip
     """For each head: out = softmax(q k^T / sqrt(D), over the visible keys) v. Vaswani et al. 2017, 3.2.
 
-    q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h owns channels h D to (h + 1) D of each. `start`
-    and `prefix` say which keys are visible, see `visible_keys`; without them query i sees 0 to S - T + i.
-    length (), int64: only the first `length` of the S keys are there, as in a KV cache that is not full.
+    q (B, T, C), k and v (B, S, C) -> out (B, T, C). Head h has channels h D to (h + 1) D of each. `start` and
+    `prefix` say which keys are visible, see `visible_keys`. Without them query i sees keys 0 to S - T + i.
+    length (), int64: only the first `length` keys count, as in a KV cache that is not full.
     """
     if length is not None:
         k, v = k[:, :length], v[:, :length]
@@ -261,13 +264,15 @@ def attention_forward(
 def attention_backward(
     dout: Array, cache: tuple, packed: bool = False
 ) -> tuple[Array, Array, Array] | Array:
-    """The forward's three products in reverse order, with the softmax between them.
+    """The steps of the forward in reverse order, with r = 1 / sqrt(D):
 
-    packed: the three gradients side by side, (B, T, 3C), as the queries, keys and values of a text lie.
+        out = P v              dv = P^T dout,  dP = dout v^T
+        P = softmax(scores)    dscores = P (dP - sum of P dP over the keys)
+        scores = r q k^T       dq = r dscores k,  dk = r dscores^T q
 
-    out = P v              dP = dout v^T,  dv = P^T dout
-    P = softmax(scores)    dscores = P (dP - sum of P dP over the keys): they share one sum
-    scores = r q k^T       dq = r dscores k,  dk = r dscores^T q,  where r = 1 / sqrt(D)
+    The sum over the keys: each P is divided by one total, so a change of one score moves all P of its query.
+    dout (B, T, C) -> dq (B, T, C), dk and dv (B, S, C). packed: one array (B, T, 3C) with the three side by
+    side, as `attn.c_attn` makes q, k and v.
     """
     q, k, v, probs = cache
     n_head = probs.shape[1]
@@ -292,9 +297,9 @@ def _merge(x: Array) -> Array:
 
 
 def append_rows(cache: Array, x: Array, length: Array) -> None:
-    """x (B, T, C) becomes the last T of the first `length` positions of cache (B, S, C): keys or values.
+    """Writes x (B, T, C), keys or values, to positions length - T to length of cache (B, S, C).
 
-    length (), int64.
+    length (), int64. Raises ValueError where the cache has no such positions.
     """
     if not x.shape[1] <= length <= cache.shape[1]:
         raise ValueError(f"append_rows: {x.shape[1]} rows, {length} in all, do not fit into {cache.shape[1]}")
@@ -302,7 +307,7 @@ def append_rows(cache: Array, x: Array, length: Array) -> None:
 
 
 def advance(length: Array, n: int) -> None:
-    """length (), int64, grows by n."""
+    """Adds n to length (), int64, in place."""
     length += n
 
 
@@ -315,28 +320,31 @@ def residual_forward(x: Array, branch: Array) -> tuple[Array, None]:
 
 
 def residual_backward(dout: Array, cache: None = None) -> tuple[Array, Array]:
-    """A sum hands its gradient to both sides unchanged. Both results are `dout` itself, not copies."""
+    """dx = dbranch = dout: a sum passes its gradient to both sides. Both results are `dout`, not copies."""
     return dout, dout
 
 
 def dropout_forward(x: Array, rate: float, seed: int) -> tuple[Array, tuple]:
-    """Zeroes each element with probability `rate` and divides the others by 1 - rate, so that the mean stays.
+    """Sets each element to 0 with probability `rate`, and divides the others by 1 - rate: the mean stays.
 
-    Srivastava et al. 2014. The mask is a function of (seed, element number) alone: backward makes it again
-    instead of keeping it, and it is the same in C, in NumPy and for any number of threads.
+    Any shape. Srivastava et al. 2014. The mask depends on the seed and the number of the element alone. So
+    backward computes it again, and C, NumPy and any number of threads give the same mask.
     """
     keep = dropout_mask(x.shape, rate, seed)
     return x * (keep * x.dtype.type(1 / (1 - rate))), (rate, seed)
 
 
 def dropout_backward(dout: Array, cache: tuple) -> Array:
-    """The forward once more: what was dropped has no influence, what was scaled has a scaled one."""
+    """dx = dout times the same mask and scale: the forward of `dout`."""
     return dropout_forward(dout, *cache)[0]
 
 
 def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
-    """Booleans, True with probability 1 - rate: the output function of SplitMix64 (Steele, Lea and Flood
-    2014, figure 18) at element number + 1; the upper 24 bits are compared with the rate."""
+    """Booleans, True with probability 1 - rate. `shape` is that of the result.
+
+    A hash of the element's number + 1 and the seed: the output function of SplitMix64 (Steele, Lea and Flood
+    2014, figure 18). The upper 24 bits of the hash are compared with the rate.
+    """
     z = np.arange(1, np.prod(shape, dtype=np.int64) + 1, dtype=np.uint64)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed)
@@ -350,11 +358,11 @@ def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
-    """nll = -log softmax(logits)[target], in nats, one for each target.
+    """nll = -log softmax(logits)[target], in nats, for each target.
 
-    logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is their weighted sum, (weights *
-    nll).sum(): weights of 1/N are the mean, of 0 a mask, of -advantage/N a policy gradient. The weight of
-    each target is therefore what backward takes as `dout`. IndexError for a target outside the vocabulary.
+    logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights
+    1/N give the mean, weight 0 is a mask, and weights -advantage/N give a policy gradient. So `dout` of the
+    backward is the weight of each target. Raises IndexError for a target outside the vocabulary.
     """
     if targets.size and (targets.min() < 0 or targets.max() >= logits.shape[-1]):
         raise IndexError(
@@ -367,9 +375,9 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 
 def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
-    """dlogits = weight (softmax(logits) - onehot(target)): push up the target, down what is too likely.
+    """dlogits = weight (softmax(logits) - onehot(target)): a step against it makes the target likelier.
 
-    dnll (...) is the weight of each target. A weight of 0 gives a row of zeros, whatever the logits are.
+    dnll (...), the weight of each target -> dlogits (..., V). Weight 0 gives zeros, even for infinite logits.
     """
     logits, targets, top, total = cache
     at = targets[..., None]
@@ -382,9 +390,9 @@ def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
 
 
 def weighted_sum(nll: Array, weights: Array) -> Array:
-    """sum(weights * nll), any one shape -> (), float64. Its gradient by nll is `weights`."""
+    """sum(weights * nll), both of one shape -> (), float64. Its gradient with respect to nll is `weights`."""
     products = np.zeros(nll.shape, np.result_type(nll, weights))
-    np.multiply(nll, weights, out=products, where=weights != 0)  # a masked nll may be infinite
+    np.multiply(nll, weights, out=products, where=weights != 0)  # the nll of a masked target may be infinite
     return np.asarray(products.sum(dtype=np.float64))
 
 
@@ -395,10 +403,12 @@ NOT_FINITE = "the logits are not finite: the model's training diverged, or its f
 
 
 def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
-    """The distribution that `sample` draws from: (..., V) -> (..., V), of the same dtype.
+    """The distribution of the next token, for `sample`: logits (..., V) -> (..., V), of the same dtype.
 
-    top_k 0 and top_p 1 are off; top_k is applied first. Tokens as likely as the last one kept stay too: the
-    order of the vocabulary has no influence. Raises UserError for logits that are not finite.
+    softmax(logits / temperature), first cut to the `top_k` likeliest tokens, then to the likeliest that
+    together have `top_p`. top_k 0 and top_p 1 cut nothing. Temperature 0: the likeliest token has 1. A token
+    as likely as the last one of a cut stays too, so the order of the vocabulary does not matter. Raises
+    UserError for logits that are not finite.
     """
     V, top = logits.shape[-1], logits.max(-1, keepdims=True)
     if not np.isfinite(top).all():
@@ -419,28 +429,30 @@ def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p
 
 
 def _least_in_nucleus(probs: Array, top_p: float) -> Array:
-    """The probability (..., 1) of the last token needed, likeliest first, to have top_p together."""
+    """The least probability (..., 1) among the likeliest tokens that together have top_p."""
     likeliest = np.sort(probs)[..., ::-1]
     before = (likeliest.cumsum(-1, dtype=np.float64) < top_p).sum(-1, keepdims=True)
-    return np.take_along_axis(likeliest, np.minimum(before, probs.shape[-1] - 1), -1)  # all: rounded
+    return np.take_along_axis(likeliest, np.minimum(before, probs.shape[-1] - 1), -1)  # rounding: sum < top_p
 
 
 def sample(
     logits: Array, uniform: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Array:
-    """One id a row: the first whose cumulative probability exceeds the row's number in [0, 1).
+    """One id per row: the first id whose cumulative probability exceeds the row's uniform number.
 
-    logits (B, V), uniform (B,) -> ids (B,). Raises what `probabilities` raises.
+    logits (B, V), uniform (B,) in [0, 1) -> ids (B,). Raises UserError as `probabilities` does.
     """
     mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=np.float64)
-    return (mass > (uniform * mass[:, -1])[:, None]).argmax(-1)  # the last mass is 1 but for rounding
+    return (mass > (uniform * mass[:, -1])[:, None]).argmax(-1)  # the last mass is 1, up to rounding
 
 
 # --- the optimizer's two passes over all weights ------------------------------------------------------------
 
+BLOCK = 1 << 15  # weights that NumPy updates at a time: they stay in the cache
+
 
 def squares(x: Array, length: int) -> Array:
-    """The sums of the squares of each `length` numbers of x (N,), in float64: (N / length, rounded up)."""
+    """The sum of squares of each part of `length` numbers, in float64: x (N,) -> (ceil(N / length),)."""
     parts = (x[i : i + length] for i in range(0, x.size, length))
     return np.array([np.square(part, dtype=np.float64).sum() for part in parts])
 
@@ -451,21 +463,18 @@ def adamw(
 ) -> None:  # fmt: skip
     """One AdamW update of w and of its moments m and v, all 1-D, in place. Loshchilov and Hutter 2019.
 
-        g <- scale g                                (gradient clipping's factor)
+        g <- scale g                                scale: the factor of gradient clipping
         m <- beta1 m + (1 - beta1) g                mean of gradients
         v <- beta2 v + (1 - beta2) g^2              mean of squared gradients
         w <- w - lr weight_decay w - lr mhat / (sqrt(vhat) + eps)
 
-    mhat = m / (1 - beta1^step) and vhat = v / (1 - beta2^step) undo the start at zero; `step` counts from 1.
+    m and v start at zero: mhat = m / (1 - beta1^step) and vhat = v / (1 - beta2^step) correct this. `step`
+    counts from 1.
     """
-    for i in range(0, w.size, BLOCK):  # in blocks that stay in the cache
+    for i in range(0, w.size, BLOCK):
         wi, mi, vi = (a[i : i + BLOCK] for a in (w, m, v))
         gi = g[i : i + BLOCK] * w.dtype.type(scale)
         mi += (1 - beta1) * (gi - mi)
         vi += (1 - beta2) * (gi * gi - vi)
         wi *= 1 - lr * weight_decay
         wi -= (lr / (1 - beta1**step)) * mi / (np.sqrt(vi / (1 - beta2**step)) + eps)
-
-
-BLOCK = 1 << 15
-PARTS = 256  # in which the squares of all gradients are added up, see `optim`

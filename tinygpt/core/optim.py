@@ -1,9 +1,9 @@
-"""AdamW, gradient clipping, and the learning rate from step to step.
+"""AdamW, gradient clipping, and the learning rate of each step.
 
-Weights, gradients and the two moments are flat buffers, so that an update of the whole model is one call
-where all of it is trained, and one call for each unbroken stretch of trained weights where some are frozen.
-Clipping has no pass of its own: its factor goes into the update. Matrices decay, embeddings included; vectors
-do not.
+Weights, gradients and the two moments are flat buffers. An update of the whole model is two calls: one for
+the matrices, which decay, and one for the vectors, which do not. Embeddings are matrices. Where some weights
+are frozen, each unbroken stretch of trained weights is one call. Gradient clipping needs no pass over the
+weights: the update multiplies the gradients by its factor.
 
 Not here: other optimizers, a learning rate for each group of weights.
 
@@ -19,8 +19,8 @@ import numpy as np
 from . import memory
 from .memory import Parameters
 from .model import GPT
-from .ops import PARTS, Array
-from .parallel import ALONE, Alone, slices
+from .ops import Array
+from .parallel import ALONE, PARTS, Group, slices
 
 
 def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, max_iters: int) -> float:
@@ -37,15 +37,14 @@ def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, m
 
 
 class AdamW:
-    """The gradients of a model's parameters `names` (all if None), their two moments, and the updates.
+    """The gradients of the parameters `names` of a model (None: all), their two moments, and the updates.
 
-    Of a model with an adapter, these are the adapter's; the model's own stay as they are.
+    For a model with an adapter the parameters are those of the adapter; the model's own stay as they are.
 
-    `grads` (name -> array) is for `model.loss` to fill; `flat`, `m` and `v` are the buffers, `steps` the
-    number of updates made. These, with the weights, are all that changes in training: a checkpoint holds
-    nothing else.
+    `flat` has the gradients, and `grads` (name -> array) has its views, which `model.loss` fills. `m` and `v`
+    are the moments, `steps` is the number of updates. Training changes these and the weights, nothing else.
 
-    Of several processes each updates the slice `own` of the weights, and has the moments of that alone.
+    Each of several processes updates the slice `own` of the weights, and has only the moments of this slice.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         grad_clip: float = 1.0,
-        group: Alone = ALONE,
+        group: Group = ALONE,
     ) -> None:
-        """grad_clip: the largest norm of all gradients together that goes into an update; 0 is no limit.
-        group: the processes that train the model. Several train all its weights, so names is None."""
+        """grad_clip: the largest norm of all gradients together, to which an update scales them; 0: no limit.
+        group: the processes that train the model. With several processes names must be None."""
         self.model, self.grad_clip, self.weight_decay = model, grad_clip, weight_decay
         self.betas_eps = {"beta1": beta1, "beta2": beta2, "eps": eps}
         self.trained = model.trained
@@ -74,9 +73,9 @@ class AdamW:
         self.spans = _spans(self.trained, self.grads, self.own)
 
     def step(self, lr: float) -> float:
-        """One update with the gradients now in `flat[own]`; returns the norm of all before clipping.
+        """One update with the gradients in `flat[own]`. Returns the norm of all gradients before clipping.
 
-        A norm that is not finite is returned too, and then nothing is updated.
+        If the norm is not finite, nothing is updated.
         """
         norm = math.sqrt(self._squares())
         if not math.isfinite(norm):
@@ -94,14 +93,14 @@ class AdamW:
         return norm
 
     def _squares(self) -> float:
-        """The sum of the squares of all gradients, added up part by part in their order."""
+        """The sum of the squares of all gradients: one sum for each of the PARTS, added up in order."""
         parts, length = np.zeros(PARTS), max(1, -(-self.flat.size // PARTS))
         own = self.model.ops.squares(self.flat[self.own], length)
         parts[self.own.start // length :][: own.size] = own
-        return float(np.cumsum(self.group.merged(parts))[-1])  # np.sum adds in another order
+        return float(np.cumsum(self.group.combine(parts))[-1])  # np.sum adds in another order
 
     def whole(self, moment: Array) -> Array:
-        """A moment, `m` or `v`, of all weights. Of several processes all call it; it then lies in `flat`."""
+        """A moment, `m` or `v`, of all weights. Several processes must call this together; `flat` has it."""
         if self.group.size == 1:
             return moment
         self.flat[self.own] = moment
@@ -109,20 +108,23 @@ class AdamW:
         return self.flat
 
 
-def _spans(all_: Parameters, trained: Iterable[str], own: slice) -> list[tuple[slice, slice, bool]]:
-    """(stretch of all_.flat, the same in the slice `own` of the gradients, whether it decays), as few as
-    there can be."""
-    spans, offset, end = [], 0, 0
-    for name, p in all_.params.items():
-        if name in trained:
-            begin, stop = max(end, own.start), min(end + p.size, own.stop)
-            if begin < stop:
-                weights = slice(begin - end + offset, stop - end + offset)
-                grads, decays = slice(begin - own.start, stop - own.start), p.ndim > 1
-                if spans and spans[-1][0].stop == weights.start and spans[-1][2] == decays:
-                    before = spans.pop()
-                    weights, grads = slice(before[0].start, weights.stop), slice(before[1].start, grads.stop)
-                spans.append((weights, grads, decays))
-            end += p.size
-        offset += p.size
+def _spans(model: Parameters, names: Iterable[str], own: slice) -> list[tuple[slice, slice, bool]]:
+    """The calls of an update: (slice of model.flat, the same weights in the moments, whether they decay).
+
+    A call is an unbroken stretch of trained weights that lies in `own`, a slice of the gradients.
+    """
+    stretches, weight, grad = [], 0, 0  # a weight and its gradient, as indices of the two buffers
+    for name, p in model.params.items():
+        if name in names:
+            kind = weight - grad, p.ndim > 1
+            begin = stretches.pop()[1] if stretches and stretches[-1][0] == kind else grad
+            grad += p.size
+            stretches.append((kind, begin, grad))
+        weight += p.size
+    spans = []
+    for (ahead, decays), begin, end in stretches:
+        begin, end = max(begin, own.start), min(end, own.stop)
+        if begin < end:
+            weights, moments = slice(begin + ahead, end + ahead), slice(begin - own.start, end - own.start)
+            spans.append((weights, moments, decays))
     return spans

@@ -1,23 +1,25 @@
-"""Data parallelism: several processes, on one machine or many, train one model. `mpiexec -n 4 tinygpt ...`
+"""Data parallelism: several processes, on one or many machines, train one model. `mpiexec -n 4 tinygpt ...`
 
-Each process has all weights and computes the gradients of its share of an update's batches. Process r keeps
-the two moments of slice r of the weights and no others (ZeRO, stage 1), and an update has four steps:
+Each process has all weights, and computes the gradients of its share of an update's batches. Process r keeps
+the two moments of slice r of the weights only (ZeRO, stage 1). An update has four steps:
 
-    every process    adds the gradients of its batches
-    reduce           process r receives slice r of every process's sum, and adds these P slices
+    every process    adds up the gradients of its batches
+    reduce           process r receives slice r of the gradients of every process, and adds these up
     step             process r updates slice r of the weights
     gather           every process receives all slices of the weights
 
-The two exchanges move as many bytes as a ring all-reduce of the gradients. The weights have the same bytes
-for any number of processes, because a sum depends on its order and here the order is fixed: a binary tree
-over the numbers of the batches, ((0 + 1) + (2 + 3)) + ... A process whose batches are a power of two adds a
-subtree of it. Where they are not, the bytes depend on the number of processes.
+Reduce and gather together move as many bytes as a ring all-reduce of the gradients.
 
-A process that waits for others naps, because these may need its processor. Once all have come, the exchange
-itself polls without naps.
+The weights have the same bytes for any number of processes. A sum of floats depends on its order, and the
+order is fixed here: a binary tree over the numbers of the batches, ((0 + 1) + (2 + 3)) + ... A process with
+1, 2, 4, ... batches adds up a subtree. With another number of batches the bytes depend on the number of
+processes.
 
-Not here: slices of weights or of gradients (ZeRO, stages 2 and 3), pipelines, an exchange while gradients are
-still being computed. mpi4py is imported only where mpiexec started several processes.
+A process that waits for the others sleeps between its polls: the others may need its processor. An exchange
+begins when all processes have arrived, and polls without sleep.
+
+Not here: slices of weights or of gradients (ZeRO, stages 2 and 3), pipelines, and an exchange that overlaps
+the backward. mpi4py is imported only where mpiexec started several processes.
 
 Reference: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 sections 5.1 and 7.1.
@@ -34,89 +36,96 @@ import numpy as np
 
 from ..errors import UserError
 from . import kernels
-from .ops import PARTS, Array
+from .ops import Array
 
 LAUNCHERS = ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")  # MPICH's, Open MPI's
+PARTS = 256  # parts of the gradients, each with one sum of squares; a slice begins and ends between two parts
 PIECE = 1 << 22  # numbers that a process receives at a time: the memory of `reduce`
-LINE = 4096  # bytes of a text that processes exchange, at most
-AWAKE, NAP = 1.0, 5e-4  # seconds of an exchange without naps; the longest nap
-GRACE = 1.0  # seconds after an error in which other processes may have one too
-WORDS = 1  # the tag of last words
+LINE = 4096  # bytes: the longest text that processes exchange
+AWAKE, NAP = 1.0, 5e-4  # seconds: of polls without sleep in an exchange; of the longest sleep between polls
+GRACE = 1.0  # seconds after an error in which the other processes may report an error too
+FAILURE = 1  # the tag of a message that reports an error
 
 
 class HangError(UserError):
-    """Other processes did not come in the time that is allowed."""
+    """A process did not answer in time."""
 
 
-class Alone:
-    """One process: nothing is exchanged."""
+class Group:
+    """The processes that train one model, of which this is number `rank` of `size`. Here: it is alone."""
 
     rank, size = 0, 1
 
-    def shares(self, count: int) -> int:
-        """Of `count` batches, those of one process. Raises UserError where the processes differ in that."""
+    def share_size(self, count: int) -> int:
+        """How many of `count` batches each process computes. Raises UserError if the shares are not equal."""
         if count % self.size:
             raise UserError(
-                f"an update has {count} batches, which {self.size} processes cannot share alike: begin with "
-                f"--gradient-accumulation-steps {-(-count // self.size) * self.size}, or another multiple of "
-                f"{self.size}; a smaller --batch-size keeps the tokens of an update"
+                f"an update has {count} batches, which {self.size} processes cannot share equally: begin "
+                f"with --gradient-accumulation-steps {-(-count // self.size) * self.size}, or another "
+                f"multiple of {self.size}; a smaller --batch-size keeps the tokens of an update"
             )
         return count // self.size
 
     def share(self, batches: Sequence, rng: np.random.Generator, draws: int) -> Sequence:
-        """This process's batches: those whose turn it is, one after the other.
+        """The batches of this process, neighbours in the order of `batches`.
 
-        Every batch takes `draws` numbers of 64 bits from `rng`; those of the batches before are skipped.
+        Every batch draws `draws` numbers of 64 bits from `rng`: rng skips those of the batches before.
         """
-        count = self.shares(len(batches))
+        count = self.share_size(len(batches))
         rng.bit_generator.advance(self.rank * count * draws)
         return batches[self.rank * count : (self.rank + 1) * count]
 
     def meet(self) -> None:
-        """Returns when all processes have called this."""
+        """Returns when every process has called `meet`."""
 
-    def merged(self, array: Array) -> Array:
-        """The arrays of all processes in one: each number is one process's, and the others have 0 there."""
+    def combine(self, array: Array) -> Array:
+        """The sum of the arrays of all processes. Of each number all summands but one must be 0."""
         return array
 
     def reduce(self, flat: Array, bounds: Sequence[int], value: float) -> float:
-        """Adds up the gradients `flat` of all processes, each in its own slice, between its two bounds. The
-        rest of `flat` is no sum. Returns the sum of the values."""
+        """Adds up the gradients `flat` of all processes: process r gets the sum from bounds[r] to
+        bounds[r + 1]. The rest of `flat` stays as it is. Returns the sum of the values of all processes."""
         return value
 
     def gather(self, flat: Array, bounds: Sequence[int]) -> None:
-        """Fills `flat` with the slices of all processes."""
-
-    def lines(self, text: str) -> list[str]:
-        """The texts of all processes, cut at LINE bytes."""
-        return [text]
-
-    def agree(self, *flags: object) -> list[bool]:
-        """Which flags any process has."""
-        return [bool(flag) for flag in flags]
+        """Fills `flat` with the slices of all processes; that of process r begins at bounds[r]."""
 
     def leave(self) -> None:
-        """The end of all exchanges. Process 0, which goes on, has all processors of its machine again."""
+        """The end of all exchanges. Process 0 continues, with all processors of its machine."""
 
-    def alike(self, facts: Mapping[str, str]) -> None:
-        """Raises UserError, in all processes, where their facts differ: it names which, and who."""
-        rows = [line.split("\t") for line in self.lines("\t".join([platform.node(), *facts.values()]))]
+    def stack(self, row: Array) -> Array:
+        """The rows of all processes in the order of their ranks: (...) -> (size, ...)."""
+        rows = np.zeros((self.size, *row.shape), row.dtype)
+        rows[self.rank] = row
+        return self.combine(rows)
+
+    def texts(self, text: str) -> list[str]:
+        """The texts of all processes, each cut to LINE bytes."""
+        row = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
+        return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in self.stack(row)]
+
+    def agree(self, *flags: object) -> list[bool]:
+        """For each flag, whether it is true in any process."""
+        return self.stack(np.array([*map(bool, flags)], float)).any(0).tolist()
+
+    def check_alike(self, facts: Mapping[str, str]) -> None:
+        """Raises UserError, in all processes, if a process has other facts (name -> value) than process 0."""
+        rows = [text.split("\t") for text in self.texts("\t".join([platform.node(), *facts.values()]))]
         host, *first = rows[0]
         for rank, (other, *values) in enumerate(rows):
-            names = [name for name, a, b in zip(facts, first, values, strict=True) if a != b]
-            if names:
-                who = f"process {rank} on {other} and process 0 on {host}"
-                raise UserError(f"{who} differ in: {', '.join(names)}")
+            if names := [name for name, a, b in zip(facts, first, values, strict=True) if a != b]:
+                both = f"process {rank} on {other} and process 0 on {host}"
+                raise UserError(f"{both} differ in: {', '.join(names)}")
 
 
-ALONE = Alone()
+ALONE = Group()
 
 
-class Processes(Alone):
-    """The processes that mpiexec started, of which this is number `rank` of `size`."""
+class MPIGroup(Group):
+    """The processes that mpiexec started."""
 
     def __init__(self, mpi, hang_timeout: float) -> None:
-        """mpi: the module mpi4py.MPI. hang_timeout: seconds, see `HangError`."""
+        """mpi: the module mpi4py.MPI. hang_timeout: the seconds after which a wait raises HangError."""
         self.mpi, self.comm, self.hang_timeout = mpi, mpi.COMM_WORLD, hang_timeout
         self.rank, self.size = self.comm.rank, self.comm.size
         self.others = [rank for rank in range(self.size) if rank != self.rank]
@@ -124,27 +133,25 @@ class Processes(Alone):
     def meet(self) -> None:
         self._wait([self.comm.Ibarrier()])
 
-    def merged(self, array: Array) -> Array:
+    def combine(self, array: Array) -> Array:
         total = np.empty_like(array)
-        self._wait([self.comm.Iallreduce(array, total)])  # of which one summand is not 0: any order will do
+        self._wait([self.comm.Iallreduce(array, total)])  # in any order: x + 0 is x
         return total
 
     def reduce(self, flat: Array, bounds: Sequence[int], value: float) -> float:
-        values = np.zeros(self.size)
-        values[self.rank] = value
-        values = self.merged(values)  # here all meet
+        values = self.stack(np.array(value, float))  # all processes have arrived
         count = max(1, PIECE // self.size)
         parts = np.empty((self.size, count), flat.dtype)
         for i in range(0, max(np.diff(bounds)), count):
             pieces = [flat[begin + i : max(begin + i, min(begin + i + count, end))]
                       for begin, end in pairwise(bounds)]  # fmt: skip
             own = pieces[self.rank]
-            received = [part[: own.size] for part in parts]
-            requests = [self.comm.Irecv(received[rank], rank) for rank in self.others]
+            summands = [part[: own.size] for part in parts]
+            requests = [self.comm.Irecv(summands[rank], rank) for rank in self.others]
             requests += [self.comm.Isend(pieces[rank], rank) for rank in self.others]
-            received[self.rank] = own
+            summands[self.rank] = own
             self._wait(requests, AWAKE)
-            own[:] = tree_sum(received)
+            own[:] = tree_sum(summands)
         return float(tree_sum(values))
 
     def gather(self, flat: Array, bounds: Sequence[int]) -> None:
@@ -152,68 +159,60 @@ class Processes(Alone):
         slices = [flat, np.diff(bounds), bounds[:-1], self.mpi.Datatype.fromcode(flat.dtype.char)]
         self._wait([self.comm.Iallgatherv(self.mpi.IN_PLACE, slices)], AWAKE)
 
-    def lines(self, text: str) -> list[str]:
-        rows = np.zeros((self.size, LINE), np.uint8)
-        _write(rows[self.rank], text)
-        return [_read(row) for row in self.merged(rows)]
-
-    def agree(self, *flags: object) -> list[bool]:
-        rows = np.zeros((self.size, len(flags)))
-        rows[self.rank] = [bool(flag) for flag in flags]
-        return self.merged(rows).any(0).tolist()
+    def leave(self) -> None:
+        self.meet()
+        self.mpi.Finalize()
+        _divide_processors(1)
 
     def _wait(self, requests: list, awake: float = 0.0) -> None:
-        """Until all are done. The longer it takes, the longer are the naps, after `awake` seconds."""
-        began = time.monotonic()
+        """Returns when all requests are done. After `awake` seconds it sleeps between two polls, longer and
+        longer, up to NAP seconds. Raises HangError."""
+        begin = time.monotonic()
         while not self.mpi.Request.Testall(requests):
-            waited = time.monotonic() - began
-            if waited > self.hang_timeout:
+            seconds = time.monotonic() - begin
+            if seconds > self.hang_timeout:
                 raise HangError(f"no answer for {self.hang_timeout:g} seconds")
-            time.sleep(min(max(0.0, waited - awake) / 10, NAP))
+            time.sleep(min(max(0.0, seconds - awake) / 10, NAP))
 
     def last_words(self, error: Exception, text: str) -> tuple[str, bool]:
-        """What is to be said of an error in this process, "" if another one says it; and whether all
-        processes end with one. If not, only `abort` ends the others."""
-        own, texts = np.zeros(LINE, np.uint8), np.zeros((self.size, LINE), np.uint8)
-        _write(own, text)
-        sent = [self.comm.Isend(own, rank, WORDS) for rank in self.others]
-        awaited = {rank: self.comm.Irecv(texts[rank], rank, WORDS) for rank in self.others}
-        # who waits for the same process began to wait at another time
+        """Reports an error of this process to the others, and waits some seconds for their reports.
+
+        Returns the text that this process must print, and whether all processes had an error. The text is ""
+        if a process with a lower number prints its own. Processes without an error go on until `abort`.
+        """
+        reports = [self.comm.Isend(bytes(1), rank, FAILURE) for rank in self.others]
+        silent = {rank: self.comm.Irecv(bytearray(1), rank, FAILURE) for rank in self.others}
+        # processes that wait for the same hanging process do not reach their timeouts at the same moment
         end = time.monotonic() + GRACE + (self.hang_timeout / 10 if isinstance(error, HangError) else 0)
-        while awaited and time.monotonic() < end:
-            awaited = {rank: request for rank, request in awaited.items() if not request.Test()}
+        while silent and time.monotonic() < end:
+            silent = {rank: request for rank, request in silent.items() if not request.Test()}
             time.sleep(0.01)
-        if not awaited:
-            self.mpi.Request.Waitall(sent)
-        if any(rank < self.rank for rank in self.others if rank not in awaited):
-            return "", not awaited
+        if not silent:
+            self.mpi.Request.Waitall(reports)
+        if any(rank not in silent for rank in range(self.rank)):
+            return "", not silent
         if isinstance(error, HangError):
-            text = f"no answer from process {', '.join(map(str, awaited))} for {self.hang_timeout:g} seconds"
-        elif awaited and self.rank:
+            text = f"no answer from process {', '.join(map(str, silent))} for {self.hang_timeout:g} seconds"
+        elif silent and self.rank:
             text = f"process {self.rank} on {platform.node()}: {text}"
-        return text, not awaited
+        return text, not silent
 
     def abort(self) -> None:
         """Ends all processes."""
         self.comm.Abort(2)
 
-    def leave(self) -> None:
-        self.meet()
-        self.mpi.Finalize()
-        _set_threads(1)
-
 
 def launched() -> tuple[int, int]:
-    """(the number of this process, how many there are), as mpiexec says in the environment."""
+    """(number of this process, number of processes), as mpiexec says in the environment."""
     sizes = ((os.environ.get(rank), os.environ.get(size)) for size, rank in LAUNCHERS)
     return next(((int(rank), int(size)) for rank, size in sizes if rank and size), (0, 1))
 
 
-def join(hang_timeout: float = 1800.0) -> Alone:
-    """The processes that mpiexec started, or this one alone. The processors of a machine are divided among
-    its processes, unless TINYGPT_THREADS says how many threads each has.
+def join(hang_timeout: float = 1800.0) -> Group:
+    """The group of the processes that mpiexec started, or ALONE.
 
-    Raises UserError without mpi4py, and where it belongs to another MPI than mpiexec.
+    Processes on one machine divide its processors: each has its part of the threads. TINYGPT_THREADS sets
+    another number. Raises UserError without mpi4py, and where mpi4py uses another MPI than mpiexec.
     """
     rank, size = launched()
     if size == 1:
@@ -223,49 +222,39 @@ def join(hang_timeout: float = 1800.0) -> Alone:
     except (ImportError, RuntimeError) as error:
         reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails: {error}"
         raise UserError(f"mpi4py, which mpiexec needs, {reason}; pip install mpi4py mpich") from None
-    group = Processes(MPI, hang_timeout)
+    group = MPIGroup(MPI, hang_timeout)
     if group.size != size:
         raise UserError(f"mpiexec has {size} processes and mpi4py {group.size}: they are of different MPIs")
-    if kernels.lib and not os.environ.get("TINYGPT_THREADS"):
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        place = digest(repr((platform.node(), sorted(allowed))).encode())
-        _set_threads(group.lines(place).count(place))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    place = digest(repr((platform.node(), sorted(allowed))).encode())
+    _divide_processors(group.texts(place).count(place))  # an exchange: all processes come here
     return group
 
 
-def _set_threads(processes: int) -> None:
+def _divide_processors(processes: int) -> None:
     if kernels.lib and not os.environ.get("TINYGPT_THREADS"):
         kernels.set_threads(max(1, kernels.processors() // processes))
 
 
 def slices(size: int, processes: int) -> list[int]:
-    """The bounds of the slices of `size` numbers. No slice ends within a part of `ops.squares`."""
+    """The bounds of the slices of `size` numbers, `processes` + 1 of them. They lie between the PARTS."""
     length = -(-size // PARTS)
     return [min(size, length * (PARTS * rank // processes)) for rank in range(processes + 1)]
 
 
-def half(count: int) -> int:
-    """Where a binary tree over `count` numbers is cut: the largest power of two below."""
+def left_size(count: int) -> int:
+    """How many of `count` summands are in the left branch of a tree: the largest power of two < count."""
     return 1 << (count - 1).bit_length() - 1
 
 
 def tree_sum(parts: Sequence):
-    """Arrays or numbers, added in a binary tree: ((0 + 1) + (2 + 3)) + (4 + 5)."""
+    """The sum of arrays or numbers in the order of a binary tree: ((0 + 1) + (2 + 3)) + (4 + 5)."""
     if len(parts) == 1:
         return parts[0]
-    cut = half(len(parts))
+    cut = left_size(len(parts))
     return tree_sum(parts[:cut]) + tree_sum(parts[cut:])
 
 
 def digest(data) -> str:
-    """A short hash of bytes, for comparisons."""
+    """A short hash of bytes, to compare them between processes."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _write(row: Array, text: str) -> None:
-    data = text.encode()[:LINE]
-    row[: len(data)] = np.frombuffer(data, np.uint8)
-
-
-def _read(row: Array) -> str:
-    return row.tobytes().rstrip(b"\0").decode(errors="replace")

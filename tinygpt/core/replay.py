@@ -26,7 +26,7 @@ from functools import partial
 import numpy as np
 
 from . import kernels
-from .memory import Arena, empty, lending
+from .memory import Arena, current_arena, empty
 from .model import GPT
 from .ops import Array
 
@@ -51,7 +51,7 @@ def recorded(
 
     def replay(*args, **named) -> Array:
         nonlocal calls, weights
-        if kernels.current_tape() is not None:  # the tape of a caller, which must see the operations
+        if kernels.current_tape.value is not None:  # the tape of a caller, which must see the operations
             return function(*args, **named)
         calls += 1
         if calls == pack_after:
@@ -71,7 +71,7 @@ def recorded(
             return tape.run()
         copies = {name: np.array(a, order="C") for name, a in inputs.items()}
         tape = Tape(copies, weights, memory, arena, packs)
-        with kernels.write_to(tape), lending(arena):
+        with kernels.current_tape.use(tape), current_arena.use(arena):
             args = [copies.get(n, a) for n, a in enumerate(args)]
             result = function(*args, **{name: copies.get(name, a) for name, a in named.items()})
         tape.end(result)
@@ -97,7 +97,7 @@ class Packs:
         """The copy of a weight (K, N); the same weight has one copy."""
         key = b.ctypes.data, b.shape, b.strides, bfloat16
         if key not in self._copies:
-            with lending(None):  # a copy stays as long as the tapes
+            with current_arena.use(None):  # a copy stays as long as the tapes
                 self._copies[key] = empty(kernels.panels_size(b, bfloat16), b.dtype), b, bfloat16
             if self.ready:
                 self._pack(*self._copies[key])
@@ -109,7 +109,7 @@ class Packs:
         self.ready[:] = 1
 
     def _pack(self, *copy) -> None:
-        with kernels.write_to(None):
+        with kernels.current_tape.use(None):
             kernels.pack_panels(*copy)
 
 

@@ -28,7 +28,7 @@ from .config import DTYPES
 from .model import GPT
 from .optim import AdamW, learning_rate
 from .option import check_options, option
-from .parallel import ALONE, Alone, half
+from .parallel import ALONE, Group, left_size
 from .replay import recorded
 
 Array = np.ndarray
@@ -77,7 +77,7 @@ class TrainConfig:
         since, climb = (n % self.merge_every, self.merge_every // 10) if self.merge_every else (n, 0)
         return rate * (since + 1) / (climb + 1) if since < min(climb, n) else rate
 
-    def optimizer(self, model: GPT, names: Iterable[str] | None = None, group: Alone = ALONE) -> AdamW:
+    def optimizer(self, model: GPT, names: Iterable[str] | None = None, group: Group = ALONE) -> AdamW:
         """An optimizer with these settings for the parameters `names` of a model, all if None."""
         fields = ("beta1", "beta2", "weight_decay", "grad_clip")
         return AdamW(model, names, group=group, **{field: getattr(self, field) for field in fields})
@@ -174,7 +174,7 @@ def accumulated(flat: Array, compute: Callable[[object], float], batches: Sequen
         return 0.0
     if len(batches) == 1:
         return compute(batches[0])
-    cut = half(len(batches))
+    cut = left_size(len(batches))
     left = accumulated(flat, compute, batches[:cut])
     gradients_of_left = flat.copy()
     right = accumulated(flat, compute, batches[cut:])
@@ -182,7 +182,7 @@ def accumulated(flat: Array, compute: Callable[[object], float], batches: Sequen
     return left + right
 
 
-def mean_loss(model: GPT, batches: Iterable[Batch], group: Alone = ALONE) -> float:
+def mean_loss(model: GPT, batches: Iterable[Batch], group: Group = ALONE) -> float:
     """The weighted mean of -log p(target) over all batches, in nats, without dropout. The processes of a
     group take turns, and get the same mean."""
     sums = []
@@ -190,7 +190,7 @@ def mean_loss(model: GPT, batches: Iterable[Batch], group: Alone = ALONE) -> flo
         own = n % group.size == group.rank
         loss = float(model.loss(**counted(batch))) if own else 0.0
         sums.append((loss, float(batch.weights.sum(dtype=np.float64)) if own else 0.0))
-    total, count = group.merged(np.array([(0.0, 0.0), *sums])).cumsum(0)[-1]  # np.sum adds in another order
+    total, count = group.combine(np.array([(0.0, 0.0), *sums])).cumsum(0)[-1]  # np.sum adds in another order
     return float(total / max(count, 1e-30))
 
 

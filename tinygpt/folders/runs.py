@@ -21,7 +21,7 @@ from .. import __version__
 from ..core import kernels, train
 from ..core.model import GPT
 from ..core.optim import AdamW
-from ..core.parallel import ALONE, Alone, digest
+from ..core.parallel import ALONE, Group, digest
 from ..errors import UserError
 from ..files.atomic import holds, lock, make_folder, remove, replacing, sync, together, writing
 from ..files.jsonfile import parse
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def begin(
-    cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False, group: Alone = ALONE
+    cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False, group: Group = ALONE
 ) -> Run:
     """A new run in `folder`. What is there is replaced last, after all that can be wrong has been checked.
     The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
@@ -52,7 +52,7 @@ def begin(
     Of a group of processes number 0 locks and writes the folder. Raises UserError, also where `folder` has a
     model and not `overwrite`.
     """
-    group.shares(settings.gradient_accumulation_steps)
+    group.share_size(settings.gradient_accumulation_steps)
     if group.rank == 0:
         needed = [getattr(settings, field) for field in cls.needs]
         check_folder(folder, overwrite, needed)
@@ -68,7 +68,7 @@ def begin(
     return Run(folder, stage)
 
 
-def resume(cls: type[Stage], folder: Path, group: Alone = ALONE, **moved: Sequence[str] | str) -> Run:
+def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **moved: Sequence[str] | str) -> Run:
     """The run in `folder` as it was saved last. The folder is locked from now on.
 
     moved: the fields of the settings that say where data or a model is now, if it is elsewhere. Another field
@@ -86,7 +86,7 @@ def resume(cls: type[Stage], folder: Path, group: Alone = ALONE, **moved: Sequen
     before = vars(settings)
     same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
     settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
-    group.shares(settings.gradient_accumulation_steps)
+    group.share_size(settings.gradient_accumulation_steps)
     cls = cls.of(settings)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
@@ -114,7 +114,7 @@ def _check_alike(stage: Stage) -> None:
         return
     tokenizer, backend = stage.tokenizer, stage.model.ops.__name__.rpartition(".")[2]
     options = settings.train, settings.model, settings.adapter, settings.batch_size, settings.block_size
-    group.alike({
+    group.check_alike({
         "version of tinygpt or NumPy": f"{__version__} {np.__version__}",
         "instruction set": f"{backend} {kernels.isa if kernels.lib else ''}",
         "tokenizer": digest(json.dumps([tokenizer.spec, tokenizer.config()]).encode()),
@@ -197,7 +197,7 @@ def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) 
             remove(folder / name)
 
 
-def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Alone = ALONE) -> AdamW:
+def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Group = ALONE) -> AdamW:
     """The optimizer and its model as they were saved last; settings and tokenizer are from `read_run`.
 
     The model's files are written anew, as a kill may have come between them and the run's own. Raises

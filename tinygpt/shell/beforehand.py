@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from ..core.parallel import Alone
+from ..core.parallel import Group
 from ..errors import UserError
 from ..folders import checkpoint, runs
 from ..stages import reward
@@ -28,14 +28,14 @@ def show(init_from: str, data: tuple[str, ...], count: int) -> None:
         say(notes)
 
 
-def _compare(settings: reward.Settings, out: Path, overwrite: bool, group: Alone) -> reward.Settings:
+def _compare(settings: reward.Settings, out: Path, overwrite: bool, group: Group) -> reward.Settings:
     """The settings with a file of comparisons that simulated people make, in place of a world. Of several
     processes number 0 writes the file, and the others read it."""
     if not any(map(corpus.is_source, settings.data)):
         return settings
-    group.shares(settings.gradient_accumulation_steps)
+    group.share_size(settings.gradient_accumulation_steps)
     path = _comparisons(settings, out, overwrite) if group.rank == 0 else ""
-    return dataclasses.replace(settings, data=(group.lines(str(path))[0],))
+    return dataclasses.replace(settings, data=(group.texts(str(path))[0],))
 
 
 def _comparisons(settings: reward.Settings, out: Path, overwrite: bool) -> Path:

@@ -100,7 +100,7 @@ def _run(stage: type[Stage], options: list[tuple], hang_timeout: float, **values
         afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
 
 
-def _fail(group: parallel.Processes, error: BaseException) -> None:
+def _fail(group: parallel.MPIGroup, error: BaseException) -> None:
     """The end of a process, and of all others, after an error."""
     expected = isinstance(error, (UserError, OSError, MemoryError))
     if not expected:
@@ -117,10 +117,10 @@ def _fail(group: parallel.Processes, error: BaseException) -> None:
     os._exit(2)
 
 
-def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Alone) -> runs.Run:
+def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group) -> runs.Run:
     run = _begin_or_resume(stage, options, values, group)
     settings, model = run.stage.settings, run.stage.model
-    each = group.shares(settings.gradient_accumulation_steps)
+    each = group.share_size(settings.gradient_accumulation_steps)
     if group.size > 1 and each & (each - 1):
         say(f"Each process has {each} batches: so the weights depend on the number of processes. They do not "
             "where each has 1, 2, 4 or 8.")  # fmt: skip
@@ -144,7 +144,7 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
 
 
 def _begin_or_resume(
-    stage: type[Stage], options: list[tuple], values: dict, group: parallel.Alone
+    stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group
 ) -> runs.Run:
     written, data, folder = given(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
