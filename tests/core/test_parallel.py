@@ -59,10 +59,10 @@ def test_processes_add_subtrees(rng, count):
             parts = []
             for rank in range(size):
                 share = Share(rank, size).share(numbers, np.random.default_rng(0), 0)
-                train.accumulated(flat, compute, share)
+                train.accumulate(flat, compute, share)
                 parts.append(flat[0].copy())
             assert parallel.tree_sum(parts) == whole
-    train.accumulated(flat, compute, numbers)
+    train.accumulate(flat, compute, numbers)
     assert flat[0] == whole
 
 

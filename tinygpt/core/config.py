@@ -1,6 +1,6 @@
-"""The sizes of a model, with the names and shapes of its parameters.
+"""The sizes of a model, and the names and shapes of its parameters.
 
-Parameters carry GPT-2's names and layout as Hugging Face has them: weights are (in, out).
+Names and layout are those of GPT-2 at Hugging Face: weights are (in, out).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import dataclasses
 from ..errors import UserError
 from .option import check_options, option
 
-_NEW = ("init_from",)  # a model to begin with has sizes of its own
+_NEW = ("init_from",)  # with --init-from the sizes are those of that model
 DTYPES = ("float32", "bfloat16")  # of the operands of linear maps, see GPT.compute_in
-MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake, found before it costs memory or time
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**11  # more is a mistake: it is refused before it takes memory or time
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a model, under nanoGPT's names. Raises UserError where they make no model."""
+    """The sizes of a model, under nanoGPT's names. Raises UserError for sizes that do not fit together."""
 
     vocab_size: int = option(50257, "[1, inf)")
     block_size: int = option(1024, "[1, inf)")  # the longest sequence: GPT-2's n_positions
@@ -27,47 +27,43 @@ class GPTConfig:
     dropout: float = option(0.0, "[0, 1)", "Of embeddings and branches. Helps where there is little data.")
     post_norm: bool = option(False, help="GPT-1's blocks instead of GPT-2's.", alone=_NEW)
     layer_norm_epsilon: float = 1e-5
-    num_labels: int = 0  # scores of a text instead of logits of the next token
+    num_labels: int = 0  # the number of scores of a text, in place of logits of the next token
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_head {self.n_head} does not divide n_embd {self.n_embd}, and heads share it evenly"
-            )
+            heads = f"n_head {self.n_head} does not divide n_embd {self.n_embd}"
+            raise UserError(f"{heads}: each head has n_embd / n_head channels")
         if self.size > MOST_WEIGHTS:
-            sizes = ("vocab_size", "block_size", "n_layer", "n_embd")
-            written = ", ".join(f"{field} {getattr(self, field)}" for field in sizes)
-            raise UserError(f"{written}: these make more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
+            fields = ("vocab_size", "block_size", "n_layer", "n_embd")
+            sizes = ", ".join(f"{field} {getattr(self, field)}" for field in fields)
+            raise UserError(f"{sizes}: these make more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether this is GPT-2 itself, and not a variant."""
+        """Whether this is GPT-2, and not a variant."""
         return not (self.post_norm or self.num_labels)
 
     @property
     def size(self) -> int:
-        """The number of weights, without a list of them: C (12 C + 13) in a layer, 2 C in ln_f."""
+        """The number of weights: C (12 C + 13) in a layer, 2 C in ln_f, and the tables."""
         C, tables = self.n_embd, self.vocab_size + self.block_size + self.num_labels
         return C * (tables + self.n_layer * (12 * C + 13) + 2 * (not self.post_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter: those that weight decay shrinks first, then vectors."""
+        """The shape of every parameter by name: matrices, which weight decay shrinks, before vectors."""
         C = self.n_embd
+        weights = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+                   "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}  # fmt: skip
         shapes = {"wte.weight": (self.vocab_size, C), "wpe.weight": (self.block_size, C)}
         for layer in range(self.n_layer):
-            h = f"h.{layer}."
-            shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
-            shapes |= {h + "attn.c_attn.weight": (C, 3 * C), h + "attn.c_attn.bias": (3 * C,)}
-            shapes |= {h + "attn.c_proj.weight": (C, C), h + "attn.c_proj.bias": (C,)}
-            shapes |= {h + "ln_2.weight": (C,), h + "ln_2.bias": (C,)}
-            shapes |= {h + "mlp.c_fc.weight": (C, 4 * C), h + "mlp.c_fc.bias": (4 * C,)}
-            shapes |= {h + "mlp.c_proj.weight": (4 * C, C), h + "mlp.c_proj.bias": (C,)}
+            for name, shape in weights.items():
+                shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[-1:]}
         if not self.post_norm:
             shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
         if self.num_labels:
             shapes |= {"score.weight": (self.num_labels, C)}
-        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # stable: matrices first
+        return dict(sorted(shapes.items(), key=lambda item: len(item[1]) == 1))  # a stable sort
 
 
 PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear maps of a block

@@ -1,13 +1,13 @@
 """Text from a model: KV cache, sampling, generation token by token.
 
-A token's keys and values depend on what comes before it, never on what comes after. They are computed once
-and kept, so that a step costs one token's forward pass (Pope et al. 2022, "Efficiently Scaling Transformer
-Inference", section 2). The next token is drawn from softmax(logits / temperature), cut to the `top_k`
-likeliest tokens (Fan et al. 2018, section 5.4) or to the likeliest that together have probability `top_p`
-(Holtzman et al. 2020, section 3.1). Temperature 0 is greedy: always the likeliest.
+The keys and values of a token depend on the tokens before it, not on later tokens. They are computed once and
+kept, so a step costs the forward pass of one token (Pope et al. 2022, "Efficiently Scaling Transformer
+Inference", section 2). The next token is drawn from softmax(logits / temperature). The distribution is cut to
+the `top_k` likeliest tokens (Fan et al. 2018, section 5.4), or to the likeliest tokens that together have the
+probability `top_p` (Holtzman et al. 2020, section 3.1). Temperature 0 is greedy: always the likeliest token.
 
-`ops.probabilities` <- `ops.sample` <- `steps` <- `generate` (ids in, ids out) and `stream` (text out). Not
-here: beam search, penalties on repetition, speculative decoding; how a conversation is written down as text.
+`ops.probabilities` <- `ops.sample` <- `steps` <- `generate` (ids in, ids out) and `text.stream` (text out).
+Not here: beam search, penalties on repetition, speculative decoding, the text form of a conversation.
 """
 
 import warnings
@@ -18,18 +18,19 @@ import numpy as np
 from ..errors import UserError
 from .memory import empty
 from .model import GPT, Array
+from .option import inside
 from .replay import recorded
 
 Ids = Sequence[int] | Array
 
-DRAWN = 64  # random numbers drawn at a time for each prompt
-PACK_AFTER = 8  # steps after which a copy of the weights is expected to pay; of bfloat16, half as large, 1
+DRAWS = 64  # random numbers that a prompt draws at a time
+PACK_AFTER = 8  # steps after which copies of the weights save time; bfloat16 copies are half as large: 1 step
 
 
 class KVCache:
-    """Keys and values of the first `length` tokens, (n_layer, B, capacity, C) each, extended by the model.
+    """`keys` and `values`, (n_layer, B, capacity, C) each, of which the first `length` positions are filled.
 
-    length is an array (), int64: a replayed operation reads how many there are by then.
+    length is an array (), int64, so that a replayed operation reads the present length.
     """
 
     def __init__(self, model: GPT, batch: int, capacity: int) -> None:
@@ -38,9 +39,9 @@ class KVCache:
         self.length, self.capacity, self._ops = np.zeros((), np.int64), capacity, model.ops
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Adds one layer's k and v, (B, T, C); the first layer moves `length` on.
+        """Appends k and v, (B, T, C), to one layer. Layer 0 comes first and adds T to `length`.
 
-        Returns the layer's keys and values, (B, capacity, C), and `length`, which says how many there are.
+        Returns the keys and values of the layer, (B, capacity, C) each, and `length`.
         """
         if layer == 0:
             self._ops.advance(self.length, k.shape[1])
@@ -50,9 +51,9 @@ class KVCache:
         return keys, values, self.length
 
     def keep(self, is_alive: Array) -> Array:
-        """Drops the rows where `is_alive` (B,) is False, and returns which old row each row now is.
+        """Drops the rows where `is_alive` (B,) is False. Returns the old number of each remaining row.
 
-        Rows from the end move into the gaps: a dropped row costs one row's copy at most.
+        Rows from the end move into the gaps, so a dropped row costs at most the copy of one row.
         """
         n = np.count_nonzero(is_alive)
         rows, gaps = np.arange(n), np.flatnonzero(~is_alive[:n])
@@ -71,39 +72,38 @@ def steps(
     top_p: float = 1.0, stop: Collection[int] = (), rng: np.random.Generator | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:  # fmt: skip
-    """Continues all prompts together, a token each a step: yields (which prompts, their new ids), both (B,).
+    """Continues all prompts together, one token per step. Yields (prompts' numbers, new ids), (B,) each.
 
-    A prompt ends with an id of `stop`, which is yielded, or after `max_new_tokens`, and then costs nothing.
+    A prompt ends after an id of `stop`, which is yielded, or after `max_new_tokens`. It then costs no time.
 
-    Shorter prompts are padded on the left. Padding is invisible (`ops.visible_keys`), positions count from a
-    prompt's first token, and each prompt has a generator of its own, seeded by one number of `rng`:
-    neighbours have no influence, and a batch gives what calls for one prompt after the other give, up to
-    rounding, which in float32 can tip a choice between tokens that are all but equal.
+    Other prompts do not change the text of a prompt. Shorter prompts are padded on the left, and padding is
+    invisible (`ops.visible_keys`). Positions count from a prompt's first token. Each prompt has its own
+    generator, seeded by one number of `rng`. Only rounding depends on the batch: in float32 it can change the
+    choice between two tokens whose probabilities are nearly equal.
 
-    A text has `model.context` positions. A longer prompt loses its beginning, with a warning. A text that
-    outgrows them goes on from the last half of them, read anew: as every position changes, nothing cached can
-    stay, and keeping more would mean doing so more often.
+    A text has `model.context` positions. A longer prompt loses its beginning, with a warning. When a text
+    needs more positions, the model reads the last half of the context again, and continues after this half.
+    All positions have changed, so the cache is useless. A larger part would have to be read more often.
 
-    The weights must not change meanwhile: after a few steps they are read from copies, as large as they
-    are. The sums of a product then have another order, so logits differ in their last bits.
+    The weights must not change between steps: after a few steps the model reads copies of them. The sums of a
+    product then have another order, so logits differ in their last bits.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
-    UserError for an empty prompt, a setting out of range and logits that are not finite.
+    UserError for an empty prompt, a setting out of range, and logits that are not finite.
     """
     _check(temperature, top_k, top_p, max_new_tokens, rng)
-    texts = [_fit(prompt, model.context) for prompt in prompts]  # what the next token follows from
+    texts = [_fit(prompt, model.context) for prompt in prompts]  # the ids before the next token
     longest = max(map(len, texts), default=0)
     stop = np.array(sorted(stop), np.int64)
     kv = KVCache(model, len(texts), model.prefix + min(model.context, longest + max_new_tokens))
     seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
-    uniform = np.zeros((len(texts), DRAWN))  # the numbers of DRAWN steps
+    uniform = np.zeros((len(texts), DRAWS))  # the random numbers of DRAWS steps
     rows, ids, backlog = np.arange(len(texts)), None, []
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
 
-    # a replay takes less time than the Python of a small model's forward
     pack_after = 1 if model.bfloat16 else PACK_AFTER
     decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=pack_after, most=1)
     for step in range(max_new_tokens):
@@ -115,10 +115,10 @@ def steps(
         else:
             positions = (kv.length - model.prefix - pad).astype(np.int32)
             logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
-        if temperature and step % DRAWN == 0:
+        if temperature and step % DRAWS == 0:
             for row in rows:
                 draws[row].random(out=uniform[row])
-        logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWN]
+        logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWS]
         ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
         backlog.append((rows, ids))
         yield rows, ids
@@ -128,14 +128,15 @@ def steps(
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
-    for name, value, right, rule in (  # comparisons that are False for NaN
-        ("temperature", temperature, temperature >= 0, "at least 0; 0 is greedy"),
-        ("top_k", top_k, top_k >= 0, "at least 0; 0 is off"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1; 1 is off"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+    for name, value, interval, hint in (
+        ("temperature", temperature, "[0, inf]", "; 0 is greedy"),
+        ("top_k", top_k, "[0, inf]", "; 0 is off"),
+        ("top_p", top_p, "(0, 1]", "; 1 is off"),
+        ("max_new_tokens", max_new_tokens, "[0, inf]", ""),
     ):
+        right, rule = inside(value, interval)
         if not right:
-            raise UserError(f"{name} is {value}: it must be {rule}")
+            raise UserError(f"{name} is {value}: it must be {rule}{hint}")
     if temperature and rng is None:
         raise UserError("sampling needs rng, for example np.random.default_rng(seed); temperature=0 does not")
 
@@ -150,7 +151,7 @@ def _fit(prompt: Ids, context: int) -> list[int]:
 
 
 def _append(texts: list[list[int]], new: list[tuple[Array, Array]]) -> None:
-    """Moves the ids of steps, each (which texts, their ids), to the ends of the texts."""
+    """Appends the ids of steps, (numbers of the texts, their new ids) each, to the texts. Empties `new`."""
     for rows, ids in new:
         for row, i in zip(rows.tolist(), ids.tolist(), strict=True):
             texts[row].append(i)
@@ -158,9 +159,9 @@ def _append(texts: list[list[int]], new: list[tuple[Array, Array]]) -> None:
 
 
 def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array]:
-    """Fills the cache with whole texts: the logits after each, (B, 1, V), and the padding before it, (B, 1).
+    """Fills the cache with whole texts. Returns the logits after each, (B, 1, V), and its padding, (B, 1).
 
-    Cuts texts longer than the context, in place, to their last half context. Equal texts are read once.
+    A text longer than the context is cut, in place, to its last half context. Equal texts are read once.
     """
     for text in texts:
         if len(text) > model.context:
@@ -183,7 +184,7 @@ def _read(model: GPT, texts: list[list[int]], kv: KVCache) -> tuple[Array, Array
 
 
 def generate(model: GPT, prompts: Sequence[Ids], max_new_tokens: int, **settings) -> list[Array]:
-    """The new ids of each prompt, int32, with the id of `stop` that ended it. Settings: see `steps`."""
+    """The new ids of each prompt, int32, with the id of `stop` at the end. Settings are those of `steps`."""
     new = [[] for _ in prompts]
     _append(new, list(steps(model, prompts, max_new_tokens, **settings)))
     return [np.array(ids, np.int32) for ids in new]

@@ -187,8 +187,7 @@ def _ids(ids: Array, below: int, what: str) -> Array:
             raise IndexError
         _run("check_ids", _FLOAT32, memory.empty(1, np.int32), rows, rows.size, below)
     except IndexError:
-        wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise IndexError(f"{what} {wrong} is outside 0 to {below - 1}") from None
+        ops.check_ids(ids, below, what)  # raises, with the id in the message
     return rows
 
 
@@ -220,8 +219,9 @@ def gemm(
     """a (M, K) times b (K, N), plus bias (N,) on every row, plus add (M, N): (M, N), in `out` if it is given.
 
     a and b may have any strides, so `.T` costs nothing. The rows of out must be contiguous, or, without bias
-    and add, the columns; with add, all of it. bfloat16: a and b, float32, are first rounded to bfloat16.
-    Raises ValueError for shapes or strides that do not fit, TypeError for bfloat16 of float64.
+    and add, the columns. With add, all of out must be contiguous. bfloat16: a and b, float32, are first
+    rounded to bfloat16. Raises ValueError for shapes or strides that do not fit, TypeError for bfloat16 of
+    float64.
     """
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
@@ -344,9 +344,7 @@ def attention_forward(
     return out, (q, k, v, start, sizes)
 
 
-def attention_backward(
-    dout: Array, cache: tuple, packed: bool = False
-) -> tuple[Array, Array, Array] | Array:
+def attention_backward(dout: Array, cache: tuple, packed: bool = False) -> tuple[Array, Array, Array] | Array:
     q, k, v, start, sizes = cache
     if packed and k.shape != q.shape:
         raise ValueError("attention: packed gradients need as many keys as queries")

@@ -37,11 +37,14 @@ def embedding_forward(ids: Array, w: Array) -> tuple[Array, tuple]:
 
     ids (B, T) integers in [0, V), w (V, C) -> out (B, T, C). Raises IndexError for an id outside the table.
     """
-    if ids.size and (ids.min() < 0 or ids.max() >= len(w)):
-        raise IndexError(
-            f"id {ids.min() if ids.min() < 0 else ids.max()} is outside the table of {len(w)} rows"
-        )
+    check_ids(ids, len(w), "id")
     return w[ids], (ids, w.shape)
+
+
+def check_ids(ids: Array, below: int, what: str) -> None:
+    """Raises IndexError unless all ids are from 0 to below - 1."""
+    if ids.size and (ids.min() < 0 or ids.max() >= below):
+        raise IndexError(f"{what} {ids.min() if ids.min() < 0 else ids.max()} is outside 0 to {below - 1}")
 
 
 def embedding_backward(dout: Array, cache: tuple, dw: Grad = None, add: bool = False) -> Grad:
@@ -93,9 +96,9 @@ def linear_backward(
     """dx = dout w^T + add, dw = x^T dout, db = the sum of the rows of dout.
 
     Each follows from out[n, o] = sum_i x[n, i] w[i, o] + b[o]. The slope of out[n, o] along x[n, i] is
-    w[i, o], so dx[n, i] sums dout[n, o] w[i, o] over the outputs o. Every row n uses w[i, o] and b[o] once,
-    so their gradients are sums over the rows. `add` is the gradient that reaches x on another path. A forward
-    without a bias takes db=False.
+    w[i, o]. So dx[n, i] is the sum of dout[n, o] w[i, o] over the outputs o. Every row n uses w[i, o] and
+    b[o] once, so their gradients are sums over the rows. `add` is the gradient that reaches x on another
+    path. A forward without a bias takes db=False.
     """
     x, w = cache
     operand = nearest_bfloat16(dout) if bfloat16 else dout
@@ -226,8 +229,8 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
     always, the first `prefix` keys, and the keys from start[b, i] to its own. start counts keys after the
     prefix. It is (B, T), less the queries that stand in the prefix; None is 0 for all.
 
-    This rule is causality. It is also packed documents (start: where the document begins), padding on the
-    left (start: where the text begins), the KV cache (T < S), and a learned prompt (prefix).
+    This one rule covers causality, the KV cache (T < S), and a learned prompt (prefix). It covers packed
+    documents (start: where the document begins) and padding on the left (start: where the text begins).
     """
     key = np.arange(S)
     own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1): each query's own key
@@ -261,18 +264,17 @@ def attention_forward(
     return _merge(probs @ _split(v, n_head)), (q, k, v, probs)
 
 
-def attention_backward(
-    dout: Array, cache: tuple, packed: bool = False
-) -> tuple[Array, Array, Array] | Array:
+def attention_backward(dout: Array, cache: tuple, packed: bool = False) -> tuple[Array, Array, Array] | Array:
     """The steps of the forward in reverse order, with r = 1 / sqrt(D):
 
         out = P v              dv = P^T dout,  dP = dout v^T
         P = softmax(scores)    dscores = P (dP - sum of P dP over the keys)
         scores = r q k^T       dq = r dscores k,  dk = r dscores^T q
 
-    The sum over the keys: each P is divided by one total, so a change of one score moves all P of its query.
-    dout (B, T, C) -> dq (B, T, C), dk and dv (B, S, C). packed: one array (B, T, 3C) with the three side by
-    side, as `attn.c_attn` makes q, k and v.
+    Why a sum over the keys: all P of a query are divided by one total, so one score moves all of them.
+
+    dout (B, T, C) -> dq (B, T, C), dk and dv (B, S, C). With `packed` the result is one array (B, T, 3C),
+    with the three side by side, as `attn.c_attn` makes q, k and v.
     """
     q, k, v, probs = cache
     n_head = probs.shape[1]
@@ -362,12 +364,10 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
     logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights
     1/N give the mean, weight 0 is a mask, and weights -advantage/N give a policy gradient. So `dout` of the
-    backward is the weight of each target. Raises IndexError for a target outside the vocabulary.
+    backward is the weight of each target. Raises IndexError for a target outside the vocabulary: mask a
+    target by weight 0, not by an id such as -100.
     """
-    if targets.size and (targets.min() < 0 or targets.max() >= logits.shape[-1]):
-        raise IndexError(
-            f"a target is outside the vocabulary of {logits.shape[-1]}; mask it with weight 0 instead"
-        )
+    check_ids(targets, logits.shape[-1], "target")
     top = logits.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
     total = np.exp(logits - top).sum(-1, keepdims=True)
     nll = np.log(total) - (np.take_along_axis(logits, targets[..., None], -1) - top)
@@ -448,8 +448,6 @@ def sample(
 
 # --- the optimizer's two passes over all weights ------------------------------------------------------------
 
-BLOCK = 1 << 15  # weights that NumPy updates at a time: they stay in the cache
-
 
 def squares(x: Array, length: int) -> Array:
     """The sum of squares of each part of `length` numbers, in float64: x (N,) -> (ceil(N / length),)."""
@@ -471,10 +469,8 @@ def adamw(
     m and v start at zero: mhat = m / (1 - beta1^step) and vhat = v / (1 - beta2^step) correct this. `step`
     counts from 1.
     """
-    for i in range(0, w.size, BLOCK):
-        wi, mi, vi = (a[i : i + BLOCK] for a in (w, m, v))
-        gi = g[i : i + BLOCK] * w.dtype.type(scale)
-        mi += (1 - beta1) * (gi - mi)
-        vi += (1 - beta2) * (gi * gi - vi)
-        wi *= 1 - lr * weight_decay
-        wi -= (lr / (1 - beta1**step)) * mi / (np.sqrt(vi / (1 - beta2**step)) + eps)
+    g = g * w.dtype.type(scale)
+    m += (1 - beta1) * (g - m)
+    v += (1 - beta2) * (g * g - v)
+    w *= 1 - lr * weight_decay
+    w -= (lr / (1 - beta1**step)) * m / (np.sqrt(v / (1 - beta2**step)) + eps)

@@ -48,17 +48,9 @@ class AdamW:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        names: Iterable[str] | None = None,
-        *,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        grad_clip: float = 1.0,
-        group: Group = ALONE,
-    ) -> None:
+        self, model: GPT, names: Iterable[str] | None = None, *, beta1: float = 0.9, beta2: float = 0.99,
+        eps: float = 1e-8, weight_decay: float = 0.1, grad_clip: float = 1.0, group: Group = ALONE,
+    ) -> None:  # fmt: skip
         """grad_clip: the largest norm of all gradients together, to which an update scales them; 0: no limit.
         group: the processes that train the model. With several processes names must be None."""
         self.model, self.grad_clip, self.weight_decay = model, grad_clip, weight_decay

@@ -1,4 +1,4 @@
-"""Options: a field of a dataclass says its default, its range and its help once, for Python and the command
+"""Options: a field of a dataclass states a default, a range and a help text, for Python and for the command
 line."""
 
 import dataclasses
@@ -8,12 +8,16 @@ from ..errors import UserError
 
 
 def option(default: object, allowed: str | tuple = "", help: str = "", **more) -> dataclasses.Field:
-    """A field of a dataclass that is an option of the command line, if it has a help text.
+    """A field of a dataclass. With a help text it is an option of the command line.
 
-    allowed: an interval such as "[0, 1)", or a tuple of values. more: `name`, the option's name where it is
-    not the field's; `shown`, in words, a default that depends on others; `metavar`; `missing`, what the user
-    has to give with this option; `only`, {another option: its values with which this one has a meaning};
-    `alone`, options beside which this one has none.
+    allowed: an interval such as "[0, 1)", or a tuple of values. more, each of these if it is necessary:
+
+    - name: the name of the option, if it is not the name of the field
+    - shown: the default in words, if it depends on other options
+    - metavar: the kind of value, in the help text
+    - missing: the thing that the user must give as this option
+    - only: {another option: its values}; with other values this option has no meaning
+    - alone: other options; with one of them this option has no meaning
     """
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help, **more})
 
@@ -24,7 +28,7 @@ def written(options: dict) -> str:
 
 
 def check_options(config: object) -> None:
-    """Raises UserError for a field of a dataclass with a value that is not allowed."""
+    """Raises UserError if a field of a dataclass has a value that is not allowed."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata.get("allowed")
         if isinstance(allowed, tuple):
@@ -38,7 +42,7 @@ def check_options(config: object) -> None:
 def inside(value: float, interval: str) -> tuple[bool, str]:
     """Whether a number is in an interval, and the interval in words."""
     low, high = map(float, interval[1:-1].split(","))
-    right = value >= low if interval[0] == "[" else value > low  # comparisons that are false for NaN
+    right = value >= low if interval[0] == "[" else value > low  # NaN compares as False
     right = right and (value <= high if interval[-1] == "]" else value < high)
     rules = [f"{'at least' if interval[0] == '[' else 'more than'} {low:g}"]
     if high < math.inf:

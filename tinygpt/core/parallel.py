@@ -18,8 +18,8 @@ processes.
 A process that waits for the others sleeps between its polls: the others may need its processor. An exchange
 begins when all processes have arrived, and polls without sleep.
 
-Not here: slices of weights or of gradients (ZeRO, stages 2 and 3), pipelines, and an exchange that overlaps
-the backward. mpi4py is imported only where mpiexec started several processes.
+Only processes that mpiexec started import mpi4py. Not here: slices of weights or of gradients (ZeRO, stages 2
+and 3), pipelines, an exchange that overlaps the backward.
 
 Reference: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 sections 5.1 and 7.1.
@@ -69,7 +69,7 @@ class Group:
     def share(self, batches: Sequence, rng: np.random.Generator, draws: int) -> Sequence:
         """The batches of this process, neighbours in the order of `batches`.
 
-        Every batch draws `draws` numbers of 64 bits from `rng`: rng skips those of the batches before.
+        Every batch draws `draws` numbers of 64 bits from `rng`. rng skips those of earlier batches.
         """
         count = self.share_size(len(batches))
         rng.bit_generator.advance(self.rank * count * draws)
@@ -141,12 +141,12 @@ class MPIGroup(Group):
     def reduce(self, flat: Array, bounds: Sequence[int], value: float) -> float:
         values = self.stack(np.array(value, float))  # all processes have arrived
         count = max(1, PIECE // self.size)
-        parts = np.empty((self.size, count), flat.dtype)
-        for i in range(0, max(np.diff(bounds)), count):
-            pieces = [flat[begin + i : max(begin + i, min(begin + i + count, end))]
-                      for begin, end in pairwise(bounds)]  # fmt: skip
+        buffers = np.empty((self.size, count), flat.dtype)
+        parts = [flat[begin:end] for begin, end in pairwise(bounds)]
+        for i in range(0, max(map(len, parts)), count):
+            pieces = [part[i : i + count] for part in parts]
             own = pieces[self.rank]
-            summands = [part[: own.size] for part in parts]
+            summands = [buffer[: own.size] for buffer in buffers]
             requests = [self.comm.Irecv(summands[rank], rank) for rank in self.others]
             requests += [self.comm.Isend(pieces[rank], rank) for rank in self.others]
             summands[self.rank] = own

@@ -1,21 +1,27 @@
-"""Replay: the operations of a function again, without the Python between them.
+"""Replay: runs the operations of a function again, without the Python code between them.
 
     loss = recorded(model.loss, model, optimizer.flat)
-    loss(ids, targets, weights)      runs the function, and writes its operations down on a tape
-    loss(ids, targets, weights)      copies the three inputs to where the first ones were, and runs the tape
+    loss(ids, targets, weights)      runs the function, and records its operations on a tape
+    loss(ids, targets, weights)      copies the three inputs into those of the first call, and runs the tape
 
-Python takes a tenth of the time of a small model's training step, and more of a token's generation. A tape is
-an array of calls to the C core. It reads the weights and writes the gradients where they are; results are
-copies. All other memory of a tape is lent by an arena, and is used again within the tape.
+Python takes a tenth of the time of a small model's training step, and more of a generation step. A tape is an
+array of calls to the C core. A tape reads the weights and writes the gradients in place. The result is a
+copy. An arena lends all other memory of a tape, and lends a block again within the tape.
 
-A function is refused, and then always called as it is, where an operation has dropout, which draws other
-numbers in each call, and where an operation reads or writes an array that is no input, no weight and no
-result of an operation, such as a copy of an input. Three things a tape does not see, and a function must not
-do them: decide by the numbers in an array, change an array in place without an operation, and write to an
-input, which is a copy.
+Some functions cannot be replayed; `recorded` then calls them as they are:
 
-Replayed are the training of GPT-2, of GPT-1 and of LoRA with alpha = rank, and the generation of all models
-but of LoRA with another alpha. The others compute something in NumPy alone.
+- An operation has dropout, which draws other numbers in each call.
+- An operation reads or writes an array that is no input, no weight and no result of an operation. An example
+  is a copy of an input.
+
+A tape does not record three things. The function must not do them:
+
+- decide by the numbers of an array
+- change an array in place without an operation
+- write to an input: the tape has a copy
+
+Training is replayed for GPT-2, GPT-1, and LoRA with alpha = rank. Generation is replayed for all models
+except LoRA with another alpha. The other cases compute something in NumPy alone.
 
 The idea is that of CUDA graphs, and of TinyJit in tinygrad.
 """
@@ -34,15 +40,18 @@ from .ops import Array
 def recorded(
     function: Callable[..., Array], model: GPT, *memory: Array, pack_after: int | None = None, most: int = 16
 ) -> Callable[..., Array]:
-    """`function`, which is replayed from the second call with inputs of the same shapes and types on.
+    """A function like `function`: its second call with inputs of the same shapes and types is a replay.
 
-    The inputs are those arguments that are arrays. Other arguments must be hashable; each value has tapes of
-    its own. The result is one array, and a copy where the function was replayed. memory: the arrays, beside
-    the weights of `model`, that the function reads or writes. pack_after: the number of calls after which
-    copies of the weights, in the order of their use, are expected to pay; the weights must not change any
-    more. most: how many tapes are kept.
+    An input is an argument that is an array. Other arguments must be hashable, and each value has its own
+    tape. `function` must return one array. A replay returns a copy.
 
-    On the NumPy backend the result is `function` itself. Not for several threads at a time.
+    - memory: the arrays, beside the weights of `model`, that the function reads or writes
+    - pack_after: after so many calls the tapes read copies of the weights, which lie in the order of their
+      use
+    - With pack_after the weights must not change after the first call.
+    - most: the largest number of tapes
+
+    On the NumPy backend the result is `function` itself. Only one thread at a time may call the result.
     """
     if model.ops is not kernels:
         return function
@@ -51,13 +60,13 @@ def recorded(
 
     def replay(*args, **named) -> Array:
         nonlocal calls, weights
-        if kernels.current_tape.value is not None:  # the tape of a caller, which must see the operations
+        if kernels.current_tape.value is not None:  # a caller records: its tape needs the operations
             return function(*args, **named)
         calls += 1
         if calls == pack_after:
             packs.fill()
         if not (weights and weights[0] is model.flat and weights[1] is model.trained.flat):
-            tapes.clear()  # they read other weights
+            tapes.clear()  # their weights are in other memory
             weights = model.flat, model.trained.flat
         arguments = [*enumerate(args), *named.items()]
         inputs = {name: a for name, a in arguments if isinstance(a, np.ndarray)}
@@ -65,10 +74,8 @@ def recorded(
             return function(*args, **named)
         key = tuple((name, a.shape, a.dtype.char) if name in inputs else (name, a) for name, a in arguments)
         if key in tapes:
-            tape = tapes[key] = tapes.pop(key)  # the last one used is the last in order
-            if tape is None or not tape.right_ids(inputs):
-                return function(*args, **named)
-            return tape.run()
+            tape = tapes[key] = tapes.pop(key)  # the tape of the latest call is the last one in order
+            return tape.run() if tape and tape.accepts(inputs) else function(*args, **named)
         copies = {name: np.array(a, order="C") for name, a in inputs.items()}
         tape = Tape(copies, weights, memory, arena, packs)
         with kernels.current_tape.use(tape), current_arena.use(arena):
@@ -88,16 +95,16 @@ def recorded(
 
 
 class Packs:
-    """Copies of weights in the order in which a multiply reads them. They are read once they are ready."""
+    """Copies of weights in the order in which a product reads them. Products read them if `ready` is 1."""
 
     def __init__(self) -> None:
         self.ready, self._copies = np.zeros(1, np.int32), {}
 
     def panels(self, b: Array, bfloat16: bool) -> Array:
-        """The copy of a weight (K, N); the same weight has one copy."""
+        """The copy of a weight (K, N). Each weight has one copy."""
         key = b.ctypes.data, b.shape, b.strides, bfloat16
         if key not in self._copies:
-            with current_arena.use(None):  # a copy stays as long as the tapes
+            with current_arena.use(None):  # all tapes share the copy
                 self._copies[key] = empty(kernels.panels_size(b, bfloat16), b.dtype), b, bfloat16
             if self.ready:
                 self._pack(*self._copies[key])
@@ -114,30 +121,28 @@ class Packs:
 
 
 class Tape:
-    """The operations of one call of a function, in order: stretches of calls to the C core, and between them
-    operations in NumPy."""
+    """The operations of one call of a function, in order: lists of calls to the C core, and operations in
+    NumPy. `is_whole`: whether a replay of the tape gives the results of the function."""
 
-    def __init__(
-        self, inputs: dict, weights: tuple, memory: tuple, arena: Arena, packs: Packs | None
-    ) -> None:
+    def __init__(self, inputs: dict, weights: tuple, memory: tuple, arena: Arena, packs: Packs | None):
         self.inputs, self.is_whole, self.result = inputs, True, None
         self._steps, self._checks, self._arena, self._packs, self._owners = [], [], arena, packs, {}
         self._weights = {id(_owner(a)) for a in weights}
         self._know(*weights, *memory, *inputs.values())
 
     def add(self, op: str, call: tuple, fields: tuple) -> None:
-        """Takes down a call to the C core: (number of the operation, is_double, its struct)."""
+        """Records a call to the C core: (number of the operation, is_double, its struct)."""
         self._expect(fields)
-        self.is_whole &= op not in ("dropout_forward", "adamw")  # whose numbers are others in each call
+        self.is_whole &= op not in ("dropout_forward", "adamw")  # their numbers differ in each call
         if op == "check_ids" and any(_owner(fields[1]) is a for a in self.inputs.values()):
-            self._checks.append(call)  # before all else: a replay that is refused has changed nothing
+            self._checks.append(call)  # a replay checks its inputs first, before it changes anything
             return
         if not self._steps or callable(self._steps[-1]):
             self._steps.append([])
         self._steps[-1].append(call)
 
     def add_numpy(self, function: Callable, args: tuple, named: dict, result: object) -> None:
-        """Takes down an operation in NumPy, whose arrays a replay fills anew."""
+        """Records an operation in NumPy. A replay writes its results into the same arrays."""
         self._expect(_arrays((*args, *named.values())))
         results = list(_arrays(result))
         self._know(*results)
@@ -149,7 +154,7 @@ class Tape:
         self._steps.append(again if results else partial(function, *args, **named))
 
     def panels(self, b: Array, bfloat16: bool) -> tuple[Array | None, Array | None]:
-        """The copy of a weight b, and whether a multiply is to read it by now; for any other b None, None."""
+        """The copy of a weight b, and the flag whether a product reads the copy; None, None for other b."""
         if self._packs is None or id(_owner(b)) not in self._weights:
             return None, None
         panels = self._packs.panels(b, bfloat16)
@@ -157,7 +162,7 @@ class Tape:
         return panels, self._packs.ready
 
     def end(self, result: Array) -> None:
-        """Takes the result of the function, after its last operation."""
+        """Ends the tape with the result of the function. Raises TypeError if that is not an array."""
         if type(result) is not np.ndarray:
             raise TypeError(f"recorded: the function must return an array, not {type(result).__name__}")
         self._expect([result])
@@ -167,14 +172,14 @@ class Tape:
         calls = [self._checks, *self._steps]
         self._check, *self._replay = [s if callable(s) else partial(run_all, array(s), len(s)) for s in calls]
 
-    def right_ids(self, inputs: dict) -> bool:
-        """Puts other inputs into the places of the first ones; False if an id is outside its table."""
+    def accepts(self, inputs: dict) -> bool:
+        """Copies inputs to the memory of the first ones. Returns False if an id is outside its table."""
         for name, a in inputs.items():
             self.inputs[name][...] = a
         return not self._check()
 
     def run(self) -> Array:
-        """The operations again: a copy of the result."""
+        """Runs the operations, and returns a copy of the result."""
         for step in self._replay:
             if status := step():
                 raise IndexError("a KV cache is full") if status == 2 else MemoryError("the C core")
@@ -184,7 +189,7 @@ class Tape:
         self._owners |= {id(owner): owner for owner in map(_owner, arrays)}
 
     def _expect(self, fields) -> None:
-        """Refuses the tape where an array among these fields is not known, and no loan of the arena."""
+        """The tape is not whole if one of these arrays is neither known nor a loan of the arena."""
         for a in fields:
             if isinstance(a, np.ndarray):
                 owner = _owner(a)
@@ -192,14 +197,14 @@ class Tape:
 
 
 def _owner(a: Array) -> object:
-    """The object that the memory of an array belongs to: an array, or the loan of an arena."""
+    """The object that owns the memory of an array: an array, or the loan of an arena."""
     while isinstance(a.base, np.ndarray):
         a = a.base
     return a if a.base is None else a.base
 
 
 def _arrays(value: object):
-    """The arrays in a result: one, or some in nested tuples."""
+    """The arrays in a value: the value itself, or those in nested tuples."""
     if isinstance(value, np.ndarray):
         yield value
     elif isinstance(value, tuple):

@@ -1,14 +1,14 @@
-"""The one training loop: every stage gives it batches, and it makes updates from them.
+"""The training loop of all stages.
 
     for each update:  gradients of loss = sum(weights * nll) over the batches;  clip;  AdamW;  a record
 
-It reports through a callback and prints nothing. The random numbers of update n come from a generator made
-from (seed, n): a run that was interrupted continues with the very numbers it would have had, nothing needs to
-be stored for that, and evaluating or sampling on the way does not change the run.
+The loop prints nothing: it gives each record to a callback. The random numbers of update n come from
+`default_rng([seed, n])`. So a run that was interrupted continues with the same numbers, no state of a
+generator is saved, and an evaluation does not change the run.
 
-Several processes share the batches of an update and then exchange gradients and weights (`parallel`).
+Several processes share the batches of an update and exchange gradients and weights (`parallel`).
 
-Not here: where batches come from, what is saved and where.
+Not here: the source of the batches (`stages`), the files of a run (`folders`).
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 
 from ..errors import UserError
 from .config import DTYPES
@@ -32,22 +33,22 @@ from .parallel import ALONE, Group, left_size
 from .replay import recorded
 
 Array = np.ndarray
-Record = dict[str, float]  # what a report tells of one update
+Record = dict[str, float]  # the numbers of one update by name
 
 
 class Batch(NamedTuple):
-    """Sequences, and how much each target counts: the weights of an update usually sum to 1."""
+    """Sequences, and the weight of each target. The weights of an update usually sum to 1."""
 
     ids: Array  # (B, T) int32
     targets: Array  # (B, T) int32
     weights: Array  # (B, T); 0 masks
-    start: Array | None = None  # (B, T): where each query's view begins, see ops.visible_keys
+    start: Array | None = None  # (B, T): the first key that each query sees, see ops.visible_keys
     positions: Array | None = None  # (B, T)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train, under nanoGPT's names. Raises UserError for what cannot be."""
+    """The settings of a training run, under nanoGPT's names. Raises UserError for a value out of range."""
 
     max_iters: int = option(4000, "[1, inf)", "Updates of weights.")
     learning_rate: float = option(1e-3, "(0, inf)", "At its highest.")
@@ -59,10 +60,8 @@ class TrainConfig:
     grad_clip: float = option(1.0, "[0, inf)", "Largest norm; 0: any.")
     eval_interval: int = option(1000, "[1, inf)", "Updates from one evaluation, and save, to the next.")
     seed: int = option(1337, "[0, inf)", "Of weights, batches and dropout.")
-    dtype: str = option("float32", DTYPES, "Of what linear maps multiply; all else stays float32.")
-    merge_every: int = option(
-        0, "[0, inf)", "Updates after which LoRA's branches join the weights and begin anew; 0: never."
-    )
+    dtype: str = option("float32", DTYPES, "Of the operands of linear maps; all else stays float32.")
+    merge_every: int = option(0, "[0, inf)", "Updates between merges of LoRA's branches; 0: never.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,46 +70,45 @@ class TrainConfig:
             raise UserError(f"min_lr is {self.min_lr}: it must be {rule}")
 
     def learning_rate_at(self, n: int) -> float:
-        """Of update n, counted from 0. After a merge it climbs anew, for a tenth of the time to the next."""
+        """The learning rate of update n, counted from 0.
+
+        After a merge of LoRA's branches the rate climbs again, for a tenth of the updates to the next merge.
+        """
         fields = {"warmup_iters": self.warmup_iters, "max_iters": self.max_iters}
         rate = learning_rate(n, peak=self.learning_rate, lowest=self.min_lr, **fields)
         since, climb = (n % self.merge_every, self.merge_every // 10) if self.merge_every else (n, 0)
         return rate * (since + 1) / (climb + 1) if since < min(climb, n) else rate
 
     def optimizer(self, model: GPT, names: Iterable[str] | None = None, group: Group = ALONE) -> AdamW:
-        """An optimizer with these settings for the parameters `names` of a model, all if None."""
+        """An optimizer with these settings for the parameters `names` of a model; None: all parameters."""
         fields = ("beta1", "beta2", "weight_decay", "grad_clip")
         return AdamW(model, names, group=group, **{field: getattr(self, field) for field in fields})
 
 
 class NonFiniteError(UserError):
-    """Training stopped before an update because a number in it was infinite or not a number."""
+    """Training stopped because the loss, the gradient or an evaluation is infinite or NaN."""
 
 
 def train(
-    optimizer: AdamW,
-    batches: Callable[[int, np.random.Generator], Sequence[Batch]],
-    config: TrainConfig,
-    *,
-    evaluate: Callable[[], Record] = dict,
-    report: Callable[[Record], None] = lambda record: None,
-    save: Callable[[], None] = lambda: None,
-    elapsed_s: float = 0.0,
-    compute: Callable | None = None,
-) -> None:
-    """Updates the optimizer's model, from update `optimizer.steps` on, until config.max_iters are made.
+    optimizer: AdamW, batches: Callable[[int, Generator], Sequence[Batch]], config: TrainConfig, *,
+    evaluate: Callable[[], Record] = dict, report: Callable[[Record], None] = lambda record: None,
+    save: Callable[[], None] = lambda: None, elapsed_s: float = 0.0, compute: Callable | None = None,
+) -> None:  # fmt: skip
+    """Trains the model of `optimizer` until it has made config.max_iters updates.
 
-    batches(n, rng) gives the batches of update n (from 0): one, or several whose gradients are added up.
-    `report` gets a record of each update: iter (from 1), train_loss, lr, grad_norm, tokens_per_s, elapsed_s
-    (to which the argument is added), and every eval_interval updates and after the last what `evaluate`
-    returns. `save` is called after each such report. On Ctrl-C, SIGTERM or SIGHUP `save` is called when the
-    update is done, and KeyboardInterrupt is raised. Where `report` raises an OSError, `save` is called first.
-    Several processes do all this at the same update, whichever of them got the signal or the error.
+    - batches(n, rng): the batches of update n, counted from 0; their gradients are added up
+    - compute(batches, rng): writes the gradients into `optimizer.flat`, and returns the loss, or a record
+      with the loss as train_loss; None: `gradients(optimizer)`
+    - report(record): receives the record of each update: iter (counted from 1), train_loss, lr, grad_norm,
+      tokens_per_s, and elapsed_s, the seconds of this call plus the argument elapsed_s
+    - evaluate(): more numbers for the record, every eval_interval updates and after the last update
+    - save(): is called after each evaluation
 
-    compute(batches, rng) puts gradients into `optimizer.flat` and returns the loss, or a record with the loss
-    as train_loss; by default it is `gradients(optimizer)`.
+    On Ctrl-C, SIGTERM or SIGHUP the loop completes the update, calls `save` and raises KeyboardInterrupt. An
+    OSError or a UserError of `report` is raised after `save`, too. In a group all processes do so at the same
+    update, even if only one process has the signal or the error.
 
-    Raises NonFiniteError, before the update or the save in question.
+    Raises NonFiniteError before an update with such numbers, and before a save of them.
     """
     compute, group = compute or gradients(optimizer), optimizer.group
     origin, last_save = time.perf_counter() - elapsed_s, optimizer.steps
@@ -136,7 +134,7 @@ def train(
             failure = None
             try:
                 report(record | {"elapsed_s": round(time.perf_counter() - origin, 3)} | evaluation)
-            except (OSError, UserError) as error:  # nobody reads the output any more; the disk is full
+            except (OSError, UserError) as error:  # the reader of a pipe is gone, or the disk is full
                 failure = error
             stop, broken = group.agree(interrupted, failure)
             if due or stop or broken:
@@ -149,57 +147,61 @@ def train(
 
 
 def gradients(optimizer: AdamW) -> Callable:
-    """A function compute(batches, rng): it puts the gradients of the batches' summed loss into
-    `optimizer.flat`, and returns the loss, in nats. rng turns dropout on.
+    """A function compute(batches, rng): the loss, in nats, summed over the batches. Its gradients are then in
+    `optimizer.flat`. rng draws dropout; None: no dropout.
 
-    As the losses are sums, not means, this is what one large batch would give. The forward and backward
-    passes are replayed from the second batch of a shape on (`replay`).
+    Losses are sums, not means, so the result is that of one large batch. From the second batch of a shape,
+    forward and backward are replayed (`replay`).
     """
     model = optimizer.model
     plain = partial(model.loss, grads=optimizer.grads)
     replayed = recorded(plain, model, optimizer.flat)
 
-    def compute(batches: Sequence[Batch], rng: np.random.Generator | None = None) -> float:
+    def compute(batches: Sequence[Batch], rng: Generator | None = None) -> float:
         loss = partial(plain, rng=rng) if rng is not None and model.draws else replayed
-        return accumulated(optimizer.flat, lambda batch: float(loss(**counted(batch))), batches)
+        return accumulate(optimizer.flat, lambda batch: float(loss(**loss_arguments(batch))), batches)
 
     return compute
 
 
-def accumulated(flat: Array, compute: Callable[[object], float], batches: Sequence) -> float:
-    """The sum of the losses of batches; that of their gradients is then in `flat`, where compute(batch) puts
-    those of one batch. Both are added in a binary tree over the numbers of the batches, see `parallel`."""
+def accumulate(flat: Array, compute: Callable[[object], float], batches: Sequence) -> float:
+    """The sum of the losses of the batches. The sum of their gradients is then in `flat`.
+
+    compute(batch): writes the gradients of one batch into `flat`, and returns its loss. Losses and gradients
+    are added in the order of a binary tree over the batches, see `parallel`.
+    """
     if not batches:
         flat[:] = 0
         return 0.0
     if len(batches) == 1:
         return compute(batches[0])
     cut = left_size(len(batches))
-    left = accumulated(flat, compute, batches[:cut])
-    gradients_of_left = flat.copy()
-    right = accumulated(flat, compute, batches[cut:])
-    flat += gradients_of_left
+    left = accumulate(flat, compute, batches[:cut])
+    left_flat = flat.copy()
+    right = accumulate(flat, compute, batches[cut:])
+    flat += left_flat
     return left + right
 
 
 def mean_loss(model: GPT, batches: Iterable[Batch], group: Group = ALONE) -> float:
-    """The weighted mean of -log p(target) over all batches, in nats, without dropout. The processes of a
-    group take turns, and get the same mean."""
-    sums = []
+    """The weighted mean of -log p(target) over all batches, in nats, without dropout. 0 if all weights are 0.
+
+    The processes of a group take turns with the batches. All return the same mean.
+    """
+    sums = [(0.0, 0.0)]
     for n, batch in enumerate(batches):
-        own = n % group.size == group.rank
-        loss = float(model.loss(**counted(batch))) if own else 0.0
-        sums.append((loss, float(batch.weights.sum(dtype=np.float64)) if own else 0.0))
-    total, count = group.combine(np.array([(0.0, 0.0), *sums])).cumsum(0)[-1]  # np.sum adds in another order
+        is_mine = n % group.size == group.rank
+        loss = float(model.loss(**loss_arguments(batch))) if is_mine else 0.0
+        sums.append((loss, float(batch.weights.sum(dtype=np.float64)) if is_mine else 0.0))
+    total, count = group.combine(np.array(sums)).cumsum(0)[-1]  # np.sum adds in another order
     return float(total / max(count, 1e-30))
 
 
-def counted(batch: Batch) -> dict[str, Array | None]:
-    """A batch as arguments of `GPT.loss`: `places`, `targets` and `weights` are those whose weight is not 0.
+def loss_arguments(batch: Batch) -> dict[str, Array | None]:
+    """A batch as arguments of `GPT.loss`, with `places` for the targets whose weight is not 0.
 
-    Their number is rounded up to a multiple of a sixteenth of the batch: batches then have few shapes, and
-    `replay` keeps a tape of each shape. The places that fill the rest have weight 0. Where all places count,
-    `places` is None.
+    The number of places is rounded up to a multiple of a sixteenth of the batch, with places of weight 0. So
+    batches have few shapes: `replay` keeps a tape for each shape. `places` is None if that makes all places.
     """
     ids, targets, weights, start, positions = batch
     if positions is None:
@@ -216,9 +218,9 @@ def counted(batch: Batch) -> dict[str, Array | None]:
 
 
 def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[float, dict[str, float]]:
-    """How far training moved the weights: norm(after - before) / norm(before), of all together and of each.
+    """norm(after - before) / norm(before): of all weights together, and of each array by name.
 
-    before, after: name -> array. What was zero and is not has the change infinity.
+    before, after: name -> array. The change of an array of zeros is infinity, or 0 if it stays zero.
     """
     moved = {name: float(np.square(after[name] - p).sum(dtype=np.float64)) for name, p in before.items()}
     old = {name: float(np.square(p).sum(dtype=np.float64)) for name, p in before.items()}
@@ -232,15 +234,17 @@ def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tu
 def _check_finite(value: float, what: str, n: int, last_save: int) -> None:
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the {what} is {value} at iteration {n}; the model as of iteration {last_save} is kept. "
+            f"the {what} is {value} at iteration {n}; the model of iteration {last_save} is kept. "
             "Try a lower learning rate, a longer warm-up, or gradient clipping"
         )
 
 
 @contextlib.contextmanager
 def _first_interrupt_waits() -> Iterator[list]:
-    """Yields a list that is empty until a signal asks to stop: Ctrl-C, SIGTERM, or SIGHUP when a terminal
-    closes. A second one raises KeyboardInterrupt on the spot. A signal that is ignored (nohup) stays so."""
+    """Yields a list for the first signal to stop: Ctrl-C, SIGTERM, or SIGHUP when a terminal closes.
+
+    The second signal raises KeyboardInterrupt at once. A signal that is ignored (nohup) stays ignored.
+    """
     signals, before = [], {}
 
     def note(number: int, frame: object) -> None:
@@ -248,7 +252,7 @@ def _first_interrupt_waits() -> Iterator[list]:
         for each in before:
             signal.signal(each, signal.default_int_handler)
 
-    if threading.current_thread() is threading.main_thread():  # signals only ever reach the main thread
+    if threading.current_thread() is threading.main_thread():  # Python runs handlers in the main thread only
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:

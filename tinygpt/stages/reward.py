@@ -191,7 +191,7 @@ def loss(
         model.backward(dscores, cache, optimizer.grads)
         return share * nats
 
-    return train.accumulated(optimizer.flat, of_one, batches)
+    return train.accumulate(optimizer.flat, of_one, batches)
 
 
 class Judgement(NamedTuple):
