@@ -228,7 +228,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     with pytest.raises(UserError, match="has another model than the one that this run began with"):
         runs.load_judge(tmp_path / "judge")
     (tmp_path / "base").rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="this judge needs the model that it was made from"):
+    with pytest.raises(UserError, match="this judge needs the model with which"):
         runs.load_judge(tmp_path / "judge")
 
 

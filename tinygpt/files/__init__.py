@@ -1,1 +1,1 @@
-"""Files that survive a kill, and that anybody may have written."""
+"""Files: written so that a kill does not damage them, and read as from an unknown author."""

@@ -1,8 +1,8 @@
-"""Files that nobody sees half written, and folders that one process at a time writes to.
+"""Files that are never seen half written, and folders with one writing process at a time.
 
-Whoever opens a file sees the old content or the new, also after a crash. `together` does the same for several
-files of a folder: a list of what is still to be renamed and removed is on the disk before the first of it
-happens, and who opens the folder after a crash calls `finish`.
+A reader of a file sees the old content or the new content, also after a crash. `together` does the same for
+several files of a folder. It first writes a list of the renames and removals to the disk, and then does them.
+After a crash `finish` does the rest of the list: every reader of a folder calls `finish` first.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ except ImportError:  # Windows: folders are not locked there
 from ..errors import UserError
 from .jsonfile import parse, read_text
 
-TO_DO = ".to-do.json"  # [[new name, name], ...]: renames, or removals where the new name is ""
+TO_DO = ".to-do.json"  # [[part, name], ...]: rename part to name, or remove name if part is ""
 PART, NAME = re.compile(r"(\.[\w.-]+\.part)?", re.ASCII), re.compile(r"\.?\w[\w.-]*", re.ASCII)
 _locks: dict[Path, int] = {}  # the folders that this process has locked, and their open descriptors
-_steps: dict[Path, list[tuple[str, str]]] = {}  # what each open `together` has to do
+_steps: dict[Path, list[tuple[str, str]]] = {}  # the list of each open `together`
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to. At the end it is flushed to the disk and takes the name.
+    """Yields a new path, for a file that replaces `path` at the end of the block, once it is on the disk.
 
-    If the block raises, `path` stays as it was and what was written is removed. What a kill leaves behind,
-    `.NAME.*.part`, the next process that locks the folder removes. Raises what `writing` raises.
+    If the block raises, `path` stays as it was and the new file is removed. After a kill the new file,
+    `.NAME.*.part`, stays until the next process locks the folder. Raises UserError as `writing` does.
     """
     beside, is_step = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"), False
     steps = _steps.get(path.parent.resolve())
     try:
         with writing(path):
-            # O_EXCL: a new file, neither somebody else's nor a link that leads out of the folder
+            # O_EXCL: fails if the name exists, as a file of another process or a link to another folder
             os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield beside
             sync(beside)
@@ -46,14 +46,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 steps.append((beside.name, path.name))
             else:
                 os.replace(beside, path)
-                sync(path.parent)  # the new name itself
+                sync(path.parent)  # the name is on the disk too
     finally:
         if not is_step:
             beside.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, if it is there; at the end of `together`, if that is open for its folder."""
+    """Removes a file, if it exists. Within `together` for its folder it does so at the end of the block."""
     if (steps := _steps.get(path.parent.resolve())) is not None:
         steps.append(("", path.name))
     else:
@@ -62,16 +62,17 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def together(folder: Path) -> Iterator[None]:
-    """All files of `folder` that the block replaces or removes change at its end, or after a crash none does.
+    """Replaces and removes files of `folder` together, at the end of the block: all of them, or none.
 
-    Until then readers see the old files. If the block raises, they stay.
+    This holds after a crash too. Until the end readers see the old files. If the block raises, the old files
+    stay.
     """
     make_folder(folder)
     folder = folder.resolve()
-    if folder in _steps:  # within another block: that one's end is the moment
+    if folder in _steps:  # within another block for this folder: its end is the moment
         yield
         return
-    finish(folder)  # or its list would be lost under the new one
+    finish(folder)  # an older list must not be overwritten
     steps = _steps[folder] = []
     try:
         yield
@@ -88,7 +89,7 @@ def together(folder: Path) -> Iterator[None]:
 
 
 def finish(folder: Path) -> None:
-    """Does what a crash has left to do in a folder. Raises UserError if `together` did not write the list."""
+    """Does the rest of a list after a crash. Raises UserError for a list that `together` did not write."""
     to_do = folder / TO_DO
     if not to_do.is_file():  # a pipe would never end
         return
@@ -96,11 +97,11 @@ def finish(folder: Path) -> None:
         steps = parse(read_text(to_do))
         right = all(PART.fullmatch(new) and NAME.fullmatch(name) for new, name in steps)
     except (ValueError, TypeError):
-        if not to_do.exists():  # somebody else has done it
+        if not to_do.exists():  # another process was faster
             return
         right = False
     if not right:
-        raise UserError(f"{to_do}: is not a list of what is left to do here: remove it")
+        raise UserError(f"{to_do}: is not a list of renames and removals in this folder: remove it")
     for new, name in steps:
         with contextlib.suppress(FileNotFoundError):  # done before the crash
             os.replace(folder / new, folder / name) if new else (folder / name).unlink()
@@ -111,18 +112,17 @@ def finish(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's errors, a full disk for one, into a UserError that names the file."""
+    """Turns an error of the operating system, such as a full disk, into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); what was saved before is kept"
-        ) from error
+        reason = f"cannot be written ({error.strerror}); the files from before are kept"
+        raise UserError(f"{path}: {reason}") from error
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has what was written to this file or folder."""
-    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+    """Waits until the content of a file or folder is on the disk."""
+    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -132,7 +132,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it. Their names are on the disk before any file is in them."""
+    """Makes a folder and its parents. Their names are on the disk before a file is in them."""
     if not folder.is_dir():
         make_folder(folder.absolute().parent)
         with writing(folder):
@@ -141,26 +141,24 @@ def make_folder(folder: Path) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Keeps other processes from writing to a folder, until `unlock` or the end of this one, kills included.
+    """Locks a folder against other writers, until `unlock` or the end of this process, also by a kill.
 
-    The folder itself is locked (flock), so no file tells of it. Raises UserError where another process has
-    the lock. Finishes what a kill interrupted, and removes what it left half written.
+    The lock is on the folder itself (flock), not in a file. Raises UserError if another process has the lock.
+    Then does the rest of an interrupted `together`, and removes files that a kill left half written.
     """
     folder = folder.resolve()
-    if fcntl is None:
-        return
-    if holds(folder):
+    if fcntl is None or holds(folder):
         return
     if folder in _locks:
-        os.close(_locks.pop(folder))  # the folder was removed or renamed, and made anew
+        os.close(_locks.pop(folder))  # of an older folder with this name
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        advice = "wait for it, or take another folder"
-        raise UserError(f"{folder}: another process is writing there; {advice}") from None
-    except OSError:  # a file system without locks
+        text = "another process is writing there; wait for it, or take another folder"
+        raise UserError(f"{folder}: {text}") from None
+    except OSError:  # the file system has no locks
         os.close(descriptor)
         return
     _locks[folder] = descriptor
@@ -170,7 +168,7 @@ def lock(folder: Path) -> None:
 
 
 def holds(folder: Path) -> bool:
-    """Whether this process has locked the folder that has this name now."""
+    """Whether this process has locked the folder that now has this name."""
     folder = folder.resolve()
     if fcntl is None:
         return folder.exists()

@@ -1,7 +1,7 @@
-"""Text files and JSON files that anybody may have written.
+"""Text files and JSON files from an unknown author.
 
-A downloaded folder may hold a pipe, which never ends, a link to a device, or a file that takes all memory.
-These functions read regular files of a limited size, and nothing else.
+A downloaded folder may have a pipe, which never ends, a link to a device, or a file that fills the memory.
+These functions read only regular files of a limited size.
 """
 
 import json
@@ -22,7 +22,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         size = min(path.stat().st_size, most)
         with path.open("rb") as file:
             data = file.read(size + 1)
-        if len(data) > size:  # it is too large, or grows
+        if len(data) > size:  # the file is too large, or grows
             raise UserError(f"{path}: has more than {most:,} bytes: only smaller files are read")
         return data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -30,7 +30,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def parse(text: str) -> object:
-    """The value of a JSON text. Raises ValueError if the text is wrong, nests too deeply, or is too long."""
+    """The value of a JSON text. Raises ValueError for wrong JSON, deep nesting, or too many values."""
     if sum(map(text.count, ",[{")) > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values")
     try:
@@ -45,7 +45,7 @@ def read_object(path: Path) -> dict:
     try:
         value = parse(text)
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); it may be incomplete, get it again") from None
+        raise UserError(f"{path}: is not JSON ({error}); it may be incomplete: get it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {short(value)}")
+        raise UserError(f"{path}: should be a JSON object, is {short(value)}")
     return value

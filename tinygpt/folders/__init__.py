@@ -1,1 +1,1 @@
-"""What is saved: models, adapters, runs."""
+"""Folders of models, adapters and runs."""

@@ -1,14 +1,13 @@
-"""An adapter's folder, which is PEFT's: adapter_config.json and adapter_model.safetensors.
+"""The folder of an adapter, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Three things are added. The metadata of the tensors have the SHA-256 of the base's weights, so that a wrong
-base is refused. encoder.safetensors has the MLP that a prompt was learned through; the result of the MLP, the
-prompt, is all that PEFT keeps and reads. The tokenizer lies beside them, as tuning may have given it a form
-for instructions.
+tinygpt adds three things. The metadata of the tensors have the SHA-256 of the base's weights: another base is
+refused. encoder.safetensors has the MLP of a learned prompt; PEFT keeps and reads only the result of the MLP,
+the prompt. The folder also has the tokenizer's files, because tuning may add a chat template.
 
-A LoRA's tensors say which maps have a branch. The config says so too, in PEFT's words, and must agree.
+The tensors of a LoRA show which linear maps have a branch. The config must list the same maps.
 
-Not here: what adapters compute (`stages.lora`, `stages.prompts`). DoRA, ranks that differ, biases and other
-tensors trained beside the low-rank pairs, and prompts made by an LSTM are refused by name.
+Not here: the arithmetic of adapters (`stages.lora`, `stages.prompts`). Refused by name: DoRA, different
+ranks, biases and other tensors trained beside the low-rank pairs, and prompts of an LSTM.
 
 Reference: https://huggingface.co/docs/peft
 """
@@ -43,13 +42,16 @@ TYPES = {"lora": "LORA", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING", "pref
 
 
 def check_base(model: GPT, expected: str, folder: Path, base: str | Path) -> None:
-    """Raises UserError unless these are the weights that the adapter in `folder` was trained beside."""
+    """Raises UserError unless the model, loaded from `base`, is the base of the adapter in `folder`.
+
+    expected: the `fingerprint` of the base.
+    """
     if fingerprint(model) != expected:
         raise UserError(f"{folder}: was not trained beside the model in {base}: give its own base")
 
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: str = "") -> None:
-    """Writes `model.adapter` in PEFT's form. base: the folder of the model; base_hash: its `fingerprint`."""
+    """Writes `model.adapter` in PEFT's format. base: the folder of the base; base_hash: its `fingerprint`."""
     adapter, config = model.adapter, model.adapter.config
     if config.full:
         raise UserError("an adapter with copies of whole tensors is saved merged, as a model")
@@ -75,32 +77,32 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: s
 
 
 def _torch(name: str, p: Array) -> Array:
-    """As PyTorch has it, or back: weights of linear layers (out, in), A and embeddings as they are."""
-    return p if _lies_alike(name) else p.T
+    """From this layout to PyTorch's, or back."""
+    return p.T if _is_transposed(name) else p
 
 
-def _lies_alike(name: str) -> bool:
-    return name.endswith(("lora_A", "embedding.weight"))
+def _is_transposed(name: str) -> bool:
+    """In PyTorch weights of linear layers are (out, in). LoRA's A and embeddings are the same here."""
+    return not name.endswith(("lora_A", "embedding.weight"))
 
 
 def _config_json(config: AdapterConfig, model: GPT, base: str) -> dict:
-    raw = {"peft_type": TYPES[config.kind], "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    raw["inference_mode"] = True
+    raw = {"peft_type": TYPES[config.kind], "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+           "inference_mode": True}  # fmt: skip
     if config.kind == "lora":
         alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
         raw |= {"r": config.rank, "lora_alpha": alpha, "lora_dropout": config.dropout, "bias": "none"}
         return raw | {"target_modules": list(config.targets), "fan_in_fan_out": True}
-    raw |= {"num_virtual_tokens": config.num_virtual_tokens, "token_dim": model.config.n_embd}
-    raw |= {"num_layers": model.config.n_layer, "num_attention_heads": model.config.n_head}
-    raw["num_transformer_submodules"] = 1
-    if config.kind == "prefix":
-        raw["prefix_projection"] = bool(config.hidden)
+    sizes = model.config
+    raw |= {"num_virtual_tokens": config.num_virtual_tokens, "token_dim": sizes.n_embd}
+    raw |= {"num_layers": sizes.n_layer, "num_attention_heads": sizes.n_head, "num_transformer_submodules": 1}
     if config.kind == "prompt":
         return raw | {"prompt_tuning_init": "RANDOM"}
-    return raw | {"encoder_hidden_size": config.hidden or model.config.n_embd}
+    projection = {"prefix_projection": bool(config.hidden)} if config.kind == "prefix" else {}
+    return raw | projection | {"encoder_hidden_size": config.hidden or sizes.n_embd}
 
 
-# What a config may say: values that change nothing here; any value; of a LoRA nothing else but _OFF.
+# Settings: _SUPPORTED with these values only, _FREE with any value. In a LoRA the others must be _OFF.
 _SUPPORTED = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
@@ -112,16 +114,17 @@ _FREE = {
     "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "megatron_config", "megatron_core", "qalora_group_size",
-    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # of init_lora_weights
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # details of init_lora_weights
 }  # fmt: skip
 _OFF = (None, False, [], {})
 
 
 def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Adapted:
-    """A model (in `base`, for messages) with the adapter in a folder, tinygpt's or PEFT's, as a view.
+    """A view of a model with the adapter in a folder, tinygpt's or PEFT's.
 
-    Raises UserError where it is not for this model: by the hash of the base where the folder has it, else by
-    names and shapes. A tensor that belongs nowhere, or one that is missing, is an error too.
+    base: the folder of the model, for messages. Raises UserError if the adapter is for another model. The
+    hash of the base shows this, if the folder has it, else names and shapes. Also raises UserError for a
+    tensor too many or too few.
     """
     folder = Path(folder)
     finish(folder)
@@ -170,11 +173,13 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str
 
 
 def _targets(raw: dict, base: GPTConfig) -> set[str] | None:
-    """The maps that the config of a LoRA lists, or None where it selects them by a pattern or by layers."""
+    """The linear maps that the config of a LoRA lists. None: it selects them by a pattern or by layers."""
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules") or []
     targets = list(PROJECTIONS) if targets == "all-linear" else targets
     lists = isinstance(targets, list) and isinstance(excluded, list)
-    if not lists or raw.get("layers_to_transform") is not None or not all(map(_is_text, targets + excluded)):
+    if not lists or raw.get("layers_to_transform") is not None:
+        return None
+    if not all(isinstance(name, str) for name in targets + excluded):
         return None
 
     def matches(names: list[str]) -> set[str]:  # PEFT's rule
@@ -184,14 +189,12 @@ def _targets(raw: dict, base: GPTConfig) -> set[str] | None:
     return matches(targets) - matches(excluded)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
 
 def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
-    _check(weights, {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}, folder / WEIGHTS)
+    shapes = {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}
+    tensorfile.check_shapes(weights, shapes, folder / WEIGHTS, ADAPTER_CONFIG)
     plain = beside(model, config)
     weights["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
     if not (folder / ENCODER).is_file():
@@ -207,35 +210,22 @@ def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[s
 
 
 def _read_into(config: AdapterConfig, model: GPT, tensors: dict[str, Tensor], where: Path) -> Adapted:
-    """The model with an adapter of these tensors. Their shapes are compared first: a config may ask for any
-    amount of memory."""
-    shapes = config.shapes(model.config).items()
-    _check(tensors, {n: shape if _lies_alike(n) else shape[::-1] for n, shape in shapes}, where)
+    """The model with an adapter of these tensors.
+
+    Shapes are checked before memory is allocated: a config may demand any amount.
+    """
+    shapes = {n: s[::-1] if _is_transposed(n) else s for n, s in config.shapes(model.config).items()}
+    tensorfile.check_shapes(tensors, shapes, where, ADAPTER_CONFIG)
     other = beside(model, config)
     for name, p in other.adapter.params.items():
-        p[:] = _torch(name, _read(tensors[name]))
+        stored = np.empty(shapes[name], np.float32)
+        tensors[name].read(stored)
+        p[:] = _torch(name, stored)
     return other
 
 
-def _check(tensors: dict[str, Tensor], shape_of: dict[str, tuple], where: Path) -> None:
-    for name in [*shape_of, *tensors]:
-        if name not in tensors:
-            raise UserError(f"{where}: has no tensor for {name}, which {ADAPTER_CONFIG} calls for")
-        if name not in shape_of:
-            raise UserError(f"{where}: the tensor {short(name)} belongs nowhere in this model")
-        if tensors[name].shape != shape_of[name]:
-            shapes = f"{tensors[name].shape}, not {shape_of[name]}"
-            raise UserError(f"{where}: {name} has shape {shapes}: it is for another model")
-
-
-def _read(tensor: Tensor) -> Array:
-    out = np.empty(tensor.shape, np.float32)
-    tensor.read(out)
-    return out
-
-
 def load_model(folder: Path | str, adapter_folder: Path | str | None = None) -> tuple[GPT, Tokenizer]:
-    """`checkpoint.load`, and an adapter put on the model; the tokenizer is the adapter's where it has one."""
+    """`checkpoint.load`, with the adapter of a folder. If that folder has a tokenizer, it is the result's."""
     model, tokenizer = checkpoint.load(folder)
     if adapter_folder is not None:
         model = load(adapter_folder, model, folder)

@@ -1,19 +1,19 @@
-"""Models on disk: the Hugging Face folder of a GPT-2, and the one file from which training goes on.
+"""Models on disk: the Hugging Face folder of a GPT-2, and the file that a resume needs.
 
 A folder has config.json, model.safetensors and the tokenizer's files, as `transformers` writes and reads
-them. A post-norm model is GPT-1's architecture, so it is written as an "openai-gpt". Reading takes what the
-hub has: names with or without "transformer.", attention's mask buffers, the tied head repeated or alone,
-several files, half precision. What would change the computation and is not supported, is refused by name.
+them. A post-norm model has GPT-1's architecture, so its model_type is "openai-gpt". `load` reads the forms of
+the Hugging Face hub: names with or without "transformer.", buffers of attention masks, a tied head that is
+repeated or alone, several files, half precision. A setting that changes the computation and is not supported
+is refused by name.
 
-trainer.safetensors is a run in the middle: weights, both moments, step, settings and tokenizer. It is one
-file because a run that is killed between two files would have weights and moments of different steps; and as
-it has everything, the other files can be written again from it.
+trainer.safetensors is the state of a run: weights, both moments, step, settings and tokenizer. It is one file
+because a kill between two files would leave weights and moments of different steps. From this file the other
+files can be written again.
 
-Files are data, never code: no pickle. A config that lies is found out before memory is asked for. Tensors are
-read into the model's own buffer, so that loading takes the memory of the weights and no more.
+Files are data, never code: no pickle. A config that does not fit the tensors is refused before memory is
+allocated. Tensors are read into the model's own buffer, so loading needs no memory beside the weights.
 
-Not here: pytorch_model.bin; adapters (`adapters`); the format of the tensors' files, which is
-`tensorfile`'s.
+Not here: pytorch_model.bin, adapters (`adapters`), the format of a file of tensors (`tensorfile`).
 """
 
 import dataclasses
@@ -46,41 +46,26 @@ CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetens
 FILES = (CONFIG, WEIGHTS, TRAINER, *tokenizers.FILES)
 GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-INDEX = "model.safetensors.index.json"  # in which file each tensor is, where there are several
+INDEX = "model.safetensors.index.json"  # the file of each tensor, if there are several files
 
 # --- config.json --------------------------------------------------------------------------------------------
 
-# GPTConfig's fields as config.json calls them; dropout is written under two names and read from one.
+# The names of GPTConfig's fields in config.json. dropout is written under two names and read from one.
 _FIELDS = {
-    "vocab_size": "vocab_size",
-    "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "dropout": "resid_pdrop",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-}
-# What transformers' attribute_map calls them too.
-_ALIASES = {
-    "max_position_embeddings": "n_positions",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "n_embd",
-}
-# What else a config may say, each with the values that mean this model; the first is also meant by silence.
+    "vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "dropout": "resid_pdrop", "layer_norm_epsilon": "layer_norm_epsilon",
+}  # fmt: skip
+# Their other names in transformers' attribute_map.
+_ALIASES = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head", "hidden_size": "n_embd"}  # fmt: skip
+# Other settings, with the values that are supported. The first value is also the default.
 _COMMON = {"tie_word_embeddings": (True,), "quantization_config": (None,), "pruned_heads": (None, {})}
+_GELU = "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"  # one function
 _SUPPORTED = {
-    "gpt2": {
-        "activation_function": (
-            "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh",
-        ),  # one function, in several ways of writing
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        **_COMMON,
-    },
-    "openai-gpt": {"afn": ("gelu",), **_COMMON},  # which is gelu_new there
-}
+    "gpt2": {"activation_function": _GELU, "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), **_COMMON},
+    "openai-gpt": {"afn": ("gelu",), **_COMMON},  # the name of gelu_new in that class
+}  # fmt: skip
 _GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
 _JUDGE = "GPT2ForSequenceClassification"  # a model with a score head
@@ -92,25 +77,20 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer) -> dict:
     first = {name: allowed[0] for name, allowed in _SUPPORTED[kind].items() if allowed[0] is not None}
     pad, stops = tokenizer.role_id("pad_token"), sorted(tokenizer.stops | {tokenizer.eos_id} - {None})
     judge = {} if pad is None else {"pad_token_id": pad}
-    if config.num_labels:  # transformers reads at the last token that is no padding: with us that is eos
+    if config.num_labels:  # transformers reads the score at the last token that is no padding: here eos
         judge = {"architectures": [_JUDGE], "pad_token_id": 0 if tokenizer.eos_id else 1}
         judge |= {"id2label": {str(n): f"score {n}" for n in range(config.num_labels)}}
     return {
-        "model_type": kind,
-        "architectures": [_ARCHITECTURES[kind]],
-        **values,
+        "model_type": kind, "architectures": [_ARCHITECTURES[kind]], **values,
         "n_ctx": config.block_size,  # as n_positions: llama.cpp's converter to GGUF reads this name
-        **judge,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": 0.0,
-        **first,
-        "bos_token_id": tokenizer.role_id("bos_token"),  # null, or transformers takes GPT-2's 50256
+        **judge, "embd_pdrop": config.dropout, "attn_pdrop": 0.0, **first,
+        "bos_token_id": tokenizer.role_id("bos_token"),  # null: without it transformers takes GPT-2's 50256
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
-    }
+    }  # fmt: skip
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The sizes in a folder's config.json. Raises UserError for one that describes another kind of model."""
+    """The sizes in the config.json of a folder. Raises UserError for another kind of model."""
     path = folder / CONFIG
     if not folder.is_dir():
         name = folder.name
@@ -137,7 +117,7 @@ def read_config(folder: Path) -> GPTConfig:
             raise UserError(f"{path}: {name} is {short(raw[name])} and {alias} is {short(raw[alias])}")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
     if raw.get("architectures") == [_JUDGE]:
-        labels = raw.get("id2label", {0: 0, 1: 1})  # transformers has two where nothing is said
+        labels = raw.get("id2label", {0: 0, 1: 1})  # the default of transformers: two labels
         values["num_labels"] = len(labels) if isinstance(labels, dict) else 0
         if kind != "gpt2" or values["num_labels"] != 1:
             raise UserError(f"{path}: {values['num_labels']} labels; only one, of a GPT-2, is supported")
@@ -150,32 +130,30 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def from_json(cls: type[T], values: object, where: str) -> T:
-    """A dataclass from a JSON object, fields of other dataclasses included.
+    """A dataclass from a JSON object, with fields that are dataclasses too. where: the place, for messages.
 
-    Raises UserError for a value of another type than the field's, and what the dataclass itself raises.
+    Raises UserError for an unknown field, a value of another type, a missing value, and a UserError of the
+    dataclass.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: should be a JSON object, is {short(values)}")
-    hints, built = get_type_hints(cls), {}
+    hints, fields = get_type_hints(cls), {}
     for name, value in values.items():
         hint = hints.get(name)
         if type(None) in get_args(hint):
-            if value is None:
-                built[name] = None
-                continue
-            hint, _ = get_args(hint)
+            hint = type(None) if value is None else get_args(hint)[0]
         if dataclasses.is_dataclass(hint):
-            built[name] = from_json(hint, value, f"{where}: {name}")
+            fields[name] = from_json(hint, value, f"{where}: {name}")
         elif hint == tuple[str, ...] and isinstance(value, list) and all(map(_is_text, value)):
-            built[name] = tuple(value)
-        elif hint is str and not _is_text(value):
-            raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
-        elif type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53):
-            built[name] = hint(value)
+            fields[name] = tuple(value)
+        elif type(value) is hint and (hint is not str or _is_text(value)):
+            fields[name] = value
+        elif hint is float and type(value) is int and abs(value) < 1 << 53:
+            fields[name] = float(value)
         else:
             raise UserError(f"{where}: {short(name)} is {short(value)}, which it cannot be")
     try:
-        return cls(**built)
+        return cls(**fields)
     except TypeError:  # a field without default is missing
         raise UserError(f"{where}: is incomplete") from None
     except UserError as error:
@@ -183,7 +161,7 @@ def from_json(cls: type[T], values: object, where: str) -> T:
 
 
 def _is_text(value: object) -> bool:
-    """Whether this is a text that can be a path: without NUL, and without half a character."""
+    """Whether a value is a text that can be a path: without NUL and without half a surrogate pair."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -194,30 +172,27 @@ def _is_text(value: object) -> bool:
 
 
 def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Writes the whole folder; `transformers` loads it with from_pretrained. After a full disk or a kill the
-    folder has the model that was there before, whole, or the new one."""
+    """Writes a model's folder, which `transformers` loads with from_pretrained.
+
+    After a full disk or a kill the folder has the old model or the new model, complete.
+    """
     config = _config_json(model.config, tokenizer)
+    tensors = {_their_name(name, model.config): p for name, p in model.params.items()}
+    tensors = {name if name == "score.weight" else f"transformer.{name}": p for name, p in tensors.items()}
     with together(folder):
         with replacing(folder / WEIGHTS) as beside:
-            _write_weights(beside, model)
+            tensorfile.write(beside, tensors, {"format": "pt"})
         tokenizer.save(folder, model_max_length=model.config.block_size)
         with replacing(folder / CONFIG) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in (GENERATION, INDEX):  # of an older model: config.json says which ids end a text
+        for name in (GENERATION, INDEX):  # of an older model; config.json has the ids that end a text
             remove(folder / name)
 
 
-def _write_weights(path: Path, model: GPT) -> None:
-    tensors = {_their_name(name, model.config): p for name, p in model.params.items()}
-    tensors = {name if name == "score.weight" else f"transformer.{name}": p for name, p in tensors.items()}
-    tensorfile.write(path, tensors, {"format": "pt"})
-
-
 def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
-    """The model, float32, and the tokenizer of a folder: tinygpt's, or a GPT-2 as downloaded from the hub.
+    """The model, float32, and the tokenizer of a folder: tinygpt's, or a GPT-2 from the Hugging Face hub.
 
-    judge: a reward model is wanted, and not one that writes. Raises UserError for anything that is not
-    exactly such a model.
+    judge: whether the model must be a reward model. Raises UserError for any other model.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -228,8 +203,9 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     table = _their_name("wte.weight", config)
     head = tensors.pop("lm_head.weight", None)
     if head is not None:
-        tensors.setdefault(table, head)  # of a tied pair torch's save_model keeps one
-    _check_shapes(tensors, config, folder)
+        tensors.setdefault(table, head)  # torch's save_model keeps one tensor of a tied pair
+    shapes = {_their_name(name, config): shape for name, shape in config.shapes().items()}
+    tensorfile.check_shapes(tensors, shapes, folder, CONFIG)
     tokenizer = tokenizers.load(folder)
     check_vocabulary(tokenizer, config, folder)
     tokenizer.stops = _stops(folder, tokenizer)
@@ -241,33 +217,38 @@ def load(folder: Path | str, judge: bool = False) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-# What may stand in generation_config.json: it is for `tinygpt generate` to say, or changes no choice.
+# Settings of generation_config.json that are options of `tinygpt generate`, or do not change a choice.
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache",
              "transformers_version", "_from_model_config"}  # fmt: skip
 
 
 def _stops(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a text: by generation_config.json, else by config.json, else the end token. Warns of
-    settings there with which transformers would choose other tokens."""
+    """The ids that end a text, from generation_config.json, else from config.json, else the end token.
+
+    Warns of settings in generation_config.json with which transformers would choose other tokens.
+    """
     path = folder / GENERATION
-    own = read_object(path) if path.is_file() else {}
-    names = (name for name, value in own.items() if value not in (None, False, 0, 1, []))
-    if ignored := [name for name in names if name not in _SAMPLING and not name.endswith("_token_id")]:
-        warnings.warn(f"{path}: {', '.join(ignored)[:99]} is not supported, and has no effect", stacklevel=3)
-    for values in (own, read_object(folder / CONFIG)):
+    raw = read_object(path) if path.is_file() else {}
+    names = (name for name, value in raw.items() if value not in (None, False, 0, 1, []))
+    if others := [name for name in names if name not in _SAMPLING and not name.endswith("_token_id")]:
+        warnings.warn(f"{path}: {', '.join(others)[:99]} is not supported, and has no effect", stacklevel=3)
+    for values in (raw, read_object(folder / CONFIG)):
         if ids := _ids(values.get("eos_token_id"), tokenizer):
             return ids
     return tokenizer.stops
 
 
 def _ids(value: object, tokenizer: Tokenizer) -> set[int]:
-    """The ids that a number or a list names."""
+    """The ids of the vocabulary in a JSON value, a number or a list."""
     values = value if isinstance(value, list) else [value]
     return {i for i in values if type(i) is int and 0 <= i < tokenizer.vocab_size}
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: GPTConfig, path: Path) -> None:
-    """A model may have more rows than the tokenizer has tokens: GPT-2's are often padded to 50304."""
+    """Raises UserError if the tokenizer has more tokens than the model has rows.
+
+    A model may have more rows: those of GPT-2 are often padded to 50304.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}"
         rows = [name for name, token in tokenizer.added.items() if token["id"] >= config.vocab_size]
@@ -280,42 +261,28 @@ def _their_name(name: str, config: GPTConfig) -> str:
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under their bare names, without the buffers that hold causal masks."""
+    """All tensors of a folder, by names without "transformer.". Buffers of causal masks are left out."""
     files = [folder / WEIGHTS]
     if not files[0].exists():
         check_pickle(folder, WEIGHTS, "pytorch_model.bin")
         if not (folder / INDEX).exists():
             raise UserError(f"{folder}: has no {WEIGHTS}")
         names = read_object(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(map(_is_name, names.values())):
-            raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
-        files = [folder / name for name in sorted(set(names.values()))]
+        names = names.values() if isinstance(names, dict) else (None,)
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):  # no other folder
+            raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files in this folder")
+        files = [folder / name for name in sorted(set(names))]
     tensors = {name: tensor for file in files for name, tensor in tensorfile.tensors(file)[0].items()}
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
 
 
 def check_pickle(folder: Path, weights: str, pickle: str) -> None:
-    """Raises UserError where a folder has weights as a pickle alone."""
+    """Raises UserError if a folder has its weights only as a pickle."""
     if (folder / pickle).exists() and not (folder / weights).exists():
         raise UserError(f"{folder}: has {pickle}, which can run code when it is opened, and no {weights}: "
                         "load it in PyTorch, and convert it with save_pretrained")  # fmt: skip
 
-
-def _is_name(value: object) -> bool:
-    """Whether this is the name of a file in the folder, not a path that leads elsewhere."""
-    return isinstance(value, str) and Path(value).name == value
-
-
-def _check_shapes(tensors: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
-    shapes = {_their_name(name, config): shape for name, shape in config.shapes().items()}
-    for name in [*shapes, *tensors]:
-        if name not in tensors:
-            raise UserError(f"{folder}: has no tensor {name}, which {CONFIG} calls for")
-        if name not in shapes:
-            raise UserError(f"{folder}: the tensor {short(name)} is no part of the model in {CONFIG}")
-        if tensors[name].shape != shapes[name]:
-            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, by {CONFIG} {shapes[name]}")
 
 
 # --- trainer.safetensors ------------------------------------------------------------------------------------
@@ -324,12 +291,12 @@ def _check_shapes(tensors: dict[str, Tensor], config: GPTConfig, folder: Path) -
 def save_trainer(
     folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object, base: bool = False
 ) -> None:
-    """Writes all that changes in training, the tokenizer, and a dataclass that says the rest, as one file.
+    """Writes one file: everything that changes in training, the tokenizer, and `settings`, a dataclass.
 
-    Of a model with an adapter that is the adapter; with `base` the model's own weights too. Beside each path
-    stands the path from this folder, which holds in a project that was moved.
+    For a model with an adapter these are the weights of the adapter; with `base`, the model's own weights
+    too. Each path of the settings is also written relative to this folder, so that a project can be moved.
 
-    Random numbers need no place in it: those of a step are drawn from the seed and the step's number.
+    The file has no random numbers: a step draws its numbers from the seed and the number of the step.
     """
     relative = {}
     with_paths(settings, lambda path: relative.setdefault(path, _relative(path, folder)))
@@ -352,8 +319,7 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def with_paths(settings: T, change: Callable[[str], str]) -> T:
-    """The settings with each path changed: those of data, and of models that the run began with or needs.
-    "world:1337" is no path."""
+    """The settings with `change` applied to each path, of data and of models. "world:1337" is no path."""
 
     def new(path: object) -> str:
         return p if not (p := str(path)) or p.startswith("world:") else change(p)
@@ -368,30 +334,31 @@ def with_paths(settings: T, change: Callable[[str], str]) -> T:
 
 
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
-    """What stays as it is in a run: settings, a `cls` whose field `model` is the GPTConfig, and tokenizer.
+    """The settings and the tokenizer of a run. The settings are a `cls`; its field `model` is a GPTConfig.
 
-    Raises UserError where there is no such run, or one of another stage, and where the file is too small for
-    the model it tells of.
+    Raises UserError if there is no run, if the run is of another stage, and if the tensors do not fit the
+    model in the settings.
     """
     path = folder / TRAINER
     if not path.is_file():
         what = f"has no {TRAINER}, so there is nothing to resume" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}")
     tensors, state = _read_trainer(path)
-    stage = state["settings"].get("stage") if isinstance(state["settings"], dict) else None
+    raw = state["settings"] if isinstance(state["settings"], dict) else {}
+    stage, adapter = raw.get("stage"), raw.get("adapter")
     if isinstance(stage, str) and stage != getattr(cls, "stage", stage):
         raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
-    adapter = state["settings"].get("adapter") if isinstance(state["settings"], dict) else None
-    if isinstance(adapter, dict) and adapter.get("kind") == "":  # as older versions said that there is none
-        state["settings"]["adapter"] = None
+    if isinstance(adapter, dict) and adapter.get("kind") == "":  # older versions: no adapter
+        raw["adapter"] = None
     relative = state.get("relative") if isinstance(state.get("relative"), dict) else {}
 
-    def there(path: str) -> str:
+    def present(path: str) -> str:
+        """The path from this folder, if something is there."""
         beside = relative.get(path)
         beside = os.path.normpath(folder.resolve() / beside) if _is_text(beside) else path
         return beside if os.path.exists(beside) else path
 
-    settings = with_paths(from_json(cls, state["settings"], str(path)), there)
+    settings = with_paths(from_json(cls, state["settings"], str(path)), present)
     size = math.prod(tensors["weights"].shape)
     if getattr(settings, "size", settings.model.size) != size:
         raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
@@ -401,7 +368,7 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
             raise UserError(f"{path}: its base of {size} weights is not the model in its settings")
     older = dict.fromkeys(("bos_token", "eos_token"), state.get("eos")) | {"split_special_tokens": True}
     tokenizer = tokenizers.from_spec(state["tokenizer"], state.get("tokenizer_config", older), str(path))
-    if isinstance(template := state.get("chat_template"), str):  # of an older version too
+    if isinstance(template := state.get("chat_template"), str):  # an older version
         tokenizer.chat_template = template
     tokenizer.stops |= _ids(state.get("stops"), tokenizer)
     check_vocabulary(tokenizer, settings.model, path)
@@ -412,7 +379,7 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
     """Puts a run's weights, moments and step into an optimizer and its model. Raises UserError."""
     tensors, state = _read_trainer(folder / TRAINER)
     for name in ("m", "v"):
-        if tensors[name].shape == optimizer.flat.shape:  # or the line below says what is wrong
+        if tensors[name].shape == optimizer.flat.shape:  # another shape is refused below
             tensors[name] = tensors[name].part(optimizer.own)
     outs = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
     for name, out in (outs | ({"base": optimizer.model.flat} if "base" in tensors else {})).items():
@@ -423,7 +390,7 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
 
 
 def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, and the rest as `save_trainer` has it, of which only the step is checked."""
+    """The tensors and the state that `save_trainer` wrote. Only the step of the state is checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = parse(metadata["tinygpt"])

@@ -1,8 +1,8 @@
-"""A run in a folder: how all training stages begin, go on and save.
+"""A run in a folder: how all training stages begin, resume and save.
 
-`begin` makes a run, `resume` takes one up, `saving` saves it while it trains. At every moment the folder has
-a model that can be loaded, or a run from which `resume` writes that model. The model is always the newest,
-not the one with the best validation loss; metrics.jsonl tells which that was.
+`begin` makes a run, `resume` continues a run, and `saving` saves it during training. At every moment the
+folder has a model that can be loaded, or a run from which `resume` writes the model. The model is the newest
+one, not the one with the best validation loss: metrics.jsonl shows which that was.
 
 Not here: the loop (`core.train`), the stages (`stages`), the format of the files (`checkpoint`, `adapters`).
 """
@@ -32,7 +32,7 @@ from . import adapters, checkpoint
 from .checkpoint import Tokenizer
 
 METRICS = "metrics.jsonl"
-MODELS = {"init_from": "--init-from", "reward_from": "--reward-model"}  # fields that name models
+MODELS = {"init_from": "--init-from", "reward_from": "--reward-model"}  # fields with paths of models
 MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
 
 
@@ -46,39 +46,36 @@ class Run(NamedTuple):
 def begin(
     cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False, group: Group = ALONE
 ) -> Run:
-    """A new run in `folder`. What is there is replaced last, after all that can be wrong has been checked.
-    The first file holds the whole run: a kill leaves what was there before, or a run that `resume` takes up.
+    """A new run in `folder`. It replaces an older model there only after all checks.
 
-    Of a group of processes number 0 locks and writes the folder. Raises UserError, also where `folder` has a
-    model and not `overwrite`.
+    A kill leaves the older files, or a run that `resume` continues. Process 0 of the group locks and writes
+    the folder. Raises UserError for wrong settings or data, and if `folder` has a model and `overwrite` is
+    False.
     """
     group.share_size(settings.gradient_accumulation_steps)
     if group.rank == 0:
-        needed = [getattr(settings, field) for field in cls.needs]
-        check_folder(folder, overwrite, needed)
+        needs = [getattr(settings, field) for field in cls.needs]
+        check_folder(folder, overwrite, needs)
         if judge := getattr(settings, "reward_from", ""):
             check_folder(folder, overwrite, [_author(Path(judge)).init_from])
-    group.meet()  # or the lock would remove what the others are writing
+    group.meet()  # the lock has removed old files, before the others write new ones
     data = cls.read(settings, STORE)
     settings, model, tokenizer = cls.start(settings, data, STORE)
-    stage = cls(settings, settings.train.optimizer(model, group=group), tokenizer, data, folder)
-    stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
-    _check_alike(stage)
-    first_save(folder, stage.optimizer, tokenizer, stage.settings)
-    return Run(folder, stage)
+    run = _run(cls, folder, settings, settings.train.optimizer(model, group=group), tokenizer, data)
+    first_save(folder, run.stage.optimizer, tokenizer, run.stage.settings)
+    return run
 
 
 def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **moved: Sequence[str] | str) -> Run:
-    """The run in `folder` as it was saved last. The folder is locked from now on.
+    """The run in `folder`, as its last save left it. Locks the folder.
 
-    moved: the fields of the settings that say where data or a model is now, if it is elsewhere. Another field
-    that named the same data moves along. All processes of a group read the folder. Raises UserError where
-    there is no run of this stage, where another process goes on with it, and where the data or a model is
-    gone or another.
+    moved: new paths of data or models, by the field of the settings. Other fields with the same old path
+    change too. All processes of a group read the folder. Raises UserError if there is no run of this stage,
+    if another process has the lock, and if the data or a model is missing or another one.
     """
     if folder.is_dir() and group.rank == 0:
         lock(folder)
-    group.meet()  # the lock has finished what a kill interrupted
+    group.meet()  # the lock has completed an interrupted save
     settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
     if not (settings.data or settings.stage == "pretrain"):
         raise UserError(f"{folder}: this run names no data")
@@ -96,25 +93,29 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **moved: Sequen
         if path and is_needed and not Path(path).exists():
             raise UserError(f"{folder}: the run needs {path}, which is gone: say where it is, as {option}")
     if "init_from" in moved:
-        _base(settings)  # or another model would count as the one that the run began with
+        _base(settings)  # raises UserError for another model
     data = cls.read(settings, STORE)
-    stage = cls(settings, load(folder, settings, tokenizer, group), tokenizer, data, folder)
+    run = _run(cls, folder, settings, load(folder, settings, tokenizer, group), tokenizer, data)
+    if moved:  # saves the new paths, even if the run has no updates left
+        save(folder, run.stage.optimizer, tokenizer, run.stage.settings)
+    return run
+
+
+def _run(cls: type[Stage], folder: Path, settings: Settings, optimizer: AdamW, *material) -> Run:
+    """The run of a stage, with absolute paths in its settings. material: its tokenizer and its data."""
+    stage = cls(settings, optimizer, *material, folder)
     stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
-    _check_alike(stage)
-    if moved:  # the run remembers where its data is now, also if it has no updates left
-        save(folder, stage.optimizer, tokenizer, stage.settings)
+    if optimizer.group.size > 1:
+        _check_alike(stage)
     return Run(folder, stage)
 
 
 def _check_alike(stage: Stage) -> None:
-    """Raises UserError where the processes that train a stage differ in something that their bytes depend
-    on."""
-    group, settings, optimizer = stage.optimizer.group, stage.settings, stage.optimizer
-    if group.size == 1:
-        return
+    """Raises UserError if the processes differ in something that changes the bytes of the weights."""
+    settings, optimizer = stage.settings, stage.optimizer
     tokenizer, backend = stage.tokenizer, stage.model.ops.__name__.rpartition(".")[2]
     options = settings.train, settings.model, settings.adapter, settings.batch_size, settings.block_size
-    group.check_alike({
+    optimizer.group.check_alike({
         "version of tinygpt or NumPy": f"{__version__} {np.__version__}",
         "instruction set": f"{backend} {kernels.isa if kernels.lib else ''}",
         "tokenizer": digest(json.dumps([tokenizer.spec, tokenizer.config()]).encode()),
@@ -127,10 +128,9 @@ def _check_alike(stage: Stage) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
-    """Raises UserError unless a run can be written here. If the folder exists, it is locked from now on; if
-    not, `first_save` makes it.
+    """Raises UserError if a run must not or cannot be written to `folder`. Locks the folder, if it exists.
 
-    needed: folders of models that the run, or what it trains, cannot do without.
+    needed: folders of models that the run, or the model that it trains, will read again.
     """
     if folder.resolve() in {Path(other).resolve() for other in needed if other}:
         raise UserError(f"{folder}: has a model that this run needs as it is; --out takes another folder")
@@ -139,7 +139,7 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
         raise UserError(f"{there}: is a file, and a run needs a folder")
     files = [name for name in (*checkpoint.FILES, *adapters.FILES, METRICS) if (folder / name).exists()]
     if files and not overwrite:
-        resume = f"--resume {folder} goes on with the run there, " * (folder / checkpoint.TRAINER).exists()
+        resume = f"--resume {folder} continues the run there, " * (folder / checkpoint.TRAINER).exists()
         raise UserError(f"{folder}: already has a {files[0]}; {resume}--overwrite replaces it, --out takes "
                         "another folder")  # fmt: skip
     if not os.access(there, os.W_OK | os.X_OK):
@@ -149,20 +149,20 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
 
 
 def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes a new run. After a full disk or a kill the folder has what was there before, or the new run."""
+    """Writes a new run. After a full disk or a kill the folder has the older files, or the new run."""
     is_writer = optimizer.group.rank == 0
     if is_writer and not settings.has_model:
         check_folder(folder, True, needed=(settings.init_from,))
-    if is_writer and not holds(folder):  # it was not there when the run began: nobody may have written since
+    if is_writer and not holds(folder):  # it did not exist before: another process may have made it
         make_folder(folder)
         check_folder(folder, overwrite=False)
     save(folder, optimizer, tokenizer, settings)
 
 
 def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes a run as it is. After a full disk or a kill the folder has the older state or this one.
+    """Writes the state of a run. After a full disk or a kill the folder has the older state or this one.
 
-    Of several processes number 0 writes, and all call this function: they have the moments.
+    All processes of a group must call this function together: process 0 writes, the others send moments.
     """
     if optimizer.group.rank:
         for moment in (optimizer.m, optimizer.v):
@@ -176,7 +176,7 @@ def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Setting
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Writes a model that is not a run's: what an older run or an adapter left in the folder goes."""
+    """Writes a model without a run. Removes the files of an older run or adapter from the folder."""
     make_folder(folder)
     lock(folder)
     with together(folder):
@@ -186,7 +186,7 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes the folder that others read: a model's, or an adapter's, and removes the files of the other."""
+    """Writes the files of the model or of the adapter, for other tools; removes those of the other kind."""
     with together(folder):
         if settings.has_model:
             whole = variants.merge(model) if settings.adapter else model
@@ -198,10 +198,10 @@ def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) 
 
 
 def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Group = ALONE) -> AdamW:
-    """The optimizer and its model as they were saved last; settings and tokenizer are from `read_run`.
+    """The optimizer and its model, as the last save left them. settings and tokenizer are from `read_run`.
 
-    The model's files are written anew, as a kill may have come between them and the run's own. Raises
-    UserError where the base of an adapter is gone, or another.
+    Writes the model's files again, because a kill may have come before they were written. Raises UserError if
+    the base of an adapter is missing, or another model.
     """
     if not settings.has_model:
         model, _ = checkpoint.load(settings.init_from)
@@ -218,36 +218,34 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Group = 
     return optimizer
 
 
-# --- what stages begin with ---------------------------------------------------------------------------------
+# --- the models with which stages begin ---------------------------------------------------------------------
 
 
 def _base(settings: Settings) -> GPT:
     model, _ = checkpoint.load(settings.init_from)
     if settings.init_hash not in ("", fingerprint(model)):
-        raise UserError(f"{settings.init_from}: has another model than the one that this run began with")
+        raise UserError(f"{settings.init_from}: has another model than that with which this run began")
     return model
 
 
 def _author(judge: Path) -> Settings:
-    """The settings of the run that made a judge: they say from which model it was made."""
-    if not (judge / checkpoint.TRAINER).exists():
-        checkpoint.load(judge, judge=True)  # or this says what is wrong
-        raise UserError(f"{judge}: has a judge without the run that says which model it was made from: give "
-                        "a folder that tinygpt reward wrote")  # fmt: skip
-    if not checkpoint.read_config(judge).num_labels:
-        checkpoint.load(judge, judge=True)  # which says that a judge is something else
+    """The settings of the run that made a judge. Their init_from is the model with which the run began."""
+    if not (judge / checkpoint.TRAINER).exists() or not checkpoint.read_config(judge).num_labels:
+        checkpoint.load(judge, judge=True)  # raises UserError unless this is a judge
+        raise UserError(f"{judge}: has a judge without its run, which names the model that the judge needs: "
+                        "give a folder that tinygpt reward wrote")  # fmt: skip
     return checkpoint.read_run(judge, reward.Settings)[0]
 
 
 def load_judge(folder: Path | str) -> reward.Judge:
-    """The judge in a folder that `tinygpt reward` wrote. Raises UserError, also where its author has gone."""
+    """The judge in a folder that `tinygpt reward` wrote. Raises UserError, also if its author is missing."""
     folder = Path(folder)
     model, tokenizer = checkpoint.load(folder, judge=True)
     try:
         author = _base(_author(folder))
     except (UserError, OSError) as error:
         remedy = f"tinygpt reward --resume {folder} --init-from FOLDER says where it is"
-        needs = f"this judge needs the model that it was made from: {error}; {remedy}"
+        needs = f"this judge needs the model with which its training began: {error}; {remedy}"
         raise UserError(f"{folder}: {needs}") from error
     return reward.Judge(model, author, tokenizer)
 
@@ -259,9 +257,9 @@ STORE = Store(adapters.load_model, _base, load_judge)
 
 
 def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
-    """What `Stage.train` needs for a run in a folder: it saves at every evaluation, at the end and on Ctrl-C.
+    """The arguments with which `Stage.train` saves a run: at every evaluation, at the end and on Ctrl-C.
 
-    Each record becomes a line of metrics.jsonl and goes to `report`.
+    Each record becomes a line of metrics.jsonl, and then `report` receives it.
     """
     folder, stage = run
     metrics, group = folder / METRICS, stage.optimizer.group
@@ -297,11 +295,11 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
 
 
 def resume_metrics(path: Path, step: int) -> train.Record:
-    """Cuts a file of records back to those of the first `step` updates, and returns the last, {} if none."""
+    """Cuts a file of records to those of the first `step` updates. Returns the last record, or {}."""
     last = {}
     with replacing(path) as beside, beside.open("w", encoding="utf-8") as new:
         for line in _lines(path):
-            # A kill cuts a line short; whatever else is not a record of `train` goes too.
+            # A kill may leave half a line. All lines that are not records of `train` are dropped.
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = parse(line)
                 if record["iter"] <= step and type(record["elapsed_s"]) is float:
@@ -311,10 +309,10 @@ def resume_metrics(path: Path, step: int) -> train.Record:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a regular file; a line of more than a record's length comes in parts."""
+    """The lines of a regular file; a line of more than MOST_RECORD characters comes in parts."""
     if path.is_file():
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: has more than {MOST_BYTES:,} bytes: move it away, and the run goes on")
+            raise UserError(f"{path}: has more than {MOST_BYTES:,} bytes: move it away to continue the run")
         with path.open(encoding="utf-8", errors="replace") as file:
             while line := file.readline(MOST_RECORD):
                 yield line
