@@ -225,7 +225,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     with pytest.raises(UserError, match="not the data that this run began with"):
         runs.resume(reward.Reward, tmp_path / "judge")
     checkpoint.save(tmp_path / "base", GPT(CONFIG, np.random.default_rng(1)), tokenizer)
-    with pytest.raises(UserError, match="has another model than the one that this run began with"):
+    with pytest.raises(UserError, match="has another model than the base of this run"):
         runs.load_judge(tmp_path / "judge")
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="this judge needs the model with which"):

@@ -32,8 +32,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.n_embd % self.n_head:
-            heads = f"n_head {self.n_head} does not divide n_embd {self.n_embd}"
-            raise UserError(f"{heads}: each head has n_embd / n_head channels")
+            raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: heads have one size")
         if self.size > MOST_WEIGHTS:
             fields = ("vocab_size", "block_size", "n_layer", "n_embd")
             sizes = ", ".join(f"{field} {getattr(self, field)}" for field in fields)

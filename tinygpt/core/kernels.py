@@ -263,10 +263,9 @@ def pack_panels(panels: Array, b: Array, bfloat16: bool = False) -> None:
 def linear_forward(
     x: Array, w: Array, b: Array | None = None, add: Array | None = None, bfloat16: bool = False
 ) -> tuple[Array, tuple]:
-    out = memory.empty((*x.shape[:-1], w.shape[1]), x.dtype)
-    x_rows, out_rows = x.reshape(-1, x.shape[-1]), out.reshape(-1, w.shape[1])
-    gemm(x_rows, w, b, None if add is None else add.reshape(out_rows.shape), out_rows, bfloat16)
-    return out, (x, w)
+    add = None if add is None else add.reshape(-1, w.shape[1])
+    out = gemm(x.reshape(-1, x.shape[-1]), w, b, add, bfloat16=bfloat16)
+    return out.reshape(*x.shape[:-1], w.shape[1]), (x, w)
 
 
 def linear_backward(
@@ -276,9 +275,8 @@ def linear_backward(
     x, w = cache
     dout = np.asarray(dout, x.dtype)
     x_rows, dout_rows = x.reshape(-1, w.shape[0]), dout.reshape(-1, w.shape[1])
-    dx = memory.empty(x.shape, x.dtype)
     add = None if add is None else add.reshape(x_rows.shape)
-    gemm(dout_rows, w.T, None, add, dx.reshape(x_rows.shape), bfloat16)
+    dx = gemm(dout_rows, w.T, None, add, bfloat16=bfloat16).reshape(x.shape)
     if dw is not False:
         dw = gemm(x_rows.T, dout_rows, out=dw, bfloat16=bfloat16)
     if db is not False:
@@ -362,8 +360,7 @@ def attention_backward(dout: Array, cache: tuple, packed: bool = False) -> tuple
 def append_rows(cache: Array, x: Array, length: Array) -> None:
     (B, T, C), x = x.shape, _rows(x, cache.dtype)
     S = cache.shape[1]
-    if not T <= length <= S:
-        raise ValueError(f"append_rows: {T} rows, {length} in all, do not fit into {S}")
+    ops.check_room(T, length, S)
     _destination(cache, cache.dtype, (B, S, C), _rows(cache, cache.dtype) is cache)
     _run("append_rows", cache.dtype, cache, x, np.asarray(length, np.int64), B, T, S, C, *_strides(cache, x))
 

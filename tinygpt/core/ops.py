@@ -303,9 +303,14 @@ def append_rows(cache: Array, x: Array, length: Array) -> None:
 
     length (), int64. Raises ValueError where the cache has no such positions.
     """
-    if not x.shape[1] <= length <= cache.shape[1]:
-        raise ValueError(f"append_rows: {x.shape[1]} rows, {length} in all, do not fit into {cache.shape[1]}")
+    check_room(x.shape[1], length, cache.shape[1])
     cache[:, length - x.shape[1] : length] = x
+
+
+def check_room(T: int, length: Array, S: int) -> None:
+    """Raises ValueError unless T new positions, `length` in all, fit into a cache of S positions."""
+    if not T <= length <= S:
+        raise ValueError(f"append_rows: {T} positions, {length} in all, do not fit into a cache of {S}")
 
 
 def advance(length: Array, n: int) -> None:

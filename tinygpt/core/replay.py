@@ -104,20 +104,16 @@ class Packs:
         """The copy of a weight (K, N). Each weight has one copy."""
         key = b.ctypes.data, b.shape, b.strides, bfloat16
         if key not in self._copies:
-            with current_arena.use(None):  # all tapes share the copy
+            with current_arena.use(None), kernels.current_tape.use(None):  # all tapes share the copy
                 self._copies[key] = empty(kernels.panels_size(b, bfloat16), b.dtype), b, bfloat16
-            if self.ready:
-                self._pack(*self._copies[key])
+                if self.ready:
+                    kernels.pack_panels(*self._copies[key])
         return self._copies[key][0]
 
     def fill(self) -> None:
         for copy in self._copies.values():
-            self._pack(*copy)
-        self.ready[:] = 1
-
-    def _pack(self, *copy) -> None:
-        with kernels.current_tape.use(None):
             kernels.pack_panels(*copy)
+        self.ready[:] = 1
 
 
 class Tape:

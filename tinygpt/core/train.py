@@ -66,8 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.min_lr > self.learning_rate:
-            rule = f"at most the learning rate, {self.learning_rate}"
-            raise UserError(f"min_lr is {self.min_lr}: it must be {rule}")
+            raise UserError(f"min_lr is {self.min_lr}: it must be at most {self.learning_rate}, learning_rate")
 
     def learning_rate_at(self, n: int) -> float:
         """The learning rate of update n, counted from 0.

@@ -1,8 +1,8 @@
 """The folder of an adapter, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-tinygpt adds three things. The metadata of the tensors have the SHA-256 of the base's weights: another base is
-refused. encoder.safetensors has the MLP of a learned prompt; PEFT keeps and reads only the result of the MLP,
-the prompt. The folder also has the tokenizer's files, because tuning may add a chat template.
+tinygpt adds three things. The metadata of the tensors have the SHA-256 of the base's weights, so that another
+base is refused. The file encoder.safetensors has the MLP of a learned prompt, of which PEFT keeps and reads
+only the result, the prompt. The folder also has the tokenizer, because tuning may add a chat template.
 
 The tensors of a LoRA show which linear maps have a branch. The config must list the same maps.
 
@@ -82,7 +82,7 @@ def _torch(name: str, p: Array) -> Array:
 
 
 def _is_transposed(name: str) -> bool:
-    """In PyTorch weights of linear layers are (out, in). LoRA's A and embeddings are the same here."""
+    """Weights of linear layers are (out, in) in PyTorch. LoRA's A and embeddings are the same here."""
     return not name.endswith(("lora_A", "embedding.weight"))
 
 

@@ -2,9 +2,9 @@
 
 A folder has config.json, model.safetensors and the tokenizer's files, as `transformers` writes and reads
 them. A post-norm model has GPT-1's architecture, so its model_type is "openai-gpt". `load` reads the forms of
-the Hugging Face hub: names with or without "transformer.", buffers of attention masks, a tied head that is
-repeated or alone, several files, half precision. A setting that changes the computation and is not supported
-is refused by name.
+the Hugging Face hub: names with or without "transformer.", a tied head that is repeated or alone, several
+files, half precision. It ignores buffers of attention masks. A setting that changes the computation and is
+not supported is refused by name.
 
 trainer.safetensors is the state of a run: weights, both moments, step, settings and tokenizer. It is one file
 because a kill between two files would leave weights and moments of different steps. From this file the other

@@ -224,7 +224,7 @@ def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Group = 
 def _base(settings: Settings) -> GPT:
     model, _ = checkpoint.load(settings.init_from)
     if settings.init_hash not in ("", fingerprint(model)):
-        raise UserError(f"{settings.init_from}: has another model than that with which this run began")
+        raise UserError(f"{settings.init_from}: has another model than the base of this run")
     return model
 
 
