@@ -131,8 +131,8 @@ def test_the_slices_of_an_update_are_the_update(ops, rng, adapter, processes):
         for part in slices:
             assert part.step(1e-2) == norm
             for name in ("m", "v"):
-                assert (getattr(part, name) == getattr(whole, name)[part.own]).all()
-            assert (part.trained.flat[part.own] == whole.trained.flat[part.own]).all()
+                assert (getattr(part, name) == getattr(whole, name)[part.slice]).all()
+            assert (part.trained.flat[part.slice] == whole.trained.flat[part.slice]).all()
             part.trained.flat[:] = whole.trained.flat
 
 

@@ -233,12 +233,12 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
     documents (start: where the document begins) and padding on the left (start: where the text begins).
     """
     key = np.arange(S)
-    own = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1): each query's own key
+    place = np.arange(S - T, S)[None, None, :, None]  # (1, 1, T, 1): each query's own key
     first = np.zeros((B, 1, T, 1), np.int64)
     if start is not None:
         first[:, 0, max(0, prefix - (S - T)) :, 0] = prefix + start
-    first = np.minimum(first, own)
-    return np.broadcast_to((key <= own) & ((key >= first) | (key < prefix)), (B, 1, T, S))
+    first = np.minimum(first, place)
+    return np.broadcast_to((key <= place) & ((key >= first) | (key < prefix)), (B, 1, T, S))
 
 
 def attention_forward(

@@ -44,7 +44,7 @@ class AdamW:
     `flat` has the gradients, and `grads` (name -> array) has its views, which `model.loss` fills. `m` and `v`
     are the moments, `steps` is the number of updates. Training changes these and the weights, nothing else.
 
-    Each of several processes updates the slice `own` of the weights, and has only the moments of this slice.
+    A process of a group updates the slice `slice` of the weights, and has the moments of this slice only.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class AdamW:
         self.trained = model.trained
         self.flat, self.grads = self.trained.gradients(names)
         self.group, self.bounds = group, slices(self.flat.size, group.size)
-        self.own = slice(*self.bounds[group.rank : group.rank + 2])
-        shape = {"": self.flat[self.own].shape}
+        self.slice = slice(*self.bounds[group.rank : group.rank + 2])
+        shape = {"": self.flat[self.slice].shape}
         self.m, self.v = (memory.flat(shape, self.flat.dtype)[0] for _ in range(2))
         self.steps = 0
-        self.spans = _spans(self.trained, self.grads, self.own)
+        self.spans = _spans(self.trained, self.grads, self.slice)
 
     def step(self, lr: float) -> float:
-        """One update with the gradients in `flat[own]`. Returns the norm of all gradients before clipping.
+        """One update with the gradients in `flat[slice]`. Returns the norm of all gradients before clipping.
 
         If the norm is not finite, nothing is updated.
         """
@@ -74,10 +74,10 @@ class AdamW:
             return norm
         self.steps += 1
         scale = self.grad_clip / norm if 0 < self.grad_clip < norm else 1.0
-        grads = self.flat[self.own]
-        for weights, own, decays in self.spans:
+        grads = self.flat[self.slice]
+        for weights, moments, decays in self.spans:
             self.model.ops.adamw(
-                self.trained.flat[weights], grads[own], self.m[own], self.v[own],
+                self.trained.flat[weights], grads[moments], self.m[moments], self.v[moments],
                 step=self.steps, lr=lr, weight_decay=self.weight_decay if decays else 0.0, scale=scale,
                 **self.betas_eps,
             )  # fmt: skip
@@ -87,23 +87,23 @@ class AdamW:
     def _squares(self) -> float:
         """The sum of the squares of all gradients: one sum for each of the PARTS, added up in order."""
         parts, length = np.zeros(PARTS), max(1, -(-self.flat.size // PARTS))
-        own = self.model.ops.squares(self.flat[self.own], length)
-        parts[self.own.start // length :][: own.size] = own
+        sums = self.model.ops.squares(self.flat[self.slice], length)
+        parts[self.slice.start // length :][: sums.size] = sums
         return float(np.cumsum(self.group.combine(parts))[-1])  # np.sum adds in another order
 
     def whole(self, moment: Array) -> Array:
         """A moment, `m` or `v`, of all weights. Several processes must call this together; `flat` has it."""
         if self.group.size == 1:
             return moment
-        self.flat[self.own] = moment
+        self.flat[self.slice] = moment
         self.group.gather(self.flat, self.bounds)
         return self.flat
 
 
-def _spans(model: Parameters, names: Iterable[str], own: slice) -> list[tuple[slice, slice, bool]]:
+def _spans(model: Parameters, names: Iterable[str], part: slice) -> list[tuple[slice, slice, bool]]:
     """The calls of an update: (slice of model.flat, the same weights in the moments, whether they decay).
 
-    A call is an unbroken stretch of trained weights that lies in `own`, a slice of the gradients.
+    A call is an unbroken stretch of trained weights that lies in `part`, a slice of the gradients.
     """
     stretches, weight, grad = [], 0, 0  # a weight and its gradient, as indices of the two buffers
     for name, p in model.params.items():
@@ -115,8 +115,8 @@ def _spans(model: Parameters, names: Iterable[str], own: slice) -> list[tuple[sl
         weight += p.size
     spans = []
     for (ahead, decays), begin, end in stretches:
-        begin, end = max(begin, own.start), min(end, own.stop)
+        begin, end = max(begin, part.start), min(end, part.stop)
         if begin < end:
-            weights, moments = slice(begin + ahead, end + ahead), slice(begin - own.start, end - own.start)
+            weights, moments = slice(begin + ahead, end + ahead), slice(begin - part.start, end - part.start)
             spans.append((weights, moments, decays))
     return spans

@@ -145,13 +145,13 @@ class MPIGroup(Group):
         parts = [flat[begin:end] for begin, end in pairwise(bounds)]
         for i in range(0, max(map(len, parts)), count):
             pieces = [part[i : i + count] for part in parts]
-            own = pieces[self.rank]
-            summands = [buffer[: own.size] for buffer in buffers]
+            piece = pieces[self.rank]
+            summands = [buffer[: piece.size] for buffer in buffers]
             requests = [self.comm.Irecv(summands[rank], rank) for rank in self.others]
             requests += [self.comm.Isend(pieces[rank], rank) for rank in self.others]
-            summands[self.rank] = own
+            summands[self.rank] = piece
             self._wait(requests, AWAKE)
-            own[:] = tree_sum(summands)
+            piece[:] = tree_sum(summands)
         return float(tree_sum(values))
 
     def gather(self, flat: Array, bounds: Sequence[int]) -> None:

@@ -66,7 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.min_lr > self.learning_rate:
-            raise UserError(f"min_lr is {self.min_lr}: it must be at most {self.learning_rate}, learning_rate")
+            raise UserError(f"min_lr is {self.min_lr}: it is at most learning_rate, {self.learning_rate}")
 
     def learning_rate_at(self, n: int) -> float:
         """The learning rate of update n, counted from 0.
@@ -221,13 +221,13 @@ def weight_change(before: Mapping[str, Array], after: Mapping[str, Array]) -> tu
 
     before, after: name -> array. The change of an array of zeros is infinity, or 0 if it stays zero.
     """
-    moved = {name: float(np.square(after[name] - p).sum(dtype=np.float64)) for name, p in before.items()}
-    old = {name: float(np.square(p).sum(dtype=np.float64)) for name, p in before.items()}
+    change = {name: float(np.square(after[name] - p).sum(dtype=np.float64)) for name, p in before.items()}
+    size = {name: float(np.square(p).sum(dtype=np.float64)) for name, p in before.items()}
 
     def ratio(a: float, b: float) -> float:
         return math.sqrt(a / b) if b else math.inf if a else 0.0
 
-    return ratio(sum(moved.values()), sum(old.values())), {n: ratio(moved[n], old[n]) for n in before}
+    return ratio(sum(change.values()), sum(size.values())), {n: ratio(change[n], size[n]) for n in before}
 
 
 def _check_finite(value: float, what: str, n: int, last_save: int) -> None:

@@ -143,9 +143,11 @@ def make_folder(folder: Path) -> None:
 def lock(folder: Path) -> None:
     """Locks a folder against other writers, until `unlock` or the end of this process, also by a kill.
 
-    The lock is on the folder itself (flock), not in a file. Raises UserError if another process has the lock.
-    Then does the rest of an interrupted `together`, and removes files that a kill left half written.
+    Makes the folder if necessary. The lock is on the folder itself (flock), not in a file. Raises UserError
+    if another process has the lock. Then does the rest of an interrupted `together`, and removes files that a
+    kill left half written.
     """
+    make_folder(folder)
     folder = folder.resolve()
     if fcntl is None or holds(folder):
         return

@@ -48,10 +48,10 @@ class Tensor(NamedTuple):
         for part, values in self._parts(out):
             part[:] = values
 
-    def part(self, own: slice) -> "Tensor":
-        """A flat tensor's numbers from own.start to own.stop."""
-        offset = self.offset + own.start * SIZES[self.dtype]
-        return self._replace(shape=(own.stop - own.start,), offset=offset)
+    def part(self, span: slice) -> "Tensor":
+        """A flat tensor's numbers from span.start to span.stop."""
+        offset = self.offset + span.start * SIZES[self.dtype]
+        return self._replace(shape=(span.stop - span.start,), offset=offset)
 
     def equals(self, other: Array) -> bool:
         """Whether `other`, contiguous, has this shape and these values."""

@@ -41,12 +41,12 @@ TYPES = {"lora": "LORA", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING", "pref
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
-def check_base(model: GPT, expected: str, folder: Path, base: str | Path) -> None:
+def check_base(model: GPT, base_hash: str, folder: Path, base: str | Path) -> None:
     """Raises UserError unless the model, loaded from `base`, is the base of the adapter in `folder`.
 
-    expected: the `fingerprint` of the base.
+    base_hash: the `fingerprint` of the base.
     """
-    if fingerprint(model) != expected:
+    if fingerprint(model) != base_hash:
         raise UserError(f"{folder}: was not trained beside the model in {base}: give its own base")
 
 

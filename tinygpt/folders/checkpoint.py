@@ -380,7 +380,7 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
     tensors, state = _read_trainer(folder / TRAINER)
     for name in ("m", "v"):
         if tensors[name].shape == optimizer.flat.shape:  # another shape is refused below
-            tensors[name] = tensors[name].part(optimizer.own)
+            tensors[name] = tensors[name].part(optimizer.slice)
     outs = {"weights": optimizer.trained.flat, "m": optimizer.m, "v": optimizer.v}
     for name, out in (outs | ({"base": optimizer.model.flat} if "base" in tensors else {})).items():
         if tensors[name].shape != out.shape:

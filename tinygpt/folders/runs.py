@@ -66,10 +66,10 @@ def begin(
     return run
 
 
-def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **moved: Sequence[str] | str) -> Run:
+def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequence[str] | str) -> Run:
     """The run in `folder`, as its last save left it. Locks the folder.
 
-    moved: new paths of data or models, by the field of the settings. Other fields with the same old path
+    changes: new paths of data or models, by the field of the settings. Other fields with the same old path
     change too. All processes of a group read the folder. Raises UserError if there is no run of this stage,
     if another process has the lock, and if the data or a model is missing or another one.
     """
@@ -79,24 +79,24 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **moved: Sequen
     settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
     if not (settings.data or settings.stage == "pretrain"):
         raise UserError(f"{folder}: this run names no data")
-    moved = {name: paths for name, paths in moved.items() if paths}
+    changes = {name: paths for name, paths in changes.items() if paths}
     before = vars(settings)
-    same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
-    settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
+    fields = [n for n, value in before.items() if "data" in changes and value == settings.data and value]
+    settings = dataclasses.replace(settings, **dict.fromkeys(fields, changes.get("data")) | changes)
     group.share_size(settings.gradient_accumulation_steps)
     cls = cls.of(settings)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
         is_needed = name in cls.needs or not settings.has_model
-        if name in moved and not before[name]:
+        if name in changes and not before[name]:
             raise UserError(f"{folder}: this run began without {option}: leave it out")
         if path and is_needed and not Path(path).exists():
             raise UserError(f"{folder}: the run needs {path}, which is gone: say where it is, as {option}")
-    if "init_from" in moved:
+    if "init_from" in changes:
         _base(settings)  # raises UserError for another model
     data = cls.read(settings, STORE)
     run = _run(cls, folder, settings, load(folder, settings, tokenizer, group), tokenizer, data)
-    if moved:  # saves the new paths, even if the run has no updates left
+    if changes:  # saves the new paths, even if the run has no updates left
         save(folder, run.stage.optimizer, tokenizer, run.stage.settings)
     return run
 
@@ -168,7 +168,6 @@ def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Setting
         for moment in (optimizer.m, optimizer.v):
             optimizer.whole(moment)
         return
-    make_folder(folder)
     lock(folder)
     with together(folder):
         checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.has_base)
@@ -177,7 +176,6 @@ def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Setting
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Writes a model without a run. Removes the files of an older run or adapter from the folder."""
-    make_folder(folder)
     lock(folder)
     with together(folder):
         checkpoint.save(folder, model, tokenizer)
@@ -279,7 +277,6 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
 
     def log(record: train.Record) -> None:
         if removed := not holds(folder):
-            make_folder(folder)
             lock(folder)
         with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -87,5 +87,5 @@ def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:
-            own = slice(*np.clip([begin, end], optimizer.own.start, optimizer.own.stop) - optimizer.own.start)
+            own = slice(*np.clip([begin, end], optimizer.slice.start, optimizer.slice.stop) - optimizer.slice.start)
             optimizer.m[own] = optimizer.v[own] = 0
