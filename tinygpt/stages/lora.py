@@ -87,5 +87,6 @@ def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:
-            own = slice(*np.clip([begin, end], optimizer.slice.start, optimizer.slice.stop) - optimizer.slice.start)
-            optimizer.m[own] = optimizer.v[own] = 0
+            first, stop = optimizer.slice.start, optimizer.slice.stop
+            moments = slice(*np.clip([begin, end], first, stop) - first)
+            optimizer.m[moments] = optimizer.v[moments] = 0
