@@ -194,6 +194,30 @@ def test_processes_that_differ_are_named(home):
     assert not (home / "differ" / "config.json").exists()
 
 
+PIECES = """
+import numpy as np
+from tinygpt.core import parallel
+parallel.PIECE = 60  # 20 numbers of each of 3 processes
+group = parallel.join()
+rows = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
+flat, total, bounds = rows[group.rank].copy(), parallel.tree_sum(list(rows)), parallel.slices(1000, 3)
+assert group.reduce(flat, bounds, 10.0**group.rank) == 111
+begin, end = bounds[group.rank : group.rank + 2]
+assert (flat[begin:end] == total[begin:end]).all()
+group.gather(flat, bounds)
+assert (flat == total).all()
+assert group.texts("a" * group.rank) == ["", "a", "aa"] and group.agree(group.rank == 2, 0) == [True, False]
+group.leave()
+"""
+
+
+def test_gradients_are_exchanged_in_pieces(home):
+    """Guards: a piece that is left out, and slices of different lengths, which end in different pieces."""
+    args = [MPIEXEC, "-n", "3", sys.executable, "-c", PIECES]
+    done = subprocess.run(args, cwd=home, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_process_may_set_its_threads(home):
     """Guards: an exchange that a process leaves out because of its environment: the others would hang."""
     args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--hang-timeout", "20", "--out", "threads"]
