@@ -149,7 +149,7 @@ def processes(size: str, seconds: float) -> None:
     optimizer = TrainConfig().optimizer(model, group=group)
     ids, targets = rng.integers(0, model.config.vocab_size, (2, B, T)).astype(np.int32)
     compute = gradients(optimizer)
-    batches = [Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))] * group.shares(PROCESSES)
+    batches = [Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))] * group.share_size(PROCESSES)
 
     def largest(x: float) -> float:
         values = np.zeros(group.size)
