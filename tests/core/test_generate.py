@@ -83,9 +83,9 @@ def test_cached_logits_are_the_uncached(backend, dtype, tolerance, post_norm):
     expected = model.forward(ids)[0]
     kv, done = g.KVCache(model, 3, 16), 0
     for chunk in (5, 1, 1, 3, 1, 5):
-        got, _ = model.forward(ids[:, done : done + chunk], past=kv, keep=False)
-        wanted, atol = expected[:, done : done + chunk], tolerance * np.abs(expected).max()
-        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=atol)  # a sum rounds as its largest term
+        output, _ = model.forward(ids[:, done : done + chunk], past=kv, keep=False)
+        atol = tolerance * np.abs(expected).max()  # a sum rounds as its largest term
+        np.testing.assert_allclose(output, expected[:, done : done + chunk], rtol=tolerance, atol=atol)
         done += chunk
 
 
@@ -98,8 +98,8 @@ def test_mixed_lengths_give_the_logits_of_one_by_one(backend, dtype, tolerance):
     logits, pad = g._read(model, texts, kv)
     alive = np.array([True, False, True, True, False])
     for drop, token in ((False, 7), (True, 28), (False, 0)):
-        for got, text in zip(logits[:, -1], texts, strict=True):
-            np.testing.assert_allclose(got, logits_after(model, text), rtol=tolerance, atol=tolerance)
+        for output, text in zip(logits[:, -1], texts, strict=True):
+            np.testing.assert_allclose(output, logits_after(model, text), rtol=tolerance, atol=tolerance)
         if drop:
             rows = kv.keep(alive)
             texts, pad = [texts[row] for row in rows], pad[rows]
@@ -315,11 +315,11 @@ EXTREMES = [{"top_k": 40}, {"top_k": 99}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p
 
 def chi_squared(counts: np.ndarray, probs: np.ndarray) -> float:
     """How far counts are from what they should be, in standard deviations (Wilson and Hilferty 1931)."""
-    seen = probs > 0
-    if counts[~seen].any():
+    possible = probs > 0
+    if counts[~possible].any():
         return math.inf
-    expected = probs[seen] * counts.sum()
-    statistic, freedom = ((counts[seen] - expected) ** 2 / expected).sum(), seen.sum() - 1
+    expected = probs[possible] * counts.sum()
+    statistic, freedom = ((counts[possible] - expected) ** 2 / expected).sum(), possible.sum() - 1
     return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
 
 
@@ -343,10 +343,10 @@ def test_probabilities_are_the_definition(dtype, settings):
     """Guards: top_k beyond the vocabulary, a nucleus of one, several rows, an argument written to."""
     logits = np.random.default_rng(7).normal(0, 3, (2, 3, 40)).astype(dtype)
     before = logits.copy()
-    got = ops.probabilities(logits, **settings)
+    output = ops.probabilities(logits, **settings)
     expected = [[by_definition(row, **settings) for row in rows] for rows in logits]
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-12)
-    assert got.dtype == dtype and (logits == before).all()
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-12)
+    assert output.dtype == dtype and (logits == before).all()
 
 
 def test_a_wide_nucleus():
@@ -354,10 +354,10 @@ def test_a_wide_nucleus():
     logits = np.random.default_rng(8).normal(0, 0.1, (4, 5000))
     logits[0, 9], logits[1, 100:164], logits[2, 100:165] = 30, 30, 30
     for top_p in (0.5, 0.985, 0.999):
-        got = ops.probabilities(logits, top_p=top_p)
+        output = ops.probabilities(logits, top_p=top_p)
         expected = [by_definition(row, top_p=top_p) for row in logits]
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-    assert np.count_nonzero(got[0]) == 1 and np.count_nonzero(got[3]) > 4900
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-12)
+    assert np.count_nonzero(output[0]) == 1 and np.count_nonzero(output[3]) > 4900
 
 
 def test_ties_are_kept_together():
@@ -404,11 +404,11 @@ def test_both_backends_draw_the_same(isa, settings, dtype):
         logits[::2, V // 2 :] += rng.normal(0, 1, (150, V - V // 2)).astype(dtype)
         logits[::3, 1:] = -np.inf
         uniform = rng.random(300)
-        got, expected = (backend.sample(logits, uniform, **settings) for backend in (kernels, ops))
-        for row in np.flatnonzero(got != expected):
+        output, expected = (backend.sample(logits, uniform, **settings) for backend in (kernels, ops))
+        for row in np.flatnonzero(output != expected):
             mass = ops.probabilities(logits[row], **settings).cumsum(dtype=np.float64)
             assert np.abs(mass - uniform[row]).min() < (1e-6 if dtype == np.float32 else 1e-14)
-        assert (got != expected).sum() <= 1
+        assert (output != expected).sum() <= 1
     kernels.lib.tinygpt_choose_isa(kernels.isa.encode())
 
 

@@ -38,13 +38,13 @@ def dtype(request):
     return request.param
 
 
-def error(got, expected, unit: float = 0.0) -> float:
+def error(output, expected, unit: float = 0.0) -> float:
     """max|difference| / max|expected|, the worst of a tuple; infinity for NaN. Where all that is expected is
     zero, terms of size `unit` were to cancel, and the difference is compared with that."""
     if isinstance(expected, tuple):
-        return max(error(g, e, unit) for g, e in zip(got, expected, strict=True))
-    assert got.shape == expected.shape
-    gap = np.abs(got.astype(np.float64) - expected).max(initial=0)
+        return max(error(g, e, unit) for g, e in zip(output, expected, strict=True))
+    assert output.shape == expected.shape
+    gap = np.abs(output.astype(np.float64) - expected).max(initial=0)
     top = np.abs(expected).max(initial=0) or unit
     return 0.0 if gap == 0 else float(gap / top) if gap < np.inf and top else np.inf
 
@@ -57,9 +57,9 @@ def compare(c, name, dtype, inputs, dout, unit=0.0):
         out, cache = getattr(backend, f"{name}_forward")(*cast[:-1])
         grads = getattr(backend, f"{name}_backward")(cast[-1], cache)
         results.append((out, *grads) if isinstance(grads, tuple) else (out, grads))
-    got, expected = results
-    assert all(g.dtype == dtype for g in got)
-    assert error(got, expected, unit) <= LIMIT[dtype]
+    output, expected = results
+    assert all(g.dtype == dtype for g in output)
+    assert error(output, expected, unit) <= LIMIT[dtype]
 
 
 # --- agreement ---------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def test_sums_with_the_stream(c, rng, dtype, M, N, K):
     dout, g = rng.standard_normal((M, N)).astype(dtype), rng.standard_normal(N).astype(dtype)
     expected = ops.layernorm_backward(dout, ops.layernorm_forward(stream, g, b)[1], add=stream)
     before = stream.copy()
-    got = c.layernorm_backward(dout, c.layernorm_forward(stream, g, b)[1], add=stream)
-    assert (stream == before).all() and error(got, expected, 316 * np.abs(dout).max()) <= LIMIT[dtype]
+    output = c.layernorm_backward(dout, c.layernorm_forward(stream, g, b)[1], add=stream)
+    assert (stream == before).all() and error(output, expected, 316 * np.abs(dout).max()) <= LIMIT[dtype]
 
 
 @pytest.mark.parametrize("n", [*SIZES, 100_003])
@@ -182,24 +182,24 @@ def exp_in_c(x):
 def test_exp_over_the_whole_range(c):
     """Of all floats every 1009th, from infinity to infinity, within 2 units in the last place of libm's."""
     x = EVERY_1009TH
-    got, with_nan = exp_in_c(x), np.isnan(x)
-    assert np.isnan(got[with_nan]).all() and not np.isnan(got[~with_nan]).any()
-    x, got = x[~with_nan], got[~with_nan]
+    output, with_nan = exp_in_c(x), np.isnan(x)
+    assert np.isnan(output[with_nan]).all() and not np.isnan(output[~with_nan]).any()
+    x, output = x[~with_nan], output[~with_nan]
     with np.errstate(over="ignore", under="ignore"):
         exact = np.exp(x.astype(np.float64))
-    assert np.isinf(got[x > 88.7229]).all()
-    assert (got[x < -86.7] == 0).all()
+    assert np.isinf(output[x > 88.7229]).all()
+    assert (output[x < -86.7] == 0).all()
     inner = (x > -86.5) & (x < 88.72)
     ulp = np.spacing(exact[inner].astype(np.float32)).astype(np.float64)
-    assert (np.abs(got[inner] - exact[inner]) <= 2 * ulp).all()
+    assert (np.abs(output[inner] - exact[inner]) <= 2 * ulp).all()
 
 
 def test_gelu_over_the_whole_range(c):
     """Within 3 units in the last place of x, and its slope within 2e-6, of the textbook's in double."""
     x = EVERY_1009TH[np.abs(EVERY_1009TH) < 1e12]
     exact, cache = ops.gelu_forward(x.astype(np.float64))
-    got = kernels.gelu_forward(x)[0]
-    assert (np.abs(got - exact) <= 3 * np.spacing(np.abs(x)).astype(np.float64)).all()
+    output = kernels.gelu_forward(x)[0]
+    assert (np.abs(output - exact) <= 3 * np.spacing(np.abs(x)).astype(np.float64)).all()
     slope = kernels.gelu_backward(np.ones_like(x), (x,))
     assert np.abs(slope - ops.gelu_backward(np.ones(x.shape), cache)).max() < 2e-6
 

@@ -38,9 +38,9 @@ def batch(rng, T=9, B=2):
 # --- against transformers ----------------------------------------------------------------------------------
 
 
-def relative(got, expected) -> float:
+def relative(output, expected) -> float:
     """max|difference| over max|expected|; infinity for NaN."""
-    gap = np.abs(got - expected).max()
+    gap = np.abs(output - expected).max()
     return float(gap / np.abs(expected).max()) if np.isfinite(gap) else math.inf
 
 

@@ -68,11 +68,11 @@ def test_false_skips_a_gradient(ops, rng):
         (ops.layernorm_backward, dln, ops.layernorm_forward(x, g, db)[1]),
     ):
         full = backward(d, cache)
-        for wanted in (1, 2):
-            some = backward(d, cache, *(None if i == wanted else False for i in (1, 2)))
-            assert [s is False for s in some] == [False, wanted != 1, wanted != 2]
+        for index in (1, 2):
+            some = backward(d, cache, *(None if i == index else False for i in (1, 2)))
+            assert [s is False for s in some] == [False, index != 1, index != 2]
             np.testing.assert_array_equal(some[0], full[0])
-            np.testing.assert_array_equal(some[wanted], full[wanted])
+            np.testing.assert_array_equal(some[index], full[index])
     assert ops.embedding_backward(dout, (np.zeros(4, np.int32), (5, 3)), dw=False) is False
 
 
@@ -112,12 +112,12 @@ def test_gelu_at_its_ends(ops, dtype):
 def test_visible_keys():
     """The rule, written out key by key: own position always, then the document, then the prefix."""
     start = np.array([[0, 0, 2], [3, 1, 9]])  # 3 is after query 0 and 9 after query 2: each still sees itself
-    seen = reference.visible_keys(2, 3, 5, start + 1, prefix=1)
+    visible = reference.visible_keys(2, 3, 5, start + 1, prefix=1)
     for b in range(2):
         for i in range(3):
             own = 2 + i  # three queries at the end of five keys
             expected = [key <= own and (key == own or key >= start[b, i] + 2 or key < 1) for key in range(5)]
-            assert seen[b, 0, i].tolist() == expected, (b, i)
+            assert visible[b, 0, i].tolist() == expected, (b, i)
     within = reference.visible_keys(2, 5, 5, start, prefix=2)  # two queries stand in the prefix
     for b, i, key in np.ndindex(2, 5, 5):
         expected = key <= i and (key == i or key < 2 or key >= 2 + start[b, i - 2])
@@ -267,5 +267,5 @@ def test_adamw_against_the_paper(ops, rng, n):
         ev = b2 * ev + (1 - b2) * (scale * g) ** 2
         m_hat, v_hat = em / (1 - b1**step), ev / (1 - b2**step)
         expected = expected - lr * decay * expected - lr * m_hat / (np.sqrt(v_hat) + eps)
-    for got, want in ((w, expected), (m, em), (v, ev)):
-        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+    for output, formula in ((w, expected), (m, em), (v, ev)):
+        np.testing.assert_allclose(output, formula, rtol=1e-11, atol=1e-13)

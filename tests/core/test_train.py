@@ -81,8 +81,8 @@ def test_it_learns_and_tells_of_every_update():
     optimizer, used = make(settings=settings), []
 
     def kept(step, rng):
-        used.extend(found := batches(step, rng))
-        return found
+        used.extend(update := batches(step, rng))
+        return update
 
     train.train(
         optimizer, kept, settings, report=records.append, elapsed_s=100.0,

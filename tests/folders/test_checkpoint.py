@@ -100,9 +100,9 @@ def test_the_files_are_what_transformers_expects(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "gpt2" and config["n_positions"] == 6 and config["attn_pdrop"] == 0
     assert config["bos_token_id"] is None and config["eos_token_id"] is None
-    found, metadata = tensorfile.tensors(folder / "model.safetensors")
+    weights, metadata = tensorfile.tensors(folder / "model.safetensors")
     assert metadata == {"format": "pt"}
-    assert set(found) == {"transformer." + name for name in make().params}
+    assert set(weights) == {"transformer." + name for name in make().params}
     assert sorted(os.listdir(folder)) == sorted(set(checkpoint.FILES) - {"trainer.safetensors"})
 
 
@@ -232,8 +232,8 @@ def test_a_run_comes_back(tmp_path, tokenizer):
     optimizer.steps = 41
     settings = Settings(config, 0.25, ("x",))
     checkpoint.save_trainer(tmp_path, optimizer, tokenizer, settings)
-    found, again = checkpoint.read_run(tmp_path, Settings)
-    assert found == settings and type(again) is type(tokenizer) and again.eos == tokenizer.eos
+    stored, again = checkpoint.read_run(tmp_path, Settings)
+    assert stored == settings and type(again) is type(tokenizer) and again.eos == tokenizer.eos
     assert again.tokens == tokenizer.tokens and again.spec == tokenizer.spec
     again = AdamW(build(config))
     checkpoint.load_trainer(tmp_path, again)
@@ -641,13 +641,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, o
             patch.setattr(os, name, watched(getattr(os, name)))
         kinds(folder)[new]()
     unlock()
-    after, seen = holds(folder), set()
+    after, outcomes = holds(folder), set()
     assert len(states) > 10
     for state in states:
-        found = holds(state)
-        assert found in (before, after), state
-        seen.add(found == after)
-    assert before == after or seen == {False, True}
+        content = holds(state)
+        assert content in (before, after), state
+        outcomes.add(content == after)
+    assert before == after or outcomes == {False, True}
     assert ("model.safetensors" in after) != ("adapter_model.safetensors" in after)
     assert ("trainer.safetensors" in after) == (new not in ("model", "merged"))
 

@@ -152,9 +152,7 @@ def processes(size: str, seconds: float) -> None:
     batches = [Batch(ids, targets, np.full((B, T), 1 / (B * T), np.float32))] * group.share_size(PROCESSES)
 
     def largest(x: float) -> float:
-        values = np.zeros(group.size)
-        values[group.rank] = x
-        return float(group.merged(values).max())
+        return float(group.stack(np.array(x)).max())
 
     def step() -> None:
         group.reduce(optimizer.flat, optimizer.bounds, compute(batches))
