@@ -52,7 +52,7 @@ class HangError(UserError):
 
 
 class Group:
-    """The processes that train one model, of which this is number `rank` of `size`. Here: it is alone."""
+    """The processes that train one model, of which this is number `rank` of `size`. Group itself is one process."""
 
     rank, size = 0, 1
 
@@ -178,7 +178,7 @@ class MPIGroup(Group):
         """Reports an error of this process to the others, and waits some seconds for their reports.
 
         Returns the text that this process must print, and whether all processes had an error. The text is ""
-        if a process with a lower number prints its own. Processes without an error go on until `abort`.
+        if a process with a lower number prints its own. Processes without an error continue until `abort`.
         """
         reports = [self.comm.Isend(bytes(1), rank, FAILURE) for rank in self.others]
         silent = {rank: self.comm.Irecv(bytearray(1), rank, FAILURE) for rank in self.others}

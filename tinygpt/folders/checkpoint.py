@@ -99,7 +99,7 @@ def read_config(folder: Path) -> GPTConfig:
     finish(folder)
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
         base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:500]
-        give = f"give its base, which was {base}, and --adapter-folder {folder}"
+        give = f"give the folder of its base, {base}, and --adapter-folder {folder}"
         raise UserError(f"{folder}: has an adapter: {give}")
     if not path.is_file():
         paths = sorted(folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*/*/{CONFIG}"))
