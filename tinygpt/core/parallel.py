@@ -52,7 +52,7 @@ class HangError(UserError):
 
 
 class Group:
-    """The processes that train one model, of which this is number `rank` of `size`. Group itself is one process."""
+    """The processes that train one model; this is number `rank` of `size`. Group itself is one process."""
 
     rank, size = 0, 1
 
