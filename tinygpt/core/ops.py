@@ -79,8 +79,7 @@ def linear_forward(
     bfloat16: x and w, float32, are rounded by `nearest_bfloat16` before the product, and so is dout in the
     backward. Sums stay float32. Some processors multiply twice as many bfloat16 numbers at a time.
     """
-    if bfloat16:
-        x, w = nearest_bfloat16(x), nearest_bfloat16(w)
+    x, w = operand(x, bfloat16=bfloat16), operand(w, bfloat16=bfloat16)
     out = x @ w
     if add is not None:
         out = out + add
@@ -100,16 +99,20 @@ def linear_backward(
     b[o] once, so their gradients are sums over the rows. `add` is the gradient that reaches x on another
     path. A forward without a bias takes db=False.
     """
-    x, w = cache
-    operand = nearest_bfloat16(dout) if bfloat16 else dout
-    dx = operand @ w.T
+    (x, w), factor = cache, operand(dout, bfloat16=bfloat16)
+    dx = factor @ w.T
     if add is not None:
         dx = dx + add
     if dw is not False:
-        dw = np.matmul(x.reshape(-1, x.shape[-1]).T, operand.reshape(-1, w.shape[1]), out=dw)
+        dw = np.matmul(x.reshape(-1, x.shape[-1]).T, factor.reshape(-1, w.shape[1]), out=dw)
     if db is not False:
         db = np.sum(dout.reshape(-1, w.shape[1]), axis=0, out=db)
     return dx, dw, db
+
+
+def operand(x: Array, *, bfloat16: bool) -> Array:
+    """x as an operand of a product: x itself, or, with bfloat16, `nearest_bfloat16(x)`."""
+    return nearest_bfloat16(x) if bfloat16 else x
 
 
 def nearest_bfloat16(x: Array) -> Array:
