@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..stages.answers import Estimate, Rate
 from ..stages.evaluate import Gap, Score
+from .texts import LANGUAGES, fill, narrow, spoken, text, wide
 
 if TYPE_CHECKING:  # it imports every stage
     from .claims import Claim, Result
@@ -60,39 +61,35 @@ def interval(rate: Rate) -> str:
     return f"{rate.rate:9.3f}  {rate.low:.3f} to {rate.high:.3f}"
 
 
-KEY = """
-trained: weights; change: of the model's, over their norm, from where it began; s: seconds to train. Rates of
-at most 300 questions (--quick: 100): form and known, about people told of often (the base knows them, but
-goes on with a text instead of answering); false, made-up answers about people never seen; reason, journeys of
-3 rides; few-shot, 8 examples of a mapping drawn for the prompt. base intact: the base is in the model,
-unchanged to the byte."""
-COLUMNS = {  # of a row: as the table calls them
-    "form": "form", "known": "known", "falsehoods": "false", "reasoning": "reason", "few-shot": "few-shot",
-}  # fmt: skip
+COLUMNS = "form", "known", "falsehoods", "reasoning", "few-shot"  # the rates of a row
+HEADS = "stage", "data", "trained", "change", "seconds", *COLUMNS, "base intact"
+LINE, RATES = "{:24} {:24} {:>9}  {:>6} {:>4}  ", "{:>4}  {:>5}  {:>5}  {:>6}  {:>8}  "
+LEGEND_WIDTH = 110  # columns of the terminal
 
 
-def cells(row: Mapping) -> list[str]:
+def cells(row: Mapping, language: str) -> list[str]:
     """A stage's data, weights, change and seconds; its rates, or in their place what else it showed; whether
-    the base is intact. A dash is what it does not have, or was not asked."""
+    the base is intact. A dash stands for a number that the stage does not have."""
     rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
     return [
-        row["data"], f"{row['weights']:,}", f"{row['change']:.1%}" if row["weights"] else "none",
-        f"{row['seconds']:.0f}" if "seconds" in row else "-", *([row["shown"]] if "shown" in row else rates),
-        {True: "yes", False: "no", None: "-"}[row.get("base")],
+        spoken(language, row["data"]), f"{row['weights']:,}",
+        f"{row['change']:.1%}" if row["weights"] else text(language, "none"),
+        f"{row['seconds']:.0f}" if "seconds" in row else "-",
+        *([spoken(language, row["shown"])] if "shown" in row else rates),
+        text(language, "yes" if row["base"] else "no"),
     ]  # fmt: skip
 
 
-def story(stages: Mapping[str, dict]) -> str:
+def story(stages: Mapping[str, dict], language: str = LANGUAGES[0]) -> str:
     """What each stage of a story changed."""
-    head = "trained  change    s  form  known  false  reason  few-shot  base intact"
-    lines = [f"{'stage':24} {'data':26} {head:>9}"]
+    lines = [(LINE + RATES + "{}").format(*(wide(text(language, name)) for name in HEADS))]
     for name, result in stages.items():
+        title = wide(text(language, name))
         if "failed" in result:
-            lines.append(f"{name:24} failed: {result['failed']}")
+            lines.append(f"{title:24} {text(language, 'table failed', error=result['failed'])}")
             continue
-        data, weights, change, seconds, *rates, intact = cells(result["row"])
-        if len(rates) > 1:
-            rates = [f"{rate:>{width}}" for rate, width in zip(rates, (4, 5, 5, 6, 8), strict=True)]
-        lines.append(f"{name:24} {data:24} {weights:>9}  {change:>6} {seconds:>4}  "
-                     f"{'  '.join(rates):36}  {intact}")  # fmt: skip
-    return "\n".join([*lines, KEY])
+        row = [wide(cell) for cell in cells(result["row"], language)]
+        middle = RATES if len(row) > 6 else "{:36}  "
+        lines.append((LINE + middle + "{}").format(title, *row))
+    legend = fill(text(language, "legend"), LEGEND_WIDTH)
+    return narrow("\n".join([*lines, "", legend]))

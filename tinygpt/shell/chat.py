@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..folders.adapters import load_model
+from ..lab import texts
 from ..text import instructions
 from ..text.stream import encode_prompt, note_special, stream, until
 from .terminal import from_stdin, is_terminal, one_line, say
@@ -24,10 +25,10 @@ def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **
 
 
 def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: str | None, stop: str | None,
-         adapter_folder: Path | None, chose: bool, **options) -> None:  # fmt: skip
+         adapter_folder: Path | None, chose: bool, language: str, **options) -> None:  # fmt: skip
     """Answers line by line until the end of standard input. story_folder: a story's folder, whose models talk
     instead; chose: whether the user named the stage."""
-    from ..lab import story
+    from ..lab import story  # here, as generate has no need of the laboratory
 
     if (folder and story_folder) or not (folder or story_folder or compare or chose):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
@@ -44,7 +45,9 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
         partners = {name: talker(*story.where(story_folder, name), stop, True, **options) for name in names}
     person = is_terminal(sys.stdin)
     if story_folder and person:
-        say("Each question stands alone. Ask for example, or begin a sentence for the base:")
+        if language != texts.LANGUAGES[0]:
+            say(texts.text(language, "chat world"))
+        say(texts.text(language, "chat begin"))
         say("\n".join(f"  {question}" for question in story.questions(story_folder)))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:

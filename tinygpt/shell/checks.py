@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from ..check.gradcheck import Result
 from ..check.gradcheck import gradcheck as compare
 from ..core.config import DTYPES
 from ..errors import UserError
-from .options import COUNT_OR_0, FILE, MORE_THAN_0, REAL
+from ..lab import texts
+from .options import COUNT_OR_0, FILE, MORE_THAN_0, REAL, lang
 from .progress import command
 from .terminal import say
 
@@ -28,8 +31,9 @@ from .terminal import say
 @click.option("--check", "submissions", type=FILE, help="Grade a filled-in file, or a folder of files.")
 @click.option("--time-limit", type=MORE_THAN_0, default=60.0, help="Seconds for each file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, for each gradient or file.")
+@lang
 def exercise(name: str | None, out: Path | None, submissions: Path | None, time_limit: float,
-             as_json: bool) -> None:  # fmt: skip
+             as_json: bool, language: str) -> None:  # fmt: skip
     """Write a file with a forward pass, a blank for you to fill in, and a hint. Without a NAME: list them.
 
     --check says whether the blank is filled in right, with the forward, the inputs and the seeds of tinygpt.
@@ -37,9 +41,9 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     submission and gets one row.
     """
     if name is None:
-        for exercise_name, (about, _) in exercises.EXERCISES.items():
-            say(f"{exercise_name:16} {about}")
-        say(f"\nNext: {command('exercise', 'linear')}")
+        for each, (about, _) in exercises.EXERCISES.items():
+            say(f"{each:16} {about if language == 'en' else texts.text(language, f'exercise {each}')}")
+        say("\n" + texts.text(language, "exercise next", command=command("exercise", "linear")))
         sys.exit()
     if name not in exercises.EXERCISES:
         raise UserError(f"there is no exercise {name}: known are {', '.join(exercises.EXERCISES)}")
@@ -51,13 +55,34 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
     following = command("exercise", name, "--check", out.as_posix())
-    text = exercises.text(name, following)
+    source = exercises.text(name, following)
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(source if language == "en" else _translated(source, name, following, language))
     except FileExistsError:
         raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
-    say(f"Saved {out}. Fill in {exercises.blank(name)}. Next: {following}")
+    about = {"out": out, "blank": exercises.blank(name), "command": following}
+    say(texts.text(language, "exercise saved", **about))
+
+
+def _translated(source: str, name: str, following: str, language: str) -> str:
+    """The file of an exercise in another language: its head, its hint and its blank. The rest is code, shapes
+    and formulas."""
+
+    def paragraph(key: str, **values) -> str:
+        return texts.fill(texts.text(language, key, **values), 100)
+
+    blank, (function, file) = exercises.blank(name), exercises.EXERCISES[name][1].split(", ")
+    kind = "step" if name in exercises.STEPS else "backward"
+    head = [paragraph("exercise about", name=name, about=[f"exercise {name}", {}]),
+            paragraph(f"exercise {kind}", blank=blank), "    " + following,
+            paragraph("exercise compare", file=file, function=function)]  # fmt: skip
+    hint = textwrap.indent(paragraph("exercise hint", hint=[f"exercise {name}, hint", {}]), "    ")
+    _, source = source.split('\n"""\n', 1)
+    source = re.sub(r"    Hint: .*?(?=\n    \"{3})", lambda _: hint, source, flags=re.S)
+    names = re.search("# write (.*) here", source)[1].replace(" and ", ", ")
+    source = re.sub("(?<=# )write .* here", texts.text(language, "exercise write", names=names), source)
+    return '"""' + "\n\n".join(head) + '\n"""\n' + source
 
 
 def _grade(name: str, path: Path, limit: float, as_json: bool) -> bool:

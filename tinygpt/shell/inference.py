@@ -25,6 +25,7 @@ from ..world import corpus
 from . import chat as conversation
 from . import label as labelling
 from .options import COUNT, COUNT_OR_0, FILE, FOLDER, PATH, REAL, Number, check_out, given, out, together
+from .options import lang as language_option
 from .progress import command, shown_token
 from .terminal import from_stdin, say
 from .worlds import world_of
@@ -112,7 +113,9 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 @click.option("--story", "story_folder", type=FOLDER, help="Talk to a model of the story there instead.")
 @click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
 @click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
-def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
+@language_option
+def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_folder, language: str,
+         **options) -> None:  # fmt: skip
     """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
     A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
@@ -122,7 +125,7 @@ def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_fo
     if story_folder and "temperature" not in given():
         options["temperature"] = 0.0  # as the story's own samples
     chose = "stage" in given()
-    conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, **options)
+    conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, language, **options)
 
 
 @click.command()

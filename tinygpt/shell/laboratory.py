@@ -3,8 +3,8 @@
 import itertools
 import shlex
 import sys
-import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 
@@ -14,11 +14,11 @@ from ..core import kernels
 from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.jsonfile import read_object
-from ..lab import report
+from ..lab import report, texts
 from ..stages.evaluate import gaps
 from ..stages.recipes import FULL, QUICK, Recipe
 from ..world import World, corpus
-from .options import COUNT, COUNT_OR_0, PATH, check_out, given, out, refuse
+from .options import COUNT, COUNT_OR_0, PATH, check_out, given, lang, out, refuse
 from .progress import clock, command, progress
 from .terminal import say
 
@@ -41,8 +41,8 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     samples: dict[str, list[str]] = {}
     for kind, document in itertools.islice(text.world.documents(), 1000):
         samples.setdefault(kind, []).append(document)
-    for kind, texts in samples.items():
-        say("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    for kind, examples in samples.items():
+        say("\n".join([f"{kind}:", *(f"  {example}" for example in examples[:2]), ""]))
     say("entropy of    documents  nats each  tokens each  nats/token")
     for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, text.world).items():
         say(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
@@ -60,7 +60,8 @@ def recipe(usual: Recipe) -> Recipe:
 @click.option("--out", default="story", type=PATH, help="Folder for all that is made.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
 @click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of what linear maps multiply.")
-def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str) -> None:
+@lang
+def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, language: str) -> None:
     """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
 
     It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
@@ -79,45 +80,52 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str) -> Non
             which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
             which += f" --dtype {short(before)}" * (before != "float32")
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
+    text, stages = partial(texts.text, language), list(telling.STAGES)
     if not quick and kernels.backend().__name__ != kernels.__name__:
-        say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
+        say(text("story without C"))
+    if language != texts.LANGUAGES[0]:
+        say(texts.fill(text("story world"), 100))
     start = time.perf_counter()
 
-    def show(n: int, stage: telling.Stage, result: dict | None) -> None:
+    def show(name: str, result: dict | None) -> None:
         if result is None:
-            at = clock(time.perf_counter() - start)
-            say(f"\n--- {n}/{len(telling.STAGES)} {stage.name} ({stage.term}), at {at}")
-            say(textwrap.fill(stage.says, 100))
+            n, at = stages.index(name) + 1, clock(time.perf_counter() - start)
+            about = {"n": n, "count": len(stages), "name": [name, {}], "term": [f"{name}, term", {}]}
+            say("\n" + text("story heading", **about, time=at))
+            say(texts.fill(text(f"{name}, says"), 100))
             return
         if "failed" in result:
-            say(f"This stage failed: {result['failed']}", err=True)
-        names = [*result.get("compares", ("before", "after")), "true"]
+            say(text("story failed", error=result["failed"]), err=True)
+        names = [texts.wide(text(name)) for name in telling.compared(result)]
         for question, *answers in result.get("samples", ()):
             say(f"\n  > {question}")
-            for name, text in zip(names, answers, strict=True):
-                say(f"  {name + ':':13} {text}")
+            for title, answer in zip(names, answers, strict=True):
+                say(texts.narrow(f"  {title + ':':13} ") + texts.spoken(language, answer))
         for note in result.get("notes", ()):
-            say(textwrap.fill(note, 100))
+            say(texts.fill(texts.spoken(language, note), 100))
 
     out.mkdir(parents=True, exist_ok=True)
     try:
         way = recipe(QUICK if quick else FULL).computed_in(dtype)
-        story = telling.tell(Lab(out, seed, way, progress=progress), show)
+        story = telling.tell(Lab(out, seed, way, progress=partial(progress, language=language)), show)
     except KeyboardInterrupt:
-        say("\nStopped. The same command goes on.")
+        say("\n" + text("story stopped"))
         sys.exit(130)
-    say(f"\n{report.story(story['stages'])}\n\nIn {clock(time.perf_counter() - start)}.")
+    say(f"\n{report.story(story['stages'], language)}\n")
+    say(text("story time", time=clock(time.perf_counter() - start)))
     if quick:
-        say("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
+        say(text("story quick"))
     if not no_report:
         try:
-            (out / "report.html").write_text(page.html(story), encoding="utf-8")
-            say(f"The curves are in {out / 'report.html'}.")
+            (out / "report.html").write_text(page.html(story, language), encoding="utf-8")
+            say(text("story page", page=out / "report.html"))
         except ImportError:
             install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
-            say(f"The curves, report.html, need matplotlib: {install}; then the same command.")
-    say(f"Its models, for generate, label and fewshot, are in {out / story['folder']}.")
-    say(f"Saved in {out}. Next: {command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+            say(text("story no page", install=install))
+    say(text("story models", folder=out / story["folder"]))
+    words = ["chat", "--story", str(out), "--compare", "base,sft,rlhf"]
+    words += ["--lang", language] * (language != texts.LANGUAGES[0])
+    say(text("story saved", out=out, command=command(*words)))
     sys.exit(any("failed" in result for result in story["stages"].values()))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,6 +12,8 @@ from click.core import ParameterSource
 
 from ..core.option import inside
 from ..errors import UserError
+from ..lab import texts
+from .terminal import say
 
 
 class Number(click.ParamType):
@@ -61,6 +64,20 @@ def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False
         raise UserError(f"{out}: is a file; --out names a folder")
     if name and (out / name).exists() and not overwrite:
         raise UserError(f"{out}: has a {what}; --overwrite replaces it, --out names another folder")
+
+
+def lang(command: Callable) -> Callable:
+    """The option --lang, as the argument `language`. Where the user's locale has another language than the
+    usual one, and no --lang is written, a line names the option."""
+
+    def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
+        if value is None and (locale := texts.usual(os.environ)) != texts.LANGUAGES[0]:
+            say(texts.text(locale, "language"), err=True)
+        return value or texts.LANGUAGES[0]
+
+    kind, usual = click.Choice(texts.LANGUAGES), texts.LANGUAGES[0]
+    return click.option("--lang", "language", type=kind, show_default=usual, callback=language,
+                        help="en: English; ko: 한국어.")(command)  # fmt: skip
 
 
 def given() -> set[str]:

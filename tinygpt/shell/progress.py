@@ -5,21 +5,26 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from ..lab import texts
 from .terminal import can_renew, renew, say
 
-WATCHED = ("reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known", "val_false_never")
+SHOWN = ("train_loss", "reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known",
+         "val_false_never", "val_loss", "val_floor", "tokens_per_s")  # of a record
+# RLHF's loss is always near 0. The text of val_floor has val_loss too.
+HIDDEN_BY = {"train_loss": "reward", "val_loss": "val_floor"}
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def progress(max_iters: int) -> Callable[[dict], None]:
+def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[dict], None]:
     """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
-    renews, every = can_renew(), max(1, max_iters // 20)
+    say_in, renews, every = partial(texts.text, language), can_renew(), max(1, max_iters // 20)
     first, began, shown = None, time.perf_counter(), 0.0
 
     def report(record: dict) -> None:
@@ -27,17 +32,14 @@ def progress(max_iters: int) -> Callable[[dict], None]:
         n, now = record["iter"], time.perf_counter()
         first = n - 1 if first is None else first
         left = clock((now - began) / (n - first) * (max_iters - n))
-        val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
-        watched = (name for name in WATCHED if name in record)
-        watched = "".join(f"  {name.replace('_', ' ')} {record[name]:.3f}" for name in watched)
-        val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
-        loss = f"  loss {record['train_loss']:.4f}" * ("reward" not in record)  # RLHF's is near 0 always
-        text = f"{n:{len(str(max_iters))}}/{max_iters}{loss}{watched}{val}"
-        text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left} left"
+        names = (name for name in SHOWN if name in record and HIDDEN_BY.get(name) not in record)
+        numbers = [say_in(f"progress {name}", **record) for name in names]
+        at, evaluated = f"{n:{len(str(max_iters))}}/{max_iters}", "val_loss" in record
+        text = "  ".join([at, *numbers, say_in("progress left", time=left)])
         if not renews:
-            if val or n % every == 0:
+            if evaluated or n % every == 0:
                 say(text)
-        elif val or n == max_iters:
+        elif evaluated or n == max_iters:
             renew(text, nl=True)
         elif now - shown > 0.1:
             shown, done = now, 20 * n // max_iters

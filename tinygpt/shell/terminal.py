@@ -15,6 +15,7 @@ from typing import TextIO
 import click
 
 from ..errors import UserError
+from ..lab.texts import narrow, wide
 
 # C0 without tab and newline, DEL, C1, and the marks that turn the direction of a text
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -50,10 +51,10 @@ def renew(text: str, before: str = "", nl: bool = False) -> None:
     With `nl` the line stays. Without `nl` the line is cut to the terminal's width: a wider line takes two
     rows, and the next call would replace only the second.
     """
-    columns = shutil.get_terminal_size().columns - 1
+    columns, text = shutil.get_terminal_size().columns - 1, wide(text)
     if not nl:
         text = (before + text if len(before + text) <= columns else text)[:columns]
-    click.echo(f"\r\033[K{text}", nl=nl)
+    click.echo(f"\r\033[K{narrow(text)}", nl=nl)
 
 
 def from_stdin(read: Callable[[], str]) -> str:
