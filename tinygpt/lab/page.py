@@ -19,7 +19,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 14px; width: 100% } svg { max-width: 100%; height: auto }
 td, th { border-bottom: 1px solid #ddd; padding: .25rem .5rem; text-align: left; vertical-align: top }
-.n { text-align: right; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+:lang(ko) { word-break: keep-all } .n { text-align: right; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 h2 small { color: #777 }
 """
 
@@ -49,7 +49,7 @@ def html(story: dict, language: str = LANGUAGES[0]) -> str:
 
 
 def _table(stages: dict, language: str) -> str:
-    rows = ["".join(f"<th>{text(language, name)}</th>" for name in HEADS)]
+    rows = ["".join(f"<th{' class=n' * (n > 1)}>{text(language, name)}</th>" for n, name in enumerate(HEADS))]
     for name, result in stages.items():
         row = [f"<td>{text(language, name)}</td>"]
         line = cells(result["row"], language) if "row" in result else [text(language, "failed")]
