@@ -19,7 +19,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 14px; width: 100% } svg { max-width: 100%; height: auto }
 td, th { border-bottom: 1px solid #ddd; padding: .25rem .5rem; text-align: left; vertical-align: top }
-:lang(ko) { word-break: keep-all } .n { text-align: right; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+.n { text-align: right; font-variant-numeric: tabular-nums }
+:lang(ko) { word-break: keep-all } .wide { overflow-x: auto }
 h2 small { color: #777 }
 """
 
