@@ -99,7 +99,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         patch.setattr(chat, "is_terminal", lambda stream: True)
         patch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
         korean, english = (CliRunner().invoke(main, [*asked, "--lang", lang]).output for lang in ("ko", "en"))
-    assert "질문도 영어로 하십시오." in korean and "Each question stands alone." in english
+    assert "질문도 영어로 하십시오." in korean and "do not remember earlier questions." in english
     assert [line for line in korean.splitlines() if line.startswith("  ")] == english.splitlines()[1:-1]
     one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
     base, _ = adapters.load_model(*story.where(out, "base"))
