@@ -3,7 +3,8 @@
     python tests/test_words.py [PART OF A PATH ...]      lists what is wrong, of all places or of these
 
 Many readers read English second. The places are README.md, the pages and the demos in demos/, every docstring
-of tinygpt/, `lab/texts.txt`, and what `--help` prints. A piece of code counts as one word. Indented blocks are code, formulas.
+of tinygpt/, `lab/texts.txt`, and what `--help` prints. A piece of code counts as one word. Indented blocks
+are code, formulas.
 """
 
 import ast

@@ -145,7 +145,7 @@ def test_columns_line_up(told, language):
     head, *rows = lines[first : first + 1 + len(story.STAGES)]
     starts = [columns(row)[-1] for name, row in zip(story.STAGES, rows, strict=True) if name != "p-tuning"]
     assert set(starts) == {columns(head[: head.index(intact) + 1])[-1]}
-    prose = [*lines[:first], *lines[first + 10 :]]
+    prose = [*lines[:first], *lines[first + 1 + len(rows) :]]
     assert all(width(line) <= 110 for line in prose if " it" not in line and "it/" not in line)
 
 

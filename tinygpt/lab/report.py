@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..stages.answers import Estimate, Rate
 from ..stages.evaluate import Gap, Score
-from .texts import LANGUAGES, fill, narrow, spoken, text, wide
+from .texts import LANGUAGES, narrow, spoken, text, wide
 
 if TYPE_CHECKING:  # it imports every stage
     from .claims import Claim, Result
@@ -64,7 +64,6 @@ def interval(rate: Rate) -> str:
 COLUMNS = "form", "known", "falsehoods", "reasoning", "few-shot"  # the rates of a row
 HEADS = "stage", "data", "trained", "change", "seconds", *COLUMNS, "base intact"
 LINE, RATES = "{:24} {:24} {:>9}  {:>6} {:>4}  ", "{:>4}  {:>5}  {:>5}  {:>6}  {:>8}  "
-LEGEND_WIDTH = 110  # columns of the terminal
 
 
 def cells(row: Mapping, language: str) -> list[str]:
@@ -91,5 +90,10 @@ def story(stages: Mapping[str, dict], language: str = LANGUAGES[0]) -> str:
         row = [wide(cell) for cell in cells(result["row"], language)]
         middle = RATES if len(row) > 6 else "{:36}  "
         lines.append((LINE + middle + "{}").format(title, *row))
-    legend = fill(text(language, "legend"), LEGEND_WIDTH)
-    return narrow("\n".join([*lines, "", legend]))
+    meanings = [f"{wide(name):14} {meaning}" for name, meaning in legend(language)]
+    return narrow("\n".join([*lines, "", *meanings, text(language, "rates")]))
+
+
+def legend(language: str) -> list[tuple[str, str]]:
+    """Each column of the table and its meaning."""
+    return [(text(language, name), text(language, f"{name}, means")) for name in HEADS[2:]]
