@@ -282,8 +282,8 @@ def taught_judge(lab: Lab) -> Rows:
 def steered(lab: Lab) -> Rows:
     """No prompt of RLHF, no comparison and no tuning example is about these people.
 
-    The last run goes too far (over-optimisation): its judge has 1,000 labels, it has no KL and no tuning
-    examples, and its learning rate is four times as high.
+    The last run goes too far (over-optimisation). Its judge has 1,000 labels. It has no KL, no tuning
+    examples, and four times the learning rate.
     """
     strangers = lab.sets[NEVER]
 
@@ -628,7 +628,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
 
 @claim(20, "Zero-shot leans on the weights, few-shot uses both memories")
 def both_memories(lab: Lab) -> Rows:
-    """The prompt contradicts the weights. nats: log p of the prompt's value less log p of the weights' value."""
+    """The prompt contradicts the weights. nats: log p of the prompt's value, less that of the weights'."""
     numbers, rates = {}, {}
     for weight in (256, 16, 0):
         people = lab.world.by_weight()[weight][: lab.count(150)]
@@ -709,8 +709,8 @@ def run(
     """Measures the claims of these numbers, seed by seed, except the measurements that `folder` has.
 
     A measurement that fails prints the reason, and the others continue. A user can mend UserError and
-    OSError, so these end the run. claims.json has the values of all seeds that were measured with these
-    recipes, the estimates and the verdicts.
+    OSError, so these end the run. The file claims.json has estimates, verdicts, and the values of all seeds
+    that were measured with these recipes.
     """
     measured: dict[int, list[dict]] = {number: [{}, {}] for number in numbers}  # numbers by seed, limits
     _read(folder / "claims.json")  # a damaged file is refused before the measuring, not after it

@@ -1,6 +1,6 @@
 """A story as one page that needs no network: the table, the curves, samples. Needs matplotlib ("plots").
 
-Not here: measuring anything (`story`).
+Not here: measuring (`story`), sentences (`texts`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ h2 small { color: #777 }
 """
 
 
-Say = Callable[..., str]  # from a key of `texts`, and values, to the text in a language
+Say = Callable[..., str]  # from a key of `texts` and values to a text
 
 
 def html(story: dict, language: str = LANGUAGES[0]) -> str:
-    """The page of what `story.tell` returned. Raises ImportError without matplotlib."""
+    """The page of a story that `story.tell` returned. Raises ImportError without matplotlib."""
     say: Say = partial(text, language)
     quick = f" {say('page quick')}" * story["quick"]
     parts = [f"<h1>{say('page heading', seed=story['seed'])}{quick}</h1>", _table(story["stages"], language)]
@@ -75,8 +75,11 @@ def _samples(result: dict, language: str) -> str:
 
 
 def _svg(draw: Callable[..., None], result: dict, language: str) -> str:
-    """A figure. English is drawn as curves. Korean stays text, in a font of the reader: matplotlib's has no
-    Hangul, and takes FILLER beside a box for the width of a syllable."""
+    """A figure. English letters are drawn as curves.
+
+    matplotlib's font has no Hangul. So Korean stays text, and the reader's browser chooses the font. For the
+    layout, a box and FILLER are about as wide as a syllable.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -87,7 +90,7 @@ def _svg(draw: Callable[..., None], result: dict, language: str) -> str:
         draw(figure.add_subplot(), result, lambda key, **values: wide(text(language, key, **values)))
         figure.savefig(file, format="svg")
     svg = file.getvalue()
-    return narrow(svg[svg.index("<svg") :])  # without the XML declaration, which has no place inside a page
+    return narrow(svg[svg.index("<svg") :])  # a page has no XML declaration inside
 
 
 def _loss(axes, result: dict, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""Tables of what was measured, as text for a terminal. Not here: measuring (`stages.evaluate`), printing."""
+"""Tables of measurements, as text for a terminal. Not here: measuring (`stages.evaluate`), printing."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def gaps(by_kind: Mapping[str, Gap]) -> str:
 
 
 def recall(rates: list[tuple[float, Rate]], chance: float) -> str:
-    """Facts recalled, by how often the corpus told them."""
+    """The share of recalled facts, by how often the corpus has them."""
     lines = [f"{'facts told':>10} {'recalled':>9}  95% interval"]
     lines += [f"{times:10.1f} {interval(rate)}  n = {rate.n:,}" for times, rate in rates]
     return "\n".join([*lines, f"{'chance':>10} {chance:9.3f}"])
 
 
 _SCORES_KEY = """\
-None of these people, phrases or problems is in the tuning. majority: whoever always says the most frequent
-answer; false: well-formed, not right, and not "I do not know.", which is the truth of people never seen."""
+None of these people, phrases or problems is in the tuning. majority: the rate of the most frequent answer.
+false: well-formed, not right and not "I do not know.", the right answer about people whom no text names."""
 
 
 def scores(by_set: Mapping[str, Score]) -> str:
-    """Right, beside how often the most frequent answer is (majority), of the wanted form, and made up."""
+    """Rates of answers by set of questions: right, the most frequent answer, well-formed, stopped, false."""
     lines = [f"{'':22} {'right':>9}  95% interval    majority  well-formed  stopped  false"]
     for name, score in by_set.items():
         rates = f"{score.majority:8.3f} {score.formed.rate:12.3f} {score.stopped.rate:8.3f}"
@@ -44,10 +44,10 @@ def scores(by_set: Mapping[str, Score]) -> str:
 
 
 def claim(statement: Claim, result: Result) -> str:
-    """A claim, the numbers it stands on with the verdict on each, and what else was measured."""
+    """A claim, its numbers with a limit and their verdicts, then its other numbers."""
     estimates, verdicts = result.estimates, result.verdicts()
-    seeds = max(e.n for e in estimates.values())  # some numbers are of some seeds alone
-    spread = {1: "one seed, no interval", 2: "two seeds, a pilot: what they span"}
+    seeds = max(e.n for e in estimates.values())  # some numbers come from a part of the seeds
+    spread = {1: "one seed, no interval", 2: "two seeds, a pilot: both values"}
     lines = [f"{statement.number}. {statement.says} ({spread.get(seeds, f'{seeds} seeds, 95% intervals')})"]
     lines += [f"{_estimate(name, estimates[name])}  {text}" for name, text in verdicts.items()]
     return "\n".join(lines + [_estimate(name, e) for name, e in estimates.items() if name not in verdicts])
@@ -67,8 +67,8 @@ LINE, RATES = "{:24} {:24} {:>9}  {:>6} {:>4}  ", "{:>4}  {:>5}  {:>5}  {:>6}  {
 
 
 def cells(row: Mapping, language: str) -> list[str]:
-    """A stage's data, weights, change and seconds; its rates, or in their place what else it showed; whether
-    the base is intact. A dash stands for a number that the stage does not have."""
+    """A stage's data, weights, change and seconds; its rates, or one other result in their place; whether the
+    base is intact. A dash stands for a number that the stage does not have."""
     rates = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
     return [
         spoken(language, row["data"]), f"{row['weights']:,}",
@@ -80,7 +80,7 @@ def cells(row: Mapping, language: str) -> list[str]:
 
 
 def story(stages: Mapping[str, dict], language: str = LANGUAGES[0]) -> str:
-    """What each stage of a story changed."""
+    """The table of a story: a row for each stage, and the meaning of each column."""
     lines = [(LINE + RATES + "{}").format(*(wide(text(language, name)) for name in HEADS))]
     for name, result in stages.items():
         title = wide(text(language, name))

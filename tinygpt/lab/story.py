@@ -1,14 +1,14 @@
-"""A GPT's whole life in a world of which everything is known, and what each stage of it changed.
+"""A GPT's whole life in a synthetic world, and the changes that each stage makes.
 
-Each stage makes its model (`lab.models`) and measures it beside those before it. The results are kept in the
-Lab's folder: a story that was interrupted goes on. story.json has all of them:
+Each stage makes its model (`lab.models`) and measures it beside earlier models. The Lab's folder keeps the
+results, so an interrupted story continues. story.json has all results:
 
     row        the stage's line of the table
     samples    question, answer before, answer after, true answer
-    notes      what else was measured
-    curves     name -> values, for the report
+    notes      other measurements, as phrases
+    curves     name -> values, for the page
 
-Its sentences are phrases of `texts`, which also has what each stage's name means.
+`texts` has the sentences, also the one that explains each stage's name.
 
 Not here: printing (`shell`), the table and the page (`report`, `page`), claims over several seeds (`claims`).
 """
@@ -38,8 +38,8 @@ from ..world.corpus import DOCUMENTS
 from .models import Lab, read_records
 
 FILE = "story.json"
-DAMAGED = "is not what tinygpt story wrote, or damaged: tell the story again"
-SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # samples are one of each
+DAMAGED = "is damaged, or not of tinygpt story: tell the story again"
+SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # one sample from each set
 
 
 STAGES: dict[str, Callable[[Lab], dict]] = {}  # a stage's name -> the function that measures the stage
@@ -57,7 +57,7 @@ def stage(name: str) -> Callable:
 
 
 def rates(lab: Lab, model: GPT) -> dict[str, float]:
-    """The table's rates of a model that writes, each between 0 and 1."""
+    """The rates of a model in the table, each between 0 and 1."""
     count = lab.recipe.shown
     known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
@@ -71,8 +71,8 @@ def mappings(lab: Lab, shots: int, part: int = 1) -> list[fewshot.Prompt]:
     return fewshot.mappings(lab.world, shots, lab.recipe.shown // part)
 
 
-def asked(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
-    """Question, answer before, answer after, what is true."""
+def answered(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
+    """Rows of question, answer before, answer after, true answer."""
     items = [lab.sets[name][0] for name in names]
     answers = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
     prompts, true = ([item[key] for item in items] for key in ("prompt", "completion"))
@@ -80,7 +80,7 @@ def asked(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> 
 
 
 def trained(lab: Lab, model: GPT, before: GPT, data: list, seconds: float) -> dict:
-    """A model's row, and what moved. base: whether the base is in it as it was."""
+    """A model's row, and the change of each tensor. base: whether the model still has the base's bytes."""
     moved, by_name = weight_change(before.params, model.params)
     return {
         "row": {
@@ -92,7 +92,7 @@ def trained(lab: Lab, model: GPT, before: GPT, data: list, seconds: float) -> di
 
 
 def by_the_prompt(lab: Lab, before: str, summary: list) -> dict:
-    """The row of a stage that trains nothing; before: the base's fingerprint before it."""
+    """The row of a stage that trains nothing. before: the base's fingerprint before the stage."""
     return {"data": ["data prompt", {}], "weights": 0, "change": 0.0, "shown": summary,
             "base": fingerprint(lab.base) == before}  # fmt: skip
 
@@ -111,7 +111,7 @@ def pretraining(lab: Lab) -> dict:
     often, never = recalled[0], recalled[-1]
     every = max(1, len(updates) // 300)
     return result | {
-        "samples": asked(lab, lab.random, model, SHOWN[:1]),
+        "samples": answered(lab, lab.random, model, SHOWN[:1]),
         "floor": gap.floor,
         "curves": {
             "update": [record["iter"] for record in updates[::every]],
@@ -161,7 +161,7 @@ def instruction_tuning(lab: Lab) -> dict:
     """The tuned model beside the base."""
     data = ["data pairs", {"count": len(tasks.tuning(lab.world))}]
     result = trained(lab, lab.tuned, lab.base, data, lab.seconds("sft"))
-    return result | {"samples": asked(lab, lab.base, lab.tuned)}
+    return result | {"samples": answered(lab, lab.base, lab.tuned)}
 
 
 @stage("without chain of thought")
@@ -173,8 +173,8 @@ def without_steps(lab: Lab) -> dict:
     seconds = time.perf_counter() - start
     result = trained(lab, model, lab.base, ["data answers", {"count": len(items)}], seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
-        del result["row"][name]  # it has learned about journeys alone
-    samples = asked(lab, model, lab.tuned, SHOWN[-1:])
+        del result["row"][name]  # the model has learned journeys only
+    samples = answered(lab, model, lab.tuned, SHOWN[-1:])
     return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
@@ -207,13 +207,13 @@ def rlhf(lab: Lab) -> dict:
     answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
     changed = [[item["prompt"], a.text, b.text, item["completion"]]
                for item, a, b in zip(strangers, *answers, strict=True) if a.text != b.text]  # fmt: skip
-    return result | {"samples": asked(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
+    return result | {"samples": answered(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
     model = lab.beside(name, config, items, **how)
     result = trained(lab, model, lab.base, ["data pairs", {"count": len(items)}], lab.seconds(name))
-    return result | {"samples": asked(lab, lab.base, model, SHOWN[:1])}
+    return result | {"samples": answered(lab, lab.base, model, SHOWN[:1])}
 
 
 @stage("LoRA")
@@ -271,8 +271,8 @@ def compared(result: dict) -> list[str]:
 def tell(lab: Lab, report: Callable[[str, dict | None], None] = lambda name, result: None) -> dict:
     """Measures every stage in turn. `report` gets each stage's name and None before it, its result after it.
 
-    A stage that fails says why, as its "failed", and the others go on; not without a base. Raises
-    KeyboardInterrupt, and what pre-training raises.
+    A stage that fails has its error as "failed", and the other stages continue. Raises KeyboardInterrupt, and
+    every error of pre-training: without a base there is no story.
     """
     story = {
         "seed": lab.seed, "quick": lab.recipe.world == QUICK.world, "world": lab.source,
@@ -294,7 +294,7 @@ def tell(lab: Lab, report: Callable[[str, dict | None], None] = lambda name, res
 
 
 def questions(folder: Path) -> list[str]:
-    """What the samples of the story in this folder ask."""
+    """The questions of the samples of the story in this folder."""
     try:
         samples = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
         return [str(question) for question, *_ in samples]
@@ -303,7 +303,7 @@ def questions(folder: Path) -> list[str]:
 
 
 def world_of(folder: Path) -> str | None:
-    """The world of a story's model in this folder, or None where it is no such model."""
+    """The world of a story's model in this folder, or None where the folder is no story's."""
     path = folder.resolve().parent.parent / FILE
     if not path.is_file() or (story := read_object(path)).get("folder") != folder.resolve().parent.name:
         return None
@@ -313,7 +313,8 @@ def world_of(folder: Path) -> str | None:
 
 
 def where(folder: Path, name: str) -> tuple[Path, Path | None]:
-    """The folder of a stage's model, and of its adapter. Raises UserError where the story has none."""
+    """The folder of a stage's model, and the folder of its adapter or None. Raises UserError for an unknown
+    name, and where the story has no such model yet."""
     names, beside = ("base", "sft", "rlhf", "lora", "ptuning"), name in ("lora", "ptuning")
     if name not in names:
         raise UserError(f"{name}: the story's models are {', '.join(names)}")
@@ -321,5 +322,5 @@ def where(folder: Path, name: str) -> tuple[Path, Path | None]:
         raise UserError(f"{folder}: has no {FILE}: tinygpt story --out {folder} tells one")
     models = folder / str(read_object(folder / FILE).get("folder"))
     if not (models / name / (checkpoint.ADAPTER_CONFIG if beside else checkpoint.CONFIG)).exists():
-        raise UserError(f"{folder}: the story has not come to {name} yet: the same tinygpt story goes on")
+        raise UserError(f"{folder}: the story has no {name} yet: the same tinygpt story command continues")
     return (models / "base", models / name) if beside else (models / name, None)

@@ -1,4 +1,4 @@
-"""The command line. Commands stand in modules of their own, which are loaded when the first is asked for."""
+"""The command line. The modules of the commands are loaded at their first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORDER = (  # the story, then a life
 )  # fmt: skip
 
 
-IN_PARALLEL = "pretrain", "sft", "reward"  # under mpiexec
+IN_PARALLEL = "pretrain", "sft", "reward"  # commands that mpiexec can run
 
 
 def _launched() -> tuple[int, int]:
@@ -30,7 +30,7 @@ def _launched() -> tuple[int, int]:
 
 
 class Commands(click.Group):
-    """Turns a user's mistake into one line and exit status 2, and a warning into one line."""
+    """A user's mistake becomes one line and exit status 2. A warning becomes one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._load()
@@ -58,11 +58,11 @@ class Commands(click.Group):
                 self.add_command(each)
 
     def invoke(self, ctx: click.Context):
-        """Of several processes number 0 prints, and the others only what is wrong with them."""
+        """Process 0 prints everything. Any other process prints only its own error."""
         rank = 0
         warnings.showwarning = lambda message, *_: rank or say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
+            sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal lacks
         try:
             if rank := _launched()[0]:
                 sys.stdout = None
@@ -74,7 +74,7 @@ class Commands(click.Group):
                 sys.exit(2)
             error.message = printable(error.message)
             raise
-        except KeyboardInterrupt:  # where a command has nothing to save
+        except KeyboardInterrupt:  # commands that save something catch it themselves
             say(err=True)
             sys.exit(130)
         except ImportError as error:
@@ -99,4 +99,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """A GPT on one CPU: train it, let it write, talk to it, and check its every gradient."""
+    """A GPT on one CPU: train it, let it write, talk to it, and check its gradients."""

@@ -1,4 +1,4 @@
-"""Options of commands: made from the fields of dataclasses (`core.option`), checked against one another."""
+"""Options of commands. The fields of dataclasses (`core.option`) define most options and their checks."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from .terminal import say
 
 
 class Number(click.ParamType):
-    """An int or a float in an interval such as "[0, 1)"; the error is that of `core.option`."""
+    """An int or a float in an interval such as "[0, 1)". `core.option` has the text of the error."""
 
     def __init__(self, kind: type, interval: str) -> None:
         self.kind, self.interval, self.name = kind, interval, "n" if kind is int else "x"
@@ -59,7 +59,7 @@ def out(default: str, what: str = "model", holds: str = "the model") -> Callable
 
 
 def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
-    """Refuses a file, and without --overwrite a folder that has a file of that name."""
+    """Refuses an `out` that is a file, and without --overwrite a folder that has the file `name`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
     if name and (out / name).exists() and not overwrite:
@@ -67,8 +67,8 @@ def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False
 
 
 def lang(command: Callable) -> Callable:
-    """The option --lang, as the argument `language`. Where the user's locale has another language than the
-    usual one, and no --lang is written, a line names the option."""
+    """Adds the option --lang, as the argument `language`. Without the option, a user whose locale is Korean
+    gets one line that names the option."""
 
     def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
         if value is None and (locale := texts.usual(os.environ)) != texts.LANGUAGES[0]:
@@ -108,10 +108,10 @@ def fields(cls: type, leave_out: Iterable[str] = ()) -> Iterator[tuple[str, data
 
 
 def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Iterator[Callable]:
-    """The click options of such fields. defaults: of options whose default is not the field's; for a number,
-    a text says in words how the number depends on others.
+    """The click options of such fields.
 
-    An option whose default depends on others has the value None, or (), where the user does not write it.
+    defaults: other defaults than the fields'. For a number, the default may be a text that tells how the
+    number depends on other options. Then the value is None, or (), if the user does not write the option.
     """
     for name, field, kind in options:
         default, about = (defaults or {}).get(name, field.default), field.metadata
@@ -132,7 +132,7 @@ def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Itera
 
 
 def check(options: Iterable[tuple], values: dict, written: set[str]) -> None:
-    """Refuses what the user wrote where other options give it no meaning."""
+    """Refuses an option that has no meaning together with the others."""
     reasons: dict[str, set[str]] = {}
     for name, field, _ in options:
         if name in written and (values[name] == "" or values[name] == ("",)):
@@ -149,6 +149,6 @@ def check(options: Iterable[tuple], values: dict, written: set[str]) -> None:
 
 
 def chosen(cls: type, values: dict, leave_out: Iterable[str] = ()) -> dict[str, object]:
-    """The fields of a dataclass that the options give a value."""
+    """Field -> value, for the fields of a dataclass that have a value in the options."""
     pairs = ((field.name, values.get(name)) for name, field, _ in fields(cls, leave_out))
     return {name: value for name, value in pairs if value is not None and value != ()}

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and sentences that several commands print."""
+"""The progress line of a training, and texts that several commands print."""
 
 import shlex
 import shutil
@@ -23,7 +23,7 @@ def clock(seconds: float) -> str:
 
 
 def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[dict], None]:
-    """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
+    """A report for `train.train`. A terminal gets one line that changes; a file gets about 20 lines."""
     say_in, renews, every = partial(texts.text, language), can_renew(), max(1, max_iters // 20)
     first, began, shown = None, time.perf_counter(), 0.0
 
@@ -49,7 +49,7 @@ def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[di
 
 
 def command(*words: str) -> str:
-    """A command to type next: by the path it was called with, where the shell would not find it by name."""
+    """A command for the user to type. It starts with a path where the shell does not know the name tinygpt."""
     called = Path(sys.argv[0])
     unknown = called.name == "tinygpt" and not shutil.which("tinygpt")
     return shlex.join([str(called) if unknown else "tinygpt", *words])
@@ -60,7 +60,7 @@ def data_options(paths: Iterable[str]) -> list[str]:
 
 
 def shown_token(token: bytes) -> str:
-    """A token as text, with parts of characters, and characters that cannot be printed, as bytes: <ea b0>."""
+    """A token as text. Parts of characters, and characters that cannot be printed, are bytes: <ea b0>."""
     text = token.decode("utf-8", "surrogateescape").replace(" ", "\u2423")
     texts = ["".join(run) if whole else "".join(run).encode("utf-8", "surrogateescape").hex(" ").join("<>")
              for whole, run in groupby(text, str.isprintable)]  # fmt: skip
