@@ -95,7 +95,7 @@ class Lab:
     def pretrained(
         self, name: str, source: str = "", adapter: AdapterConfig | None = None, **changes
     ) -> tuple[GPT, BPETokenizer]:
-        """A model that the recipe trains on a source, by default this seed's world. The folder `name` keeps it.
+        """A model that the recipe trains on a source, by default this seed's world. Folder `name` keeps it.
 
         changes: other options of the recipe, or sizes of the model such as n_layer.
         """
@@ -150,9 +150,9 @@ class Lab:
     def steer(
         self, judge: reward.Judge, adapter: AdapterConfig | None = None, **changes
     ) -> tuple[GPT, list[Record]]:
-        """RLHF by this judge: a copy of the tuned model, or the tuned model with an adapter, and the records of
-        the updates.
+        """The model after RLHF by this judge, and the records of the updates.
 
+        The model is a copy of the tuned model, or the tuned model with an adapter.
         changes: other options of the recipe.
         """
         model, records = self._with(adapter, self.tuned), []

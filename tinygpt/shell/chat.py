@@ -1,4 +1,4 @@
-"""A conversation with a model, or with several that are asked the same."""
+"""A conversation with one model, or with several models that get the same questions."""
 
 import contextlib
 import sys
@@ -17,7 +17,7 @@ from .terminal import from_stdin, is_terminal, one_line, say
 
 
 def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **sampling):
-    """The model, the tokenizer, and a function from ids and a text to their continuation up to that text."""
+    """The model, the tokenizer, and a function that continues ids up to a stop text."""
     model, tokenizer = load_model(folder, adapter_folder)
     model.compute_in(dtype)
     sampling["rng"] = np.random.default_rng(seed)
@@ -26,8 +26,10 @@ def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **
 
 def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: str | None, stop: str | None,
          adapter_folder: Path | None, chose: bool, language: str, **options) -> None:  # fmt: skip
-    """Answers line by line until the end of standard input. story_folder: a story's folder, whose models talk
-    instead; chose: whether the user named the stage."""
+    """Answers line by line until the end of standard input.
+
+    story_folder: a story, whose models talk instead. chose: whether the user wrote --stage.
+    """
     from ..lab import story  # here, as generate has no need of the laboratory
 
     if (folder and story_folder) or not (folder or story_folder or compare or chose):
@@ -58,7 +60,7 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
                 except UserError as error:
                     if not person:
                         raise
-                    say(f"tinygpt: {one_line(error)}", err=True)  # a slip does not end it
+                    say(f"tinygpt: {one_line(error)}", err=True)  # the next line may be right
                     continue
                 say(f"{name + ':':9}" if compare else "", nl=False)
                 for piece in pieces:
@@ -71,7 +73,7 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
 def talker(
     folder: Path, adapter_folder: Path | None, stop: str | None, alone: bool, **options
 ) -> Callable:  # fmt: skip
-    """A function from what is said to the pieces of the answer; unless `alone` it remembers what was said."""
+    """A function from a line to the pieces of the answer. Unless `alone`, it remembers the conversation."""
     model, tokenizer, continuation = speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
     stop = ("" if tuned else "\n\n") if stop is None else stop
@@ -79,7 +81,7 @@ def talker(
 
     def prompt_of(line: str) -> np.ndarray:
         note_special(tokenizer, line, "the message")
-        if not tuned and tokenizer.documents:  # a line begins a document of its own
+        if not tuned and tokenizer.documents:  # each line begins a new document
             return encode_prompt(tokenizer, line)
         if not tuned:
             new = tokenizer.encode(line + "\n")

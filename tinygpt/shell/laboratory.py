@@ -25,14 +25,14 @@ from .terminal import say
 
 @click.command()
 @click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same bytes.")
-@click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=133_000, type=COUNT, help="In the corpus, beside the refrains.")
-@click.option("--vocab-size", default=2048, type=COUNT, help="To count tokens with.")
+@click.option("--permuted", is_flag=True, help="The same people with other facts.")
+@click.option("--documents", default=133_000, type=COUNT, help="Documents, beside the repeated word lists.")
+@click.option("--vocab-size", default=2048, type=COUNT, help="Vocabulary that counts the tokens.")
 @out("world", "world", holds="the files")
 def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
     """Write the synthetic world: invented people, and text and questions about them.
 
-    Shows documents of each kind and their exact entropy: the loss that no model passes.
+    Shows documents of each kind and their exact entropy. No model has a loss below the entropy.
     """
     check_out(out, corpus.MARK, "world", overwrite)
     text = corpus.draw(World(seed, permuted), documents=documents)
@@ -50,25 +50,25 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
 
 
 def recipe(usual: Recipe) -> Recipe:
-    """How models are made: as usual, or by the Recipe that a program gave the command as its object."""
+    """The usual recipe, or the Recipe that a program gave the command as its object."""
     return click.get_current_context().obj or usual
 
 
 @click.command()
-@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; steps and RLHF need more.")
-@click.option("--out", default="story", type=PATH, help="Folder for all that is made.")
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of the world and of all training.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people: too short for RLHF.")
+@click.option("--out", default="story", type=PATH, help="Folder for the models and results.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
-@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of what linear maps multiply.")
+@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Number format of products.")
 @lang
 def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, language: str) -> None:
-    """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
+    """A GPT's whole life in a small invented world, in eight minutes: each stage and its changes.
 
-    It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
-    and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.
-    Ctrl-C loses the stage under way, and the same command goes on. Then: tinygpt chat --story
+    The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
+    steered (RLHF). Adapters tune the unchanged base once more. The table at the end is measured in this run.
+    Ctrl-C loses the current stage, and the same command continues. Then: tinygpt chat --story
     """
-    from ..lab import page  # here, as --help has no need of the laboratory
+    from ..lab import page  # --help does not need the laboratory
     from ..lab import story as telling
     from ..lab.models import Lab
 
@@ -131,18 +131,18 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
 
 @click.command()
 @click.argument("numbers", nargs=-1, type=COUNT, metavar="[NUMBER]...")
-@click.option("--seeds", default=2, type=COUNT, help="So many worlds from 1337 on, each with its own base.")
+@click.option("--seeds", default=2, type=COUNT, help="Number of worlds, from 1337 upwards, each with a base.")
 @click.option("--seed", "chosen_seeds", multiple=True, type=COUNT_OR_0, show_default="those of --seeds",
-              help="These worlds; repeat.")  # fmt: skip
-@click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
+              help="A world; repeat for several.")  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="All claims, not only the core.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
-@click.option("--out", default="claims", type=PATH, help="Folder for all that is made.")
+@click.option("--out", default="claims", type=PATH, help="Folder for the models and results.")
 def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed: bool, out: Path) -> None:
-    """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
+    """Measure the glossary's claims about pre-training, tuning, adapters and in-context learning.
 
-    A NUMBER is a claim's; without one, the core of them, which takes 40 minutes for two seeds. Worlds, models
-    and numbers are kept in --out: Ctrl-C loses the measurement under way, and the same command goes on. To
-    measure anew, remove the folder.
+    NUMBER is the number of a claim. Without a NUMBER, the core of the claims is measured: 40 minutes for two
+    seeds. The folder --out keeps worlds, models and numbers. Ctrl-C loses the current measurement, and the
+    same command continues. To measure again, remove the folder.
     """
     from ..lab import claims as measuring
 
@@ -155,14 +155,14 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
     for number in selection:
         if number not in measuring.CLAIMS:
             every_number = ", ".join(map(str, measuring.CLAIMS))
-            raise UserError(f"there is no claim {number}: known are {every_number}; --list says them")
+            raise UserError(f"there is no claim {number}: choose from {every_number}; --list prints them")
     if chosen_seeds:
-        refuse(given() & {"seeds"}, "--seed says which worlds")
+        refuse(given() & {"seeds"}, "--seed names the worlds")
     worlds = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
         results = measuring.run(out, selection, worlds, say, recipe(FULL))
     except KeyboardInterrupt:
-        say("\nStopped. The same command goes on.")
+        say("\nStopped. The same command continues.")
         sys.exit(130)
     for number, result in results.items():
         say(f"\n{report.claim(measuring.CLAIMS[number], result)}")

@@ -49,7 +49,7 @@ def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[di
 
 
 def command(*words: str) -> str:
-    """A command for the user to type. It starts with a path where the shell does not know the name tinygpt."""
+    """A command for the user to type. It starts with a path if the shell does not know the name tinygpt."""
     called = Path(sys.argv[0])
     unknown = called.name == "tinygpt" and not shutil.which("tinygpt")
     return shlex.join([str(called) if unknown else "tinygpt", *words])
