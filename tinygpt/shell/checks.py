@@ -30,7 +30,7 @@ from .terminal import say
 @click.option("--out", type=FILE, show_default="my_NAME.py", help="Where to write it.")
 @click.option("--check", "submissions", type=FILE, help="Grade a file, or a folder of files.")
 @click.option("--time-limit", type=MORE_THAN_0, default=60.0, help="Seconds for each file.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: an object for each gradient or file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each gradient or file.")
 @lang
 def exercise(name: str | None, out: Path | None, submissions: Path | None, time_limit: float,
              as_json: bool, language: str) -> None:  # fmt: skip
