@@ -119,10 +119,10 @@ function lineOf(step) {
   const { text, first } = look.sources[source];
   let statement = "";
   for (const content of text.split("\n").slice(line - first)) {
-    statement += content.trim().replace(/  #.*/, "");
+    statement += content.trim().replace(/  #.*/, "").replace(/,$/, ", ");
     if (statement.split("(").length <= statement.split(")").length) break;  // no open bracket
   }
-  return statement;
+  return statement.replace(", )", ")");
 }
 
 function code(source, line, open) {

@@ -42,16 +42,6 @@ DAMAGED = "is damaged, or not of tinygpt story: tell the story again"
 SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # one sample from each set
 
 
-STAGES: dict[str, Callable[[Lab], dict]] = {}  # a stage's name -> the function that measures the stage
-
-
-def stage(name: str) -> Callable:
-    def register(measure: Callable[[Lab], dict]) -> Callable[[Lab], dict]:
-        STAGES[name] = measure
-        return measure
-
-    return register
-
 
 # --- measuring ----------------------------------------------------------------------------------------------
 
@@ -100,7 +90,6 @@ def by_the_prompt(lab: Lab, before: str, summary: list) -> dict:
 # --- the stages ---------------------------------------------------------------------------------------------
 
 
-@stage("pre-training")
 def pretraining(lab: Lab) -> dict:
     """The loss beside the entropy of the text, and recall by how often a fact was told."""
     model, options = lab.base, lab.recipe.pretrain
@@ -127,7 +116,6 @@ def pretraining(lab: Lab) -> dict:
     }  # fmt: skip
 
 
-@stage("in-context learning")
 def in_context(lab: Lab) -> dict:
     """Right answers by the number of examples, and the head that copies best from the prompt."""
     before, shots = fingerprint(lab.base), (0, 1, 2, 4, 8)
@@ -156,7 +144,6 @@ def _percents(rates: list[float]) -> str:
     return ", ".join(f"{rate:.0%}" for rate in rates)
 
 
-@stage("instruction tuning")
 def instruction_tuning(lab: Lab) -> dict:
     """The tuned model beside the base."""
     data = ["data pairs", {"count": len(tasks.tuning(lab.world))}]
@@ -164,7 +151,6 @@ def instruction_tuning(lab: Lab) -> dict:
     return result | {"samples": answered(lab, lab.base, lab.tuned)}
 
 
-@stage("without chain of thought")
 def without_steps(lab: Lab) -> dict:
     """A control: the base tuned to the same journeys, without the steps before the answers."""
     items = tasks.journeys(lab.world, "sft", range(1, 6), 1000, "direct")
@@ -178,7 +164,6 @@ def without_steps(lab: Lab) -> dict:
     return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
-@stage("reward model")
 def reward_model(lab: Lab) -> dict:
     """How often the judge prefers the better answer, about people of no comparison in its training."""
     judge = lab.judge
@@ -195,7 +180,6 @@ def reward_model(lab: Lab) -> dict:
     }  # fmt: skip
 
 
-@stage("RLHF")
 def rlhf(lab: Lab) -> dict:
     """The steered model beside the tuned one. Its samples are one answer, and two that RLHF changed."""
     model = lab.steered
@@ -216,14 +200,12 @@ def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item],
     return result | {"samples": answered(lab, lab.base, model, SHOWN[:1])}
 
 
-@stage("LoRA")
 def lora(lab: Lab) -> dict:
     """The instruction tuning, by an adapter."""
     config = AdapterConfig("lora", rank=4, alpha=4.0)
     return _beside(lab, "lora", config, tasks.tuning(lab.world), learning_rate=3e-3)
 
 
-@stage("p-tuning")
 def ptuning(lab: Lab) -> dict:
     """A learned prompt for one task: questions about people."""
     config = AdapterConfig("ptuning", num_virtual_tokens=16, hidden=128)
@@ -232,7 +214,6 @@ def ptuning(lab: Lab) -> dict:
     return _beside(lab, "ptuning", config, items, learning_rate=3e-3, max_iters=updates)
 
 
-@stage("two memories")
 def two_memories(lab: Lab) -> dict:
     """Prompts that contradict the weights, and prompts about people never seen, with and without heads."""
     before, world = fingerprint(lab.base), lab.world
@@ -260,12 +241,25 @@ def two_memories(lab: Lab) -> dict:
     }  # fmt: skip
 
 
+# --- all of it ----------------------------------------------------------------------------------------------
+
+# A stage's name, and the function that measures the stage: in the order of the story.
+STAGES: dict[str, Callable[[Lab], dict]] = {
+    "pre-training": pretraining,
+    "in-context learning": in_context,
+    "instruction tuning": instruction_tuning,
+    "without chain of thought": without_steps,
+    "reward model": reward_model,
+    "RLHF": rlhf,
+    "LoRA": lora,
+    "p-tuning": ptuning,
+    "two memories": two_memories,
+}
+
+
 def compared(result: dict) -> list[str]:
     """What the answers of a sample are, as keys of `texts`."""
     return [*result.get("compares", ("before", "after")), "true"]
-
-
-# --- all of it ----------------------------------------------------------------------------------------------
 
 
 def tell(lab: Lab, report: Callable[[str, dict | None], None] = lambda name, result: None) -> dict:

@@ -13,6 +13,7 @@ from ..folders.adapters import load_model
 from ..lab import texts
 from ..text import instructions
 from ..text.stream import encode_prompt, note_special, stream, until
+from .options import FOLDER, given, lang, sampling
 from .terminal import from_stdin, is_terminal, one_line, say
 
 
@@ -24,14 +25,25 @@ def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **
     return model, tokenizer, lambda ids, stop: until(stream(model, tokenizer, ids, **sampling), stop)
 
 
+@click.command()
+@sampling(None, "a blank line; none after tinygpt sft", "0.8; of a story 0", required=False)
+@click.option("--story", "story_folder", type=FOLDER, help="Talk to a model of this story instead.")
+@click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
+@click.option("--compare", metavar="NAME,NAME", help="Several stages get the same questions.")
+@lang
 def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: str | None, stop: str | None,
-         adapter_folder: Path | None, chose: bool, language: str, **options) -> None:  # fmt: skip
-    """Answers line by line until the end of standard input.
+         adapter_folder: Path | None, language: str, **options) -> None:  # fmt: skip
+    """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
 
-    story_folder: a story, whose models talk instead. chose: whether the user wrote --stage.
+    A model that was tuned to instructions (tinygpt sft) gets your line as a question. Any other model
+    continues the conversation as plain text. The oldest lines are forgotten when the context is full. A
+    story's model, and an untuned model of a world, read each line alone.
     """
-    from ..lab import story  # here, as generate has no need of the laboratory
+    from ..lab import story  # generate does not need the laboratory
 
+    chose = "stage" in given()
+    if story_folder and "temperature" not in given():
+        options["temperature"] = 0.0  # as the story's own samples
     if (folder and story_folder) or not (folder or story_folder or compare or chose):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
     if story_folder is None:

@@ -19,6 +19,9 @@ ORDER = (  # the story, then a life
 )  # fmt: skip
 
 
+# Errors of general types that are the user's, by a part of the text: too little memory to load NumPy; a loop
+# in Path.resolve (an OSError from Python 3.13 on).
+UNCLEAR = {ImportError: "failed to map", RuntimeError: "Symlink loop"}
 IN_PARALLEL = "pretrain", "sft", "reward"  # commands that mpiexec can run
 
 
@@ -48,9 +51,9 @@ class Commands(click.Group):
     def _load(self) -> None:
         """Imports all commands, and NumPy and the C core with them."""
         if not self.commands:
-            from . import checks, inference, laboratory, training
+            from . import chat, checks, inference, label, laboratory, training
 
-            for module in (inference, laboratory, checks):
+            for module in (inference, chat, label, laboratory, checks):
                 for name, value in vars(module).items():
                     if isinstance(value, click.Command) and value.name == name:
                         self.add_command(value)
@@ -77,19 +80,12 @@ class Commands(click.Group):
         except KeyboardInterrupt:  # commands that save something catch it themselves
             say(err=True)
             sys.exit(130)
-        except ImportError as error:
-            if "failed to map" not in str(error):
+        except (UserError, OSError, MemoryError, *UNCLEAR) as error:
+            if any(isinstance(error, kind) and text not in str(error) for kind, text in UNCLEAR.items()):
                 raise
-            say("tinygpt: not enough memory to load NumPy", err=True)
-            sys.exit(2)
-        except RuntimeError as error:
-            if "Symlink loop" not in str(error):  # of Path.resolve; from Python 3.13 on an OSError
-                raise
-            say(f"tinygpt: {one_line(error)}", err=True)
-            sys.exit(2)
-        except (UserError, OSError, MemoryError) as error:
+            text = "not enough memory to load NumPy" if isinstance(error, ImportError) else one_line(error)
             who = f"process {rank} on {platform.node()}: " if rank else ""
-            say(f"tinygpt: {who}{one_line(error)}", err=True)
+            say(f"tinygpt: {who}{text}", err=True)
             sys.exit(2)
         finally:
             if atomic := sys.modules.get("tinygpt.files.atomic"):

@@ -1,4 +1,4 @@
-"""The commands for a trained model (label, merge, generate, chat, look, fewshot), and for a tokenizer."""
+"""The commands merge, generate, look and fewshot for a trained model, and those for a tokenizer."""
 
 import math
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
 from ..folders import adapters, runs
@@ -22,10 +21,8 @@ from ..text.examples import USUAL, Notes
 from ..text.stream import encode_prompt
 from ..text.tokenizer import BPETokenizer
 from ..world import corpus
-from . import chat as conversation
-from . import label as labelling
-from .options import COUNT, COUNT_OR_0, FILE, FOLDER, PATH, REAL, Number, check_out, given, out, together
-from .options import lang as language_option
+from .chat import speaker
+from .options import COUNT, COUNT_OR_0, FILE, FOLDER, REAL, adapter_folder_option, check_out, out, sampling
 from .progress import command, shown_token
 from .terminal import from_stdin, say
 from .worlds import world_of
@@ -33,31 +30,7 @@ from .worlds import world_of
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
-                   "world:SEED.")  # fmt: skip
-@click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
-@click.option("--max-new-tokens", default=16, type=COUNT, help="Length of an answer.")
-@click.option("--refusal", metavar="TEXT", help="A second answer where all answers are equal, such as "
-                                                "'I do not know.'")  # fmt: skip
-@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of prompts and answers.")
-def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str | None, seed: int) -> None:
-    """Compare two answers of the tuned model in FOLDER, again and again. tinygpt reward learns from these.
-
-    The keys: 1 or 2 for the better answer, s to skip, q to stop. The file has each comparison at once. The
-    same command continues after the last comparison.
-    """
-    labelling.label(folder, data, out, max_new_tokens, refusal, seed)
-
-
-_adapter_folder = click.option(
-    "--adapter-folder", type=FOLDER, help="An adapter that was trained beside this model."
-)
-
-
-@click.command()
-@click.argument("folder", type=FOLDER)
-@_adapter_folder
+@adapter_folder_option
 @out("merged")
 def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
     """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, with the same speed."""
@@ -69,25 +42,8 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
     say(f"Saved in {out}. Next: {command('generate', str(out))}")
 
 
-def _sampling(stop: str | None, shown: str, temperature: str = "0.8", required: bool = True):
-    """The arguments that generate and chat share."""
-    return together([
-        click.argument("folder", type=FOLDER, required=required),
-        _adapter_folder,
-        click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
-        click.option("--temperature", default=0.8, type=REAL, help="0: greedy.", show_default=temperature),
-        click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
-        click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
-                     help="Only the likeliest tokens, up to this sum of probabilities; 1: all."),
-        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before TEXT."),
-        click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
-        click.option("--dtype", default="float32", type=click.Choice(DTYPES),
-                     help="Number format of the weights; bfloat16 takes half of the memory traffic."),
-    ])  # fmt: skip
-
-
 @click.command()
-@_sampling(stop="", shown="none")
+@sampling(stop="", shown="none")
 @click.option("--prompt", default="", help="The text to continue; - reads standard input.")
 @click.option("--special-tokens", is_flag=True, help="Names such as <|endoftext|> in the prompt are tokens.")
 @click.option("--num-samples", default=1, type=COUNT, help="The number of texts; dashes separate them.")
@@ -97,7 +53,7 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
     Prints the prompt and then each token at once. Without a prompt the model begins a text. A model that was
     tuned to instructions answers in tinygpt chat.
     """
-    _, tokenizer, continuation = conversation.speaker(**options)
+    _, tokenizer, continuation = speaker(**options)
     if prompt == "-":
         prompt = from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
     ids = encode_prompt(tokenizer, prompt, special_tokens)
@@ -109,29 +65,9 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 
 
 @click.command()
-@_sampling(None, "a blank line; none after tinygpt sft", "0.8; of a story 0", required=False)
-@click.option("--story", "story_folder", type=FOLDER, help="Talk to a model of this story instead.")
-@click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
-@click.option("--compare", metavar="NAME,NAME", help="Several stages get the same questions.")
-@language_option
-def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_folder, language: str,
-         **options) -> None:  # fmt: skip
-    """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
-
-    A model that was tuned to instructions (tinygpt sft) gets your line as a question. Any other model
-    continues the conversation as plain text. The oldest lines are forgotten when the context is full. A
-    story's model, and an untuned model of a world, read each line alone.
-    """
-    if story_folder and "temperature" not in given():
-        options["temperature"] = 0.0  # as the story's own samples
-    chose = "stage" in given()
-    conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, language, **options)
-
-
-@click.command()
 @click.argument("folder", type=FOLDER)
 @click.argument("text")
-@_adapter_folder
+@adapter_folder_option
 @click.option("--answer", default="", show_default="none", help="The answer to TEXT; only it is learned.")
 @click.option("--token", type=COUNT, show_default="the third", help="Show all numbers of its rows.")
 @click.option("--lr", default=1e-3, type=REAL, help="The learning rate of the update.")
@@ -165,7 +101,7 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@_adapter_folder
+@adapter_folder_option
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
               help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of the README; '
                    "or the folder of tinygpt world, or world:SEED.")  # fmt: skip

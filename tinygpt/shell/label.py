@@ -13,8 +13,9 @@ from ..stages.reward import read_file
 from ..stages.rlhf import read_prompts
 from ..stages.samples import prompt_ids, sample
 from ..text import instructions
-from ..text.examples import Notes
+from ..text.examples import USUAL, Notes
 from ..world import corpus
+from .options import COUNT, COUNT_OR_0, FOLDER, PATH
 from .progress import command
 from .terminal import from_stdin, is_terminal, say
 from .worlds import world_of
@@ -22,12 +23,21 @@ from .worlds import world_of
 TEMPERATURES = (1.0, 1.5, 2.0)  # the next one is tried where all answers are equal
 
 
-def label(
-    folder: Path, data: str | None, out: Path, max_new_tokens: int, refusal: str | None, seed: int
-) -> None:
-    """Shows two answers of the model in `folder` to a prompt of `data`, again and again, until the key q.
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
+                   "world:SEED.")  # fmt: skip
+@click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
+@click.option("--max-new-tokens", default=16, type=COUNT, help="Length of an answer.")
+@click.option("--refusal", metavar="TEXT", help="A second answer where all answers are equal, such as "
+                                                "'I do not know.'")  # fmt: skip
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of prompts and answers.")
+def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str | None, seed: int) -> None:
+    """Compare two answers of the tuned model in FOLDER, again and again. tinygpt reward learns from these.
 
-    refusal: the second answer where all answers at all TEMPERATURES are equal.
+    The keys: 1 or 2 for the better answer, s to skip, q to stop. The file has each comparison at once. The
+    same command continues after the last comparison.
     """
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)

@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import click
 from click.core import ParameterSource
 
+from ..core.config import DTYPES
 from ..core.option import inside
 from ..errors import UserError
 from ..lab import texts
@@ -55,6 +56,28 @@ def out(default: str, what: str = "model", holds: str = "the model") -> Callable
     return together([
         click.option("--out", default=default, type=PATH, help=f"Folder for {holds}."),
         click.option("--overwrite", is_flag=True, help=f"Replace the {what} that is there."),
+    ])  # fmt: skip
+
+
+adapter_folder_option = click.option(
+    "--adapter-folder", type=FOLDER, help="An adapter that was trained beside this model."
+)
+
+
+def sampling(stop: str | None, shown: str, temperature: str = "0.8", required: bool = True):
+    """The arguments that generate and chat share."""
+    return together([
+        click.argument("folder", type=FOLDER, required=required),
+        adapter_folder_option,
+        click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
+        click.option("--temperature", default=0.8, type=REAL, help="0: greedy.", show_default=temperature),
+        click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
+        click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
+                     help="Only the likeliest tokens, up to this sum of probabilities; 1: all."),
+        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before TEXT."),
+        click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
+        click.option("--dtype", default="float32", type=click.Choice(DTYPES),
+                     help="Number format of the weights; bfloat16 takes half of the memory traffic."),
     ])  # fmt: skip
 
 
