@@ -197,6 +197,10 @@ def test_an_exercise_in_korean(name, tmp_path, monkeypatch):
     (hint,) = re.findall(r"    Hint: (.*?)\n    \"{3}", english, flags=re.S)
     (translated,) = re.findall(r"    힌트: (.*?)\n    \"{3}", korean, flags=re.S)
     assert numbers(hint) == numbers(translated) and not ENGLISH.search(translated.replace("et al.", ""))
+    about, translated = (re.findall(rf'def {name}_forward.*?"{{3}}(.*?)"{{3}}', text, flags=re.S)[0]
+                         for text in (english, korean))  # fmt: skip
+    assert numbers(about) == numbers(translated)
+    assert not ENGLISH.search(translated.replace("advantage log p", ""))
     assert hint in inspect.getsource(getattr(exercises, exercises.blank(name)))
     head, rest = korean.split('\n"""\n', 1)
     assert not ENGLISH.search(head.replace(f"tinygpt exercise {name}", ""))

@@ -1,6 +1,6 @@
 """One training step as a page: each operation, its lines of code, and the arrays that these lines computed.
 
-    watched.ops = trace.ops        a backend that records each call: operation, arrays, calling lines
+    twin.ops = trace.ops        a backend that records each call: operation, arrays, calling lines
 
 `model.py` and `ops.py` do not change for this. `observe` makes one step of a model on one text. It returns
 the page's content as plain data. `html` puts the data and `look.js` into `look.html`; the script draws the
@@ -68,8 +68,8 @@ class Trace:
         self._forwards, self._phase = {}, "forward"
         self.params = model.params | model.trained.params
         self.words = {*ids.tolist(), *self._places(model.config.vocab_size, "word")}
-        watched = {name: partial(self._call, name) for name in OPERATIONS}
-        self.ops = SimpleNamespace(**vars(model.ops) | watched)
+        recorders = {name: partial(self._call, name) for name in OPERATIONS}
+        self.ops = SimpleNamespace(**vars(model.ops) | recorders)
 
     def _call(self, op: str, *args, **named) -> object:
         textbook = getattr(ops, op)
@@ -142,10 +142,10 @@ class Trace:
         rows, columns = (self._places(n, kind) for n, kind in zip(flat.shape, kinds, strict=True))
         whole = self._chosen(kinds[0], len(flat)) if whole is None else whole
         whole = {r: _packed(flat[r]) for r in whole if flat.shape[1] <= MOST_IN_ROW}
-        shown = {"shape": a.shape, "size": flat.shape, "kinds": kinds, "min": float(a.min()),
+        entry = {"shape": a.shape, "size": flat.shape, "kinds": kinds, "min": float(a.min()),
                  "max": float(a.max()), "rows": rows, "columns": columns, "whole": whole,
                  "data": _packed(flat[np.ix_(rows, columns)])}  # fmt: skip
-        return _number(self.arrays, shown)
+        return _number(self.arrays, entry)
 
     def _places(self, n: int, kind: str) -> list[int]:
         """At most 64 of n rows or columns for the page: those of the text, then others."""
@@ -222,10 +222,10 @@ def observe(
         raise UserError(f"token is {token}: of this text's {T + 1} tokens the model reads the first {T}")
     weights = (learned[1:] / max(1, learned[1:].sum())).astype(model.flat.dtype)[None]  # (1, T)
     batch = ids[None, :-1].astype(np.int32), ids[None, 1:].astype(np.int32), weights
-    trace, wide, watched = Trace(model, ids, token - 1), in_float64(model), copy.copy(model)
-    watched.ops = trace.ops
-    optimizer = TrainConfig(learning_rate=lr, min_lr=lr).optimizer(watched)
-    loss = float(watched.loss(*batch, optimizer.grads))
+    trace, wide, twin = Trace(model, ids, token - 1), in_float64(model), copy.copy(model)
+    twin.ops = trace.ops
+    optimizer = TrainConfig(learning_rate=lr, min_lr=lr).optimizer(twin)
+    loss = float(twin.loss(*batch, optimizer.grads))
     lens = [_likeliest(model, x[:, -T:], batch[1]) for x in _stream(trace, c.n_layer)]
     trace.words.update(i for layer in lens for likeliest, _ in layer for i, _ in likeliest)
     attends = [call.arguments for call in trace.calls if call.op == "attention_forward"]

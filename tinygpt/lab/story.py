@@ -49,10 +49,10 @@ SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  #
 def rates(lab: Lab, model: GPT) -> dict[str, float]:
     """The rates of a model in the table, each between 0 and 1."""
     count = lab.recipe.shown
-    known, never = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+    people, strangers = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
     return {
-        "form": known.formed.rate, "known": known.right.rate, "falsehoods": never.falsehood.rate,
+        "form": people.formed.rate, "known": people.right.rate, "falsehoods": strangers.falsehood.rate,
         "reasoning": rides.right.rate, "few-shot": lab.accuracy(model, mappings(lab, 8)),
     }  # fmt: skip
 
@@ -189,9 +189,9 @@ def rlhf(lab: Lab) -> dict:
     curves = {name: [row[name] for row in rows] for name in names}
     strangers = lab.sets[SHOWN[1]][:50]
     answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
-    changed = [[item["prompt"], a.text, b.text, item["completion"]]
+    changes = [[item["prompt"], a.text, b.text, item["completion"]]
                for item, a, b in zip(strangers, *answers, strict=True) if a.text != b.text]  # fmt: skip
-    return result | {"samples": answered(lab, lab.tuned, model, SHOWN[:1]) + changed[:2], "curves": curves}
+    return result | {"samples": answered(lab, lab.tuned, model, SHOWN[:1]) + changes[:2], "curves": curves}
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
@@ -217,12 +217,12 @@ def ptuning(lab: Lab) -> dict:
 def two_memories(lab: Lab) -> dict:
     """Prompts that contradict the weights, and prompts about people never seen, with and without heads."""
     before, world = fingerprint(lab.base), lab.world
-    people, never = world.people("known")[:50], world.people("never", "eval")[:50]
+    people, strangers = world.people("known")[:50], world.people("never", "eval")[:50]
     against = lab.memories(lab.base, people)
-    own = lab.memories(lab.base, never, own=True).prompt
+    whole = lab.memories(lab.base, strangers, own=True).prompt
     scores, prompts = lab.heads(lab.base, 20), mappings(lab, 8, 3)
     heads = recall.strongest(scores)
-    cut = lab.memories(recall.without(lab.base, heads), never, own=True).prompt
+    rest = lab.memories(recall.without(lab.base, heads), strangers, own=True).prompt
     alone = {head: lab.accuracy(recall.without(lab.base, [head]), prompts)
              for head in np.ndindex(scores.shape)}  # fmt: skip
     worst = min(alone, key=alone.get)
@@ -234,7 +234,7 @@ def two_memories(lab: Lab) -> dict:
         "alone": {f"{layer}.{head}": right for (layer, head), right in alone.items()},
         "notes": [
             ["note contradiction", {"prompt": against.prompt.rate, "weights": against.weights.rate}],
-            ["note heads", {"right": own.rate, "count": len(heads), "cut": cut.rate}],
+            ["note heads", {"right": whole.rate, "count": len(heads), "cut": rest.rate}],
             ["note one head", {"layer": worst[0], "head": worst[1], "worst": alone[worst],
                                "back": float(back), "others": others}],
         ],

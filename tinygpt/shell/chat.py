@@ -13,7 +13,7 @@ from ..folders.adapters import load_model
 from ..lab import texts
 from ..text import instructions
 from ..text.stream import encode_prompt, note_special, stream, until
-from .options import FOLDER, given, lang, sampling
+from .options import FOLDER, lang, sampling, written_options
 from .terminal import from_stdin, is_terminal, one_line, say
 
 
@@ -41,18 +41,18 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
     """
     from ..lab import story  # generate does not need the laboratory
 
-    chose = "stage" in given()
-    if story_folder and "temperature" not in given():
+    names_stage = "stage" in written_options()
+    if story_folder and "temperature" not in written_options():
         options["temperature"] = 0.0  # as the story's own samples
-    if (folder and story_folder) or not (folder or story_folder or compare or chose):
+    if (folder and story_folder) or not (folder or story_folder or compare or names_stage):
         raise click.UsageError("say which model: FOLDER, or a story's as --story FOLDER --stage NAME")
     if story_folder is None:
-        if compare or chose:
+        if compare or names_stage:
             raise click.UsageError("--stage and --compare are of a story: name it as --story FOLDER")
         partners = {"": talker(folder, adapter_folder, stop, False, **options)}
     elif adapter_folder:
         raise click.UsageError("--story has its own adapters: leave out --adapter-folder")
-    elif compare and chose:
+    elif compare and names_stage:
         raise click.UsageError("--compare names the stages: leave out --stage")
     else:
         names = [name.strip() for name in compare.split(",")] if compare else [stage]

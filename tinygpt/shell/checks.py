@@ -66,8 +66,8 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
 
 
 def _translated(source: str, name: str, following: str, language: str) -> str:
-    """The file of an exercise with its head, its hint and the comment of its blank in another language. The
-    rest is code, shapes and formulas."""
+    """The file of an exercise in another language: its head, the forward's docstring, its hint, the comment
+    of its blank. The rest is code, shapes and formulas."""
 
     def paragraph(key: str, **values) -> str:
         return texts.fill(texts.text(language, key, **values), 100)
@@ -80,6 +80,9 @@ def _translated(source: str, name: str, following: str, language: str) -> str:
     hint = textwrap.indent(paragraph("exercise hint", hint=[f"exercise {name}, hint", {}]), "    ")
     _, source = source.split('\n"""\n', 1)
     source = re.sub(r"    Hint: .*?(?=\n    \"{3})", lambda _: hint, source, flags=re.S)
+    if (key := f"exercise {name}, forward") in texts.texts():  # others are a formula
+        about = textwrap.indent(f'"""{paragraph(key)}\n"""', "    ")
+        source = re.sub(rf'(def {name}_forward.*?:\n)    "{{3}}.*?"{{3}}', rf"\1{about}", source, flags=re.S)
     names = re.search("# write (.*) here", source)[1].replace(" and ", ", ")
     source = re.sub("(?<=# )write .* here", texts.text(language, "exercise write", names=names), source)
     return '"""' + "\n\n".join(head) + '\n"""\n' + source

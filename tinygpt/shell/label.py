@@ -42,8 +42,8 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str 
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)
     data = data or world_of(folder, "prompts")
-    before = read_file(out) if out.exists() else []
-    count, pairs_before = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
+    earlier = read_file(out) if out.exists() else []
+    count, pairs_before = len(earlier), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in earlier}
     notes = Notes()
     items = [(item.get("where", ""), item) for item in read_prompts(data, notes)]
     size = max_new_tokens

@@ -18,7 +18,7 @@ from ..lab import report, texts
 from ..stages.evaluate import gaps
 from ..stages.recipes import FULL, QUICK, Recipe
 from ..world import World, corpus
-from .options import COUNT, COUNT_OR_0, PATH, check_out, given, lang, out, refuse
+from .options import COUNT, COUNT_OR_0, PATH, check_out, lang, out, refuse, written_options
 from .progress import clock, command, progress
 from .terminal import say
 
@@ -157,7 +157,7 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
             every_number = ", ".join(map(str, measuring.CLAIMS))
             raise UserError(f"there is no claim {number}: choose from {every_number}; --list prints them")
     if chosen_seeds:
-        refuse(given() & {"seeds"}, "--seed names the worlds")
+        refuse(written_options() & {"seeds"}, "--seed names the worlds")
     worlds = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
         results = measuring.run(out, selection, worlds, say, recipe(FULL))

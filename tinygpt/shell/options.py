@@ -103,8 +103,8 @@ def lang(command: Callable) -> Callable:
                         help="en: English; ko: 한국어.")(command)  # fmt: skip
 
 
-def given() -> set[str]:
-    """The names of the options that the user wrote."""
+def written_options() -> set[str]:
+    """The names of the options on the user's command line."""
     ctx = click.get_current_context()
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 

@@ -25,13 +25,13 @@ def clock(seconds: float) -> str:
 def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[dict], None]:
     """A report for `train.train`. A terminal gets one line that changes; a file gets about 20 lines."""
     say_in, renews, every = partial(texts.text, language), can_renew(), max(1, max_iters // 20)
-    first, began, shown = None, time.perf_counter(), 0.0
+    first, start, last = None, time.perf_counter(), 0.0
 
     def report(record: dict) -> None:
-        nonlocal first, shown
+        nonlocal first, last
         n, now = record["iter"], time.perf_counter()
         first = n - 1 if first is None else first
-        left = clock((now - began) / (n - first) * (max_iters - n))
+        left = clock((now - start) / (n - first) * (max_iters - n))
         names = (name for name in SHOWN if name in record and HIDDEN_BY.get(name) not in record)
         numbers = [say_in(f"progress {name}", **record) for name in names]
         at, evaluated = f"{n:{len(str(max_iters))}}/{max_iters}", "val_loss" in record
@@ -41,8 +41,8 @@ def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[di
                 say(text)
         elif evaluated or n == max_iters:
             renew(text, nl=True)
-        elif now - shown > 0.1:
-            shown, done = now, 20 * n // max_iters
+        elif now - last > 0.1:
+            last, done = now, 20 * n // max_iters
             renew(text, before=f"[{'#' * done}{'-' * (20 - done)}] ")
 
     return report

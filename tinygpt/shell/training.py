@@ -22,7 +22,7 @@ from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage
 from . import afterwards, beforehand, registry
-from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
+from .options import COUNT, check, chosen, fields, flag, from_fields, out, refuse, together, written_options
 from .progress import command, data_options, progress
 from .terminal import one_line, say
 from .worlds import name_world
@@ -145,7 +145,7 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
 def _begin_or_resume(
     stage: type[Stage], options: list[tuple], values: dict, group: parallel.Alone
 ) -> runs.Run:
-    written, data, folder = given(), _data(stage), Path(values.pop("out"))
+    written, data, folder = written_options(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
         moved = _moved(stage)
