@@ -3,7 +3,8 @@
     python tests/test_words.py [PART OF A PATH ...]      lists what is wrong, of all places or of these
 
 Many readers read English second. The places are README.md, the pages and the demos in demos/, every docstring
-of tinygpt/, and what `--help` prints. A piece of code counts as one word. Indented blocks are code, formulas.
+of tinygpt/, `lab/texts.txt`, and what `--help` prints. A piece of code counts as one word. Indented blocks
+are code, formulas.
 """
 
 import ast
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tinygpt.lab.texts import texts as table
 from tinygpt.shell.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +78,7 @@ def texts() -> Iterator[tuple[str, str]]:
     for file in sorted([*(ROOT / "tinygpt").rglob("*.py"), *(ROOT / "demos").glob("*.py")]):
         yield from docstrings(file)
     yield from helps(main, "tinygpt")
+    yield from ((f"texts.txt: {key}", pair["en"]) for key, pair in table().items() if "en" in pair)
 
 
 def problems(*parts: str) -> list[str]:

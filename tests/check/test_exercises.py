@@ -286,8 +286,8 @@ def test_what_is_printed_checks_the_file(run):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("gleu",), "there is no exercise gleu: known are linear, embedding, gelu, layernorm, "),
-        (("gelu",), "my_gelu.py: exists, with work of yours perhaps; --out names another file"),
+        (("gleu",), "there is no exercise gleu: choose from linear, embedding, gelu, layernorm, "),
+        (("gelu",), "my_gelu.py: exists, perhaps with your work; --out names another file"),
         (("gelu", "--out", "mine"), "mine: does not end in .py"),
         (("gelu", "--out", "nowhere/mine.py"), "nowhere/mine.py: No such file"),
     ],

@@ -97,7 +97,7 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert saved["estimates"]["effect"]["low"] == 0.1 and saved["seeds"]["2"] == {"effect": 0.2}
     assert saved["verdicts"] == ["effect >= 0.15: undecided"]
     text = report.claim(CLAIMS[99], results[99])
-    assert text.startswith("99. seeds grow (two seeds, a pilot: what they span)\n")
+    assert text.startswith("99. seeds grow (two seeds, a pilot: both values)\n")
     assert "0.15  0.1 to 0.2  >= 0.15: undecided" in text
 
 
@@ -107,7 +107,7 @@ def test_a_number_that_one_seed_alone_has_is_told_of_that_seed(tmp_path, monkeyp
     monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "forms differ", measure))
     result = claims.run(tmp_path, [99], [1, 2], print)[99]
     assert {name: e.n for name, e in result.estimates.items()} == {"form 1": 1, "effect": 2, "form 2": 1}
-    assert "(two seeds, a pilot: what they span)" in report.claim(CLAIMS[99], result)
+    assert "(two seeds, a pilot: both values)" in report.claim(CLAIMS[99], result)
 
 
 def test_every_claim_can_be_measured(toy, tmp_path):
@@ -158,7 +158,7 @@ def test_a_claim_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch
 
 def test_unknown_claims_are_refused(tmp_path):
     result = CliRunner().invoke(main, ["claims", "1", "77", "--out", str(tmp_path / "claims")])
-    assert result.exit_code == 2 and result.output.startswith("tinygpt: there is no claim 77: known are 1, 2")
+    assert result.exit_code == 2 and "there is no claim 77: choose from 1, 2" in result.output
     assert not (tmp_path / "claims").exists()
 
 

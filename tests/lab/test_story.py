@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from tinygpt.errors import UserError
 from tinygpt.folders import adapters, checkpoint
-from tinygpt.lab import report, story
+from tinygpt.lab import report, story, texts
 from tinygpt.shell import chat
 from tinygpt.shell.cli import main
 from tinygpt.shell.worlds import world_of
@@ -42,11 +42,11 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         result = CliRunner().invoke(main, command, obj=toy)
     assert result.exit_code == 0 and "report.html, need matplotlib: " in result.output, result.output
     assert "failed" not in result.output and not (out / "report.html").exists(), result.output
-    for n, stage in enumerate(story.STAGES, 1):
-        assert f"--- {n}/{len(story.STAGES)} {stage.name} ({stage.term})" in result.output
+    for n, name in enumerate(story.STAGES, 1):
+        assert f"--- {n}/{len(story.STAGES)} {name} ({texts.text('en', f'{name}, term')})" in result.output
     told = json.loads((out / "story.json").read_text())
     rows = {name: found["row"] for name, found in told["stages"].items()}
-    assert list(rows) == [stage.name for stage in story.STAGES]
+    assert list(rows) == list(story.STAGES)
     whole = rows["pre-training"]["weights"]
     assert rows["instruction tuning"]["weights"] == whole > 10 * rows["LoRA"]["weights"] > 0
     assert rows["pre-training"]["seconds"] > 0 and "seconds" not in rows["two memories"]
@@ -59,9 +59,9 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         assert rows[name].keys() >= set(report.COLUMNS)
     table = report.story(told["stages"])
     assert all(f"\n{name}" in table for name in rows) and table in result.output
-    shown = {name: row["shown"] for name, row in rows.items() if "shown" in row}
+    shown = {name: texts.spoken("en", row["shown"]) for name, row in rows.items() if "shown" in row}
     assert list(shown) == ["in-context learning", "reward model", "two memories"]
-    assert all(text in table and len(text) <= 36 for text in shown.values())
+    assert all(text in table for text in shown.values())
 
     for other in (["--seed", "6"], ["--quick", "--seed", "5"], ["--seed", "5", "--dtype", "bfloat16"]):
         refused = CliRunner().invoke(main, ["story", *other, "--out", str(out)], obj=toy)
@@ -76,7 +76,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
     where = out / told["folder"]
-    for path in (where / "rlhf" / "config.json", where / "story RLHF.json"):
+    for path in (where / "rlhf" / "config.json", where / "stage RLHF.json"):
         path.unlink()  # as a kill would leave it
     assert CliRunner().invoke(main, command, obj=toy).exit_code == 0
     assert instructions.is_tuned(adapters.load_model(*story.where(out, "rlhf"))[1])
@@ -95,6 +95,12 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
         "base", "sft", "rlhf", "lora", "ptuning",
     ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "is_terminal", lambda stream: True)
+        patch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+        korean, english = (CliRunner().invoke(main, [*asked, "--lang", lang]).output for lang in ("ko", "en"))
+    assert "질문도 영어로 하십시오." in korean and "do not remember earlier questions." in english
+    assert [line for line in korean.splitlines() if line.startswith("  ")] == english.splitlines()[1:-1]
     one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
     base, _ = adapters.load_model(*story.where(out, "base"))
     beside, _ = adapters.load_model(*story.where(out, "lora"))
@@ -126,23 +132,22 @@ def test_quick_is_a_story_of_a_small_world(tmp_path, monkeypatch):
 
 def test_a_stage_that_fails_says_so_and_the_others_go_on(tmp_path):
     def fine(lab) -> dict:
-        row = {"data": "x", "weights": 3, "change": 0.5, "seconds": 1.0, "base": False, "known": 0.25}
-        return {"row": row}
+        row = {"data": ["data prompt", {}], "weights": 3, "change": 0.5, "seconds": 1.0, "base": False}
+        return {"row": row | {"known": 0.25}}
 
     def broken(lab) -> dict:
         raise ValueError("no such thing")
 
-    stages = [story.Stage(name, "", "", tell) for name, tell in (("a", fine), ("b", broken), ("c", fine))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(story, "STAGES", stages)
+        patch.setattr(story, "STAGES", {"pre-training": fine, "RLHF": broken, "LoRA": fine})
         lab = story.Lab(tmp_path, 5)
         told = story.tell(lab)
-    assert told["stages"]["b"]["failed"] == "ValueError: no such thing"
-    assert told["stages"]["a"]["row"] == told["stages"]["c"]["row"]
+    assert told["stages"]["RLHF"]["failed"] == "ValueError: no such thing"
+    assert told["stages"]["pre-training"]["row"] == told["stages"]["LoRA"]["row"]
     lines = report.story(told["stages"]).splitlines()
-    assert lines[2] == f"{'b':24} failed: ValueError: no such thing"
-    assert lines[1].split() == ["a", "x", "3", "50.0%", "1", "-", "0.25", "-", "-", "-", "no"]
-    assert not (lab.folder / "story b.json").exists()  # it is tried again
+    assert lines[2] == f"{'RLHF':24} failed: ValueError: no such thing"
+    assert lines[3].split() == ["LoRA", "the", "prompt", "3", "50.0%", "1", "-", "0.25", "-", "-", "-", "no"]
+    assert not (lab.folder / "stage RLHF.json").exists()  # it is tried again
 
 
 @pytest.mark.parametrize(

@@ -466,7 +466,7 @@ def test_a_run_whose_folder_is_removed_writes_it_again(folder):
     wait_for_iterations(process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "To go on" in output, output
+    assert process.returncode == 130 and "To continue" in output, output
     step = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])["step"]
     assert step == records()[-1]["iter"] > 1
     before = checkpoint.load("out")[0].flat

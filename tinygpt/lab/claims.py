@@ -1,15 +1,17 @@
-"""The glossary's claims, each a short function that measures it on a `Lab`. It returns rows by their names:
+"""The glossary's claims. Each claim is a function that measures it on a `Lab` and returns rows by name:
 
     "the same before tuning": 0.4                                  a number
     "right about people in no tuning example": (0.9, ">=", 0.8)    a number that decides, with its limit
 
     held        the 95% interval of the mean over seeds lies beyond the limit
-    refuted     it lies on the other side
-    undecided   neither; with two seeds, a pilot, an estimate counts as an interval
+    refuted     the interval lies on the other side
+    undecided   the interval contains the limit
 
-A Lab is a seed's world and the models trained in it. Models and rows are kept in a folder: a run that was
-interrupted goes on. A limit that is changed here counts from the next measurement on. All arms of a claim
-share a seed's world and base.
+With two seeds, a pilot, the span of both values counts as the interval.
+
+A Lab is a seed's world and the models that are trained in it. A folder keeps models and rows, so an
+interrupted run continues. A new limit applies to new measurements only. All arms of a claim share a seed's
+world and base.
 
 Not here: what is measured (`stages.evaluate`), training (`stages`), printing (`report`).
 """
@@ -85,7 +87,7 @@ def patterns_and_knowledge(lab: Lab) -> Rows:
 
 @claim(2, "Pre-training is a major update of the weights, fine-tuning a fine adjustment")
 def major_and_fine(lab: Lab) -> Rows:
-    """Of tensors, those that are not zero before pre-training: from nothing there is no relative change."""
+    """Tensors that are zero before pre-training are left out: their relative change is infinite."""
     pre, pre_by_name = weight_change(lab.random.params, lab.base.params)
     tuned, by_name = weight_change(lab.base.params, lab.tuned.params)
     ratios = [pre_by_name[name] / by_name[name] for name in by_name if math.isfinite(pre_by_name[name])]
@@ -103,7 +105,7 @@ def major_and_fine(lab: Lab) -> Rows:
 
 
 def _directions(before: GPT, after: GPT) -> float:
-    """Of the maps of all blocks, the mean number of singular values that hold 90% of the squared change."""
+    """The mean over all blocks' maps: how many singular values of the change have 90% of its square sum."""
     counts = []
     for name, p in before.params.items():
         if p.ndim == 2 and name.startswith("h."):
@@ -138,7 +140,8 @@ def parametric_memory(lab: Lab) -> Rows:
 
 @claim(4, "Adapters such as LoRA can be used while pre-training")
 def adapters_in_pretraining(lab: Lab) -> Rows:
-    """No limit: loss above full pre-training at equal tokens, by rank, and with merging ten times."""
+    """No row has a limit. The rows are the loss above full pre-training on equal tokens, by rank, and with
+    ten merges."""
     full, numbers = lab.gaps(lab.base)["all"].gap, {}
     for rank, merge_every in ((4, 0), (16, 0), (64, 0), (16, lab.recipe.pretrain["max_iters"] // 10)):
         name = f"rank {rank}" + ", merged ten times" * bool(merge_every)
@@ -206,8 +209,8 @@ def chain_of_thought(lab: Lab) -> Rows:
 
 @claim(8, "After instruction tuning it tells plausible falsehoods")
 def falsehoods(lab: Lab) -> Rows:
-    """Without refusals in the tuning nearly all answers are false already, and nothing could rise: 300 are in
-    all arms with unknown facts. (That of other claims has 40 refusals, and 160 unknown facts.)"""
+    """Without refusals in the tuning nearly all answers are false, and the rate cannot rise. So all arms with
+    unknown facts have 300 refusals. (The tuning of other claims has 40 refusals and 160 unknown facts.)"""
     world, rates = lab.world, {}
     plain = lab.score(lab.tune(tasks.tuning(world, refused=0, answered=0)), NEVER).falsehood.rate
     recalled = lab.recall(lab.base, world.people("never", "eval"))
@@ -241,8 +244,11 @@ def falsehoods(lab: Lab) -> Rows:
     9, "A judge that people teach by comparing scores answers (a reward model; the text calls it an agent)"
 )
 def taught_judge(lab: Lab) -> Rows:
-    """Held out are people of whom no comparison was; one label in ten is a slip. A judge may prefer "I do not
-    know." to any value by chance, and so be right or wrong in most pairs: not so where both are values."""
+    """The pairs are about people of no comparison in the training. One label in ten is a slip.
+
+    A judge may prefer "I do not know." to any value by chance, and then be right in most pairs. Pairs of two
+    values have no such short cut.
+    """
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
     pairs, count = lab.comparisons(people, lab.count(3000), error=0.0), lab.recipe.reward["comparisons"]
     taught_by, numbers = reward.taught_by(lab.world), {}
@@ -252,7 +258,7 @@ def taught_judge(lab: Lab) -> Rows:
         numbers[f"right, of what is true, {n} labels"] = few.right.rate
         numbers |= {f"{kind}, {n} labels": rate.rate for kind, rate in few.by_kind.items()}
     full = reward.judged(lab.judge, pairs)
-    slips = reward.judged(lab.judge, lab.comparisons(people, lab.count(3000)))  # as sure as its own labels
+    slips = reward.judged(lab.judge, lab.comparisons(people, lab.count(3000)))  # labels with slips
     shuffled = reward.judged(lab.teach(lab.comparisons(taught_by, count, error=0.5)), pairs)
     kinds = {kind: rate.rate for kind, rate in full.by_kind.items()}
     values = "right over wrong"  # a kind that few pairs may not have
@@ -274,8 +280,11 @@ def taught_judge(lab: Lab) -> Rows:
 
 @claim(10, "RLHF steers by that judge, over all weights, and corrects falsehoods")
 def steered(lab: Lab) -> Rows:
-    """No RLHF prompt, no comparison, no tuning example is about these people. The last run goes too far
-    (over-optimisation): a judge of 1,000 labels, no KL, no examples beside, four times the rate."""
+    """No prompt of RLHF, no comparison and no tuning example is about these people.
+
+    The last run goes too far (over-optimisation). Its judge has 1,000 labels. It has no KL, no tuning
+    examples, and four times the learning rate.
+    """
     strangers = lab.sets[NEVER]
 
     def measured(model: GPT) -> tuple[float, float, float]:
@@ -292,7 +301,7 @@ def steered(lab: Lab) -> Rows:
     weak, rate = lab.teach(lab.comparisons(taught_by, lab.count(1000))), lab.recipe.rlhf["learning_rate"]
     _, curve = lab.steer(weak, beta=0.0, ptx_coef=0.0, learning_rate=4 * rate)
     gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
-    window = min(15, len(gold))  # updates; of a single one, gold is that of 16 questions
+    window = min(15, len(gold))  # updates: gold of a single update is the mean of 16 questions
     gold, proxy, kl = (np.convolve(x, np.ones(window) / window, "valid") for x in (gold, proxy, kl))
     turn = int(gold.argmax())
     return {
@@ -342,7 +351,7 @@ def base_untouched(lab: Lab) -> Rows:
     }
 
 
-ARMS = {  # and the peaks of the learning rate among which the people of "val" choose
+ARMS = {  # adapter, and peaks of the learning rate: the best on the people of "val" counts
     "all weights": (None, (1e-4, 3e-4, 1e-3)),
     "LoRA rank 1": (AdapterConfig("lora", rank=1, alpha=1.0), (3e-3, 1e-2, 3e-2)),
     "LoRA rank 4": (AdapterConfig("lora", rank=4, alpha=4.0), (3e-3, 1e-2, 3e-2)),
@@ -354,7 +363,7 @@ ARMS = {  # and the peaks of the learning rate among which the people of "val" c
 
 
 def _sizes(model: GPT) -> tuple[float, float]:
-    """Of the base's number of weights: how many are trained; how many are added when it answers."""
+    """Shares of the base's number of weights: trained weights, and weights added when the model answers."""
     if model.trained is model:
         return 1.0, 0.0
     layers, params = tuple(model.adapter.config.encoder(model.config)), model.adapter.params
@@ -364,8 +373,8 @@ def _sizes(model: GPT) -> tuple[float, float]:
 
 @claim(12, "Adapters are less dramatic than full tuning")
 def less_dramatic(lab: Lab) -> Rows:
-    """Tuned to the tasks and to 200 new facts at once. A fact is tested in a wording it was not taught in.
-    RLHF is that of claim 10, by an adapter of the tuned model too."""
+    """All arms are tuned to the tasks and to 200 new facts. The test of a fact has a wording that the tuning
+    does not have. RLHF is the one of claim 10: on all weights, and by an adapter of the tuned model."""
     world = lab.world
     facts, people = tasks.questions(world, world.people("never", "sft")[:50]), world.people("known", "eval")
     questions = [facts[n::5] for n in range(5)]  # by wording: there are five of each
@@ -421,14 +430,16 @@ LESS = (
 
 @claim(13, "Few trained weights still give zero-shot ability")
 def few_weights(lab: Lab) -> Rows:
-    """Questions about known people, the likeliest of the values: by a learned prompt without examples, and by
-    the base with examples. Their number and form are chosen on the people of "val". Copied: of wrong answers
-    after 8 examples those that are an answer of the examples."""
+    """Questions about known people. The answer is the likeliest of the values, by a learned prompt without
+    examples and by the base with examples. The people of "val" choose the number and form of the examples.
+
+    copied: the share of wrong answers after 8 examples that are an answer of one of the examples.
+    """
     config, peaks = ARMS["p-tuning, 16 tokens"]
     model = lab.tune(tasks.tuning(lab.world, "sft", 0, 0), config, learning_rate=peaks[1])
 
     def fitting(model: GPT, shots: int, style: str, split: str) -> list[fewshot.Prompt]:
-        """None at all where most do not fit."""
+        """The prompts that fit the context. An empty list where most do not fit."""
         prompts = fewshot.from_world(lab.world, "questions", shots, lab.count(1000), split)
         fit = [prompt for prompt in prompts if fewshot.fits(model, lab.tokenizer, prompt, style)]
         return fit if 2 * len(fit) > len(prompts) else []
@@ -457,7 +468,7 @@ def few_weights(lab: Lab) -> Rows:
 
 @claim(14, "In-context learning updates nothing")
 def no_update(lab: Lab) -> Rows:
-    """Ten thousand prompts with examples, between two times the same thousand questions without."""
+    """The same thousand questions without examples, before and after ten thousand prompts with examples."""
     mark, prompts = fingerprint(lab.base), lab.mappings(8, 10_000)
     bare = [prompt._replace(examples=()) for prompt in prompts[: lab.count(1000)]]
     before = fewshot.likeliest(lab.base, lab.tokenizer, bare, "table")
@@ -494,22 +505,22 @@ def by_the_prompt(lab: Lab) -> Rows:
 
 
 def _needed(right: Sequence[float], best: float) -> int:
-    """The least of SHOTS, beyond none, that gives 90% of the best; 32: none of them does."""
+    """The least number of examples in SHOTS, not 0, that gives 90% of the best; 32 where none does."""
     return next((n for n, mine in zip(SHOTS[1:], right[1:], strict=True) if mine >= 0.9 * best), 32)
 
 
 def _few_shot(lab: Lab, model: GPT) -> Rows:
-    """Right by number of examples; none of them has the word that is asked for, which one could copy from."""
+    """Right answers by number of examples. No example has the word of the question, so no copy is right."""
     return {str(shots): lab.accuracy(model, lab.mappings(shots, 1000, "unseen")) for shots in SHOTS}
 
 
-REFRAINS = 0.12  # of pre-training: with these the corpus begins
-PLACES = (1, 2, 3, 4, 6, 8, 10, 14)  # of the snapshots, which are twentieths of pre-training
-BEGUN = 0.15  # the first of these that has read anything else
+REFRAINS = 0.12  # share of pre-training: the corpus begins with repeated word lists
+PLACES = (1, 2, 3, 4, 6, 8, 10, 14)  # snapshots, in twentieths of pre-training
+BEGUN = 0.15  # share of pre-training: the first snapshot that has read other documents
 
 
 def _curves(lab: Lab) -> dict[float, list[float]]:
-    """The same along pre-training."""
+    """Share of pre-training -> right answers by number of examples."""
     rates = {share: lab.measurement(f"few-shot at {share:.0%}", partial(_few_shot, lab, model))
              for share, model in lab.snapshots(PLACES)}  # fmt: skip
     return {share: list(right.values()) for share, right in rates.items()}
@@ -517,7 +528,8 @@ def _curves(lab: Lab) -> dict[float, list[float]]:
 
 @claim(16, "A good model needs a short prompt, a bad one a long one")
 def short_prompts(lab: Lab) -> Rows:
-    """Examples for 90% of what the best possible predictor has from 16; 32: 16 do not suffice."""
+    """The number of examples that give 90% of the best possible predictor's rate after 16 examples. 32 stands
+    for more than 16."""
     best = _mean(prompt.optimal for prompt in lab.mappings(16, 1000, "unseen"))
     needed = {share: _needed(right, best) for share, right in _curves(lab).items()}
     return {f"examples needed, {share:.0%} of pre-training": n for share, n in needed.items()} | {
@@ -529,8 +541,8 @@ def short_prompts(lab: Lab) -> Rows:
 
 @claim(17, "Few-shot learning needs some level of pre-training")
 def some_pretraining(lab: Lab) -> Rows:
-    """Learned: right after 8 examples, above the quarter of whoever says any of the prompt's four labels. The
-    heads for it come before all else, which is by design: the corpus begins with refrains."""
+    """learned: the rate after 8 examples, above the chance of 1/4 (a prompt has four labels). The heads that
+    copy come first by design: the corpus begins with repeated word lists."""
     eight, people = SHOTS.index(8), lab.world.people("known")
     gain = {share: right[eight] - 1 / 4 for share, right in _curves(lab).items()}
     heads = {share: float(lab.heads(model).max()) for share, model in lab.snapshots(PLACES)}
@@ -566,9 +578,12 @@ def each_stage(lab: Lab) -> Rows:
 
 @claim(19, "Non-parametric memory is the prompt's content, read through the weights")
 def non_parametric_memory(lab: Lab) -> Rows:
-    """The prompt tells of one person, or also of another. Heads are cut out: those that look at what followed
-    the same word before (induction heads), as many others, and each head alone. A head that looks at the
-    token before is half of the same circuit: that it is among the others makes these look important."""
+    """The prompt describes one person, or two. Heads are cut out: the induction heads (they look at the token
+    after an earlier copy of the same word), as many other heads, and each head alone.
+
+    A head that looks at the preceding token is half of the same circuit. Such heads among the others make the
+    others look important. So one control leaves them out.
+    """
     people, prompts = lab.world.people("never", "eval")[: lab.count(250)], lab.mappings(8, 500)
     scores = lab.heads(lab.base)
     heads = recall.strongest(scores)
@@ -613,7 +628,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
 
 @claim(20, "Zero-shot leans on the weights, few-shot uses both memories")
 def both_memories(lab: Lab) -> Rows:
-    """The prompt contradicts the weights; nats are log p of its value less log p of theirs."""
+    """The prompt contradicts the weights. nats: log p of the prompt's value, less that of the weights'."""
     numbers, rates = {}, {}
     for weight in (256, 16, 0):
         people = lab.world.by_weight()[weight][: lab.count(150)]
@@ -635,9 +650,12 @@ def both_memories(lab: Lab) -> Rows:
 
 @claim(21, "GPT-1, GPT-2 and GPT-3 won by pre-training: larger models and more text")
 def scale(lab: Lab) -> Rows:
-    """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3): a from the slope of three
-    widths in logarithms, b from half of the updates and all of them, of whose text the refrains do not count.
-    And GPT-1's blocks beside GPT-2's, at a quarter of the rate: at the same they do not train."""
+    """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3).
+
+    a is the slope over three widths, in logarithms. b compares half of the updates with all updates; the
+    repeated word lists do not count as text. GPT-1's blocks have a quarter of the learning rate: with the
+    full rate they do not train.
+    """
     widths = {n: lab.pretrained(f"width-{n}", n_embd=n)[0] for n in (32, 64)} | {128: lab.base}
     half, _ = lab.pretrained("half", max_iters=lab.recipe.pretrain["max_iters"] // 2)
     rate = lab.recipe.pretrain["learning_rate"] / 4
@@ -656,7 +674,7 @@ def scale(lab: Lab) -> Rows:
 
 @claim(22, "It does the tasks that the text names: translation, question answering, sentiment, summarising")
 def named_tasks(lab: Lab) -> Rows:
-    """Zero-shot after tuning; and before it, with no, one and four examples, in the forms of a table."""
+    """After tuning, without examples; before tuning, with 0, 1 and 4 examples in a table's form."""
     names = [name for name in lab.sets if name not in ("questions, rare", NEVER)]
     scores = {name: lab.score(lab.tuned, name) for name in names}
     numbers = {f"{name}: right after tuning": score.right.rate for name, score in scores.items()}
@@ -674,7 +692,7 @@ def named_tasks(lab: Lab) -> Rows:
 
 
 class Result(NamedTuple):
-    """Of a claim: of each row the Estimate, over the seeds that have it, and the limits."""
+    """A claim's rows: the Estimate of each row over the seeds that have the row, and the limits."""
 
     estimates: dict[str, Estimate]
     limits: dict[str, tuple[str, float]]  # sign and limit
@@ -688,10 +706,11 @@ def run(
     folder: Path, numbers: Iterable[int], seeds: Iterable[int], say: Callable[[str], None],
     recipe: Recipe = FULL,
 ) -> dict[int, Result]:  # fmt: skip
-    """Measures the claims of these numbers, seed by seed. What `folder` has is not measured again. A
-    measurement that fails says why, and the others go on; not what a user can mend: UserError and OSError.
+    """Measures the claims of these numbers, seed by seed, except the measurements that `folder` has.
 
-    claims.json has the values of all seeds that were ever measured by these recipes, estimates and verdicts.
+    A measurement that fails prints the reason, and the others continue. A user can mend UserError and
+    OSError, so these end the run. The file claims.json has estimates, verdicts, and the values of all seeds
+    that were measured with these recipes.
     """
     measured: dict[int, list[dict]] = {number: [{}, {}] for number in numbers}  # numbers by seed, limits
     _read(folder / "claims.json")  # a damaged file is refused before the measuring, not after it
@@ -721,7 +740,7 @@ def _estimates(by_seed: dict[str, dict[str, float]]) -> dict[str, Estimate]:
 
 
 def _read(path: Path) -> dict[str, dict]:
-    """What claims.json has of each claim. Raises UserError where that is not what `_write` writes."""
+    """The content of claims.json, by claim. Raises UserError where the file is damaged."""
     claims = read_object(path) if path.exists() else {}
     try:
         rows = [row for claim in claims.values() for row in claim["seeds"].values()]

@@ -1,4 +1,4 @@
-// Draws the data of look.py: one training step. `state` says what is shown, `go` changes it.
+// Draws the data of look.py: one training step. `state` is the view, the step and the token; `go` changes it.
 const byId = (id) => document.getElementById(id), look = JSON.parse(byId("look").textContent);
 const T = look.ids.length - 1, dark = matchMedia("(prefers-color-scheme: dark)");
 const state = { view: "Steps", step: 0, token: look.token, layer: 0, head: 0, weight: 0 };
@@ -17,7 +17,7 @@ function el(tag, attributes, ...children) {
   return element;
 }
 
-// A list of names of which state[key] is the number of the chosen one.
+// A menu of names. state[key] is the number of the chosen name.
 function choose(label, key, names) {
   const onchange = (event) => go({ [key]: event.target.selectedIndex });
   return el("select", { "aria-label": label, id: key, onchange },
@@ -39,7 +39,7 @@ const token = (t) => `token ${t + 1} ${quoted(look.ids[t])}`;
 const inLayer = (step) => step.layer === null ? "" : `layer ${step.layer + 1}`;
 const stepName = (step, n) => [n + 1 + ": " + step.phase, inLayer(step), step.op].filter(Boolean).join(", ");
 
-// What number i of n rows or columns stands for.
+// The name of row or column i of n.
 function place(kind, i, n) {
   if (kind === "token") return i < n - T ? `prompt row ${i + 1}` : token(i - n + T);
   return kind === "word" ? `${quoted(i)} (id ${i})` : `${kind} ${i}`.trim();
@@ -95,7 +95,7 @@ function picture(array, title, { frozen = false, rowNames = null } = {}) {
     readout, rowNames ? null : numbers(array, values));
 }
 
-// The numbers of one row: that of the chosen token, else the first.
+// The numbers of one row: the chosen token's row, or the first row.
 function numbers({ rows, columns, kinds, whole, size: [R, C] }, values) {
   const row = chosenRow(kinds[0], R), start = rows.indexOf(row) * columns.length;
   if (start < 0 && !whole[row]) return null;
@@ -113,11 +113,16 @@ function numbers({ rows, columns, kinds, whole, size: [R, C] }, values) {
 
 const isPart = ([source]) => !["loss", "forward", "backward"].includes(look.sources[source].name);
 
-// The line of the model's part that calls the operation, such as qkv, c2 = self.linear(a, ...).
+// The statement of the model's part that calls the operation, such as qkv, c2 = self.linear(a, ...).
 function lineOf(step) {
   const [source, line] = step.frames.findLast(isPart) ?? step.frames[0];
   const { text, first } = look.sources[source];
-  return text.split("\n")[line - first].trim().replace(/  #.*/, "");
+  let statement = "";
+  for (const content of text.split("\n").slice(line - first)) {
+    statement += content.trim().replace(/  #.*/, "").replace(/,$/, ", ");
+    if (statement.split("(").length <= statement.split(")").length) break;  // no open bracket
+  }
+  return statement.replace(", )", ")");
 }
 
 function code(source, line, open) {
@@ -148,7 +153,7 @@ function pair({ name, param, frozen, a, g }) {
     g === null ? null : picture(look.arrays[g], `gradient of ${name}`));
 }
 
-// What a step shows beside its arrays.
+// The part of a step that is not its arrays.
 function beside(step) {
   if (step.op === "attention_forward") return attention(step.layer);
   if (step.phase === "loss") {
@@ -162,14 +167,14 @@ function beside(step) {
   const { row, arrays } = look.update[step.weights[state.weight]];
   const titles = ["w before", "gradient g", "m, mean of g", "v, mean of g²", "w after", "change of w"];
   return el("div", {}, el("p", {}, `Loss: ${short(look.loss)}; after all updates: ${short(look.after)}. `,
-    "It is the optimizer's first update: m and v were 0."),
+    "This is the optimizer's first update: m and v were 0."),
     choose("Weight", "weight", step.weights), row === null ? "" : ` row ${row}`,
     arrays.map((n, i) => picture(look.arrays[n], titles[i])));
 }
 
 // --- the other views ---------------------------------------------------------------------------------------
 
-// Of each head of a layer: all its probabilities, rows look at columns; the best column of the chosen token.
+// For each head of a layer: its probabilities (rows look at columns), and the chosen token's best column.
 function heads({ shape: [H, R, C], data }) {
   const all = unpack(data), at = chosenRow("token", R) * C;
   return Array.from({ length: H }, (_, h) => {
@@ -196,7 +201,7 @@ function attentions() {
   const names = look.attention.map((_, layer) => `layer ${layer + 1}`), all = look.attention.map(heads);
   const rows = all.map((layer, n) => [names[n], ...layer.map(({ best, p }) => `${best} ${percent(p)}`)]);
   return [el("h2", {}, `Where ${token(state.token)} looks`),
-    el("p", {}, "For each head the token to which it attends most. A token sees itself and those before."),
+    el("p", {}, "The token that gets most of each head's attention. A token sees itself and earlier tokens."),
     table(["", ...all[0].map((_, h) => `head ${h + 1}`)], rows, state.layer),
     choose("Layer", "layer", names), attention(state.layer)];
 }
@@ -209,9 +214,9 @@ function predictions() {
   const decided = layers.findLastIndex(([likeliest]) => likeliest[0][0] !== last) + 1;
   return [el("h2", {}, `What comes after ${token(t)}?`),
     el("p", {}, `The model predicts ${quoted(last)}, ${percent(p)}. The text has ${next}.`),
-    el("p", {}, `Decided at “${names[decided]}”: from there on ${quoted(last)} is the likeliest.`),
+    el("p", {}, `From “${names[decided]}” to the end, ${quoted(last)} is the likeliest.`),
     table(["stream", `expected ${next}`, "likeliest", "2nd", "3rd", "4th", "5th"], rows, decided),
-    el("p", {}, "A row: what the output layer makes of the stream there (logit lens). The last is real.")];
+    el("p", {}, "Each row: the output layer reads the stream there (logit lens). The last row is final.")];
 }
 
 function gradients() {
@@ -224,18 +229,18 @@ function gradients() {
     inLayer(step), step.op, lineOf(step), step.norms[t]]);
   return [el("h2", {}, `The gradient at ${token(t)}`),
     map(ends.flatMap(({ norms }) => norms), [ends.length, T], ["", "token"], "length", { rowNames: names }),
-    el("p", {}, `At “${names[0]}” its length is ${short(ends[0].norms[t])}. `, "The row of wte.weight, if ",
-      "trained, adds this up for all places of its token, on top of the output layer's part."),
+    el("p", {}, `At “${names[0]}” its length (norm) is ${short(ends[0].norms[t])}. A row of wte.weight, `,
+      "if trained, gets the sum over all places of its token, plus the part of the output layer."),
     lowest === undefined ? null : picture(look.arrays[lowest], "gradient of the embeddings"),
-    el("h3", {}, `The ${rows.length} operations on its way from the loss, and the length here after each`),
+    el("h3", {}, `The ${rows.length} operations back from the loss, and the gradient's length after each`),
     table(["", "", "operation", "line", "length"], rows)];
 }
 
 function checks() {
   const rows = look.check.map(({ name, at, backward, slope }) => [`${name}[${at}]`, backward, slope,
     Math.abs(backward - slope) / Math.max(Math.abs(backward), Math.abs(slope), 1e-30)]);
-  return [el("h2", {}, `Is the gradient right? ${rows.length} weights, measured`),
-    el("p", {}, "Slope: (loss(w + h) - loss(w - h)) / 2h, h = 0.00001, in float64. Backward is in float32."),
+  return [el("h2", {}, `Is the gradient right? A measurement of ${rows.length} weights`),
+    el("p", {}, "Slope: (loss(w + h) - loss(w - h)) / 2h, h = 0.00001, in float64. Backward: in float32."),
     table(["weight", "gradient, by backward", "slope, by two losses", "relative difference"], rows)];
 }
 

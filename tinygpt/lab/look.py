@@ -1,15 +1,15 @@
 """One training step as a page: each operation, its lines of code, and the arrays that these lines computed.
 
-    watched.ops = Trace(model.ops).ops        a backend that notes each call: operation, arrays, calling lines
+    twin.ops = trace.ops        a backend that records each call: operation, arrays, calling lines
 
-`model.py` and `ops.py` do not know that somebody watches. `observe` makes one step of a model on one text and
-returns all that the page shows, as plain data; `html` puts the data into `look.html` beside `look.js`, which
-draws. The page needs no network.
+`model.py` and `ops.py` do not change for this. `observe` makes one step of a model on one text. It returns
+the page's content as plain data. `html` puts the data and `look.js` into `look.html`; the script draws the
+data. The page needs no network.
 
-Of an array at most 64 x 64 elements are shown, none an average, and of some rows all. Whatever backend
-computes, the lines are those of `ops.py`.
+The page has at most 64 x 64 elements of an array, and all elements of some rows. No element is an average.
+The lines are those of `ops.py`, whichever backend computes.
 
-Not here: several texts at a time, dropout, an optimizer that has made steps before.
+Not here: several texts at a time, dropout, an optimizer with earlier steps.
 """
 
 import base64
@@ -36,85 +36,86 @@ from ..stages import variants
 from ..stages.adapter import Adapted
 
 MOST_TOKENS, MOST_SHOWN, MOST_IN_ROW = 64, 64, 4096
-CHECKED, DISTANCE, SEED = 20, 1e-5, [0, 25]  # weights that are moved, how far, and who picks them
+CHECKED, DISTANCE, SEED = 20, 1e-5, [0, 25]  # weights that are moved; how far; the seed
 OPERATIONS = [name for name in vars(ops) if name.endswith(("_forward", "_backward"))]
 OPERATIONS += ["weighted_sum", "squares", "adamw"]
 PHASES = {"cross_entropy_forward": "loss", "cross_entropy_backward": "backward", "weighted_sum": "loss",
           "squares": "update"}  # fmt: skip
-TABLES = {"wte.weight": "word", "wpe.weight": "position"}  # what their rows stand for
+TABLES = {"wte.weight": "word", "wpe.weight": "position"}  # the meaning of their rows
 
 
 class Call(NamedTuple):
-    """One operation: its arguments by name, its result and the first part of the result, the layer of the
-    block that called, and the phase: forward, loss, backward or update."""
+    """One operation."""
 
     op: str
-    given: dict
+    arguments: dict  # by name
     result: object
-    out: object
-    layer: int | None
-    phase: str
+    out: object  # the result, or its first part
+    layer: int | None  # of the block that called
+    phase: str  # forward, loss, backward or update
 
 
 class Trace:
-    """A backend, `ops`, that does what the model's does and notes each call: `calls`, in order. And what the
-    page shows of them: steps, which refer by number to arrays and to sources."""
+    """A backend, `ops`, that computes with the model's own backend and records each call.
+
+    calls: the operations, in order. steps: the same for the page. A step names arrays and sources by number.
+    """
 
     def __init__(self, model: GPT, ids: Array, token: int) -> None:
-        """ids (T + 1,): the text. token: the place in it, from 0, of the rows that are shown whole."""
+        """ids (T + 1,): the text. token: a place in the text, from 0. The page has its rows complete."""
         self.model, self.ids, self.token, self.T = model, ids, token, len(ids) - 1
         self.calls, self.steps, self.arrays, self.sources = [], [], [], []
         self._forwards, self._phase = {}, "forward"
         self.params = model.params | model.trained.params
         self.words = {*ids.tolist(), *self._places(model.config.vocab_size, "word")}
-        watched = {name: partial(self._call, name) for name in OPERATIONS}
-        self.ops = SimpleNamespace(**vars(model.ops) | watched)
+        recorders = {name: partial(self._call, name) for name in OPERATIONS}
+        self.ops = SimpleNamespace(**vars(model.ops) | recorders)
 
     def _call(self, op: str, *args, **named) -> object:
         textbook = getattr(ops, op)
-        given = inspect.signature(textbook).bind(*args, **named).arguments
+        arguments = inspect.signature(textbook).bind(*args, **named).arguments
         frames, layer = self._frames(sys._getframe(1))
         result = getattr(self.model.ops, op)(*args, **named)
         out = result[0] if isinstance(result, tuple) else result
         self._phase = PHASES.get(op, self._phase)
-        call = Call(op, given, result, out, layer, self._phase)
+        call = Call(op, arguments, result, out, layer, self._phase)
         if op.endswith("_forward"):
-            self._forwards[id(result[1])] = call  # the cache leads the backward to its forward
+            self._forwards[id(result[1])] = call  # so the backward finds its forward
         self.calls.append(call)
         step = {"op": op, "layer": layer, "phase": call.phase, "frames": frames, "arrays": self._rows(call),
                 "source": self._source(textbook.__code__), "norms": None}  # fmt: skip
-        numbers = {**given, "result": result}.items()
+        numbers = {**arguments, "result": result}.items()
         step["numbers"] = {name: value for name, value in numbers if type(value) in (int, float)}
-        if call.phase == "backward" and np.ndim(out) == 3:  # how long each token's gradient is
+        if call.phase == "backward" and np.ndim(out) == 3:  # the norm of each token's gradient
             step["norms"] = np.linalg.norm(out[0, -self.T :], axis=-1).tolist()
         if op == "adamw":
-            step["weights"] = [n for n, p in self.model.trained.params.items() if _within(p, given["w"])]
+            step["weights"] = [n for n, p in self.model.trained.params.items() if _within(p, arguments["w"])]
         self.steps.append(step)
         return result
 
     def _rows(self, call: Call) -> list[dict]:
-        """The arrays that an operation read and computed. In the backward those of the forward, each with its
-        gradient. Those of an update are shown row by row, see `_update`."""
+        """The arrays that an operation read and computed. A backward has the forward's arrays, each with its
+        gradient. An update has no arrays here: see `_update`."""
         if call.phase == "update":
             return []
-        if "cache" not in call.given:
+        if "cache" not in call.arguments:
             name = "nll" if call.op == "cross_entropy_forward" else "out"
-            arrays = [(*item, None) for item in call.given.items()] + [(name, call.out, None)]
+            arrays = [(*item, None) for item in call.arguments.items()] + [(name, call.out, None)]
             return [self._row(*each, call) for each in arrays if isinstance(each[1], np.ndarray)]
-        forward, dout = self._forwards[id(call.given["cache"])], next(iter(call.given.values()))
-        inputs = {n: a for n, a in forward.given.items() if getattr(a, "dtype", None) == dout.dtype}
+        forward, dout = self._forwards[id(call.arguments["cache"])], next(iter(call.arguments.values()))
+        inputs = {n: a for n, a in forward.arguments.items() if getattr(a, "dtype", None) == dout.dtype}
         results = call.result if isinstance(call.result, tuple) else (call.result,)
-        if call.given.get("packed"):
+        if call.arguments.get("packed"):
             results = np.split(call.result, 3, -1)
         gradients = {**dict(zip(inputs, results, strict=False)), "add": dout}  # of a sum: unchanged
         arrays = [("out", forward.out, dout)] + [(n, a, gradients[n]) for n, a in inputs.items()]
-        if isinstance(add := call.given.get("add"), np.ndarray):
+        if isinstance(add := call.arguments.get("add"), np.ndarray):
             arrays.append(("add", None, add))
         return [self._row(*each, forward) for each in arrays]
 
     def _row(self, name: str, a: Array | None, gradient: Array | bool | None, call: Call) -> dict:
         param = next((n for n, p in self.params.items() if a is not None and _within(a, p)), None)
-        is_head = call.op == "linear_forward" and _within(call.given["w"], self.params[self.model.table])
+        is_head = call.op == "linear_forward" and _within(call.arguments["w"], self.params[self.model.table])
         kinds = "token", "channel"
         if param and a.size == self.params[param].size:
             kinds = kinds_of(param, a) if a.flags.c_contiguous else kinds_of(param, a)[::-1]
@@ -127,11 +128,13 @@ class Trace:
         return {"name": name, "param": param, "frozen": frozen, **pictures}
 
     def picture(self, a: object, kinds: tuple[str, str], whole: Iterable[int] | None = None) -> int | None:
-        """The number of an array on the page: shape, smallest and largest element, at most 64 x 64 elements.
+        """The number of an array on the page, or None for any other object.
 
-        kinds: what rows and columns stand for. Of a vocabulary the text's own tokens come first. whole: the
-        rows of which all elements are there, up to 4,096; by default those of the chosen token and of the
-        last. None for what is no array.
+        The page has the shape, the smallest and largest element, and at most 64 x 64 elements. Tokens of the
+        text come before other tokens of the vocabulary.
+
+        kinds: the meaning of rows and columns.
+        whole: rows with all elements, up to 4,096. By default the chosen token's row and the last row.
         """
         if not isinstance(a, np.ndarray):
             return None
@@ -139,20 +142,20 @@ class Trace:
         rows, columns = (self._places(n, kind) for n, kind in zip(flat.shape, kinds, strict=True))
         whole = self._chosen(kinds[0], len(flat)) if whole is None else whole
         whole = {r: _packed(flat[r]) for r in whole if flat.shape[1] <= MOST_IN_ROW}
-        shown = {"shape": a.shape, "size": flat.shape, "kinds": kinds, "min": float(a.min()),
+        entry = {"shape": a.shape, "size": flat.shape, "kinds": kinds, "min": float(a.min()),
                  "max": float(a.max()), "rows": rows, "columns": columns, "whole": whole,
                  "data": _packed(flat[np.ix_(rows, columns)])}  # fmt: skip
-        return _number(self.arrays, shown)
+        return _number(self.arrays, entry)
 
     def _places(self, n: int, kind: str) -> list[int]:
-        """The rows or columns that are shown, of n: the text's own and others, together at most 64."""
-        own = {"word": self.ids.tolist(), "position": range(self.model.prefix, self.model.prefix + self.T)}
-        first = {*own.get(kind, ())}
+        """At most 64 of n rows or columns for the page: those of the text, then others."""
+        text = {"word": self.ids.tolist(), "position": range(self.model.prefix, self.model.prefix + self.T)}
+        first = {*text.get(kind, ())}
         rest = [i for i in range(0, n, -(-n // MOST_SHOWN)) if i not in first]
         return sorted([*first, *rest[: MOST_SHOWN - len(first)]])
 
     def _chosen(self, kind: str, n: int) -> Iterable[int]:
-        """The row of the chosen token, of n, and where the rows are the text the last row."""
+        """The row of the chosen token among n rows. Where the rows are the text, also the last row."""
         places = {"word": [int(self.ids[self.token])], "position": [self.model.prefix + self.token]}
         return places.get(kind, {n - self.T + self.token, n - 1} if kind == "token" else ())
 
@@ -183,14 +186,14 @@ def _packed(a: Array) -> str:
 
 
 def _number(items: list[dict], item: dict) -> int:
-    """Where an item stands among others; a new one is added."""
+    """The number of an item in a list. A new item is added."""
     if item not in items:
         items.append(item)
     return items.index(item)
 
 
 def kinds_of(param: str, p: Array) -> tuple[str, str]:
-    """What the rows and the columns of a weight stand for."""
+    """The meaning of the rows and of the columns of a weight."""
     if p.ndim == 1:
         return "", "channel"
     return (TABLES[param], "channel") if param in TABLES else ("row", "column")
@@ -202,11 +205,15 @@ def kinds_of(param: str, p: Array) -> tuple[str, str]:
 def observe(
     model: GPT, ids: Array, learned: Array, label: Callable[[int], str], token: int, lr: float = 1e-3
 ) -> dict:
-    """One training step of the model on a text, as the page shows it. The step changes the trained weights.
+    """One training step of the model on a text: the page's content. The step changes the trained weights.
 
-    ids (T + 1,): the text; learned (T + 1,), bool: which of its tokens count; the first has no prediction.
-    label: a token as a reader sees it. token: whose rows are shown whole, from 1. lr: of AdamW's step. Raises
-    UserError for a text of fewer than 2 or more than 64 tokens, and for a token that is not there.
+    ids (T + 1,): the text.
+    learned (T + 1,), bool: the tokens that count in the loss. The first token has no prediction.
+    label: an id -> the token for a reader.
+    token: a place in the text, from 1. The page has its rows complete.
+    lr: the learning rate of AdamW's step.
+
+    Raises UserError for a text of fewer than 2 or more than 64 tokens, and for a token outside of the text.
     """
     T, c = len(ids) - 1, model.config
     if not 1 <= T < MOST_TOKENS:
@@ -214,24 +221,24 @@ def observe(
     if token > T:
         raise UserError(f"token is {token}: of this text's {T + 1} tokens the model reads the first {T}")
     weights = (learned[1:] / max(1, learned[1:].sum())).astype(model.flat.dtype)[None]  # (1, T)
-    given = ids[None, :-1].astype(np.int32), ids[None, 1:].astype(np.int32), weights
-    trace, wide, watched = Trace(model, ids, token - 1), in_float64(model), copy.copy(model)
-    watched.ops = trace.ops
-    optimizer = TrainConfig(learning_rate=lr, min_lr=lr).optimizer(watched)
-    loss = float(watched.loss(*given, optimizer.grads))
-    lens = [_likeliest(model, x[:, -T:], given[1]) for x in _stream(trace, c.n_layer)]
+    batch = ids[None, :-1].astype(np.int32), ids[None, 1:].astype(np.int32), weights
+    trace, wide, twin = Trace(model, ids, token - 1), in_float64(model), copy.copy(model)
+    twin.ops = trace.ops
+    optimizer = TrainConfig(learning_rate=lr, min_lr=lr).optimizer(twin)
+    loss = float(twin.loss(*batch, optimizer.grads))
+    lens = [_likeliest(model, x[:, -T:], batch[1]) for x in _stream(trace, c.n_layer)]
     trace.words.update(i for layer in lens for likeliest, _ in layer for i, _ in likeliest)
-    attends = [call.given for call in trace.calls if call.op == "attention_forward"]
-    maps = [ops.attention_forward(**each)[1][3] for each in attends]  # by NumPy: C keeps no (1, H, T, S)
+    attends = [call.arguments for call in trace.calls if call.op == "attention_forward"]
+    maps = [ops.attention_forward(**each)[1][3] for each in attends]  # by NumPy: C has no (1, H, T, S)
     nll = next(call.out for call in trace.calls if call.op == "cross_entropy_forward")
     about = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, a vocabulary of {c.vocab_size:,}"
     if model.trained is not model:
-        about += f"; trained is an adapter beside it, of kind {model.trained.config.kind}"
+        about += f"; an adapter is trained, kind {model.trained.config.kind}"
     return {
         "about": about, "ids": ids.tolist(), "weights": weights[0].tolist(), "nll": nll[0].tolist(),
         "lr": lr, "loss": loss,
-        "check": differences(wide, optimizer.grads, *given[:2], weights.astype(np.float64)),
-        "update": _update(trace, optimizer, lr), "after": float(model.loss(*given)),
+        "check": differences(wide, optimizer.grads, *batch[:2], weights.astype(np.float64)),
+        "update": _update(trace, optimizer, lr), "after": float(model.loss(*batch)),
         "token": token - 1, "prefix": model.prefix, "layers": c.n_layer, "lens": lens, "steps": trace.steps,
         "arrays": trace.arrays, "sources": trace.sources, "words": {i: label(i) for i in sorted(trace.words)},
         "attention": [{"shape": p.shape[1:], "data": _packed(p)} for p in maps],
@@ -239,7 +246,7 @@ def observe(
 
 
 def _update(trace: Trace, optimizer: AdamW, lr: float) -> dict:
-    """AdamW's step: of each trained array a row before, its gradient, moments, the row after, the change."""
+    """AdamW's step. For each trained array, one row: before, gradient, moments, after, change."""
     params, rows, end = optimizer.trained.params, {}, 0
     before = {name: params[name].copy() for name in optimizer.grads}
     optimizer.step(lr)
@@ -256,16 +263,16 @@ def _update(trace: Trace, optimizer: AdamW, lr: float) -> dict:
 
 
 def _stream(trace: Trace, layers: int) -> Iterable[Array]:
-    """The residual stream (1, T, C): what goes into each block, and what comes out of the last."""
+    """The residual stream (1, T, C): the input of each block, and the output of the last block."""
     for layer in range(layers):
         calls = [call for call in trace.calls if call.layer == layer and call.phase == "forward"]
-        yield calls[0].given["x"]
+        yield calls[0].arguments["x"]
     yield calls[-1].out
 
 
 def _likeliest(model: GPT, x: Array, targets: Array) -> list:
-    """The logit lens: for each token the five likeliest next ones if the head read the stream x (1, T, C), as
-    (id, probability), and the probability of the expected one."""
+    """The logit lens: the head reads the stream x (1, T, C). For each token, the five likeliest next tokens
+    as (id, probability), and the probability of the expected token."""
     probs = ops.probabilities(model.head(x)[0])[0]  # (T, V)
     best = np.argsort(-probs, axis=-1, kind="stable")[:, :5]
     pairs = zip(best.tolist(), probs, targets[0].tolist(), strict=True)
@@ -282,19 +289,24 @@ def in_float64(model: GPT) -> GPT:
     return wide
 
 
-def differences(model: GPT, grads: dict[str, Array], *given: Array) -> list[dict]:
-    """For 20 weights (loss(w + h) - loss(w - h)) / 2h beside the gradient. model: in float64; given: the
-    arguments of its loss. The weights are of all tensors alike, drawn among those with large gradients."""
+def differences(model: GPT, grads: dict[str, Array], *batch: Array) -> list[dict]:
+    """For 20 weights, (loss(w + h) - loss(w - h)) / 2h beside the gradient.
+
+    Each tensor has about as many of the 20 weights as another. They are drawn from its large gradients.
+
+    model: in float64.
+    batch: the arguments of its loss.
+    """
     rng, names, rows = np.random.default_rng(SEED), list(grads), []
     for n in range(CHECKED):
         name = names[n * len(names) // CHECKED]
         size = abs(grads[name])
-        candidates = np.argwhere(size >= size.max() / 1000)  # others are lost in float32's rounding
+        candidates = np.argwhere(size >= size.max() / 1000)  # small ones are below float32's rounding
         at = tuple(rng.choice(candidates).tolist())
         p, losses = model.trained.params[name], []
         for h in (DISTANCE, -2 * DISTANCE):
             p[at] += h
-            losses.append(float(model.loss(*given)))
+            losses.append(float(model.loss(*batch)))
         p[at] += DISTANCE
         slope = (losses[0] - losses[1]) / (2 * DISTANCE)
         rows.append({"name": name, "at": at, "backward": float(grads[name][at]), "slope": slope})
@@ -302,7 +314,7 @@ def differences(model: GPT, grads: dict[str, Array], *given: Array) -> list[dict
 
 
 def html(data: dict) -> str:
-    """The page: one file that needs no other."""
+    """The page, as one file that needs no other file."""
     page, script = (Path(__file__).with_suffix(s).read_text(encoding="utf-8") for s in (".html", ".js"))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     before, between, after = re.split(r"/\* look\.js(?:on)? \*/", page)

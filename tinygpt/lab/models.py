@@ -1,7 +1,7 @@
-"""A seed's world and the models trained in it, each made when it is first asked for and kept in a folder.
+"""A seed's world and the models that are trained in it. A folder keeps each model.
 
-Training that was interrupted goes on. A measurement is kept under its name and not repeated. For claims and
-stories, which compare models of one world.
+A model is made at its first use. An interrupted pre-training continues. A measurement is kept under its name
+and not repeated. Claims and stories use this module to compare models of one world.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from ..text import instructions
 from ..text.tokenizer import BPETokenizer
 from ..world import VERSION, Person, corpus, tasks
 
-SNAPSHOTS = 20  # models kept on the way of pre-training
-SECONDS = "seconds"  # a file beside a model: how long its training took
+SNAPSHOTS = 20  # models that are kept during pre-training
+SECONDS = "seconds"  # a file beside a model: the time of its training
 
 
 class Lab:
-    """Makes a seed's models by a recipe, each when it is first asked for. The folder's name follows from the
-    options of the recipe's stages and the seed.
+    """Makes a seed's models by a recipe. Each is made at its first use, and kept.
 
-    say: gets a line before training and measuring. progress: from a number of updates to a function that gets
-    the record of each of them.
+    The folder's name depends on the seed and on the options of the recipe's stages.
+
+    say: gets a line before each training and each measurement.
+    progress: gets a number of updates, and returns a function that gets the record of each update.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class Lab:
         make: Callable[[Settings], Stage | runs.Run],
         report: Callable[[Stage, Record], None] = lambda stage, record: None, **own,
     ) -> Stage:  # fmt: skip
-        """Makes a stage of its settings and trains it, in memory or in the folder of a run.
+        """Makes a stage from its settings and trains it, in memory or in the folder of a run.
 
-        options: by their names, whichever part of the settings each belongs to. own: other settings.
+        options: name -> value; each goes to the part of the settings that has the name. own: other settings.
         """
         options = {"seed": self.seed, "min_lr": options["learning_rate"] / 10} | options
 
@@ -94,9 +95,9 @@ class Lab:
     def pretrained(
         self, name: str, source: str = "", adapter: AdapterConfig | None = None, **changes
     ) -> tuple[GPT, BPETokenizer]:
-        """A model of the recipe on a source, else this seed's world, kept in the folder of that name.
+        """A model that the recipe trains on a source, by default this seed's world. Folder `name` keeps it.
 
-        changes: of the recipe's options and of the model's sizes, such as n_layer.
+        changes: other options of the recipe, or sizes of the model such as n_layer.
         """
         folder, options = self.folder / name, self.recipe.pretrain | changes
 
@@ -122,7 +123,9 @@ class Lab:
         self, items: Sequence[tasks.Item], adapter: AdapterConfig | None = None, base: GPT | None = None,
         **changes,
     ) -> GPT:  # fmt: skip
-        """A copy of the base, or the base with an adapter, tuned to these items by the recipe with changes.
+        """A copy of the base, or the base with an adapter, tuned to these items.
+
+        changes: other options of the recipe.
         """
         model, options = self._with(adapter, base or self.base), {"warmup_iters": 10} | self.recipe.sft
         examples = tasks.conversations(self.world, items)
@@ -134,7 +137,8 @@ class Lab:
         return model
 
     def teach(self, comparisons: Sequence[reward.Comparison], most_passes: int = 3) -> reward.Judge:
-        """A judge by the recipe, from these comparisons; few are shown no more than so often."""
+        """A judge that the recipe trains on these comparisons. Each comparison is used `most_passes` times at
+        most."""
         options = dict(self.recipe.reward)
         passes = most_passes * len(comparisons) // options["batch_size"] + 1
         options["max_iters"] = min(options["max_iters"], passes)
@@ -146,8 +150,11 @@ class Lab:
     def steer(
         self, judge: reward.Judge, adapter: AdapterConfig | None = None, **changes
     ) -> tuple[GPT, list[Record]]:
-        """A copy of the tuned model, or the tuned model with an adapter, after RLHF by this judge, by the
-        recipe with changes; the records of the updates."""
+        """The model after RLHF by this judge, and the records of the updates.
+
+        The model is a copy of the tuned model, or the tuned model with an adapter.
+        changes: other options of the recipe.
+        """
         model, records = self._with(adapter, self.tuned), []
         material = rlhf.Material(self.tuned, judge, rlhf.read_prompts(self.source), [],
                                  rlhf.world_examples(self.world), self.world)  # fmt: skip
@@ -178,23 +185,23 @@ class Lab:
     @cached_property
     def tokenizer(self) -> BPETokenizer:
         _, tokenizer = self.pretrained("base")
-        tokenizer.chat_template = instructions.TEMPLATE  # a model that is saved with it from here on is tuned
+        tokenizer.chat_template = instructions.TEMPLATE  # all models that are saved from here are tuned
         return tokenizer
 
     @property
     def _every(self) -> int:
-        """Updates from one snapshot to the next."""
+        """The number of updates between two snapshots."""
         return max(1, self.recipe.pretrain["max_iters"] // SNAPSHOTS)
 
     def snapshots(self, places: Iterable[int]) -> list[tuple[float, GPT]]:
-        """(share of pre-training, the base as it was then) at these of the SNAPSHOTS, and the base."""
+        """(share of pre-training, the base at that time), for some numbers of snapshots and for the end."""
         base, folder = self.base, self.folder / "base"
         models = [(n / SNAPSHOTS, checkpoint.load(folder / f"update-{n * self._every}")[0]) for n in places]
         return [*models, (1.0, base)]
 
     @cached_property
     def random(self) -> GPT:
-        """The base as it was before its first update."""
+        """The base before its first update."""
         return build(self.base.config, np.random.default_rng(self.seed))
 
     @cached_property
@@ -204,7 +211,7 @@ class Lab:
 
     @cached_property
     def judge(self) -> reward.Judge:
-        """The tuned model as a judge, taught by simulated people."""
+        """A judge that begins as the tuned model and learns from simulated people."""
         people, count = reward.taught_by(self.world), self.recipe.reward["comparisons"]
         folder = self._saved("judge", lambda: self.teach(self.comparisons(people, count)).model)
         return reward.Judge(checkpoint.load(folder, judge=True)[0], self.tuned, self.tokenizer)
@@ -222,12 +229,12 @@ class Lab:
         return checkpoint.load(self._saved("rlhf", make))[0]
 
     def beside(self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes) -> GPT:
-        """The base with an adapter that is tuned to these items, kept in the folder of that name."""
+        """The base with an adapter that is tuned to these items. The folder `name` keeps the adapter."""
         folder = self._saved(name, lambda: self.tune(items, adapter, **changes))
         return adapters.load_model(self.folder / "base", folder)[0]
 
     def _saved(self, name: str, make: Callable[[], GPT]) -> Path:
-        """The folder of a model or its adapter, made if it is not there, with the seconds that it took."""
+        """The folder of a model or an adapter. A missing model is made, with a file of the seconds."""
         folder = self.folder / name
         whole = (folder / file for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG))  # written last
         if not any(file.exists() for file in whole):
@@ -242,7 +249,7 @@ class Lab:
         return folder
 
     def seconds(self, name: str) -> float:
-        """How long the training of a model took, in this run or an earlier one."""
+        """The seconds that the training of a model took, in this run or an earlier one."""
         if (path := self.folder / name / SECONDS).exists():
             try:
                 return float(read_text(path))
@@ -251,15 +258,15 @@ class Lab:
         return self.records(name)[-1]["elapsed_s"]
 
     def records(self, name: str) -> list[Record]:
-        """Of the updates of a model that `pretrained` made."""
+        """The records of the updates of a model that `pretrained` made."""
         return read_records(self.folder / name / runs.METRICS, "iter", "train_loss", "elapsed_s")
 
     # --- measuring ------------------------------------------------------------------------------------------
 
     def measurement(self, name: str, measure: Callable[[], dict]) -> dict:
-        """The numbers that `measure` gives, kept under this name: they are measured once.
+        """The result of `measure`, kept in a file of this name. It is measured once.
 
-        The file has a checksum: a file that is damaged is measured again.
+        The file has a checksum. A damaged file is measured again.
         """
         path = self.folder / f"{name}.json"
         with contextlib.suppress(UserError, KeyError, TypeError):
@@ -274,7 +281,7 @@ class Lab:
         return values
 
     def count(self, full: int) -> int:
-        """So many questions, prompts or documents in a claim, or as many as the recipe makes of them."""
+        """The recipe's share of a claim's full number of questions, prompts or documents."""
         return max(1, full // self.recipe.part)
 
     @cached_property
@@ -286,7 +293,7 @@ class Lab:
         return sets | {"questions, known": tasks.some(self.world, items, count)}
 
     def length(self, item: tasks.Item) -> int:
-        """Of a question with its answer, in tokens."""
+        """The number of tokens of a question with its answer."""
         messages = instructions.pair(item["prompt"], item["completion"])
         return len(instructions.encode(self.tokenizer, messages)[0])
 
@@ -299,7 +306,7 @@ class Lab:
         return evaluate.gaps(model, self.tokenizer, self.world, self.count(count))
 
     def recall(self, model: GPT, people: Iterable[Person]) -> float:
-        """Facts in a sentence that the model completes right."""
+        """The share of sentences about facts that the model completes right."""
         return evaluate.recall(model, self.tokenizer, self.world, people).rate().rate
 
     def mappings(self, shots: int, count: int = 1000, control: str = "") -> list[fewshot.Prompt]:
@@ -309,7 +316,7 @@ class Lab:
         return fewshot.accuracy(model, self.tokenizer, prompts, style).rate
 
     def memories(self, model: GPT, people: Sequence[Person], *repeats: int, **how) -> recall.Memories:
-        """Facts in the prompt: does the prompt answer, or do the weights?"""
+        """See `recall.memories`: does the prompt answer, or do the weights?"""
         return recall.memories(model, self.tokenizer, self.world, people, *repeats, **how)
 
     def heads(self, model: GPT, count: int = 50) -> np.ndarray:
@@ -327,7 +334,8 @@ def _sha256(values: object) -> str:
 
 
 def read_records(path: Path, *names: str) -> list[Record]:
-    """The records of a training, one a line. Each has a number under each of `names`. Raises UserError."""
+    """The records of a training, one per line. Each record has a number for each of `names`. Raises UserError
+    for a damaged file."""
     try:
         rows = [parse(line) for line in read_text(path, most=1 << 28).splitlines()]
         right = rows and all(abs(row[name]) < 1e300 for row in rows for name in names)

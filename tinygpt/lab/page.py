@@ -1,62 +1,72 @@
 """A story as one page that needs no network: the table, the curves, samples. Needs matplotlib ("plots").
 
-Not here: measuring anything (`story`).
+Not here: measuring (`story`), sentences (`texts`).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from functools import partial
 from html import escape
 
-from .report import COLUMNS, KEY, cells
+from .report import COLUMNS, HEADS, cells, legend
+from .story import compared
+from .texts import LANGUAGES, narrow, spoken, text, wide
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 14px; width: 100% } svg { max-width: 100%; height: auto }
 td, th { border-bottom: 1px solid #ddd; padding: .25rem .5rem; text-align: left; vertical-align: top }
-.n { text-align: right; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+.n { text-align: right; font-variant-numeric: tabular-nums }
+:lang(ko) { word-break: keep-all } .wide { overflow-x: auto }
 h2 small { color: #777 }
 """
 
 
-def html(story: dict) -> str:
-    """The page of what `story.tell` returned. Raises ImportError without matplotlib."""
-    quick = " (--quick: too short for steps and RLHF to show what they do)" * story["quick"]
-    parts = [f"<h1>A GPT's life, in world {story['seed']}{quick}</h1>", _table(story["stages"])]
-    parts.append(f"<p>{escape(KEY)}</p>")
+Say = Callable[..., str]  # from a key of `texts` and values to a text
+
+
+def html(story: dict, language: str = LANGUAGES[0]) -> str:
+    """The page of a story that `story.tell` returned. Raises ImportError without matplotlib."""
+    say: Say = partial(text, language)
+    quick = f" {say('page quick')}" * story["quick"]
+    parts = [f"<h1>{say('page heading', seed=story['seed'])}{quick}</h1>", _table(story["stages"], language)]
+    rows = "".join(f"<tr><td>{name}</td><td>{escape(about)}</td></tr>" for name, about in legend(language))
+    parts.append(f"<p></p><table>{rows}</table><p>{escape(say('rates'))}</p>")
     for name, result in story["stages"].items():
-        parts.append(f"<h2>{escape(name)} <small>{escape(result['term'])}</small></h2>")
-        parts.append(f"<p>{escape(result['says'])}</p>")
+        parts.append(f"<h2>{say(name)} <small>{say(f'{name}, term')}</small></h2>")
+        parts.append(f"<p>{escape(say(f'{name}, says'))}</p>")
         if "failed" in result:
-            parts.append(f"<p>This stage failed: {escape(result['failed'])}</p>")
+            parts.append(f"<p>{escape(say('story failed', error=result['failed']))}</p>")
             continue
         if name in _FIGURES:
-            parts += [_svg(draw, result) for draw in _FIGURES[name]]
-        parts += [f"<p>{escape(note)}</p>" for note in result.get("notes", ())]
-        parts.append(_samples(result.get("samples", ()), result.get("compares", ("before", "after"))))
-    parts.append("<h2>How far each stage moved each tensor</h2>" + _svg(_changes, story["stages"]))
-    body = "\n".join(parts)
-    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>tinygpt: a story</title>\n'
-            f"<style>{_STYLE}</style>\n{body}\n</html>\n")  # fmt: skip
+            parts += [_svg(draw, result, language) for draw in _FIGURES[name]]
+        parts += [f"<p>{escape(spoken(language, note))}</p>" for note in result.get("notes", ())]
+        parts.append(_samples(result, language))
+    parts.append(f"<h2>{say('page changes')}</h2>" + _svg(_changes, story["stages"], language))
+    head = f'<html lang="{language}"><meta charset="utf-8"><title>{say("page title")}</title>'
+    return "\n".join(["<!doctype html>", head, f"<style>{_STYLE}</style>", *parts, "</html>\n"])
 
 
-def _table(stages: dict) -> str:
-    names = ("stage", "data", "trained", "change", "s", *COLUMNS.values(), "base intact")
-    rows = ["".join(f"<th>{name}</th>" for name in names)]
+def _table(stages: dict, language: str) -> str:
+    rows = ["".join(f"<th{' class=n' * (n > 1)}>{text(language, name)}</th>" for n, name in enumerate(HEADS))]
     for name, result in stages.items():
-        row = [f"<td>{escape(name)}</td>"]
-        for n, cell in enumerate(cells(result["row"]) if "row" in result else ["failed"]):
-            wide = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in result["row"])
-            row.append(f'<td{wide}{" class=n" * (n > 0 and not wide)}>{escape(cell)}</td>')
+        row = [f"<td>{text(language, name)}</td>"]
+        line = cells(result["row"], language) if "row" in result else [text(language, "failed")]
+        for n, cell in enumerate(line):
+            span = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in result["row"])
+            row.append(f'<td{span}{" class=n" * (n > 0 and not span)}>{escape(cell)}</td>')
         rows.append("".join(row))
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
-def _samples(samples: list, names: Sequence[str]) -> str:
-    if not samples:
+def _samples(result: dict, language: str) -> str:
+    if not result.get("samples"):
         return ""
-    rows = [("question", *names, "true"), *samples]
+    heads = [text(language, name) for name in ("question", *compared(result))]
+    rows = [heads, *([spoken(language, cell) for cell in row] for row in result["samples"])]
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
@@ -64,75 +74,85 @@ def _samples(samples: list, names: Sequence[str]) -> str:
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def _svg(draw: Callable, result: dict) -> str:
+def _svg(draw: Callable[..., None], result: dict, language: str) -> str:
+    """A figure. English letters are drawn as curves.
+
+    matplotlib's font has no Hangul. So Korean stays text, and the reader's browser chooses the font. For the
+    layout, a box and FILLER are about as wide as a syllable.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure, file = Figure(figsize=(8, 3.2), layout="constrained"), io.StringIO()
-    draw(figure.add_subplot(), result)
-    figure.savefig(file, format="svg")
-    text = file.getvalue()
-    return text[text.index("<svg") :]  # without the XML declaration, which has no place inside a page
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "path" if language == "en" else "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        draw(figure.add_subplot(), result, lambda key, **values: wide(text(language, key, **values)))
+        figure.savefig(file, format="svg")
+    svg = file.getvalue()
+    return narrow(svg[svg.index("<svg") :])  # a page has no XML declaration inside
 
 
-def _loss(axes, result: dict) -> None:
+def _loss(axes, result: dict, say: Say) -> None:
     curves = result["curves"]
-    axes.plot(curves["update"], curves["loss"], lw=0.8, label="loss of a batch")
-    axes.axhline(result["floor"], color="black", ls="--", lw=1, label="entropy of the text")
-    axes.set(xlabel="update", ylabel="nats a token", ylim=(0, None))
+    axes.plot(curves["update"], curves["loss"], lw=0.8, label=say("loss of a batch"))
+    axes.axhline(result["floor"], color="black", ls="--", lw=1, label=say("entropy of the text"))
+    axes.set(xlabel=say("update"), ylabel=say("nats a token"), ylim=(0, None))
     axes.legend()
 
 
-def _recall(axes, result: dict) -> None:
+def _recall(axes, result: dict, say: Say) -> None:
     curves = result["curves"]
     axes.plot(curves["told"], curves["recalled"], "o-")
-    axes.set(xscale="symlog", xlabel="times that a fact was told", ylabel="recalled", ylim=(0, 1.02))
+    axes.set(xscale="symlog", xlabel=say("times told"), ylabel=say("recalled"), ylim=(0, 1.02))
 
 
-def _shots(axes, result: dict) -> None:
+def _shots(axes, result: dict, say: Say) -> None:
     curves = dict(result["curves"])
     shots, best = curves.pop("shots"), curves.pop("best possible")
     for n, (share, right) in enumerate(curves.items(), 1):
-        axes.plot(shots, right, "o-", color=str(0.85 - 0.85 * n / len(curves)), label=f"at {share}")
-    axes.plot(shots, best, "r--", lw=1, label="best possible")
-    axes.set(xlabel="examples in the prompt", ylabel="right", ylim=(0, 1.02))
-    axes.legend(title="of pre-training", fontsize="small")
+        shade, label = str(0.85 - 0.85 * n / len(curves)), say("at share", share=share)
+        axes.plot(shots, right, "o-", color=shade, label=label)
+    axes.plot(shots, best, "r--", lw=1, label=say("best possible"))
+    axes.set(xlabel=say("examples in the prompt"), ylabel=say("right"), ylim=(0, 1.02))
+    axes.legend(title=say("of pre-training"), fontsize="small")
 
 
-def _head(axes, result: dict) -> None:
+def _head(axes, result: dict, say: Say) -> None:
     head = result["head"]
     axes.imshow(head["map"], cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(head["tokens"]))
     axes.set_xticks(ticks, head["tokens"], rotation=90, fontsize=7)
     axes.set_yticks(ticks, head["tokens"], fontsize=7)
-    title = f"layer {head['layer']}, head {head['head']}: looks at what followed the same word"
-    axes.set_title(title, fontsize=9)
+    axes.set_title(say("head", layer=head["layer"], head=head["head"]), fontsize=9)
     axes.figure.set_size_inches(5, 5)
 
 
-def _alone(axes, result: dict) -> None:
+def _alone(axes, result: dict, say: Say) -> None:
     names, lost = list(result["alone"]), result["alone"].values()
     axes.bar(names, lost, color=["tab:red" if name in result["heads"] else "tab:blue" for name in names])
-    axes.set(xlabel="layer.head that is cut out (red: induction)", ylabel="mappings: right", ylim=(0, 1))
+    axes.set(xlabel=say("cut heads"), ylabel=say("mappings right"), ylim=(0, 1))
 
 
-def _rewards(axes, result: dict) -> None:
+def _rewards(axes, result: dict, say: Say) -> None:
     curves, other = result["curves"], axes.twinx()
-    for name, label in (("reward", "reward, by the judge"), ("gold", "gold: what people would say")):
-        axes.plot(curves["iter"], curves[name], lw=1, label=label)
+    for name, label in (("reward", "judge's reward"), ("gold", "gold reward")):
+        axes.plot(curves["iter"], curves[name], lw=1, label=say(label))
     other.plot(curves["iter"], curves["kl"], "k:", lw=1)
-    axes.set(xlabel="update", ylabel="reward")
-    other.set_ylabel("KL to the start, nats an answer (dotted)")
+    axes.set(xlabel=say("update"), ylabel=say("reward"))
+    other.set_ylabel(say("KL"))
     axes.legend()
 
 
-def _changes(axes, stages: dict) -> None:
+def _changes(axes, stages: dict, say: Say) -> None:
     order = list(max((result.get("change", {}) for result in stages.values()), key=len))
     for name, result in stages.items():
         moved = {tensor: value for tensor, value in result.get("change", {}).items() if value > 0}
         if moved:
-            axes.plot([order.index(tensor) for tensor in moved], list(moved.values()), "o", ms=3, label=name)
-            axes.set(xlabel="tensors, in the order of the model")
-    axes.set(yscale="log", ylabel="change over norm")
+            places = [order.index(tensor) for tensor in moved]
+            axes.plot(places, list(moved.values()), "o", ms=3, label=say(name))
+            axes.set(xlabel=say("tensors"))
+    axes.set(yscale="log", ylabel=say("change over norm"))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -1,4 +1,4 @@
-"""What a training command shows when its stage has ended."""
+"""The results that a training command prints at its end."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +20,18 @@ from .progress import command, data_options, shown_token
 from .terminal import say
 from .worlds import world_of
 
-FEW = 30  # comparisons, of which a rate is known to +-18 % at best
+FEW = 30  # comparisons: the 95 % interval of a rate is up to +-18 % wide
 
 
 def saved(run: Run, following: str = "generate") -> None:
-    """Says where a run is, and how to take up what it has trained."""
+    """Names the folder of a run, and the next command."""
     settings = run.stage.settings
     base = [] if settings.has_model else [settings.init_from, "--adapter-folder"]
     say(f"\nSaved in {run.folder}. Next: {command(following, *base, str(run.folder))}")
 
 
 def _pretrain(run: Run) -> None:
-    """A sample of a text; of a world the loss above the floor, and recall by how often a fact was told."""
+    """A sample of text. Of a world, the loss above the floor, and recall by how often the text has a fact."""
     stage: Pretrain = run.stage
     model, tokenizer = stage.model, stage.tokenizer
     if stage.world is None:
@@ -50,7 +50,7 @@ def _sft(run: Run) -> None:
     if stage.before is not None:
         say(f"\nThe weights moved by {weight_change(stage.before, model.params)[0]:.1%} of their norm.")
     if settings.adapter and settings.adapter.kind in ("ptuning", "prompt"):
-        say("\nThe rows of the learned prompt, and the tokens that are nearest to each:")
+        say("\nEach row of the learned prompt, and the tokens nearest to the row:")
         for i, ids in enumerate(nearest(model).tolist()):
             shown = "  ".join(shown_token(tokenizer.tokens[i]) for i in ids if i < tokenizer.vocab_size)
             say(f"  {i:3}  {shown}")
@@ -70,17 +70,18 @@ def _reward(run: Run) -> None:
     in_world = any(judgement.by_kind)
     say(f"\nThe preferred answer has the higher score: {judgement.right}.")
     if judgement.right.n < FEW:
-        say(f"Too few to judge: {judgement.right.n} comparisons, a tenth, say little. Give some hundreds.")
+        say(f"Too few to judge: {judgement.right.n} comparisons, a tenth of all. Give some hundreds.")
     if in_world:
-        say(f"That is by what is true; the labels go by it in {judgement.labels_right:.1%} of these.")
-    say(f"By {judgement.margin:.2f} in the mean; its certainty is off by {judgement.calibration:.1%}.")
+        say(f"The truth decides; {judgement.labels_right:.1%} of the labels agree with the truth.")
+    say(f"Mean difference of the scores: {judgement.margin:.2f}. Error of the judge's certainty: "
+        f"{judgement.calibration:.1%}.")  # fmt: skip
     source = world_of(Path(stage.settings.init_from)) if in_world else None
     if source:
         world = corpus.world_of(source)
         people = world.people("known", "eval") + world.people("never", "eval")
         pairs = reward.collect(judge.author, judge.tokenizer, world, people, 2000, error=0)
         others = reward.judged(judge, pairs)
-        say(f"About people of whom no comparison was: {others.right}.")
+        say(f"About people of no comparison: {others.right}.")
         for kind, rate in others.by_kind.items():
             say(f"  {kind}: {rate}")
     words = ["--init-from", stage.settings.init_from, "--reward-model", str(run.folder)]
@@ -102,7 +103,7 @@ def _rlhf(run: Run) -> None:
 
 
 def _tasks(stage: Stage) -> None:
-    """How well a model that was tuned on a world does its tasks, on people and problems of no tuning set."""
+    """The scores of a model that was tuned on a world, on people and problems of no tuning set."""
     for source in filter(corpus.is_source, stage.settings.data):
         scores = evaluate.task_scores(stage.model, stage.tokenizer, corpus.world_of(source))
         say(f"\n{report.scores(scores)}")

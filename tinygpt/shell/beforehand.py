@@ -1,4 +1,4 @@
-"""What happens before a stage begins: examples are shown, simulated people compare answers."""
+"""Before a stage begins: examples are printed, simulated people compare answers."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from .terminal import say
 
 
 def show(init_from: str, data: tuple[str, ...], count: int) -> None:
-    """The first examples as they are trained on: each token, and whether it is learned."""
+    """Prints the first examples as the training sees them: each token, and whether the token is learned."""
     tok, notes = tokenizer.load(init_from), Notes()
     for example in read_examples(data, "sft", notes)[:count]:
         ids, learned = instructions.encode(tok, example.messages)
@@ -29,8 +29,8 @@ def show(init_from: str, data: tuple[str, ...], count: int) -> None:
 
 
 def _compare(settings: reward.Settings, out: Path, overwrite: bool, group: Group) -> reward.Settings:
-    """The settings with a file of comparisons that simulated people make, in place of a world. Of several
-    processes number 0 writes the file, and the others read it."""
+    """The settings with a file of comparisons in place of a world. Simulated people make the comparisons.
+    Process 0 writes the file, and the other processes read it."""
     if not any(map(corpus.is_source, settings.data)):
         return settings
     group.share_size(settings.gradient_accumulation_steps)
@@ -48,7 +48,8 @@ def _comparisons(settings: reward.Settings, out: Path, overwrite: bool) -> Path:
     say("Asking the model, and simulated people ...")
     count, people = settings.comparisons, reward.taught_by(world)
     comparisons = reward.collect(model, tok, world, people, count, settings.error, settings.train.seed)
-    out.mkdir(parents=True, exist_ok=True)  # a name of its own: an older run there needs its own file
+    out.mkdir(parents=True, exist_ok=True)
+    # The content is in the name: an older run in this folder keeps its own file.
     path = out / f"comparisons-{hashlib.sha256(repr(comparisons).encode()).hexdigest()[:8]}.jsonl"
     reward.write_file(path, comparisons)
     return path

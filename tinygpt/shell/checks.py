@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from ..check.gradcheck import Result
 from ..check.gradcheck import gradcheck as compare
 from ..core.config import DTYPES
 from ..errors import UserError
-from .options import COUNT_OR_0, FILE, MORE_THAN_0, REAL
+from ..lab import texts
+from .options import COUNT_OR_0, FILE, MORE_THAN_0, REAL, lang
 from .progress import command
 from .terminal import say
 
@@ -25,24 +28,25 @@ from .terminal import say
 @click.command()
 @click.argument("name", required=False)
 @click.option("--out", type=FILE, show_default="my_NAME.py", help="Where to write it.")
-@click.option("--check", "submissions", type=FILE, help="Grade a filled-in file, or a folder of files.")
+@click.option("--check", "submissions", type=FILE, help="Grade a file, or a folder of files.")
 @click.option("--time-limit", type=MORE_THAN_0, default=60.0, help="Seconds for each file.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, for each gradient or file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each gradient or file.")
+@lang
 def exercise(name: str | None, out: Path | None, submissions: Path | None, time_limit: float,
-             as_json: bool) -> None:  # fmt: skip
-    """Write a file with a forward pass, a blank for you to fill in, and a hint. Without a NAME: list them.
+             as_json: bool, language: str) -> None:  # fmt: skip
+    """Write a file with a forward pass, a blank for you to fill in, and a hint. Without NAME: list the names.
 
-    --check says whether the blank is filled in right, with the forward, the inputs and the seeds of tinygpt.
-    The file runs in a process of its own. Exit status 0: everything is right. In a folder, each .py file is a
-    submission and gets one row.
+    --check grades your file, with the forward, the inputs and the seeds of tinygpt. The file runs in a
+    separate process. Exit status 0: everything is right. In a folder, each .py file is a submission and gets
+    one row.
     """
     if name is None:
-        for exercise_name, (about, _) in exercises.EXERCISES.items():
-            say(f"{exercise_name:16} {about}")
-        say(f"\nNext: {command('exercise', 'linear')}")
+        for each, (about, _) in exercises.EXERCISES.items():
+            say(f"{each:16} {about if language == 'en' else texts.text(language, f'exercise {each}')}")
+        say("\n" + texts.text(language, "exercise next", command=command("exercise", "linear")))
         sys.exit()
     if name not in exercises.EXERCISES:
-        raise UserError(f"there is no exercise {name}: known are {', '.join(exercises.EXERCISES)}")
+        raise UserError(f"there is no exercise {name}: choose from {', '.join(exercises.EXERCISES)}")
     if submissions:
         sys.exit(_grade(name, submissions, time_limit, as_json))
     out = out or Path(f"my_{name}.py")
@@ -51,17 +55,41 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
     following = command("exercise", name, "--check", out.as_posix())
-    text = exercises.text(name, following)
+    source = exercises.text(name, following)
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(source if language == "en" else _translated(source, name, following, language))
     except FileExistsError:
-        raise UserError(f"{out}: exists, with work of yours perhaps; --out names another file") from None
-    say(f"Saved {out}. Fill in {exercises.blank(name)}. Next: {following}")
+        raise UserError(f"{out}: exists, perhaps with your work; --out names another file") from None
+    about = {"out": out, "blank": exercises.blank(name), "command": following}
+    say(texts.text(language, "exercise saved", **about))
+
+
+def _translated(source: str, name: str, following: str, language: str) -> str:
+    """The file of an exercise in another language: its head, the forward's docstring, its hint, the comment
+    of its blank. The rest is code, shapes and formulas."""
+
+    def paragraph(key: str, **values) -> str:
+        return texts.fill(texts.text(language, key, **values), 100)
+
+    blank, (function, file) = exercises.blank(name), exercises.EXERCISES[name][1].split(", ")
+    kind = "step" if name in exercises.STEPS else "backward"
+    head = [paragraph("exercise about", name=name, about=[f"exercise {name}", {}]),
+            paragraph(f"exercise {kind}", blank=blank), "    " + following,
+            paragraph("exercise compare", file=file, function=function)]  # fmt: skip
+    hint = textwrap.indent(paragraph("exercise hint", hint=[f"exercise {name}, hint", {}]), "    ")
+    _, source = source.split('\n"""\n', 1)
+    source = re.sub(r"    Hint: .*?(?=\n    \"{3})", lambda _: hint, source, flags=re.S)
+    if (key := f"exercise {name}, forward") in texts.texts():  # others are a formula
+        about = textwrap.indent(f'"""{paragraph(key)}\n"""', "    ")
+        source = re.sub(rf'(def {name}_forward.*?:\n)    "{{3}}.*?"{{3}}', rf"\1{about}", source, flags=re.S)
+    names = re.search("# write (.*) here", source)[1].replace(" and ", ", ")
+    source = re.sub("(?<=# )write .* here", texts.text(language, "exercise write", names=names), source)
+    return '"""' + "\n\n".join(head) + '\n"""\n' + source
 
 
 def _grade(name: str, path: Path, limit: float, as_json: bool) -> bool:
-    """Grades a file or a folder of files; whether one of them is not right."""
+    """Grades a file or a folder of files. True if one of them is wrong."""
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: there is no .py file in it")
@@ -91,7 +119,7 @@ def _text(result: Result, where: str = "") -> str:
 
 
 def _row(result: Result) -> dict:
-    """A result for JSON, which has no infinity."""
+    """A result for JSON. JSON has no infinity."""
     row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     row["ok"] = result.ok
     return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in row.items()}
@@ -123,18 +151,18 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
               allow_missing: bool, as_json: bool) -> None:  # fmt: skip
     """Compare hand-written gradients with finite differences.
 
-    Of your own code: MODULE:NAME, or FILE.py:NAME, stands for NAME_forward and NAME_backward with inputs
-    from NAME_inputs(rng) or --shape, or for an object with forward, backward, params and grads. Without it:
-    of every operation and the whole model of tinygpt, in each backend.
+    MODULE:NAME or FILE.py:NAME is your own code: NAME_forward and NAME_backward, with inputs from
+    NAME_inputs(rng) or --shape; or an object with forward, backward, params and grads. Without it, every
+    operation and the whole model of tinygpt is checked, in each backend.
 
     A gradient is ok, WRONG, MISSING (backward returns None for it) or NOT JUDGED (the differences are too
-    uncertain to say). Exit status 1 if one is wrong or missing. In JSON, ok is null for what is neither right
-    nor a failure.
+    uncertain). Exit status 1: a gradient is wrong or missing. In JSON, ok is null for a gradient that is
+    neither right nor a failure.
     """
     rows, failing = [], {"wrong", "not judged" * strict, "missing" * (not allow_missing)}
     if target is None:
         if shapes:
-            raise click.UsageError("--shape is for your own code: say which, as in mymodule:layernorm")
+            raise click.UsageError("--shape is for your own code: name it, as in mymodule:layernorm")
         checks = targets.check_project(rtol or 1e-7, atol, seed)
     else:
         try:
@@ -158,7 +186,7 @@ def gradcheck(target: str | None, shapes: dict, rtol: float | None, atol: float,
 
 
 def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -> list[tuple]:
-    """Name, "user" and result of each gradient; what the user's code raises is reported in one line."""
+    """Name, "user" and result of each gradient. An exception of the user's code becomes one line."""
     try:
         arguments = targets.find(target, shapes)
         results = compare(*arguments, rtol=rtol, atol=atol, seed=seed)
@@ -175,19 +203,19 @@ def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -
 
 @click.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
-@click.option("--seconds", default=5.0, type=MORE_THAN_0, help="For each job.")
-@click.option("--quick", is_flag=True, help="A fraction of a second for each figure: does it run?")
+@click.option("--seconds", default=5.0, type=MORE_THAN_0, help="Seconds for each job.")
+@click.option("--quick", is_flag=True, help="A fraction of a second for each number: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
-@click.option("--plot", type=FILE, help="Draw what scaling found.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Of what linear maps multiply.")
+@click.option("--plot", type=FILE, help="Draw the results of scaling.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Number format of products.")
 def bench(
     jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None, dtype: str
 ) -> None:
-    """Measure speed, and the share of what this machine can do at most, which is measured too.
+    """Measure speed, the peak of this machine, and the share of the peak.
 
-    A JOB is peak, gemm, train/SIZE, lora/SIZE, rlhf/small, generate/SIZE/BATCH, numpy/nano or scaling, such
-    as train/nano or generate/small/64; without one, all but scaling and those of GPT-2 124M. A time is the
-    median of a training step, or of a token for each prompt.
+    A JOB is peak, gemm, train/SIZE, lora/SIZE, rlhf/small, generate/SIZE/BATCH, numpy/nano or scaling.
+    Examples: train/nano, generate/small/64. Without a JOB, all run except scaling and the jobs of GPT-2 124M.
+    A time is the median of a training step, or of one token for each prompt.
     """
     rows, draw = [], benchmarks.plotter(plot, jobs) if plot else None
     for row in benchmarks.run(list(jobs), 0.2 if quick else seconds, dtype):

@@ -1,4 +1,4 @@
-"""The command line. Commands stand in modules of their own, which are loaded when the first is asked for."""
+"""The command line. The modules of the commands are loaded at their first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ ORDER = (  # the story, then a life
 )  # fmt: skip
 
 
-IN_PARALLEL = "pretrain", "sft", "reward"  # under mpiexec
+# Errors of general types that are the user's, by a part of the text: too little memory to load NumPy; a loop
+# in Path.resolve (an OSError from Python 3.13 on).
+UNCLEAR = {ImportError: "failed to map", RuntimeError: "Symlink loop"}
+IN_PARALLEL = "pretrain", "sft", "reward"  # commands that mpiexec can run
 
 
 def _launched() -> tuple[int, int]:
@@ -30,7 +33,7 @@ def _launched() -> tuple[int, int]:
 
 
 class Commands(click.Group):
-    """Turns a user's mistake into one line and exit status 2, and a warning into one line."""
+    """A user's mistake becomes one line and exit status 2. A warning becomes one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._load()
@@ -48,9 +51,9 @@ class Commands(click.Group):
     def _load(self) -> None:
         """Imports all commands, and NumPy and the C core with them."""
         if not self.commands:
-            from . import checks, inference, laboratory, training
+            from . import chat, checks, inference, label, laboratory, training
 
-            for module in (inference, laboratory, checks):
+            for module in (inference, chat, label, laboratory, checks):
                 for name, value in vars(module).items():
                     if isinstance(value, click.Command) and value.name == name:
                         self.add_command(value)
@@ -58,11 +61,11 @@ class Commands(click.Group):
                 self.add_command(each)
 
     def invoke(self, ctx: click.Context):
-        """Of several processes number 0 prints, and the others only what is wrong with them."""
+        """Process 0 prints everything. Any other process prints only its own error."""
         rank = 0
         warnings.showwarning = lambda message, *_: rank or say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
+            sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal lacks
         try:
             if rank := _launched()[0]:
                 sys.stdout = None
@@ -74,22 +77,15 @@ class Commands(click.Group):
                 sys.exit(2)
             error.message = printable(error.message)
             raise
-        except KeyboardInterrupt:  # where a command has nothing to save
+        except KeyboardInterrupt:  # commands that save something catch it themselves
             say(err=True)
             sys.exit(130)
-        except ImportError as error:
-            if "failed to map" not in str(error):
+        except (UserError, OSError, MemoryError, *UNCLEAR) as error:
+            if any(isinstance(error, kind) and text not in str(error) for kind, text in UNCLEAR.items()):
                 raise
-            say("tinygpt: not enough memory to load NumPy", err=True)
-            sys.exit(2)
-        except RuntimeError as error:
-            if "Symlink loop" not in str(error):  # of Path.resolve; from Python 3.13 on an OSError
-                raise
-            say(f"tinygpt: {one_line(error)}", err=True)
-            sys.exit(2)
-        except (UserError, OSError, MemoryError) as error:
+            text = "not enough memory to load NumPy" if isinstance(error, ImportError) else one_line(error)
             who = f"process {rank} on {platform.node()}: " if rank else ""
-            say(f"tinygpt: {who}{one_line(error)}", err=True)
+            say(f"tinygpt: {who}{text}", err=True)
             sys.exit(2)
         finally:
             if atomic := sys.modules.get("tinygpt.files.atomic"):
@@ -99,4 +95,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """A GPT on one CPU: train it, let it write, talk to it, and check its every gradient."""
+    """A GPT on one CPU: train it, let it write, talk to it, and check its gradients."""

@@ -1,4 +1,4 @@
-"""The commands for a trained model (label, merge, generate, chat, look, fewshot) and for its tokenizer."""
+"""The commands merge, generate, look and fewshot for a trained model, and those for a tokenizer."""
 
 import math
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
 from ..folders import adapters, runs
@@ -22,9 +21,8 @@ from ..text.examples import USUAL, Notes
 from ..text.stream import encode_prompt
 from ..text.tokenizer import BPETokenizer
 from ..world import corpus
-from . import chat as conversation
-from . import label as labelling
-from .options import COUNT, COUNT_OR_0, FILE, FOLDER, PATH, REAL, Number, check_out, given, out, together
+from .chat import speaker
+from .options import COUNT, COUNT_OR_0, FILE, FOLDER, REAL, adapter_folder_option, check_out, out, sampling
 from .progress import command, shown_token
 from .terminal import from_stdin, say
 from .worlds import world_of
@@ -32,71 +30,30 @@ from .worlds import world_of
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
-                   "world:SEED.")  # fmt: skip
-@click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
-@click.option("--max-new-tokens", default=16, type=COUNT, help="Of an answer.")
-@click.option("--refusal", metavar="TEXT", help="A second answer where the model says one thing only, such "
-                                                "as 'I do not know.'")  # fmt: skip
-@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of prompts and answers.")
-def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str | None, seed: int) -> None:
-    """Compare two answers of the tuned model in FOLDER, again and again: what tinygpt reward learns from.
-
-    One key each: 1 or 2 for the better one, s to skip, q to stop. Each comparison is in the file at once; the
-    same command goes on after the last one.
-    """
-    labelling.label(folder, data, out, max_new_tokens, refusal, seed)
-
-
-_adapter_folder = click.option(
-    "--adapter-folder", type=FOLDER, help="An adapter that was trained beside this model."
-)
-
-
-@click.command()
-@click.argument("folder", type=FOLDER)
-@_adapter_folder
+@adapter_folder_option
 @out("merged")
 def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool) -> None:
-    """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, as fast as that one."""
+    """Add a LoRA adapter to the weights of the model in FOLDER: a plain model, with the same speed."""
     if adapter_folder is None:
-        raise click.UsageError("say which adapter, as --adapter-folder")
+        raise click.UsageError("name the adapter as --adapter-folder")
     runs.check_folder(out, overwrite, needed=(folder, adapter_folder))
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     runs.save_model(out, variants.merge(model), tokenizer)
     say(f"Saved in {out}. Next: {command('generate', str(out))}")
 
 
-def _sampling(stop: str | None, shown: str, temperature: str = "0.8", required: bool = True):
-    """The arguments that generate and chat share."""
-    return together([
-        click.argument("folder", type=FOLDER, required=required),
-        _adapter_folder,
-        click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
-        click.option("--temperature", default=0.8, type=REAL, help="0: greedy.", show_default=temperature),
-        click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
-        click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
-                     help="Only the likeliest tokens that have this probability together; 1: all."),
-        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before this."),
-        click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
-        click.option("--dtype", default="float32", type=click.Choice(DTYPES),
-                     help="Of the weights that are read; bfloat16 is half as much to read."),
-    ])  # fmt: skip
-
-
 @click.command()
-@_sampling(stop="", shown="none")
-@click.option("--prompt", default="", help="The text to go on from; - reads standard input.")
-@click.option("--special-tokens", is_flag=True, help="What the prompt spells of them is the token.")
-@click.option("--num-samples", default=1, type=COUNT, help="How many, a line of dashes between.")
+@sampling(stop="", shown="none")
+@click.option("--prompt", default="", help="The text to continue; - reads standard input.")
+@click.option("--special-tokens", is_flag=True, help="Names such as <|endoftext|> in the prompt are tokens.")
+@click.option("--num-samples", default=1, type=COUNT, help="The number of texts; dashes separate them.")
 def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **options) -> None:
     """Let the model in FOLDER (tinygpt's, or GPT-2 as downloaded from the hub) continue a text.
 
-    Prints the prompt and its continuation as it comes. Without a prompt the model begins a text. For answers
-    of a model that was tuned to instructions: tinygpt chat.
+    Prints the prompt and then each token at once. Without a prompt the model begins a text. A model that was
+    tuned to instructions answers in tinygpt chat.
     """
-    _, tokenizer, continuation = conversation.speaker(**options)
+    _, tokenizer, continuation = speaker(**options)
     if prompt == "-":
         prompt = from_stdin(lambda: sys.stdin.read()).removesuffix("\n")
     ids = encode_prompt(tokenizer, prompt, special_tokens)
@@ -108,42 +65,24 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 
 
 @click.command()
-@_sampling(None, "a blank line; none after tinygpt sft", "0.8; of a story 0", required=False)
-@click.option("--story", "story_folder", type=FOLDER, help="Talk to a model of the story there instead.")
-@click.option("--stage", default="sft", metavar="NAME", help="base, sft, rlhf, lora or ptuning.")
-@click.option("--compare", metavar="NAME,NAME", help="Several of these, asked the same.")
-def chat(folder, story_folder, stage: str, compare: str | None, stop, adapter_folder, **options) -> None:
-    """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
-
-    A model that was tuned to instructions (tinygpt sft) is asked in their form; any other continues the
-    conversation as plain text. What no longer fits its context is forgotten. A story's model, and an untuned
-    one of a world, take each line alone.
-    """
-    if story_folder and "temperature" not in given():
-        options["temperature"] = 0.0  # as the story's own samples
-    chose = "stage" in given()
-    conversation.chat(folder, story_folder, stage, compare, stop, adapter_folder, chose, **options)
-
-
-@click.command()
 @click.argument("folder", type=FOLDER)
 @click.argument("text")
-@_adapter_folder
-@click.option("--answer", default="", show_default="none", help="To TEXT; it alone is learned.")
-@click.option("--token", type=COUNT, show_default="the third", help="Its rows are in the page whole.")
+@adapter_folder_option
+@click.option("--answer", default="", show_default="none", help="The answer to TEXT; only it is learned.")
+@click.option("--token", type=COUNT, show_default="the third", help="Show all numbers of its rows.")
 @click.option("--lr", default=1e-3, type=REAL, help="The learning rate of the update.")
 @click.option("--out", default="look.html", type=FILE, help="The page.")
 @click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, token: int | None, lr: float,
          out: Path, overwrite: bool) -> None:  # fmt: skip
-    """See one training step of the model in FOLDER on TEXT: a page for a browser, which needs no network.
+    """See one training step of the model in FOLDER on TEXT, as a page for a browser without network.
 
-    The page shows the lines of code beside the arrays that they computed, forward and backward, the update,
-    where each head looks, the prediction after each layer, and the gradient. The model's files stay as they
-    are.
+    The page shows each line of code beside the arrays that it computed: forward, loss, backward, update.
+    Other views show the attention of each head, the prediction after each layer, and the gradient. The
+    model's files do not change.
     """
     if out.exists() and not overwrite:
-        raise UserError(f"{out}: is there already; --overwrite replaces it, --out names another file")
+        raise UserError(f"{out}: exists; --overwrite replaces it, --out names another file")
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     if answer:
         ids, learned = instructions.encode(tokenizer, instructions.pair(text, answer))
@@ -162,29 +101,30 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@_adapter_folder
+@adapter_folder_option
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
               help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of the README; '
                    "or the folder of tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--task", default="mappings",
               type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
-              help="Of the world. mappings: words whose labels are drawn anew for each prompt.")  # fmt: skip
+              help="Of the world. mappings: words whose labels are new in each prompt.")  # fmt: skip
 @click.option("--shots", multiple=True, type=COUNT_OR_0, default=(0, 1, 2, 4, 8),
-              help="Examples before the question; repeat.")  # fmt: skip
+              help="Number of examples before the question; repeat.")  # fmt: skip
 @click.option("--style", type=click.Choice(("table", "arrow", "colon", "lines", "chat")),
               show_default="chat after tinygpt sft, else as the world has it",
-              help="How questions and answers are written down; chat: as earlier turns.")  # fmt: skip
+              help="The form of examples; chat: as earlier turns.")  # fmt: skip
 @click.option("--control", type=click.Choice(("", "shuffled", "unseen", "reordered")), default="",
-              show_default="none", metavar="NAME", help="Of mappings: shuffled labels, an unseen word asked "
-                                                        "for, or reordered examples.")  # fmt: skip
-@click.option("--free", is_flag=True, help="Let it write the answer, instead of scoring the choices.")
-@click.option("--count", default=500, type=COUNT, help="Questions.")
-@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of the examples drawn from a file.")
+              show_default="none", metavar="NAME", help="Of mappings: shuffled labels, an unseen word as the "
+                                                        "question, or reordered examples.")  # fmt: skip
+@click.option("--free", is_flag=True, help="The model writes the answer, instead of scoring the choices.")
+@click.option("--count", default=500, type=COUNT, help="Number of questions.")
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of the examples from a file.")
 def fewshot(folder, adapter_folder, data, task, shots, style, control, free, count, seed) -> None:
-    """Ask the model in FOLDER with examples before the question: no weight changes.
+    """Ask the model in FOLDER with examples before the question. No weight changes.
 
-    A row for each number of examples: how often the answer is right, of the choices the likeliest, or what
-    the model writes; of mappings also how often the best possible predictor is.
+    Prints a row for each number of examples: the rate of right answers. The answer is the likeliest of the
+    choices, or with --free the text that the model writes. Mappings also have the rate of the best possible
+    predictor.
     """
     model, tokenizer = adapters.load_model(folder, adapter_folder)
     usual = "table" if task == "mappings" else "arrow"  # as the corpus has them
@@ -220,7 +160,7 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
 
 @click.group()
 def tokenizer() -> None:
-    """Train a byte-level BPE, or see how a text is split."""
+    """Train a byte-level BPE tokenizer, or show its tokens of a text."""
 
 
 @tokenizer.command("train")
@@ -231,9 +171,9 @@ def tokenizer() -> None:
 @out("tokenizer", "tokenizer", holds="the files")
 def tokenizer_train(data: tuple[str, ...], plain_text: bool, vocab_size: int, out: Path,
                     overwrite: bool) -> None:  # fmt: skip
-    """Learn the merges that a text asks for: again and again, the most frequent pair becomes one token."""
+    """Learn merges from a text: again and again, the most frequent pair of tokens becomes one token."""
     if (out / "config.json").exists():
-        raise UserError(f"{out}: has a model, which another tokenizer makes unusable; name another folder")
+        raise UserError(f"{out}: has a model, and needs its own tokenizer; name another folder")
     check_out(out, "tokenizer.json", "tokenizer", overwrite)
     texts = documents(data, plain_text)
     bpe = BPETokenizer.train(joined(texts), vocab_size)
@@ -249,9 +189,9 @@ def tokenizer_train(data: tuple[str, ...], plain_text: bool, vocab_size: int, ou
 @click.argument("folder", type=FOLDER)
 @click.argument("text")
 def tokenizer_show(folder: Path, text: str) -> None:
-    """Show how the tokenizer in FOLDER splits TEXT: its pieces, each merge in turn, the ids.
+    """Show how the tokenizer in FOLDER splits TEXT: the pieces, each merge in order, the ids.
 
-    A merge's number is its rank: of all pairs in a piece, the one learned first is merged first.
+    The number of a merge is its rank. The pair with the lowest rank in a piece is merged first.
     """
     count = 0
     for piece, steps, ids in tokenizers.load(folder).explain(text):

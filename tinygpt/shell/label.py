@@ -1,4 +1,4 @@
-"""A person compares answers of a model, one key each. Each comparison is in the file at once."""
+"""A person compares answers of a model, with one key each. The file has each comparison at once."""
 
 import itertools
 import json
@@ -13,27 +13,37 @@ from ..stages.reward import read_file
 from ..stages.rlhf import read_prompts
 from ..stages.samples import prompt_ids, sample
 from ..text import instructions
-from ..text.examples import Notes
+from ..text.examples import USUAL, Notes
 from ..world import corpus
+from .options import COUNT, COUNT_OR_0, FOLDER, PATH
 from .progress import command
 from .terminal import from_stdin, is_terminal, say
 from .worlds import world_of
 
-TEMPERATURES = (1.0, 1.5, 2.0)  # as long as a model says one thing, it is asked at the next of these
+TEMPERATURES = (1.0, 1.5, 2.0)  # the next one is tried where all answers are equal
 
 
-def label(
-    folder: Path, data: str | None, out: Path, max_new_tokens: int, refusal: str | None, seed: int
-) -> None:
-    """Shows two answers of the model in `folder` to a prompt of `data`, again and again, until the key q.
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
+                   "world:SEED.")  # fmt: skip
+@click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
+@click.option("--max-new-tokens", default=16, type=COUNT, help="Length of an answer.")
+@click.option("--refusal", metavar="TEXT", help="A second answer where all answers are equal, such as "
+                                                "'I do not know.'")  # fmt: skip
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of prompts and answers.")
+def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str | None, seed: int) -> None:
+    """Compare two answers of the tuned model in FOLDER, again and again. tinygpt reward learns from these.
 
-    refusal: an answer that is offered where the model says one thing at all TEMPERATURES.
+    The keys: 1 or 2 for the better answer, s to skip, q to stop. The file has each comparison at once. The
+    same command continues after the last comparison.
     """
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)
     data = data or world_of(folder, "prompts")
-    before = read_file(out) if out.exists() else []
-    count, pairs_before = len(before), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in before}
+    earlier = read_file(out) if out.exists() else []
+    count, pairs_before = len(earlier), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in earlier}
     notes = Notes()
     items = [(item.get("where", ""), item) for item in read_prompts(data, notes)]
     size = max_new_tokens
@@ -43,11 +53,11 @@ def label(
     say(f"{notes}\n{keys}" if notes else keys)
     last = count
     for n in itertools.count(count):
-        if n - last > len(prompts):  # to each it says one thing, or what was compared before
-            say("There is nothing left to compare: another --seed or other prompts may give more.")
+        if n - last > len(prompts):  # each prompt has one answer only, or a pair that was compared before
+            say("There is nothing left to compare. Try another --seed or other prompts.")
             break
         (item, ids), rng = prompts[order[n % len(prompts)]], np.random.default_rng([seed, n])
-        prompt, texts = item["prompt"], {}  # the keys are in the order in which they came
+        prompt, texts = item["prompt"], {}  # the keys keep the order of the answers
         for temperature in TEMPERATURES:
             if len(texts) < 2:
                 answers = sample(model, tokenizer, [ids], 8, max_new_tokens, rng, temperature).answers
@@ -59,7 +69,7 @@ def label(
         last = n
         say(f"\n{count + 1}. {instructions.shown(prompt)}\n  1  {pair[0]}\n  2  {pair[1]}")
         if in_world:
-            remark = "" if item["meta"]["exposure"] else " But no text told the model."
+            remark = "" if item["meta"]["exposure"] else " But no text told the model so."
             say(f"     (true: {item['meta']['answer']}.{remark})")
         key = ""
         while key not in ("1", "2", "s", "q"):
@@ -75,7 +85,7 @@ def label(
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    say(f"{count} comparisons in {out}." + " Next, a judge or without one:" * bool(count))
+    say(f"{count} comparisons in {out}." + " Next, with a judge or without:" * bool(count))
     for words in (["reward"], ["rlhf", "--algo", "dpo"]) if count else ():
         say("  " + command(*words, "--init-from", str(folder), "--data", str(out)))
 

@@ -3,8 +3,8 @@
 import itertools
 import shlex
 import sys
-import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 
@@ -14,25 +14,25 @@ from ..core import kernels
 from ..core.config import DTYPES
 from ..errors import UserError
 from ..files.jsonfile import read_object
-from ..lab import report
+from ..lab import report, texts
 from ..stages.evaluate import gaps
 from ..stages.recipes import FULL, QUICK, Recipe
 from ..world import World, corpus
-from .options import COUNT, COUNT_OR_0, PATH, check_out, given, out, refuse
+from .options import COUNT, COUNT_OR_0, PATH, check_out, lang, out, refuse, written_options
 from .progress import clock, command, progress
 from .terminal import say
 
 
 @click.command()
 @click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same bytes.")
-@click.option("--permuted", is_flag=True, help="The same people with other answers.")
-@click.option("--documents", default=133_000, type=COUNT, help="In the corpus, beside the refrains.")
-@click.option("--vocab-size", default=2048, type=COUNT, help="To count tokens with.")
+@click.option("--permuted", is_flag=True, help="The same people with other facts.")
+@click.option("--documents", default=133_000, type=COUNT, help="Documents, beside the repeated word lists.")
+@click.option("--vocab-size", default=2048, type=COUNT, help="Vocabulary that counts the tokens.")
 @out("world", "world", holds="the files")
 def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path, overwrite: bool) -> None:
     """Write the synthetic world: invented people, and text and questions about them.
 
-    Shows documents of each kind and their exact entropy: the loss that no model passes.
+    Shows documents of each kind and their exact entropy. No model has a loss below the entropy.
     """
     check_out(out, corpus.MARK, "world", overwrite)
     text = corpus.draw(World(seed, permuted), documents=documents)
@@ -41,8 +41,8 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
     samples: dict[str, list[str]] = {}
     for kind, document in itertools.islice(text.world.documents(), 1000):
         samples.setdefault(kind, []).append(document)
-    for kind, texts in samples.items():
-        say("\n".join([f"{kind}:", *(f"  {text}" for text in texts[:2]), ""]))
+    for kind, examples in samples.items():
+        say("\n".join([f"{kind}:", *(f"  {example}" for example in examples[:2]), ""]))
     say("entropy of    documents  nats each  tokens each  nats/token")
     for kind, (n, tokens, floor, *_) in gaps(None, tokenizer, text.world).items():
         say(f"{kind:12} {n:10,} {floor * tokens / n:10.2f} {tokens / n:12.1f} {floor:11.3f}")
@@ -50,24 +50,25 @@ def world(seed: int, permuted: bool, documents: int, vocab_size: int, out: Path,
 
 
 def recipe(usual: Recipe) -> Recipe:
-    """How models are made: as usual, or by the Recipe that a program gave the command as its object."""
+    """The usual recipe, or the Recipe that a program gave the command as its object."""
     return click.get_current_context().obj or usual
 
 
 @click.command()
-@click.option("--seed", default=1337, type=COUNT_OR_0, help="Of the world, and of everything.")
-@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people; steps and RLHF need more.")
-@click.option("--out", default="story", type=PATH, help="Folder for all that is made.")
+@click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of the world and of all training.")
+@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people: too short for RLHF.")
+@click.option("--out", default="story", type=PATH, help="Folder for the models and results.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
-@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of what linear maps multiply.")
-def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str) -> None:
-    """A GPT's whole life in a small invented world: each stage, and what it changed. Eight minutes.
+@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Number format of products.")
+@lang
+def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, language: str) -> None:
+    """A GPT's whole life in a small invented world, in eight minutes: each stage and its changes.
 
-    It is pre-trained, asked with examples in the prompt, tuned to instructions, judged and steered (RLHF),
-    and tuned once more by adapters that leave it as it is. The table at the end is measured in this run.
-    Ctrl-C loses the stage under way, and the same command goes on. Then: tinygpt chat --story
+    The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
+    steered (RLHF). Adapters tune the unchanged base once more. The table at the end is measured in this run.
+    Ctrl-C loses the current stage, and the same command continues. Then: tinygpt chat --story
     """
-    from ..lab import page  # here, as --help has no need of the laboratory
+    from ..lab import page  # --help does not need the laboratory
     from ..lab import story as telling
     from ..lab.models import Lab
 
@@ -79,62 +80,69 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str) -> Non
             which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
             which += f" --dtype {short(before)}" * (before != "float32")
             raise UserError(f"{out}: has the story of {which}; --out takes another folder")
+    text, stages = partial(texts.text, language), list(telling.STAGES)
     if not quick and kernels.backend().__name__ != kernels.__name__:
-        say("Without the C core this takes well over an hour; --quick takes a quarter of that.")
+        say(text("story without C"))
+    if language != texts.LANGUAGES[0]:
+        say(texts.fill(text("story world"), 100))
     start = time.perf_counter()
 
-    def show(n: int, stage: telling.Stage, result: dict | None) -> None:
+    def show(name: str, result: dict | None) -> None:
         if result is None:
-            at = clock(time.perf_counter() - start)
-            say(f"\n--- {n}/{len(telling.STAGES)} {stage.name} ({stage.term}), at {at}")
-            say(textwrap.fill(stage.says, 100))
+            n, at = stages.index(name) + 1, clock(time.perf_counter() - start)
+            about = {"n": n, "count": len(stages), "name": [name, {}], "term": [f"{name}, term", {}]}
+            say("\n" + text("story heading", **about, time=at))
+            say(texts.fill(text(f"{name}, says"), 100))
             return
         if "failed" in result:
-            say(f"This stage failed: {result['failed']}", err=True)
-        names = [*result.get("compares", ("before", "after")), "true"]
+            say(text("story failed", error=result["failed"]), err=True)
+        names = [texts.wide(text(name)) for name in telling.compared(result)]
         for question, *answers in result.get("samples", ()):
             say(f"\n  > {question}")
-            for name, text in zip(names, answers, strict=True):
-                say(f"  {name + ':':13} {text}")
+            for title, answer in zip(names, answers, strict=True):
+                say(texts.narrow(f"  {title + ':':13} ") + texts.spoken(language, answer))
         for note in result.get("notes", ()):
-            say(textwrap.fill(note, 100))
+            say(texts.fill(texts.spoken(language, note), 100))
 
     out.mkdir(parents=True, exist_ok=True)
     try:
         way = recipe(QUICK if quick else FULL).computed_in(dtype)
-        story = telling.tell(Lab(out, seed, way, progress=progress), show)
+        story = telling.tell(Lab(out, seed, way, progress=partial(progress, language=language)), show)
     except KeyboardInterrupt:
-        say("\nStopped. The same command goes on.")
+        say("\n" + text("story stopped"))
         sys.exit(130)
-    say(f"\n{report.story(story['stages'])}\n\nIn {clock(time.perf_counter() - start)}.")
+    say(f"\n{report.story(story['stages'], language)}\n")
+    say(text("story time", time=clock(time.perf_counter() - start)))
     if quick:
-        say("This is --quick: too short for the chain of thought, and for RLHF, to show what they do.")
+        say(text("story quick"))
     if not no_report:
         try:
-            (out / "report.html").write_text(page.html(story), encoding="utf-8")
-            say(f"The curves are in {out / 'report.html'}.")
+            (out / "report.html").write_text(page.html(story, language), encoding="utf-8")
+            say(text("story page", page=out / "report.html"))
         except ImportError:
             install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
-            say(f"The curves, report.html, need matplotlib: {install}; then the same command.")
-    say(f"Its models, for generate, label and fewshot, are in {out / story['folder']}.")
-    say(f"Saved in {out}. Next: {command('chat', '--story', str(out), '--compare', 'base,sft,rlhf')}")
+            say(text("story no page", install=install))
+    say(text("story models", folder=out / story["folder"]))
+    words = ["chat", "--story", str(out), "--compare", "base,sft,rlhf"]
+    words += ["--lang", language] * (language != texts.LANGUAGES[0])
+    say(text("story saved", out=out, command=command(*words)))
     sys.exit(any("failed" in result for result in story["stages"].values()))
 
 
 @click.command()
 @click.argument("numbers", nargs=-1, type=COUNT, metavar="[NUMBER]...")
-@click.option("--seeds", default=2, type=COUNT, help="So many worlds from 1337 on, each with its own base.")
+@click.option("--seeds", default=2, type=COUNT, help="Number of worlds, from 1337 upwards, each with a base.")
 @click.option("--seed", "chosen_seeds", multiple=True, type=COUNT_OR_0, show_default="those of --seeds",
-              help="These worlds; repeat.")  # fmt: skip
-@click.option("--all", "every", is_flag=True, help="All claims, and not the core of them.")
+              help="A world; repeat for several.")  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="All claims, not only the core.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
-@click.option("--out", default="claims", type=PATH, help="Folder for all that is made.")
+@click.option("--out", default="claims", type=PATH, help="Folder for the models and results.")
 def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed: bool, out: Path) -> None:
-    """Measure what is said of pre-training, tuning, adapters and in-context learning: does it hold here?
+    """Measure the glossary's claims about pre-training, tuning, adapters and in-context learning.
 
-    A NUMBER is a claim's; without one, the core of them, which takes 40 minutes for two seeds. Worlds, models
-    and numbers are kept in --out: Ctrl-C loses the measurement under way, and the same command goes on. To
-    measure anew, remove the folder.
+    NUMBER is the number of a claim. Without a NUMBER, the core of the claims is measured: 40 minutes for two
+    seeds. The folder --out keeps worlds, models and numbers. Ctrl-C loses the current measurement, and the
+    same command continues. To measure again, remove the folder.
     """
     from ..lab import claims as measuring
 
@@ -147,14 +155,14 @@ def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed:
     for number in selection:
         if number not in measuring.CLAIMS:
             every_number = ", ".join(map(str, measuring.CLAIMS))
-            raise UserError(f"there is no claim {number}: known are {every_number}; --list says them")
+            raise UserError(f"there is no claim {number}: choose from {every_number}; --list prints them")
     if chosen_seeds:
-        refuse(given() & {"seeds"}, "--seed says which worlds")
+        refuse(written_options() & {"seeds"}, "--seed names the worlds")
     worlds = dict.fromkeys(chosen_seeds or range(1337, 1337 + seeds))
     try:
         results = measuring.run(out, selection, worlds, say, recipe(FULL))
     except KeyboardInterrupt:
-        say("\nStopped. The same command goes on.")
+        say("\nStopped. The same command continues.")
         sys.exit(130)
     for number, result in results.items():
         say(f"\n{report.claim(measuring.CLAIMS[number], result)}")

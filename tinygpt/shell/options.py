@@ -1,7 +1,8 @@
-"""Options of commands: made from the fields of dataclasses (`core.option`), checked against one another."""
+"""Options of commands. The fields of dataclasses (`core.option`) define most options and their checks."""
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -9,12 +10,15 @@ from typing import get_args, get_type_hints
 import click
 from click.core import ParameterSource
 
+from ..core.config import DTYPES
 from ..core.option import inside
 from ..errors import UserError
+from ..lab import texts
+from .terminal import say
 
 
 class Number(click.ParamType):
-    """An int or a float in an interval such as "[0, 1)"; the error is that of `core.option`."""
+    """An int or a float in an interval such as "[0, 1)". `core.option` has the text of the error."""
 
     def __init__(self, kind: type, interval: str) -> None:
         self.kind, self.interval, self.name = kind, interval, "n" if kind is int else "x"
@@ -55,16 +59,52 @@ def out(default: str, what: str = "model", holds: str = "the model") -> Callable
     ])  # fmt: skip
 
 
+adapter_folder_option = click.option(
+    "--adapter-folder", type=FOLDER, help="An adapter that was trained beside this model."
+)
+
+
+def sampling(stop: str | None, shown: str, temperature: str = "0.8", required: bool = True):
+    """The arguments that generate and chat share."""
+    return together([
+        click.argument("folder", type=FOLDER, required=required),
+        adapter_folder_option,
+        click.option("--max-new-tokens", default=200, type=COUNT_OR_0, help="The length."),
+        click.option("--temperature", default=0.8, type=REAL, help="0: greedy.", show_default=temperature),
+        click.option("--top-k", default=0, type=COUNT_OR_0, help="Only the K likeliest; 0: all."),
+        click.option("--top-p", default=1.0, type=Number(float, "(0, 1]"),
+                     help="Only the likeliest tokens, up to this sum of probabilities; 1: all."),
+        click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before TEXT."),
+        click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
+        click.option("--dtype", default="float32", type=click.Choice(DTYPES),
+                     help="Number format of the weights; bfloat16 takes half of the memory traffic."),
+    ])  # fmt: skip
+
+
 def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False) -> None:
-    """Refuses a file, and without --overwrite a folder that has a file of that name."""
+    """Refuses an `out` that is a file, and without --overwrite a folder that has the file `name`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
     if name and (out / name).exists() and not overwrite:
         raise UserError(f"{out}: has a {what}; --overwrite replaces it, --out names another folder")
 
 
-def given() -> set[str]:
-    """The names of the options that the user wrote."""
+def lang(command: Callable) -> Callable:
+    """Adds the option --lang, as the argument `language`. Without the option, a user whose locale is Korean
+    gets one line that names the option."""
+
+    def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
+        if value is None and (locale := texts.usual(os.environ)) != texts.LANGUAGES[0]:
+            say(texts.text(locale, "language"), err=True)
+        return value or texts.LANGUAGES[0]
+
+    kind, usual = click.Choice(texts.LANGUAGES), texts.LANGUAGES[0]
+    return click.option("--lang", "language", type=kind, show_default=usual, callback=language,
+                        help="en: English; ko: 한국어.")(command)  # fmt: skip
+
+
+def written_options() -> set[str]:
+    """The names of the options on the user's command line."""
     ctx = click.get_current_context()
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
@@ -91,10 +131,10 @@ def fields(cls: type, leave_out: Iterable[str] = ()) -> Iterator[tuple[str, data
 
 
 def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Iterator[Callable]:
-    """The click options of such fields. defaults: of options whose default is not the field's; for a number,
-    a text says in words how the number depends on others.
+    """The click options of such fields.
 
-    An option whose default depends on others has the value None, or (), where the user does not write it.
+    defaults: other defaults than the fields'. For a number, the default may be a text that tells how the
+    number depends on other options. Then the value is None, or (), if the user does not write the option.
     """
     for name, field, kind in options:
         default, about = (defaults or {}).get(name, field.default), field.metadata
@@ -115,7 +155,7 @@ def from_fields(options: Iterable[tuple], defaults: dict | None = None) -> Itera
 
 
 def check(options: Iterable[tuple], values: dict, written: set[str]) -> None:
-    """Refuses what the user wrote where other options give it no meaning."""
+    """Refuses an option that has no meaning together with the others."""
     reasons: dict[str, set[str]] = {}
     for name, field, _ in options:
         if name in written and (values[name] == "" or values[name] == ("",)):
@@ -132,6 +172,6 @@ def check(options: Iterable[tuple], values: dict, written: set[str]) -> None:
 
 
 def chosen(cls: type, values: dict, leave_out: Iterable[str] = ()) -> dict[str, object]:
-    """The fields of a dataclass that the options give a value."""
+    """Field -> value, for the fields of a dataclass that have a value in the options."""
     pairs = ((field.name, values.get(name)) for name, field, _ in fields(cls, leave_out))
     return {name: value for name, value in pairs if value is not None and value != ()}

@@ -1,53 +1,55 @@
-"""What a person sees while a model trains, and sentences that several commands print."""
+"""The progress line of a training, and texts that several commands print."""
 
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from ..lab import texts
 from .terminal import can_renew, renew, say
 
-WATCHED = ("reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known", "val_false_never")
+SHOWN = ("train_loss", "reward", "gold", "kl", "entropy", "distinct", "val_right", "val_right_known",
+         "val_false_never", "val_loss", "val_floor", "tokens_per_s")  # of a record
+# RLHF's loss is always near 0. The text of val_floor has val_loss too.
+HIDDEN_BY = {"train_loss": "reward", "val_loss": "val_floor"}
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def progress(max_iters: int) -> Callable[[dict], None]:
-    """A report for `train.train`: on a terminal a line that renews itself, else a line now and then."""
-    renews, every = can_renew(), max(1, max_iters // 20)
-    first, began, shown = None, time.perf_counter(), 0.0
+def progress(max_iters: int, language: str = texts.LANGUAGES[0]) -> Callable[[dict], None]:
+    """A report for `train.train`. A terminal gets one line that changes; a file gets about 20 lines."""
+    say_in, renews, every = partial(texts.text, language), can_renew(), max(1, max_iters // 20)
+    first, start, last = None, time.perf_counter(), 0.0
 
     def report(record: dict) -> None:
-        nonlocal first, shown
+        nonlocal first, last
         n, now = record["iter"], time.perf_counter()
         first = n - 1 if first is None else first
-        left = clock((now - began) / (n - first) * (max_iters - n))
-        val = f"  val loss {record['val_loss']:.4f}" if "val_loss" in record else ""
-        watched = (name for name in WATCHED if name in record)
-        watched = "".join(f"  {name.replace('_', ' ')} {record[name]:.3f}" for name in watched)
-        val += f" (floor {record['val_floor']:.4f})" if "val_floor" in record else ""
-        loss = f"  loss {record['train_loss']:.4f}" * ("reward" not in record)  # RLHF's is near 0 always
-        text = f"{n:{len(str(max_iters))}}/{max_iters}{loss}{watched}{val}"
-        text += f"  {record['tokens_per_s']:,.0f} tokens/s  {left} left"
+        left = clock((now - start) / (n - first) * (max_iters - n))
+        names = (name for name in SHOWN if name in record and HIDDEN_BY.get(name) not in record)
+        numbers = [say_in(f"progress {name}", **record) for name in names]
+        at, evaluated = f"{n:{len(str(max_iters))}}/{max_iters}", "val_loss" in record
+        text = "  ".join([at, *numbers, say_in("progress left", time=left)])
         if not renews:
-            if val or n % every == 0:
+            if evaluated or n % every == 0:
                 say(text)
-        elif val or n == max_iters:
+        elif evaluated or n == max_iters:
             renew(text, nl=True)
-        elif now - shown > 0.1:
-            shown, done = now, 20 * n // max_iters
+        elif now - last > 0.1:
+            last, done = now, 20 * n // max_iters
             renew(text, before=f"[{'#' * done}{'-' * (20 - done)}] ")
 
     return report
 
 
 def command(*words: str) -> str:
-    """A command to type next: by the path it was called with, where the shell would not find it by name."""
+    """A command for the user to type. It starts with a path if the shell does not know the name tinygpt."""
     called = Path(sys.argv[0])
     unknown = called.name == "tinygpt" and not shutil.which("tinygpt")
     return shlex.join([str(called) if unknown else "tinygpt", *words])
@@ -58,7 +60,7 @@ def data_options(paths: Iterable[str]) -> list[str]:
 
 
 def shown_token(token: bytes) -> str:
-    """A token as text, with parts of characters, and characters that cannot be printed, as bytes: <ea b0>."""
+    """A token as text. Parts of characters, and characters that cannot be printed, are bytes: <ea b0>."""
     text = token.decode("utf-8", "surrogateescape").replace(" ", "\u2423")
     texts = ["".join(run) if whole else "".join(run).encode("utf-8", "surrogateescape").hex(" ").join("<>")
              for whole, run in groupby(text, str.isprintable)]  # fmt: skip

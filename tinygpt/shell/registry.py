@@ -1,4 +1,4 @@
-"""The training stages that have a command. A new stage is one file and one line here."""
+"""The training stages that have a command. A new stage needs one file in `stages` and one line here."""
 
 from ..stages.pretrain import Pretrain
 from ..stages.reward import Reward

@@ -1,8 +1,8 @@
-"""What a terminal gets: texts of models and files are printed through `say`.
+"""Output: all commands print through `say`.
 
-A text of a model, of a file or in a file's name may hold control characters. A terminal obeys them: they set
-its title, fill its clipboard, hide a line. On a terminal `say` shows them as \\x1b. Files and pipes get the
-text as it is.
+The text of a model or a file, or a file's name, may have control characters. A terminal obeys them: they set
+its title, fill its clipboard, hide a line. On a terminal, `say` shows them as \\x1b. Files and pipes get the
+text unchanged.
 """
 
 import os
@@ -15,8 +15,9 @@ from typing import TextIO
 import click
 
 from ..errors import UserError
+from ..lab.texts import narrow, wide
 
-# C0 without tab and newline, DEL, C1, and the marks that turn the direction of a text
+# C0 without tab and newline, DEL, C1, and the marks that change the direction of a text
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -24,7 +25,7 @@ def say(text: object = "", nl: bool = True, err: bool = False) -> None:
     """Prints a text to standard output, or with `err` to standard error. nl: with a newline at the end."""
     stream = sys.stderr if err else sys.stdout
     if stream is not None:  # `>&-` in a shell
-        # color: or click takes away what looks like an escape sequence where the text goes to a file
+        # color: without it, click removes escape sequences from the text of a file
         click.echo(printable(text) if is_terminal(stream) else text, nl=nl, err=err, color=True)
 
 
@@ -39,21 +40,21 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def can_renew() -> bool:
-    """Whether standard output is a terminal on which a line can be written anew."""
+    """Whether standard output is a terminal that can replace a line."""
     plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
     return is_terminal(sys.stdout) and not plain
 
 
 def renew(text: str, before: str = "", nl: bool = False) -> None:
-    """Writes a line over the last one. `before` stands before `text` where the terminal is wide enough.
+    """Replaces the last line. `before` stands before `text` if the terminal is wide enough.
 
     With `nl` the line stays. Without `nl` the line is cut to the terminal's width: a wider line takes two
     rows, and the next call would replace only the second.
     """
-    columns = shutil.get_terminal_size().columns - 1
+    columns, text = shutil.get_terminal_size().columns - 1, wide(text)
     if not nl:
         text = (before + text if len(before + text) <= columns else text)[:columns]
-    click.echo(f"\r\033[K{text}", nl=nl)
+    click.echo(f"\r\033[K{narrow(text)}", nl=nl)
 
 
 def from_stdin(read: Callable[[], str]) -> str:

@@ -1,4 +1,4 @@
-"""The commands of the training stages. A stage's Settings say which options its command has."""
+"""The commands of the training stages. A stage's Settings define the options of its command."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage
 from . import afterwards, beforehand, registry
-from .options import COUNT, check, chosen, fields, flag, from_fields, given, out, refuse, together
+from .options import COUNT, check, chosen, fields, flag, from_fields, out, refuse, together, written_options
 from .progress import command, data_options, progress
 from .terminal import one_line, say
 from .worlds import name_world
 
-SHOW = "Print so many examples, token by token, and stop."
+SHOW = "Print the first N examples, token by token, and stop."
 EXTRA = {"sft": [click.option("--show", type=COUNT, help=SHOW)]}
-HANG = "With mpiexec: seconds without an answer of a process after which the others end."
+HANG = "With mpiexec: the processes end if one of them is silent for so many seconds."
 FIRST = ("init_from", "reward_model", "data")
 
 
@@ -41,7 +41,7 @@ def commands() -> Iterator[click.Command]:
 def command_of(stage: type[Stage]) -> click.Command:
     """The command of a stage."""
     options, data = list(_options(stage)), ", ".join(map(flag, _moved(stage)))
-    resume = f"Go on with the run there, with its settings. Where its data or models are now: {data}."
+    resume = f"Continue the run in FOLDER, with its settings. If its data or models moved: {data}."
 
     decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
@@ -55,7 +55,7 @@ def command_of(stage: type[Stage]) -> click.Command:
 
 
 def _parts(stage: type[Stage]) -> dict[str, type]:
-    """The fields of a stage's Settings that are dataclasses: in each is a part of the options."""
+    """The fields of a stage's Settings that are dataclasses. Each dataclass has a part of the options."""
     own = {f.name: type(f.default) for f in dataclasses.fields(stage.Settings)}
     parts = {name: cls for name, cls in own.items() if dataclasses.is_dataclass(cls)}
     return {"model": GPTConfig, **parts, "adapter": AdapterConfig, "train": TrainConfig}
@@ -73,19 +73,18 @@ def _options(stage: type[Stage]) -> Iterator[tuple]:
 
 
 def _data(stage: type[Stage]) -> list[str]:
-    """The options that say where data is."""
+    """The options that name data."""
     return [name for name, *_ in fields(stage.Settings) if name == "data" or name.endswith("_data")]
 
 
 def _moved(stage: type[Stage]) -> dict[str, str]:
-    """The options that say where data and models are, and their fields of the settings."""
+    """The options that name data and models, and their fields of the settings."""
     names = {name: field.name for name, field, _ in fields(stage.Settings)}
     return {name: field for name, field in names.items() if name in _data(stage) or field in runs.MODELS}
 
 
 def _run(stage: type[Stage], options: list[tuple], hang_timeout: float, **values) -> None:
-    """Begins a run or takes one up, and trains to the end, or until Ctrl-C. Of several processes number 0
-    then shows what was trained."""
+    """Begins or resumes a run, and trains to the end or until Ctrl-C. Then process 0 shows the results."""
     group = parallel.join(hang_timeout)
     try:
         run = _train(stage, options, values, group)
@@ -101,7 +100,7 @@ def _run(stage: type[Stage], options: list[tuple], hang_timeout: float, **values
 
 
 def _fail(group: parallel.MPIGroup, error: BaseException) -> None:
-    """The end of a process, and of all others, after an error."""
+    """Ends this process, and all others, after an error."""
     expected = isinstance(error, (UserError, OSError, MemoryError))
     if not expected:
         traceback.print_exception(error)
@@ -109,8 +108,8 @@ def _fail(group: parallel.MPIGroup, error: BaseException) -> None:
     text, all_end = group.last_words(error, kind + one_line(error))
     if text:
         say(f"tinygpt: {text}", err=True)
-    # mpiexec ends all processes when one ends, and prints no more: another one has to say it, or this text is
-    # still on its way
+    # mpiexec ends all processes when one ends, and prints no more. So this process waits: another one may
+    # have the text of the error, or mpiexec has not printed this text yet.
     time.sleep(parallel.GRACE / 2 if text else parallel.GRACE)
     if not all_end:
         group.abort()
@@ -122,8 +121,8 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
     settings, model = run.stage.settings, run.stage.model
     each = group.share_size(settings.gradient_accumulation_steps)
     if group.size > 1 and each & (each - 1):
-        say(f"Each process has {each} batches: so the weights depend on the number of processes. They do not "
-            "where each has 1, 2, 4 or 8.")  # fmt: skip
+        say(f"Each process has {each} batches: so the weights depend on the number of processes. With 1, 2, "
+            "4 or 8 batches each they do not.")  # fmt: skip
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
     say(f"{total:,} weights{beside}{run.stage.about()}")
@@ -133,11 +132,11 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
         say(f"All {run.stage.optimizer.steps} updates of this run are made.")
         if settings.stage in ("pretrain", "sft") and settings.has_model:
             words = ["--init-from", str(run.folder), *data_options(settings.data), "--out", "more"]
-            say(f"To train on: {command(settings.stage, *words)}")
+            say(f"To train more: {command(settings.stage, *words)}")
     try:
         run.stage.train(**runs.saving(run, progress(settings.train.max_iters)))
     except KeyboardInterrupt:
-        say(f"\nStopped. To go on: {command(settings.stage, '--resume', str(run.folder))}")
+        say(f"\nStopped. To continue: {command(settings.stage, '--resume', str(run.folder))}")
         group.leave()
         sys.exit(130)
     return run
@@ -146,7 +145,7 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
 def _begin_or_resume(
     stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group
 ) -> runs.Run:
-    written, data, folder = given(), _data(stage), Path(values.pop("out"))
+    written, data, folder = written_options(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
         moved = _moved(stage)
@@ -166,7 +165,7 @@ def _begin_or_resume(
 
 
 def _ask_for(options: list[tuple], values: dict) -> None:
-    """Says what the user has to give."""
+    """Names the options that the user must write."""
     missing = []
     for name, field, _ in options:
         about = field.metadata
@@ -179,7 +178,7 @@ def _ask_for(options: list[tuple], values: dict) -> None:
 
 
 def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
-    """The Settings that the options say."""
+    """The Settings from the options."""
     if values.get("init_from"):
         base = checkpoint.read_config(Path(values["init_from"]))
     else:

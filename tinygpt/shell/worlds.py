@@ -1,4 +1,4 @@
-"""Which world the word "world" and a model's folder mean."""
+"""The world that the word "world" stands for, and the world of a model's folder."""
 
 import contextlib
 from pathlib import Path
@@ -10,8 +10,8 @@ from . import registry
 
 
 def name_world(values: dict, names: list[str], base: str | None) -> None:
-    """Puts in the place of "world" the world that the base was trained on, or the folder of that name, or the
-    world of --seed."""
+    """Replaces "world" by the world of the base's training, else by a folder of that name, else by the world
+    of --seed."""
     if any("world" in values[name] for name in names):
         usual = "world" if Path("world").exists() else f"world:{values['seed']}"
         source = (world_of(Path(base)) if base else None) or usual
@@ -20,12 +20,15 @@ def name_world(values: dict, names: list[str], base: str | None) -> None:
 
 
 def world_of(folder: Path, wanted: str = "") -> str | None:
-    """The world that a model was trained on, or None. wanted: what to ask the user for instead of None."""
+    """The world of a model's training, or None.
+
+    wanted: the data that the user has to name if there is no world. Raises UserError then.
+    """
     from ..lab import story
 
     source, before, seen = None, folder, set()
     while before and source is None and (at := Path(before).resolve()) not in seen:
-        seen.add(at)  # a model that was tuned on files has a base, which may be itself as it was before
+        seen.add(at)  # a model that was tuned on files has a base, perhaps in the same folder
         sources, before = (), ""
         for stage in registry.STAGES:
             with contextlib.suppress(UserError):
