@@ -171,7 +171,7 @@ def test_a_marker_separates_documents(tmp_path, monkeypatch, chunk, content):
     texts = data.documents([tmp_path])
     last = " e\n" if content.endswith(" e\n") else " e"
     assert "".join("|" if part is None else part for part in data.parts(texts)) == f"a b|c  d|{last}|f\n"
-    assert data.count(texts) == 4 and "4 documents, which <|endoftext|> separates" in data.about(texts)
+    assert data.count(texts) == 4 and "4 documents, separated by <|endoftext|>." in data.about(texts)
     bpe = BPETokenizer.train(filter(None, data.parts(texts)), 270)
     stream = data.stream(texts, bpe, tmp_path, "mark")
     assert bpe.decode(stream) == "<|endoftext|>".join(["a b", "c  d", last, "f\n"])
