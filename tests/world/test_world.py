@@ -51,8 +51,8 @@ HASHES = {
 
 
 def tiny(longest: int = 2) -> World:
-    exposures = {2: {"eval": 1}, 1: {"eval": 1}}
-    return World(3, lexicon=TINY, exposures=exposures, never={"eval": 1}, longest=longest)
+    exposures = {weight: {"eval": 1} for weight in (2, 1, 0)}
+    return World(3, lexicon=TINY, exposures=exposures, longest=longest)
 
 
 def take(world: World, count: int, stream: int = CORPUS) -> list[tuple[str, str]]:

@@ -15,8 +15,8 @@ whole text gives the same ids.
 tokenizer has this template. Other templates are kept in the folder, but not applied: that would need jinja.
 White space around a content is left out, except the spaces at the beginning of an answer: code is indented.
 
-Not here: files of conversations (`examples`); tools, pictures; protection from a user who writes "Assistant:",
-which would need reserved tokens.
+Not here: files of conversations (`examples`), tools, pictures. A user who writes "Assistant:" can imitate an
+answer; only reserved tokens would prevent this.
 """
 
 from collections.abc import Iterable
