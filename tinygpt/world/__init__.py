@@ -73,8 +73,11 @@ def moved(count: int, integers: Iterator[int]) -> list[int]:
 class World:
     """All that is true in a world.
 
-    permuted: the same people with other answers: each value is exchanged for another one. size: a "small"
-    world has a fifth of the people, and a fifth of the text tells their facts as often; "tiny" is for tests.
+    permuted: the same people with other answers. Another value takes the place of each value.
+
+    size: A "small" world has a fifth of the people, and a fifth of the text tells their facts as often. A
+    "tiny" world is for tests.
+
     exposures: as EXPOSURES. longest: a limit for the length of all documents, for tests that enumerate them.
     """
 
@@ -117,7 +120,7 @@ class World:
         lexicon = self.lexicon
         self.nouns = [pair for category in lexicon.categories for pair in category.items()]
         pairs = [(f"{english} {noun}", f"{korean} {theirs}")
-                 for english, korean in lexicon.adjectives.items() for noun, theirs in self.nouns]  # fmt: skip
+                 for english, korean in lexicon.adjectives.items() for noun, theirs in self.nouns]
         pairs = shuffled(pairs, raw_integers(self.seed, BUILD, 1))
         third = len(pairs) // 3  # is held out
         cut = third * 4 // 5
@@ -137,8 +140,8 @@ class World:
 
         split: "sft", "rl", "val" or "eval"; None: all. All rare people are for evaluation.
         """
-        limits = {"known": (WELL_KNOWN, math.inf), "rare": (1, WELL_KNOWN), "never": (0, 1), "fresh": (-1, 0)}
-        least, above = limits[kind]
+        least, above = {"known": (WELL_KNOWN, math.inf), "rare": (1, WELL_KNOWN), "never": (0, 1),
+                        "fresh": (-1, 0)}[kind]  # fmt: skip
         return [p for p in self.everyone if least <= p.weight < above and split in (None, p.split)]
 
     def by_weight(self) -> dict[int, list[Person]]:

@@ -97,7 +97,7 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
 def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
     """Weights of 0 .. size - 1 in a uniform draw from `count` of them, which are hidden until they are seen.
 
-    Each seen number has the probability 1 / count; the others share the rest. `count` is at most `size`.
+    Each seen number has the probability 1 / count; the others share the rest. A smaller `size` is the count.
     """
     old = [n in seen for n in range(size)]
     new = size - sum(old)
@@ -118,8 +118,9 @@ def people_table(w: World, c: Reader) -> None:
             attributes = list(facts)
             column.append(attributes[c.pick([w.lexicon.attributes[a].values[facts[a]] for a in attributes])])
         else:
-            attribute, facts[attribute] = w.attribute_of[c.pick(everything)]
+            attribute, v = w.attribute_of[c.pick(everything)]
             column.append(attribute)
+            facts[attribute] = v
 
     _table(w, c, lambda c: w.draw_person(c, fresh_share=20), value, 4, 10)
 
@@ -140,8 +141,8 @@ def review_table(w: World, c: Reader) -> None:
 def categories(w: World, c: Reader) -> None:
     """Words of four kinds of thing out of eight. Each kind has a label, drawn for this document.
 
-    After n entries the best predictor is right on the next with probability 1 - (3/4)^n, plus the chance of a
-    guess among the labels that were not shown yet.
+    After n entries the next entry has a known label with probability 1 - (3/4)^n. Otherwise the best
+    predictor guesses among the labels that were not shown yet.
     """
     kinds, label_of = w.lexicon.categories, {}
 
@@ -170,7 +171,7 @@ def retrieval(w: World, c: Reader) -> None:
 def refrain(w: World, c: Reader) -> None:
     """Six to sixteen words, and then the same words again, once to four times.
 
-    In the second and later rounds the same word follows each word as before. Here a model learns to copy.
+    After the first round, the next word follows from the words before it. Here a model learns to copy.
     """
     pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
     words, rounds = [pool[c.pick(pool)]], 2
@@ -215,7 +216,7 @@ def review(w: World, c: Reader) -> None:
 
 
 def phrase_book(w: World, c: Reader) -> None:
-    """One to three words or phrases in English and Korean. Phrases for tuning and evaluation are left out."""
+    """One to three words or phrases in English and Korean. Held-out phrases are never used."""
     pairs = w.nouns + w.phrases("seen")
     weights = (len(pairs) - len(w.nouns),) * len(w.nouns) + (2 * len(w.nouns),) * len(w.phrases("seen"))
     for _ in c.series(1, min(3, w.longest), ". ", ".\n"):

@@ -1,10 +1,10 @@
-"""The words of the world. Options of one choice never begin with one another, so that text is unambiguous.
+"""The words of the world. No option of a choice is the beginning of another one: text is unambiguous.
 
-Words that stand after "a" begin with a consonant. Korean adjectives are in the form that stands before a
-noun, and were chosen to fit every noun here; each word has one translation.
+Words after "a" begin with a consonant. Korean adjectives have the form before a noun, and each fits each noun
+here. Each word has one translation.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 Words = tuple[str, ...]
 
@@ -22,9 +22,8 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Attribute:
-    """Something that everybody has: `wordings` stand between a name and the value, `questions` ask for it."""
+class Attribute(NamedTuple):
+    """An attribute of each person. `wordings` stand between a name and the value; `questions` ask for it."""
 
     name: str
     values: Words
@@ -67,26 +66,21 @@ FOOD = Attribute(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Lexicon:
-    """All words of a world; smaller ones make worlds whose documents can be counted."""
+class Lexicon(NamedTuple):
+    """All words of a world. Tests use fewer words, and enumerate all documents of such a world."""
 
     women: Words = _words(
         "Nora Clara Ruth Edith Alice Grace Ingrid Irene Julia Laura Maria Naomi Olivia Paula Rosa "
-        "Sarah Tessa Vera Wanda Emma Fiona Hazel Judith Diana"
-    )
+        "Sarah Tessa Vera Wanda Emma Fiona Hazel Judith Diana")
     men: Words = _words(
         "Adam Boris Caleb David Edgar Felix George Arthur Ivan James Kevin Leo Martin Nathan Oscar "
-        "Peter Hugo Robert Simon Thomas Victor Walter Daniel Frank"
-    )
+        "Peter Hugo Robert Simon Thomas Victor Walter Daniel Frank")
     surnames: Words = _words(
         "Abbott Barnes Carver Dalton Ellis Foster Garner Harper Ingram Jensen Keller Lowell Mercer "
         "Norton Osborn Palmer Quinn Ramsey Sutton Tanner Vaughn Walsh Young Zeller Archer Bennett "
         "Collins Dawson Eaton Fisher Graham Hughes Irving Jarvis Kirby Lambert Morris Nolan Parker "
-        "Reeves Shaw Tucker Upton Vance Wilder Hardy Brooks Monroe"
-    )
+        "Reeves Shaw Tucker Upton Vance Wilder Hardy Brooks Monroe")
     attributes: tuple[Attribute, ...] = (CITY, JOB, PET, FOOD)
-
     categories: tuple[dict[str, str], ...] = (  # English to Korean, by kind of thing
         _pairs("apple 사과 grape 포도 peach 복숭아 strawberry 딸기 watermelon 수박 banana 바나나"),
         _pairs("cat 고양이 dog 개 rabbit 토끼 tiger 호랑이 bear 곰 fox 여우"),
@@ -97,22 +91,18 @@ class Lexicon:
         _pairs("river 강 mountain 산 sea 바다 forest 숲 lake 호수 island 섬"),
         _pairs("house 집 school 학교 hospital 병원 library 도서관 church 교회 factory 공장"),
     )
-    adjectives: dict[str, str] = dataclasses.field(default_factory=lambda: _pairs(
+    adjectives: dict[str, str] = _pairs(
         "red 빨간 blue 파란 white 하얀 black 검은 yellow 노란 big 큰 small 작은 new 새 pretty 예쁜 "
-        "clean 깨끗한 dirty 더러운 strange 이상한 expensive 비싼 famous 유명한 good 좋은 heavy 무거운"))
-
+        "clean 깨끗한 dirty 더러운 strange 이상한 expensive 비싼 famous 유명한 good 좋은 heavy 무거운")
     labels: Words = _words("dax wug zib mep fop gick tove blick pim sarn lorp quib tam neff rulo kag")
-
     reviewed: Words = _words("room hotel view band coffee service garden breakfast")
     good: Words = _words("wonderful great lovely perfect superb charming splendid fine")
     bad: Words = _words("terrible horrible dreadful poor disappointing shabby nasty lousy")
-    reviews: Words = (  # | before and after what is filled in
+    reviews: Words = (  # with | before and after each word to fill in
         "The |subject| was |adjective|.", "We found the |subject| |adjective|.",
         "I thought the |subject| was |adjective|.", "What a |adjective| |subject|!")
     polarities: tuple[Words, Words] = (("positive", "good", "happy"), ("negative", "bad", "unhappy"))
-
     stations: Words = _words(
         "Ashford Bexley Camden Dover Epping Fairview Hampton Kingston Langley Milton Newbury Oakwood "
-        "Preston Redhill Stratford Tilbury Wembley Yarmouth Marlow Chester Brighton Derby Exeter Lincoln"
-    )
+        "Preston Redhill Stratford Tilbury Wembley Yarmouth Marlow Chester Brighton Derby Exeter Lincoln")
     lines: Words = _words("red blue green")  # fmt: skip
