@@ -368,33 +368,28 @@ def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: in
     has weight 0 and sees only itself. Raises ValueError for an example of less than 2 ids or more than
     block_size + 1 ids.
     """
-    rows: list[list[tuple[Array, Array]]] = []
-    free: dict[int, int] = {}  # open row -> places left, oldest first
+    parts, free, count = [], {}, 0  # free: open row -> places left, oldest first
     for ids, supervised in examples:
         n = len(ids) - 1
         if not 0 < n <= block_size or len(supervised) != n + 1:
             raise ValueError(f"an example of {n + 1} ids, {len(supervised)} weights: rows take {block_size}")
-        row = next((row for row, places in free.items() if places >= n), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free[row] = block_size
+        row = next((row for row, places in free.items() if places >= n), count)
+        if row == count:
+            free[row], count = block_size, count + 1
             if len(free) > open_rows:
                 del free[next(iter(free))]
-        rows[row].append((ids, supervised))
+        parts.append((row, block_size - free[row], ids, supervised))
         free[row] -= n
         if not free[row]:
             del free[row]
     dtypes = (np.float32 if name == "weights" else np.int32 for name in Packed._fields)
-    packed = Packed(*(np.zeros((len(rows), block_size), dtype) for dtype in dtypes))
+    packed = Packed(*(np.zeros((count, block_size), dtype) for dtype in dtypes))
     packed.start[:] = np.arange(block_size)
-    for r, row in enumerate(rows):
-        begin = 0
-        for ids, supervised in row:
-            end = begin + len(ids) - 1
-            values = ids[:-1], ids[1:], supervised[1:], begin, np.arange(end - begin)
-            for field, value in zip(packed, values, strict=True):
-                field[r, begin:end] = value
-            begin = end
+    for row, begin, ids, supervised in parts:
+        n = len(ids) - 1
+        values = ids[:-1], ids[1:], supervised[1:], begin, np.arange(n)
+        for field, value in zip(packed, values, strict=True):
+            field[row, begin : begin + n] = value
     return packed
 
 

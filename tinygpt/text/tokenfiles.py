@@ -104,8 +104,7 @@ def gathered(path: Path) -> tuple[dict, dict]:
         if is_gpt2 and inside is not None:
             spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
         elif not is_gpt2 and space not in (None, inside):
-            raise UserError(f"add_prefix_space is {short(inside)}, in {FILES[1]} it is {short(space)}: make "
-                            "both equal")
+            raise UserError(f"add_prefix_space is {short(inside)}, in {FILES[1]} {short(space)}: change one")
         _is_of_characters(spec)
         spec["added_tokens"] = _all_added(spec, settings, roles, ids, is_gpt2)
         if begins is True and not is_whole:
@@ -115,8 +114,8 @@ def gathered(path: Path) -> tuple[dict, dict]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, KeyError):
-        raise UserError(f"{path.parent}: the files list added or special tokens in an unknown form: save the "
-                        "tokenizer again, with transformers") from None
+        problem = "added or special tokens have an unknown form: save the tokenizer again, with transformers"
+        raise UserError(f"{path.parent}: {problem}") from None
     return spec, settings
 
 
@@ -183,8 +182,8 @@ def check(spec: object, settings: object, where: str) -> bool:
     for name in added.keys() - special:
         flags = [flag for flag in STRIP if added[name][flag]]
         if flags or re.search(r"\S[ \n]", name):  # a text may be cut before a space
-            raise UserError(f"added token {short(name)} has {[*flags, 'a space inside'][0]}, which is not "
-                            "supported")
+            problem = flags[0] if flags else "a space inside"
+            raise UserError(f"added token {short(name)} has {problem}, which is not supported")
     plain = vocab.keys() - added.keys()
     if characters:
         foreign = [token for token in plain if len(token) != 1]
@@ -197,8 +196,7 @@ def check(spec: object, settings: object, where: str) -> bool:
         kind = "one character" if characters else "in byte-level writing"
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
-        raise UserError(f"special token {short(min(spelled))} is one that text can spell: give it another "
-                        "name, such as <|name|>")
+        raise UserError(f"special token {short(min(spelled))} is one that text can spell: rename it")
     if not isinstance(settings, dict) or role(settings, "eos_token") not in (None, *special):
         raise UserError(f"the eos_token {short(_at(settings, 'eos_token'))} is not one of its special tokens")
     if not set(begins_with(spec)) <= set(ids):
@@ -214,17 +212,15 @@ def check(spec: object, settings: object, where: str) -> bool:
 def vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, dict]]:
     """The ids of all tokens, and the added tokens with their flags."""
     vocab, tokens = _at(spec, "model.vocab"), _at(spec, "added_tokens") or []
-    if not isinstance(vocab, dict):
-        raise UserError(f"model.vocab is {short(vocab)}: it must be an object")
-    if not isinstance(tokens, list):
-        raise UserError(f"added_tokens is {short(tokens)}: it must be a list")
+    for name, value, kind in (("model.vocab", vocab, dict), ("added_tokens", tokens, list)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} is {short(value)}: it must be a {'list' if kind is list else 'JSON object'}")
     vocab, added, names = dict(vocab), {}, {}
     for token in tokens:
         i, token = _at(token, "id"), flagged(token)
         name = token["content"]
         if type(i) is not int or vocab.setdefault(name, i) != i or names.setdefault(i, name) != name:
-            raise UserError(f"added token {short(name)} has the id {short(i)}: each token needs one id, and "
-                            "each id one token")
+            raise UserError(f"added token {short(name)} has the id {short(i)}: it needs one id of its own")
         added[name] = {"id": i, **token}
     return vocab, added
 
@@ -255,14 +251,12 @@ def begins_with(spec: dict) -> list[int]:
                 *before, text = step["single"]
                 names = [part["SpecialToken"]["id"] for part in before]
                 begin += [int(i) for name in names for i in step["special_tokens"][name]["ids"]]
-                rest = text["Sequence"]["id"] != "A"
-            else:
-                rest = step is not None and _at(step, "type") != "ByteLevel"
-            if rest:
+                if text["Sequence"]["id"] != "A":
+                    raise ValueError
+            elif step is not None and _at(step, "type") != "ByteLevel":
                 raise ValueError
     except (TypeError, ValueError, KeyError):
-        raise UserError(f"the post_processor {short(rule)} is not supported: it may only put tokens before a "
-                        "text") from None
+        raise UserError(f"the post_processor {short(rule)} may only put tokens before a text") from None
     return begin
 
 
@@ -275,8 +269,7 @@ def merge_list(spec: dict, vocab: dict[str, int]) -> list[tuple[str, str]]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
         if not is_pair or not {*pair, "".join(pair)} <= vocab.keys():
-            raise UserError(f"merge {short(merge)} is no pair of tokens of the vocabulary: the merges may be "
-                            "damaged, or belong to another vocabulary")
+            raise UserError(f"merge {short(merge)} is no pair of tokens of model.vocab: get the files again")
         pairs.append(tuple(pair))
     return pairs
 

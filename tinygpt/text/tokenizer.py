@@ -63,10 +63,9 @@ class _Tokenizer:
         template = settings.get("chat_template")  # a conversation as text, in Hugging Face's form
         self.chat_template: str | None = template if isinstance(template, str) else None
         # Tokens that are not "normalized" are searched first. Of several at one place the longest counts.
-        self._patterns, longest = [], sorted(self.added, key=len, reverse=True)
-        for normalized in (False, True):
-            if names := [re.escape(name) for name in longest if self.added[name]["normalized"] is normalized]:
-                self._patterns.append(re.compile("|".join(names)))
+        longest = sorted(self.added, key=len, reverse=True)
+        groups = ([name for name in longest if self.added[name]["normalized"] is i] for i in (False, True))
+        self._patterns = [re.compile("|".join(map(re.escape, names))) for names in groups if names]
 
     @property
     def vocab_size(self) -> int:
@@ -117,8 +116,7 @@ class _Tokenizer:
         ids = np.asarray(ids).ravel()
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)]
         if unknown.size:
-            raise UserError(f"id {unknown[0]} is not in this vocabulary of {self.vocab_size} tokens: "
-                            "use the tokenizer that the model was trained with")
+            raise UserError(f"id {unknown[0]} is not in this vocabulary: use the tokenizer of the model")
         return b"".join(map(self.tokens.__getitem__, ids.tolist()))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -154,8 +152,8 @@ class _Tokenizer:
         if self.chat_template != self.settings.get("chat_template"):
             # A template makes a text, in which the end token must become its id. The template must refuse
             # messages that spell the end token (the one of `instructions` does).
-            config |= {"chat_template": self.chat_template, "split_special_tokens": False,
-                       "eos_token": self.eos}
+            new = {"chat_template": self.chat_template, "split_special_tokens": False, "eos_token": self.eos}
+            config |= new
         return config
 
 
@@ -234,12 +232,9 @@ class BPETokenizer(_Tokenizer):
         stream. Raises UserError for an empty text, and for a vocab_size that is too large, or too small for
         the bytes.
         """
-        least = 256 + len(special)
-        if vocab_size < least:
-            raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special "
-                            f"token(s) need {least}")
-        if vocab_size > MOST_TOKENS:
-            raise UserError(f"vocab_size {vocab_size} is too large: at most {MOST_TOKENS:,}")
+        least = 256 + len(special)  # room for all bytes
+        if not least <= vocab_size <= MOST_TOKENS:
+            raise UserError(f"vocab_size is {vocab_size}: it must be between {least} and {MOST_TOKENS}")
         texts = [texts] if isinstance(texts, str) else texts
         words = Counter(chain.from_iterable(pieces(_begun(text, documents)) for text in texts))
         if not words:
@@ -312,8 +307,7 @@ def _trained(tokens: list[str], special: Sequence[str], rules: dict, model: dict
             raise UserError(f"special token {name!r} could be a word of the text: write it as <|name|>")
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     if len(vocab) < len(tokens) + len(special):
-        raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text: "
-                        "give it another name, such as <|name|>")
+        raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text")
     added = [{"id": vocab[name], **tokenfiles.flagged(name)} for name in special]
     eos = next(iter(special), None)
     begin = tokenfiles.SPACED | tokenfiles.begun_by(eos, vocab[eos]) if documents else {}
@@ -336,8 +330,7 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     if not path.exists():
         path = path.with_name("vocab.json")
         if not (path.exists() and path.with_name("merges.txt").exists()):
-            raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt: name a "
-                            "folder with a tokenizer")
+            raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
     return from_spec(*tokenfiles.gathered(path), str(path))
 
 
