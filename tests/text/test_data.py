@@ -75,9 +75,9 @@ def test_decomposed_text_is_said(tmp_path):
     composed = "한국어 é "
     (tmp_path / "a.txt").write_text(unicodedata.normalize("NFD", composed) * 10, encoding="utf-8")
     (tmp_path / "b.txt").write_text(composed, encoding="utf-8")
-    said = data.about(data.documents([tmp_path]))
-    assert "decomposed (NFD): composed (NFC) it has 60 characters less." in said  # 2 + 1 + 1 + 1 + 1 jamo, é
-    program = re.search("python3 -c '(.*)' <FILE", said)[1]
+    notes = data.about(data.documents([tmp_path]))
+    assert "decomposed (NFD): composed (NFC) it has 60 characters less." in notes  # 2 + 1 + 1 + 1 + 1 jamo, é
+    program = re.search("python3 -c '(.*)' <FILE", notes)[1]
     done = subprocess.run([sys.executable, "-c", program], input=(tmp_path / "a.txt").read_bytes(),
                           capture_output=True, env={"PYTHONUTF8": "1"}, check=True)  # fmt: skip
     assert done.stdout.decode() == composed * 10
@@ -273,17 +273,17 @@ def _examples(count: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray,
 def test_packed_rows_hold_every_example_once_and_alone():
     """Guards: examples cut or lost, a first id that is a target, padding that counts."""
     examples = _examples(200, 16)
-    packed, seen = data.pack(examples, 16), []
+    packed, contents = data.pack(examples, 16), []
     for ids, targets, weights, start, positions in zip(*packed, strict=True):
         place = np.arange(16)
         for begin in np.unique(start):
             mine = np.flatnonzero(start == begin)
             assert (mine == begin + place[: len(mine)]).all() and (positions[mine] == mine - begin).all()
             if targets[begin]:  # ids are 1 or more: else this is padding
-                seen.append((ids[begin], *targets[mine], *weights[mine]))
+                contents.append((ids[begin], *targets[mine], *weights[mine]))
             else:
                 assert len(mine) == 1 and weights[begin] == 0
-    assert sorted(seen) == sorted((*ids, *supervised[1:]) for ids, supervised in examples)
+    assert sorted(contents) == sorted((*ids, *supervised[1:]) for ids, supervised in examples)
 
 
 def test_packed_losses_are_those_of_each_example_alone():

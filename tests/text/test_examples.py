@@ -11,7 +11,7 @@ from tinygpt.text import examples
 from tinygpt.text.examples import COMPARISON, EXAMPLE, FORMS, PROMPT, Form, Notes
 from tinygpt.text.tokenizer import END_OF_TEXT
 
-ASKED, GOOD, BAD = "Where does Ada live?", "    London", "Paris"
+QUESTION, GOOD, BAD = "Where does Ada live?", "    London", "Paris"
 
 
 def message(role: str, content: object, kind: str = "role") -> dict:
@@ -22,11 +22,11 @@ def message(role: str, content: object, kind: str = "role") -> dict:
 
 def rows_of(form: Form) -> list[dict]:
     """A question and its answers in a form, in each way that a column may hold them."""
-    parts = [{"type": "text", "text": ASKED[:5]}, {"type": "text", "text": ASKED[5:]}]
+    parts = [{"type": "text", "text": QUESTION[:5]}, {"type": "text", "text": QUESTION[5:]}]
     rows = []
-    for kind, asked in itertools.product(("text", "role", "from", "message"), (ASKED, parts)):
+    for kind, question in itertools.product(("text", "role", "from", "message"), (QUESTION, parts)):
         wrap = "role" if kind == "text" else kind
-        if kind == "text" and asked is parts:
+        if kind == "text" and question is parts:
             continue
 
         def held(role: str, content: object, kind=kind, wrap=wrap) -> object:
@@ -37,15 +37,15 @@ def rows_of(form: Form) -> list[dict]:
 
         row = {"id": 7, "source": "test"}
         for column in form.before[:1]:
-            row[column] = held("user", asked)
+            row[column] = held("user", question)
             if column in examples.WHOLE:
-                talk = [message("user", asked, wrap if wrap == "from" else "role")]
+                talk = [message("user", question, wrap if wrap == "from" else "role")]
                 talk += [message("assistant", GOOD, wrap if wrap == "from" else "role")] * (not form.answers)
                 row[column] = talk
         for column, answer in zip(form.answers, (GOOD, BAD), strict=False):
             row[column] = held("assistant", answer)
             if not form.before:
-                row[column] = [message("user", asked), message("assistant", answer)]
+                row[column] = [message("user", question), message("assistant", answer)]
         rows.append(row)
     return rows
 
@@ -71,7 +71,7 @@ def test_every_form_gives_what_a_command_needs(tmp_path, form, needs, indent):
             examples.read([path], needs)
         return
     for example, row in zip(examples.read([path], needs), rows, strict=True):
-        assert example.prompt == ASKED and example.row == row
+        assert example.prompt == QUESTION and example.row == row
         assert [m["content"] for m in example.messages[1:]] == [GOOD] * (needs != PROMPT)
         assert example.rejected == BAD * (needs == COMPARISON)
 
@@ -97,7 +97,7 @@ def test_alpaca_has_an_input_that_may_be_missing(tmp_path):
 
 def test_columns_beside_a_conversation_are_ignored(tmp_path):
     """UltraChat has the first question beside it, UltraFeedback whole conversations under chosen."""
-    talk = [message("system", "Be brief."), message("user", ASKED), message("assistant", GOOD)]
+    talk = [message("system", "Be brief."), message("user", QUESTION), message("assistant", GOOD)]
     longer = [*talk, message("user", "And Alan?"), message("assistant", "Wilmslow")]
     row = {"prompt": "Where?", "prompt_id": "ab", "messages": longer, "chosen": longer,
            "rejected": [*longer[:-1], message("assistant", BAD)], "score_chosen": 3.0}  # fmt: skip
@@ -107,19 +107,19 @@ def test_columns_beside_a_conversation_are_ignored(tmp_path):
     (comparison,) = examples.read([path], COMPARISON)
     assert comparison.messages == longer and comparison.rejected == BAD
     assert comparison.prompt == tuple((m["role"], m["content"]) for m in longer[:-1])
-    (asked,) = examples.read([path], PROMPT)
-    assert asked.prompt == comparison.prompt
+    (prompt,) = examples.read([path], PROMPT)
+    assert prompt.prompt == comparison.prompt
 
 
 def test_columns_and_keys_that_are_null_are_missing(tmp_path):
     """Guards: rows of several data sets in one file, with null in each column that a row lacks."""
     none = {"role": None, "content": None, "from": None, "value": None, "weight": None}
-    talk = [none | message("user", ASKED), none | message("assistant", GOOD, "from")]
+    talk = [none | message("user", QUESTION), none | message("assistant", GOOD, "from")]
     empty = dict.fromkeys(("prompt", "completion", "messages", "conversations", "instruction", "output"))
-    rows = [empty | {"prompt": ASKED, "completion": GOOD}, empty | {"messages": talk}, empty | {
-        "instruction": ASKED, "input": None, "output": GOOD}]  # fmt: skip
+    rows = [empty | {"prompt": QUESTION, "completion": GOOD}, empty | {"messages": talk}, empty | {
+        "instruction": QUESTION, "input": None, "output": GOOD}]  # fmt: skip
     for example in examples.read([write(tmp_path / "a.jsonl", rows)]):
-        assert example.messages == [message("user", ASKED), message("assistant", GOOD)]
+        assert example.messages == [message("user", QUESTION), message("assistant", GOOD)]
 
 
 def test_other_lines_ends_and_marks(tmp_path):

@@ -361,15 +361,15 @@ def test_a_tokenizer_of_documents_begins_them_with_a_space(tmp_path):
     assert ours.decode(ours.encode("wug")) == " wug" and not len(ours.encode(""))
     assert [step.ids for step in ours.explain("wug")] == [ours.encode("wug").tolist()]
     ours.save(tmp_path)
-    found = load(tmp_path)
-    assert found.documents and found.encode("wug dax").tolist() == ours.encode("wug dax").tolist()
-    assert encode_prompt(found, "wug").tolist() == [found.eos_id, *found.encode("wug")]
-    assert encode_prompt(found, "").tolist() == [found.eos_id]
+    theirs = load(tmp_path)
+    assert theirs.documents and theirs.encode("wug dax").tolist() == ours.encode("wug dax").tolist()
+    assert encode_prompt(theirs, "wug").tolist() == [theirs.eos_id, *theirs.encode("wug")]
+    assert encode_prompt(theirs, "").tolist() == [theirs.eos_id]
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     write_spec(tmp_path, spec | {"post_processor": None})
-    found = load(tmp_path)
-    assert found.space and not found.documents
-    assert encode_prompt(found, "wug").tolist() == ours.encode("wug").tolist()
+    theirs = load(tmp_path)
+    assert theirs.space and not theirs.documents
+    assert encode_prompt(theirs, "wug").tolist() == ours.encode("wug").tolist()
 
 
 REFUSED = [    # where in tokenizer.json, what is put there, what the error must name
@@ -547,24 +547,24 @@ def folder_with(path: Path, *, json_file: bool = False, **files) -> Path:
 
 def test_a_slow_tokenizers_files_count(tmp_path):
     """Guards: an end token that nobody finds, so that a text never ends (transformers 26500)."""
-    found = load(folder_with(tmp_path, added_tokens={"<|end|>": 266, "<user>": 267},
+    ours = load(folder_with(tmp_path, added_tokens={"<|end|>": 266, "<user>": 267},
                              special_tokens_map={"eos_token": {"content": "<|end|>", "lstrip": False}}))
-    assert (found.eos_id, found.stops) == (266, {266})
-    assert found.encode("the<user> cat<|end|>").tolist()[1] == 267  # an ordinary added token
-    assert found.special == {"<|end|>": 266, END: 268}  # which GPT2Tokenizer has for bos and unk
-    assert found.encode("<|end|>", special=True).tolist() == [266]
+    assert (ours.eos_id, ours.stops) == (266, {266})
+    assert ours.encode("the<user> cat<|end|>").tolist()[1] == 267  # an ordinary added token
+    assert ours.special == {"<|end|>": 266, END: 268}  # which GPT2Tokenizer has for bos and unk
+    assert ours.encode("<|end|>", special=True).tolist() == [266]
 
 
 def test_roles_come_back_and_stale_files_go(tmp_path):
     """Guards: a padding token that is lost in fine-tuning; tokens of an older model beside the new one."""
     roles = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|start|>", "pad_token": "[PAD]",
              "additional_special_tokens": ["<tool>"], "padding_side": "left"}
-    found = load(folder_with(tmp_path / "a", tokenizer_config=roles))
+    first = load(folder_with(tmp_path / "a", tokenizer_config=roles))
     old = folder_with(tmp_path / "b", added_tokens={"<old>": 266}, special_tokens_map={"eos_token": "<old>"})
-    found.save(old)
+    first.save(old)
     assert sorted(os.listdir(old)) == ["tokenizer.json", "tokenizer_config.json"]
     again = load(old)
-    assert (again.spec, again.config()) == (found.spec, found.config())
+    assert (again.spec, again.config()) == (first.spec, first.config())
     assert again.special == {"<|start|>": 266, END: 267, "[PAD]": 268, "<tool>": 269}
     assert (again.role_id("pad_token"), again.settings["padding_side"]) == (268, "left")
     assert encode_prompt(again, "").tolist() == [266]
@@ -583,10 +583,10 @@ def test_a_prompt_begins_with_what_the_files_say(tmp_path):
     config = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True, "add_bos_token": True}
     spaced = load(folder_with(tmp_path / "space", json_file=True, tokenizer_config=config))
     assert encode_prompt(spaced, "the cat").tolist() == space  # tokenizer.json says that there is no BOS
-    for name, found in ("bos", bos), ("space", spaced):
-        found.save(tmp_path / name)
+    for name, first in ("bos", bos), ("space", spaced):
+        first.save(tmp_path / name)
         again = load(tmp_path / name)
-        assert encode_prompt(again, "the cat").tolist() == encode_prompt(found, "the cat").tolist()
+        assert encode_prompt(again, "the cat").tolist() == encode_prompt(first, "the cat").tolist()
 
 
 @pytest.mark.parametrize(("named", "files"), [
@@ -620,10 +620,10 @@ def test_merges_that_were_cut_are_named(tmp_path):
 def test_of_tokens_in_a_text_the_first_and_then_the_longest_counts(tmp_path):
     """Guards: a part of a token taken for the whole; what is said of a prompt that spells special tokens."""
     tokens = {name: 266 + n for n, name in enumerate(["<a>", "<a><b>", "<a", "<s>"])}
-    found = load(folder_with(tmp_path, added_tokens=tokens, tokenizer_config={"eos_token": "<s>"}))
-    assert found.encode("<a><b><a><a").tolist() == [267, 266, 268]
-    assert found.encode("x<s><a>", special=True).tolist() == [found.encode("x")[0], 269, 266]
-    assert 269 not in found.encode("x<s><a>") and found.spelled("x<s><a>") == ["<s>"]
-    assert [part.ids for part in found.explain("<a>x")] == [[266], found.encode("x").tolist()]
+    ours = load(folder_with(tmp_path, added_tokens=tokens, tokenizer_config={"eos_token": "<s>"}))
+    assert ours.encode("<a><b><a><a").tolist() == [267, 266, 268]
+    assert ours.encode("x<s><a>", special=True).tolist() == [ours.encode("x")[0], 269, 266]
+    assert 269 not in ours.encode("x<s><a>") and ours.spelled("x<s><a>") == ["<s>"]
+    assert [part.ids for part in ours.explain("<a>x")] == [[266], ours.encode("x").tolist()]
     with pytest.warns(UserWarning, match="the prompt spells <s>, which is taken as characters"):
-        encode_prompt(found, "x<s>")
+        encode_prompt(ours, "x<s>")

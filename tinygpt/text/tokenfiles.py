@@ -214,7 +214,7 @@ def vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, dict]]:
     vocab, tokens = _at(spec, "model.vocab"), _at(spec, "added_tokens") or []
     for name, value, kind in (("model.vocab", vocab, dict), ("added_tokens", tokens, list)):
         if not isinstance(value, kind):
-            raise UserError(f"{name} is {short(value)}: it must be a {'list' if kind is list else 'JSON object'}")
+            raise UserError(f"{name} is {short(value)}: the file is damaged, get it again")
     vocab, added, names = dict(vocab), {}, {}
     for token in tokens:
         i, token = _at(token, "id"), flagged(token)

@@ -63,9 +63,9 @@ class _Tokenizer:
         template = settings.get("chat_template")  # a conversation as text, in Hugging Face's form
         self.chat_template: str | None = template if isinstance(template, str) else None
         # Tokens that are not "normalized" are searched first. Of several at one place the longest counts.
-        longest = sorted(self.added, key=len, reverse=True)
-        groups = ([name for name in longest if self.added[name]["normalized"] is i] for i in (False, True))
-        self._patterns = [re.compile("|".join(map(re.escape, names))) for names in groups if names]
+        names = sorted(self.added, key=len, reverse=True)
+        groups = ([n for n in names if self.added[n]["normalized"] is flag] for flag in (False, True))
+        self._patterns = [re.compile("|".join(map(re.escape, group))) for group in groups if group]
 
     @property
     def vocab_size(self) -> int:

@@ -94,12 +94,12 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
             return
 
 
-def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
-    """Weights of 0 .. size - 1 in a uniform draw from `count` of them, which are hidden until they are seen.
+def _hidden(count: int, size: int, shown: Container[int]) -> list[int]:
+    """Weights of 0 .. size - 1 in a uniform draw from `count` of them, which are hidden until they are shown.
 
-    Each seen number has the probability 1 / count; the others share the rest. A smaller `size` is the count.
+    Each shown number has the probability 1 / count; the others share the rest. A smaller `size` is the count.
     """
-    old = [n in seen for n in range(size)]
+    old = [n in shown for n in range(size)]
     new = size - sum(old)
     return [max(new, 1) if is_old else min(count, size) - sum(old) for is_old in old]
 
