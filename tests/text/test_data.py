@@ -70,6 +70,14 @@ def test_another_encoding_is_named_with_what_converts_it(tmp_path, encoding, tim
     assert shlex.split(command)[:6] == ["iconv", "-f", encoding, "-t", "UTF-8", str(path)]
 
 
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"PK\x03\x04\x14\0\xff", b"\0\xff"])
+def test_a_file_that_is_no_text_is_named(tmp_path, content):
+    """Guards: "it looks like CP1252, which this converts" to somebody with a picture or an archive."""
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="a.txt: byte . is not UTF-8: it is no text file"):
+        list(data.TextFile(tmp_path / "a.txt"))
+
+
 def test_decomposed_text_is_said(tmp_path):
     """Guards: 165 jamo in place of 826 syllables, in a vocabulary that no keyboard types."""
     composed = "한국어 é "

@@ -404,6 +404,9 @@ REFUSED = [    # where in tokenizer.json, what is put there, what the error must
     ("added_tokens", [{"id": 5, "content": END, "special": True}], "one id"),
     ("added_tokens", [{"id": 300, "content": "\ud800", "special": True}], "D800"),
     ("added_tokens", "x", "added_tokens"),
+    ("added_tokens", [{"id": 300, "content": "<a>"}, {"id": 300, "content": "<b>"}], "<b>.* 300.* one id"),
+    ("added_tokens", ["<a>"], "<a>.* the id None"),
+    ("post_processor", {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B"}}]}, "'B'"),
 ]
 
 
@@ -598,6 +601,8 @@ def test_a_prompt_begins_with_what_the_files_say(tmp_path):
         "content": "<x>", "lstrip": True, "special": False}}}}),
     ("a b.* a space inside", {"added_tokens": {"a b": 266}}),
     ("unknown form", {"tokenizer_config": {"added_tokens_decoder": ["x"]}}),
+    ("unknown form", {"tokenizer_config": {"additional_special_tokens": "<tool>"}}),
+    ("no bos_token", {"tokenizer_config": {"add_bos_token": True, "bos_token": None}}),
     ("unknown form", {"added_tokens": {"<x>": None}}),
     ("add_prefix_space", {"json_file": True, "tokenizer_config": {
         "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}}),

@@ -30,10 +30,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..files.atomic import make_folder, replacing
-from .tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
+from .tokenizer import END_OF_TEXT, Tokenizer
 
 Array = np.ndarray
-Tokenizer = CharTokenizer | BPETokenizer
 Text = Iterable[str]
 
 SUFFIXES = (".txt", ".md", ".rst")  # of the files that are read from a folder
@@ -54,11 +53,11 @@ class TextFile:
         self.path, self.plain = path, plain
 
     def __iter__(self) -> Iterator[str]:
-        decoder, text, block = codecs.getincrementaldecoder("utf-8")(), "", b"x"
+        decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
         with open(self.path, "rb") as file:
             if file.read(3) != codecs.BOM_UTF8:  # some Windows programs put this mark before a text
                 file.seek(0)
-            while block:
+            while True:
                 block = file.read(CHUNK)
                 try:
                     text += decoder.decode(block, final=not block)
@@ -66,6 +65,8 @@ class TextFile:
                     offset = file.tell() - len(error.object) + error.start
                     problem = f"{self.path}: byte {offset} is not UTF-8{not_utf8(self.path, error.object)}"
                     raise UserError(problem) from None
+                if not block:
+                    break
                 if cut := _LAST_CUT.match(text):
                     yield cut[0]
                     text = text[cut.end() :]
@@ -94,7 +95,7 @@ def not_utf8(path: Path, data: bytes) -> str:
     data = data[: 1 << 16]
     shares = {"UTF-16": 1.0} if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else {}
     if not shares and b"\0" in data:
-        return ": it is no text file: convert it to UTF-8 text"
+        return ": it is no text file, or UTF-16 text: convert it to UTF-8 text"
     for name, usual in _ENCODINGS.items() if not shares else ():
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(name)().decode(data)  # the last character may be cut

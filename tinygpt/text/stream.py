@@ -11,9 +11,7 @@ import numpy as np
 from ..core.generate import Ids, steps
 from ..core.model import GPT, Array
 from ..errors import UserError
-from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
-
-Tokenizer = CharTokenizer | BPETokenizer
+from .tokenizer import Tokenizer, stream_decoder
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = False) -> Array:

@@ -264,7 +264,7 @@ def merge_list(spec: dict, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The merges, which a file has as ["a", "b"] or as "a b"."""
     merges, pairs = _at(spec, "model.merges"), []
     if not isinstance(merges, list):
-        raise UserError(f"model.merges is {short(merges)}: it must be a list")
+        raise UserError(f"model.merges is {short(merges)}: the file is damaged, get it again")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)

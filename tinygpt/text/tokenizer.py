@@ -276,7 +276,10 @@ class BPETokenizer(_Tokenizer):
             yield Explained(piece, named, steps[-1][1])
 
 
-def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str]:
+Tokenizer = CharTokenizer | BPETokenizer
+
+
+def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
     """A function that takes the next ids and returns the text that they complete, whole characters only.
 
     Several ids may share the bytes of one character: the function returns the character after its last byte.
@@ -297,7 +300,7 @@ def _begun(text: str, space: bool) -> str:
 
 
 def _trained(tokens: list[str], special: Sequence[str], rules: dict, model: dict,
-             documents: bool = False) -> CharTokenizer | BPETokenizer:
+             documents: bool = False) -> Tokenizer:
     """A new tokenizer. Ids are for tokens, then for special tokens.
 
     rules, model: parts of its tokenizer.json; the model's vocabulary is filled in here.
@@ -319,7 +322,7 @@ def _trained(tokens: list[str], special: Sequence[str], rules: dict, model: dict
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
+def load(folder: Path | str) -> Tokenizer:
     """Read the tokenizer in a folder, one of `save` or of another tool.
 
     Reads tokenizer.json, or else GPT-2's vocab.json and merges.txt, and the files beside them. The tokenizer
@@ -334,7 +337,7 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     return from_spec(*tokenfiles.gathered(path), str(path))
 
 
-def from_spec(spec: object, settings: object, where: str = FILES[0]) -> CharTokenizer | BPETokenizer:
+def from_spec(spec: object, settings: object, where: str = FILES[0]) -> Tokenizer:
     """Build the tokenizer of a tokenizer.json and a tokenizer_config.json, after a check of all settings.
 
     where: the name of the file in messages. Raises UserError. Warns of tokens that no merge makes.
