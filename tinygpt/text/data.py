@@ -235,7 +235,7 @@ def about(texts: Sequence[Text]) -> str:
 def fingerprint(texts: Iterable[Text], tokenizer: Tokenizer) -> str:
     """SHA-256 of all text and of the vocabulary. They determine the stream of ids."""
     digest = hashlib.sha256()
-    for part in (*tokenizer.tokens, *(chunk.encode() for chunk in joined(texts, "\0"))):
+    for part in itertools.chain(tokenizer.tokens, (chunk.encode() for chunk in joined(texts, "\0"))):
         digest.update(part)
     return digest.hexdigest()
 
