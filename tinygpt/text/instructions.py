@@ -43,15 +43,12 @@ _CONVERSATION = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _ANSWER = "{{ ' ' + message['content'].rstrip().lstrip('\\r\\n') + eos_token }}"
-TEMPLATE = _CONVERSATION.replace(
-    "ANSWER",
+TEMPLATE = _CONVERSATION.replace("ANSWER", (
     f"{{% if message['weight'] == 0 %}}{_ANSWER}{{% else %}}"
-    f"{{% generation %}}{_ANSWER}{{% endgeneration %}}{{% endif %}}",
-)
+    f"{{% generation %}}{_ANSWER}{{% endgeneration %}}{{% endif %}}"))  # fmt: skip
 # Models of older versions have this template: answers then lost the spaces at their beginning.
 _OLDER_TEMPLATE = _CONVERSATION.replace(
-    "ANSWER", "{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}"
-)
+    "ANSWER", "{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}")
 
 # --- conversations to ids -----------------------------------------------------------------------------------
 

@@ -210,10 +210,8 @@ def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 
         *journeys(world, split, range(1, 6), 800 // part),
     ]
     half = len(people) // 2
-    for pool, count in (
-        (questions(world, people[:half], refuse=True), refused // part),
-        (questions(world, people[half:]), answered // part),
-    ):
+    pools = questions(world, people[:half], refuse=True), questions(world, people[half:])
+    for pool, count in zip(pools, (refused // part, answered // part), strict=True):
         if len(pool) < count:
             raise ValueError(f"{count} questions about people in no document: there are {len(pool)}")
         items += some(world, pool, count)

@@ -31,39 +31,29 @@ class Attribute(NamedTuple):
     questions: Words
 
 
-CITY = Attribute(
-    "city",
-    _words("Paris London Tokyo Cairo Lima Oslo Rome Delhi Seoul Berlin Madrid Athens Dublin Lagos Sydney "
-           "Boston"),
+CITY = Attribute("city", _words(
+    "Paris London Tokyo Cairo Lima Oslo Rome Delhi Seoul Berlin Madrid Athens Dublin Lagos Sydney Boston"),
     _phrases("lives in|rents a flat in|moved to|settled in|votes in|calls home the city of"),
     _phrases("Where does {} live?|In which city does {} live?|What city does {} call home?|"
-             "Which city did {} move to?|Where has {} settled?"),
-)
-JOB = Attribute(
-    "job",
-    _words("baker doctor teacher farmer lawyer nurse pilot painter singer writer dentist plumber gardener "
-           "driver tailor waiter"),
+             "Which city did {} move to?|Where has {} settled?"))  # fmt: skip
+JOB = Attribute("job", _words(
+    "baker doctor teacher farmer lawyer nurse pilot painter singer writer dentist plumber gardener driver "
+    "tailor waiter"),
     _phrases("works as a|does the job of a|trained as a|is employed as a|found work as a|"
              "makes a living as a"),
     _phrases("What does {} work as?|What is the job of {}?|How does {} make a living?|What did {} train as?|"
-             "As what is {} employed?"),
-)
-PET = Attribute(
-    "pet",
-    _words("cat dog rabbit parrot turtle hamster goat pony lizard snake goldfish duck ferret mouse "
-           "pigeon hen"),
+             "As what is {} employed?"))  # fmt: skip
+PET = Attribute("pet", _words(
+    "cat dog rabbit parrot turtle hamster goat pony lizard snake goldfish duck ferret mouse pigeon hen"),
     _phrases("has a|keeps a|feeds a|adopted a|took as a pet a|looks after a"),
     _phrases("What pet does {} have?|Which animal does {} keep?|What is the pet of {}?|"
-             "Which animal did {} adopt?|What pet does {} look after?"),
-)
-FOOD = Attribute(
-    "food",
-    _words("noodles bread cheese soup rice pasta salad pizza curry fish honey pancakes dumplings sausages "
-           "chocolate kimchi"),
+             "Which animal did {} adopt?|What pet does {} look after?"))  # fmt: skip
+FOOD = Attribute("food", _words(
+    "noodles bread cheese soup rice pasta salad pizza curry fish honey pancakes dumplings sausages chocolate "
+    "kimchi"),
     _phrases("likes|loves|names as favourite food|often cooks|always orders|never refuses"),
     _phrases("What does {} like to eat?|Which food does {} love?|What is the favourite food of {}?|"
-             "What does {} often cook?|Which dish does {} always order?"),
-)  # fmt: skip
+             "What does {} often cook?|Which dish does {} always order?"))  # fmt: skip
 
 
 class Lexicon(NamedTuple):
