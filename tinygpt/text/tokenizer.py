@@ -232,9 +232,11 @@ class BPETokenizer(_Tokenizer):
         stream. Raises UserError for an empty text, and for a vocab_size that is too large, or too small for
         the bytes.
         """
-        least = 256 + len(special)  # room for all bytes
+        least = 256 + len(special)
         if not least <= vocab_size <= MOST_TOKENS:
-            raise UserError(f"vocab_size is {vocab_size}: it must be between {least} and {MOST_TOKENS}")
+            size = "small" if vocab_size < least else "large"
+            raise UserError(f"vocab_size {vocab_size} is too {size}: give {least} (256 bytes, special "
+                            f"tokens) to {MOST_TOKENS}")
         texts = [texts] if isinstance(texts, str) else texts
         words = Counter(chain.from_iterable(pieces(_begun(text, documents)) for text in texts))
         if not words:
