@@ -258,7 +258,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     tokenizer.chat_template = None
     checkpoint.save(tmp_path / "base", model, tokenizer)
     refused = CliRunner().invoke(main, ["label", str(tmp_path / "base"), "--data", "world:5"])
-    assert refused.exit_code == 2 and "tinygpt sft comes first" in refused.output
+    assert refused.exit_code == 2 and "run tinygpt sft first" in refused.output
     tokenizer.chat_template = instructions.TEMPLATE
     checkpoint.save(tmp_path / "tuned", model, tokenizer)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is it?"}\n{"prompt": "What?"}\n')

@@ -70,14 +70,22 @@ def test_another_encoding_is_named_with_what_converts_it(tmp_path, encoding, tim
     assert shlex.split(command)[:6] == ["iconv", "-f", encoding, "-t", "UTF-8", str(path)]
 
 
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"PK\x03\x04\x14\0\xff", b"\0\xff"])
+def test_a_file_that_is_no_text_is_named(tmp_path, content):
+    """Guards: "it looks like CP1252, which this converts" to somebody with a picture or an archive."""
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="a.txt: byte . is not UTF-8: it is no text file"):
+        list(data.TextFile(tmp_path / "a.txt"))
+
+
 def test_decomposed_text_is_said(tmp_path):
     """Guards: 165 jamo in place of 826 syllables, in a vocabulary that no keyboard types."""
     composed = "한국어 é "
     (tmp_path / "a.txt").write_text(unicodedata.normalize("NFD", composed) * 10, encoding="utf-8")
     (tmp_path / "b.txt").write_text(composed, encoding="utf-8")
-    said = data.about(data.documents([tmp_path]))
-    assert "decomposed (NFD): composed (NFC) it has 60 characters less." in said  # 2 + 1 + 1 + 1 + 1 jamo, é
-    program = re.search("python3 -c '(.*)' <FILE", said)[1]
+    notes = data.about(data.documents([tmp_path]))
+    assert "decomposed (NFD): composed (NFC) it has 60 characters less." in notes  # 2 + 1 + 1 + 1 + 1 jamo, é
+    program = re.search("python3 -c '(.*)' <FILE", notes)[1]
     done = subprocess.run([sys.executable, "-c", program], input=(tmp_path / "a.txt").read_bytes(),
                           capture_output=True, env={"PYTHONUTF8": "1"}, check=True)  # fmt: skip
     assert done.stdout.decode() == composed * 10
@@ -171,7 +179,7 @@ def test_a_marker_separates_documents(tmp_path, monkeypatch, chunk, content):
     texts = data.documents([tmp_path])
     last = " e\n" if content.endswith(" e\n") else " e"
     assert "".join("|" if part is None else part for part in data.parts(texts)) == f"a b|c  d|{last}|f\n"
-    assert data.count(texts) == 4 and "4 documents, which <|endoftext|> separates" in data.about(texts)
+    assert data.count(texts) == 4 and "4 documents, separated by <|endoftext|>." in data.about(texts)
     bpe = BPETokenizer.train(filter(None, data.parts(texts)), 270)
     stream = data.stream(texts, bpe, tmp_path, "mark")
     assert bpe.decode(stream) == "<|endoftext|>".join(["a b", "c  d", last, "f\n"])
@@ -273,17 +281,17 @@ def _examples(count: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray,
 def test_packed_rows_hold_every_example_once_and_alone():
     """Guards: examples cut or lost, a first id that is a target, padding that counts."""
     examples = _examples(200, 16)
-    packed, seen = data.pack(examples, 16), []
+    packed, contents = data.pack(examples, 16), []
     for ids, targets, weights, start, positions in zip(*packed, strict=True):
         place = np.arange(16)
         for begin in np.unique(start):
             mine = np.flatnonzero(start == begin)
             assert (mine == begin + place[: len(mine)]).all() and (positions[mine] == mine - begin).all()
             if targets[begin]:  # ids are 1 or more: else this is padding
-                seen.append((ids[begin], *targets[mine], *weights[mine]))
+                contents.append((ids[begin], *targets[mine], *weights[mine]))
             else:
                 assert len(mine) == 1 and weights[begin] == 0
-    assert sorted(seen) == sorted((*ids, *supervised[1:]) for ids, supervised in examples)
+    assert sorted(contents) == sorted((*ids, *supervised[1:]) for ids, supervised in examples)
 
 
 def test_packed_losses_are_those_of_each_example_alone():

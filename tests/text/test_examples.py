@@ -11,7 +11,7 @@ from tinygpt.text import examples
 from tinygpt.text.examples import COMPARISON, EXAMPLE, FORMS, PROMPT, Form, Notes
 from tinygpt.text.tokenizer import END_OF_TEXT
 
-ASKED, GOOD, BAD = "Where does Ada live?", "    London", "Paris"
+QUESTION, GOOD, BAD = "Where does Ada live?", "    London", "Paris"
 
 
 def message(role: str, content: object, kind: str = "role") -> dict:
@@ -22,11 +22,11 @@ def message(role: str, content: object, kind: str = "role") -> dict:
 
 def rows_of(form: Form) -> list[dict]:
     """A question and its answers in a form, in each way that a column may hold them."""
-    parts = [{"type": "text", "text": ASKED[:5]}, {"type": "text", "text": ASKED[5:]}]
+    parts = [{"type": "text", "text": QUESTION[:5]}, {"type": "text", "text": QUESTION[5:]}]
     rows = []
-    for kind, asked in itertools.product(("text", "role", "from", "message"), (ASKED, parts)):
+    for kind, question in itertools.product(("text", "role", "from", "message"), (QUESTION, parts)):
         wrap = "role" if kind == "text" else kind
-        if kind == "text" and asked is parts:
+        if kind == "text" and question is parts:
             continue
 
         def held(role: str, content: object, kind=kind, wrap=wrap) -> object:
@@ -37,15 +37,15 @@ def rows_of(form: Form) -> list[dict]:
 
         row = {"id": 7, "source": "test"}
         for column in form.before[:1]:
-            row[column] = held("user", asked)
+            row[column] = held("user", question)
             if column in examples.WHOLE:
-                talk = [message("user", asked, wrap if wrap == "from" else "role")]
+                talk = [message("user", question, wrap if wrap == "from" else "role")]
                 talk += [message("assistant", GOOD, wrap if wrap == "from" else "role")] * (not form.answers)
                 row[column] = talk
         for column, answer in zip(form.answers, (GOOD, BAD), strict=False):
             row[column] = held("assistant", answer)
             if not form.before:
-                row[column] = [message("user", asked), message("assistant", answer)]
+                row[column] = [message("user", question), message("assistant", answer)]
         rows.append(row)
     return rows
 
@@ -71,7 +71,7 @@ def test_every_form_gives_what_a_command_needs(tmp_path, form, needs, indent):
             examples.read([path], needs)
         return
     for example, row in zip(examples.read([path], needs), rows, strict=True):
-        assert example.prompt == ASKED and example.row == row
+        assert example.prompt == QUESTION and example.row == row
         assert [m["content"] for m in example.messages[1:]] == [GOOD] * (needs != PROMPT)
         assert example.rejected == BAD * (needs == COMPARISON)
 
@@ -97,7 +97,7 @@ def test_alpaca_has_an_input_that_may_be_missing(tmp_path):
 
 def test_columns_beside_a_conversation_are_ignored(tmp_path):
     """UltraChat has the first question beside it, UltraFeedback whole conversations under chosen."""
-    talk = [message("system", "Be brief."), message("user", ASKED), message("assistant", GOOD)]
+    talk = [message("system", "Be brief."), message("user", QUESTION), message("assistant", GOOD)]
     longer = [*talk, message("user", "And Alan?"), message("assistant", "Wilmslow")]
     row = {"prompt": "Where?", "prompt_id": "ab", "messages": longer, "chosen": longer,
            "rejected": [*longer[:-1], message("assistant", BAD)], "score_chosen": 3.0}  # fmt: skip
@@ -107,8 +107,19 @@ def test_columns_beside_a_conversation_are_ignored(tmp_path):
     (comparison,) = examples.read([path], COMPARISON)
     assert comparison.messages == longer and comparison.rejected == BAD
     assert comparison.prompt == tuple((m["role"], m["content"]) for m in longer[:-1])
-    (asked,) = examples.read([path], PROMPT)
-    assert asked.prompt == comparison.prompt
+    (prompt,) = examples.read([path], PROMPT)
+    assert prompt.prompt == comparison.prompt
+
+
+def test_columns_and_keys_that_are_null_are_missing(tmp_path):
+    """Guards: rows of several data sets in one file, with null in each column that a row lacks."""
+    none = {"role": None, "content": None, "from": None, "value": None, "weight": None}
+    talk = [none | message("user", QUESTION), none | message("assistant", GOOD, "from")]
+    empty = dict.fromkeys(("prompt", "completion", "messages", "conversations", "instruction", "output"))
+    rows = [empty | {"prompt": QUESTION, "completion": GOOD}, empty | {"messages": talk}, empty | {
+        "instruction": QUESTION, "input": None, "output": GOOD}]  # fmt: skip
+    for example in examples.read([write(tmp_path / "a.jsonl", rows)]):
+        assert example.messages == [message("user", QUESTION), message("assistant", GOOD)]
 
 
 def test_other_lines_ends_and_marks(tmp_path):
@@ -139,6 +150,9 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}
     (EXAMPLE, {"messages": [message("user", "a")]}, "an answer is empty"),
     (EXAMPLE, {"messages": [message("user", "a"), message("assistant", ""), message("user", "b"),
                             message("assistant", "c")]}, "an answer is empty"),
+    (EXAMPLE, {"messages": [message("assistant", "b")]}, "the prompt is empty"),
+    (EXAMPLE, {"prompt": " "}, "the prompt is empty"),
+    (EXAMPLE, {"instruction": [], "input": "x", "output": "b", "prompt": None}, "the prompt is empty"),
     (EXAMPLE, {"messages": [message("user", "a"), {**message("assistant", "b"), "weight": 0}]},
      "nothing of it is learned"),
     (PROMPT, {"prompt": " "}, "the prompt is empty"),
@@ -146,7 +160,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}
     (COMPARISON, {"chosen": ""}, "an answer is empty"),
     (COMPARISON, {"rejected": "\t"}, "an answer is empty"),
     (COMPARISON, {"rejected": "b\n"}, "chosen and rejected are the same"),
-    (COMPARISON, {"prompt": [], "chosen": "b"}, "chosen and rejected are no answers to one prompt"),
+    (COMPARISON, {"prompt": [], "chosen": "b"}, "the prompt is empty"),
     (COMPARISON, {"rejected": [message("user", "z"), message("assistant", "c")]},
      "chosen and rejected are no answers to one prompt"),
 ], ids=str)  # fmt: skip
@@ -187,15 +201,18 @@ def test_an_end_token_that_is_spelled(tmp_path):
     ('{"prompt": "a"}', "has ['prompt']"),
     ('{"question": "a", "answer": "b"}', "has ['answer', 'question']"),
     ('{"prompt": 1, "completion": "b"}', "prompt is 1: it must be"),
-    ('{"prompt": "a", "completion": null}', "what the assistant says is None"),
-    ('{"prompt": ["a"], "completion": "b"}', "prompt is ['a']: it must be a list of messages"),
-    ('{"instruction": "a", "input": 3, "output": "b"}', "what the user says is 3"),
+    ('{"prompt": "a", "completion": null}', "the assistant's text is None"),
+    ('{"prompt": ["a"], "completion": "b"}', "prompt is ['a']: it must be a text or a list of messages"),
+    ('{"instruction": "a", "input": 3, "output": "b"}', "the user's text is 3"),
     ('{"messages": "a"}', "messages is 'a': it must be a list"),
     ('{"messages": ["a"]}', "messages is ['a']: it must be a list of messages"),
     ('{"messages": [{"role": "tool", "content": "a"}]}', "role is 'tool': it must be system"),
     ('{"messages": [{"role": [], "content": "a"}]}', "role is []"),
-    ('{"messages": [{"role": "user"}]}', "what the user says is None"),
+    ('{"messages": [{"role": "user"}]}', "the user's text is None"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "or parts of type text"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]}', "of type text"),
+    ('{"messages": [{"content": "a"}]}', "role is None: it must be system"),
+    ('{"instruction": "a", "input": 0, "output": "b"}', "the user's text is 0"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "weight is 0.5: it must be 0"),
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path, line, says):
@@ -213,6 +230,9 @@ def test_files_that_hold_no_examples(tmp_path):
     for content, says in (
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xfc"}', "a.jsonl:2: byte 12 is not UTF-8"),
         (b" \n\n", "a.jsonl: has no examples: a line is"),
+        (b"[\n]\n", "a.jsonl: has no examples: a line is"),
+        (b'[{"prompt": "a", "completion": "b"}]\n[{"prompt": "a"}]', "a.jsonl: has text after its list"),
+        (b'PAR1\x15\x00\xff{"prompt"', "is no text file"),
         (b'[{"prompt": "a", "completion": "b"},\n {"prompt": }]', "a.jsonl:2: is not JSON"),
         (b'[{"prompt": "a", "completion": "b"}', "a.jsonl:1: is not JSON"),
         (b'\n[\n{"prompt": "a", "completion": "b"},\n3]', "a.jsonl:4: is 3, not an object"),

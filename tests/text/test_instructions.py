@@ -147,9 +147,9 @@ def test_a_folder_says_that_it_is_tuned(tmp_path):
             TOKENIZER.save(tmp_path)
         finally:
             TOKENIZER.chat_template = None
-        found = tokenizers.load(tmp_path)
-        assert found.chat_template == template
-        assert instructions.is_tuned(found) == (template == instructions.TEMPLATE)
+        tokenizer = tokenizers.load(tmp_path)
+        assert tokenizer.chat_template == template
+        assert instructions.is_tuned(tokenizer) == (template == instructions.TEMPLATE)
         config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
         # A template's end token is text that must become the token; without one no text may.
         assert config["split_special_tokens"] == (template is None)

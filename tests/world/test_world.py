@@ -51,8 +51,8 @@ HASHES = {
 
 
 def tiny(longest: int = 2) -> World:
-    exposures = {2: {"eval": 1}, 1: {"eval": 1}}
-    return World(3, lexicon=TINY, exposures=exposures, never={"eval": 1}, longest=longest)
+    exposures = {weight: {"eval": 1} for weight in (2, 1, 0)}
+    return World(3, lexicon=TINY, exposures=exposures, longest=longest)
 
 
 def take(world: World, count: int, stream: int = CORPUS) -> list[tuple[str, str]]:
@@ -120,14 +120,14 @@ def test_a_small_world_has_a_fifth_of_the_people_and_tells_as_much_of_each():
             assert len(WORLD.people(kind, split)) == 5 * len(small.people(kind, split)) > 0
     assert 0 < len(small.people("rare")) < len(WORLD.people("rare")) / 4
     per_document = []
-    for found in (small, WORLD):
-        names = {person.name for person in found.people("known")}
-        some = [text for _, text in itertools.islice(found.documents(), 1500)]
-        told = sum(name in text for text in some for name in names)
-        per_document.append(told / len(names))
+    for world_of_size in (small, WORLD):
+        names = {person.name for person in world_of_size.people("known")}
+        some = [text for _, text in itertools.islice(world_of_size.documents(), 1500)]
+        mentions = sum(name in text for text in some for name in names)
+        per_document.append(mentions / len(names))
     assert 4 < per_document[0] / per_document[1] < 6
-    asked = [sum(item["completion"] == tasks.REFUSAL for item in tasks.tuning(w)) for w in (small, WORLD)]
-    assert asked == [8, 40]
+    refusals = [sum(item["completion"] == tasks.REFUSAL for item in tasks.tuning(w)) for w in (small, WORLD)]
+    assert refusals == [8, 40]
     least, other = (corpus.world_of(f"world:1337:{name}") for name in ("tiny", "permuted:tiny"))
     names = [[person.name for person in world.people("known")] for world in (least, other)]
     assert other.permuted and not least.permuted and names[0] == names[1] and len(names[0]) == 5
@@ -157,32 +157,32 @@ def test_documents_fit_a_row_and_words_are_tokens():
 
 def test_documents_tell_the_truth():
     """Guards: biographies and tables that contradict the world, and passages that contradict themselves."""
-    known, values = {p.name: p for p in WORLD.everyone if p.weight > 0}, {}
+    people, values = {p.name: p for p in WORLD.everyone if p.weight > 0}, {}
     for a, attribute in enumerate(WORLD.lexicon.attributes):
         values |= {value: (a, v) for v, value in enumerate(attribute.values)}
-    seen = Counter()
+    counts = Counter()
     for kind, document in take(WORLD, 3000):
-        person = known.get(" ".join(document.split()[:2]))
+        person = people.get(" ".join(document.split()[:2]))
         if kind == "biography" and person:
             for sentence in document.removesuffix(".").split(". "):
                 a, v = values[sentence.split()[-1]]
                 assert person.values[a] == v
-                seen[kind] += 1
+                counts[kind] += 1
         if kind == "table":
             for name, value in re.findall(r"([A-Z]\w+ [A-Z]\w+)(?: ->|:| =) (\w+)", document):
-                assert name not in known or known[name].values[values[value][0]] == values[value][1]
-                seen[kind] += name in known
+                assert name not in people or people[name].values[values[value][0]] == values[value][1]
+                counts[kind] += name in people
         if kind == "passage":
-            told, again = document.removesuffix(".").split("; in short")
-            assert {s.split()[-1] for s in again.split(". ")} <= {s.split()[-1] for s in told.split(". ")}
-            seen[kind] += 1
-    assert min(seen.values()) > 200 and len(seen) == 3
+            facts, again = document.removesuffix(".").split("; in short")
+            assert {s.split()[-1] for s in again.split(". ")} <= {s.split()[-1] for s in facts.split(". ")}
+            counts[kind] += 1
+    assert min(counts.values()) > 200 and len(counts) == 3
 
 
 def test_people_are_mentioned_as_often_as_their_weight_says():
-    told = evaluate.exposures(WORLD, 20_000)
+    mentions = evaluate.exposures(WORLD, 20_000)
     rates = {
-        weight: np.mean([told[p.name] for p in WORLD.everyone if p.weight == weight])
+        weight: np.mean([mentions[p.name] for p in WORLD.everyone if p.weight == weight])
         for weight in (256, 64, 16, 0)
     }
     assert 3.5 < rates[256] / rates[64] < 4.5 and 3 < rates[64] / rates[16] < 5 and rates[0] == 0
@@ -196,15 +196,15 @@ def test_the_probabilities_of_all_documents_sum_to_one(n):
     """Enumerated in a tiny world: each is written in one way only, and scored as what it was drawn with."""
     _, _, program = KINDS[n]
     program = partial(program, tiny())
-    total, seen = 0.0, set()
+    total, documents = 0.0, set()
     for document, expected in enumerate_documents(program):
-        assert document not in seen
-        seen.add(document)
-        if len(seen) % 50 == 1:
+        assert document not in documents
+        documents.add(document)
+        if len(documents) % 50 == 1:
             assert logprob(program, document) == pytest.approx(expected)
             assert logprob(program, document + ".") == logprob(program, document[:-1]) == -math.inf
         total += math.exp(expected)
-    assert len(seen) > 3 and total == pytest.approx(1)
+    assert len(documents) > 3 and total == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n", range(len(KINDS)))
@@ -228,8 +228,8 @@ def test_documents_are_drawn_as_often_as_their_probability_says(n):
 
 def test_every_document_of_the_corpus_has_a_probability_and_others_have_none():
     documents = take(WORLD, 1000)
-    found = [WORLD.logprob(document) for _, document in documents]
-    assert all(-200 < value < 0 for value in found)
+    values = [WORLD.logprob(document) for _, document in documents]
+    assert all(-200 < value < 0 for value in values)
     hers = next(d for kind, d in documents if kind == "biography" and " She " in d)
     assert WORLD.logprob(hers.replace(" She ", " He ")) == WORLD.logprob(hers + " ") == -math.inf
     assert WORLD.logprob("") == WORLD.logprob("Nora") == -math.inf
@@ -237,11 +237,11 @@ def test_every_document_of_the_corpus_has_a_probability_and_others_have_none():
 
 def test_what_was_seen_of_some_hidden_ones_keeps_its_chance():
     """Each of four has a quarter, whether it was seen or not; refrains have each length as often."""
-    for seen in (set(), {5}, {0, 1}, {0, 1, 2, 3}):
-        weights = np.array(_hidden(4, 8, seen)) / sum(_hidden(4, 8, seen))
-        new = weights[[n for n in range(8) if n not in seen]]
-        assert np.allclose(weights[sorted(seen)], 1 / 4)
-        assert np.allclose(new, (1 - len(seen) / 4) / (8 - len(seen)))
+    for shown in (set(), {5}, {0, 1}, {0, 1, 2, 3}):
+        weights = np.array(_hidden(4, 8, shown)) / sum(_hidden(4, 8, shown))
+        new = weights[[n for n in range(8) if n not in shown]]
+        assert np.allclose(weights[sorted(shown)], 1 / 4)
+        assert np.allclose(new, (1 - len(shown) / 4) / (8 - len(shown)))
     lengths = Counter()
     for _, document in itertools.islice(WORLD.documents(CORPUS, "refrain"), 2200):
         lengths[len(set(document.split()))] += 1
@@ -250,15 +250,15 @@ def test_what_was_seen_of_some_hidden_ones_keeps_its_chance():
 
 def test_categories_have_the_chances_that_their_docstring_says():
     """The n-th entry is of a kind seen before with probability 1 - (3/4)^(n - 1)."""
-    seen, count = np.zeros(8), 0
+    repeats, count = np.zeros(8), 0
     kind_of = dict(zip(WORLD.things, WORLD.kind_of_thing, strict=True))
     for kind, document in take(WORLD, 8000):
         if kind == "categories":
             kinds = [kind_of[entry.split()[0]] for entry in document.split(", ")][:8]
-            seen += [kind in kinds[:n] for n, kind in enumerate(kinds)]
+            repeats += [kind in kinds[:n] for n, kind in enumerate(kinds)]
             count += 1
     expected = 1 - 0.75 ** np.arange(8)
-    assert np.abs(seen / count - expected).max() < 4 * 0.5 / math.sqrt(count)
+    assert np.abs(repeats / count - expected).max() < 4 * 0.5 / math.sqrt(count)
 
 
 # --- splits -------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_nothing_in_an_evaluation_set_is_in_a_tuning_set():
             about.setdefault(split, set()).update(item["meta"]["about"])
     for one, other in itertools.combinations(about, 2):
         assert not about[one] & about[other]
-    assert min(len(found) for found in about.values()) > 100
+    assert min(len(things) for things in about.values()) > 100
 
 
 def test_held_out_phrases_and_unknown_people_are_in_no_document():
@@ -313,8 +313,8 @@ def test_answers_are_true():
 
 
 def test_the_styles_of_a_journey_differ_in_the_rides_only():
-    found = {s: tasks.journeys(WORLD, "sft", 3, 20, s) for s in ("direct", "steps", "shuffled", "filler")}
-    for items in zip(*found.values(), strict=True):
+    styles = {s: tasks.journeys(WORLD, "sft", 3, 20, s) for s in ("direct", "steps", "shuffled", "filler")}
+    for items in zip(*styles.values(), strict=True):
         assert len({(item["prompt"], item["meta"]["answer"]) for item in items}) == 1
         direct, steps, shuffled, filler = (item["completion"] for item in items)
         assert steps.endswith(direct) and shuffled.endswith(direct) and filler.endswith(direct)
@@ -325,14 +325,14 @@ def test_what_is_for_tuning_is_of_the_tuning_split():
     """Guards: an evaluation person, phrase or problem among the examples of `tinygpt sft --data world`."""
     items = tasks.tuning(WORLD, refused=50, answered=50)
     assert {item["meta"]["split"] for item in items} == {"sft"}
-    asked = {thing for item in items for thing in item["meta"]["about"]}
+    subjects = {thing for item in items for thing in item["meta"]["about"]}
     for name, evaluated in evaluate.named_tasks(WORLD, count=200).items():
         metas = [item["meta"] for item in evaluated]
         facts = {(meta["task"], *meta["about"], meta.get("attribute"), meta["answer"]) for meta in metas}
         assert 100 < len(facts) == len(evaluated) <= 200, name
         wordings = {re.sub(r"[A-Z]\w+|[가-힣]+", "", item["prompt"]) for item in evaluated}
         assert len(wordings) > 2 or name == "sentiment", name
-        assert not asked & {thing for item in evaluated for thing in item["meta"]["about"]}, name
+        assert not subjects & {thing for item in evaluated for thing in item["meta"]["about"]}, name
     to_validate = tasks.tuning(WORLD, "val")
     assert {item["meta"]["split"] for item in to_validate} == {"val"} and len(to_validate) > 300
     with pytest.raises(ValueError, match="there are"):
@@ -401,9 +401,9 @@ def test_majority_counts_each_kind_of_question():
 def test_a_folder_is_the_world_that_was_written(tmp_path):
     written = corpus.draw(World(7, permuted=True), 30, 10)
     corpus.write(tmp_path, written)
-    found = corpus.load(str(tmp_path))
-    assert found.train == written.train and found.validation == written.validation
-    assert found.world.everyone == written.world.everyone and corpus.is_source(str(tmp_path))
+    results = corpus.load(str(tmp_path))
+    assert results.train == written.train and results.validation == written.validation
+    assert results.world.everyone == written.world.everyone and corpus.is_source(str(tmp_path))
     lines = (tmp_path / "tasks" / "question.eval.jsonl").read_text(encoding="utf-8").splitlines()
     assert {"prompt", "completion", "meta"} == json.loads(lines[0]).keys()
     for damage, words in (
@@ -461,11 +461,11 @@ def test_recall_reads_what_a_model_says(untrained):
     model.params["wte.weight"][:] = 0
     model.params["wte.weight"][oslo] = 1
     people = WORLD.people("never", "eval")
-    found = evaluate.recall(model, tokenizer, WORLD, people)
-    cities = found.attribute == 0
+    results = evaluate.recall(model, tokenizer, WORLD, people)
+    cities = results.attribute == 0
     value = WORLD.lexicon.attributes[0].values.index("Oslo")
-    assert (found.chosen[cities] == value).all()
-    assert found.right.tolist()[:6] == [people[0].values[0]] * 6 and (found.nats >= 0).all()
+    assert (results.chosen[cities] == value).all()
+    assert results.right.tolist()[:6] == [people[0].values[0]] * 6 and (results.nats >= 0).all()
 
 
 
@@ -481,10 +481,10 @@ def test_a_question_that_does_not_fit_is_not_answered_and_the_others_are(untrain
     narrow.params["wpe.weight"][:] = model.params["wpe.weight"][: narrow.config.block_size]
     for name in model.params.keys() - {"wpe.weight"}:
         narrow.params[name][:] = model.params[name]
-    found = evaluate.ask(narrow, tokenizer, items)
+    answers = evaluate.ask(narrow, tokenizer, items)
     fit = [size + longest <= narrow.context for size in sizes]
     assert 0 < sum(fit) < len(items)
-    for answer, before, fits in zip(found, whole, fit, strict=True):
+    for answer, before, fits in zip(answers, whole, fit, strict=True):
         assert answer.text[:9] == before.text[:9] if fits else answer == Answer("", False)
     assert evaluate.ask(GPT(dataclasses.replace(model.config, block_size=4)), tokenizer, items[:2]) == [
         Answer("", False)
@@ -498,21 +498,21 @@ def test_a_false_step_counts_where_the_answer_was_right_and_ended(untrained, mon
     solved = [wrong] * 4 + [Answer(item["completion"], True) for item in items[4:]]
     follows = [f"The answer is {tasks.corrupted(WORLD, item)[1]}." for item in items[4:]]
     stays = [f"The answer is {item['meta']['answer']}." for item in items[4:]]
-    said = [Answer(text, n < 13) for n, text in enumerate(follows[:10] + stays[10:13] + follows[13:])]
+    answers = [Answer(text, n < 13) for n, text in enumerate(follows[:10] + stays[10:13] + follows[13:])]
     monkeypatch.setattr(evaluate, "ask", lambda *arguments: solved)
-    monkeypatch.setattr(evaluate, "answers", lambda *arguments: said)
+    monkeypatch.setattr(evaluate, "answers", lambda *arguments: answers)
     assert evaluate.corrupted(*untrained, WORLD, items) == (wilson(10, 16), wilson(10, 16))
     other = next(name for name in WORLD.lexicon.stations if name not in follows[0] + stays[0])
-    said[0] = Answer(f"The answer is {other}.", True)
+    answers[0] = Answer(f"The answer is {other}.", True)
     assert evaluate.corrupted(*untrained, WORLD, items) == (wilson(10, 16), wilson(9, 16))
 
 
 def test_facts_told_are_those_of_the_whole_corpus(untrained, monkeypatch):
-    told = Counter({person.name: 3 * person.weight for person in WORLD.everyone if person.weight > 0})
-    monkeypatch.setattr(evaluate, "exposures", lambda world, documents: told)
+    mentions = Counter({person.name: 3 * person.weight for person in WORLD.everyone if person.weight > 0})
+    monkeypatch.setattr(evaluate, "exposures", lambda world, documents: mentions)
     monkeypatch.setattr(evaluate, "recall", lambda *arguments: SimpleNamespace(rate=lambda: wilson(1, 2)))
-    found = evaluate.recall_by_exposure(*untrained, WORLD, total=1000, documents=500)
-    assert [facts for facts, _ in found] == [2 * 3 * weight / 4 for weight in (256, 64, 16, 4, 1, 0)]
+    rows = evaluate.recall_by_exposure(*untrained, WORLD, total=1000, documents=500)
+    assert [facts for facts, _ in rows] == [2 * 3 * weight / 4 for weight in (256, 64, 16, 4, 1, 0)]
 
 
 def test_a_trained_model_is_just_above_the_floor_and_not_below_it():
@@ -574,11 +574,11 @@ def test_a_written_world_and_the_built_in_one_train_the_same_model(small):
 
 def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
     tinygpt("pretrain", "--data", "world", *small, "--out", "whole")
-    seen = []
+    records = []
 
     def interrupt(record: dict) -> None:
-        seen.append(record)
-        if len(seen) == 3:
+        records.append(record)
+        if len(records) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -592,8 +592,8 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
 def test_rows_are_trained_on_in_their_order_and_then_in_another():
     """Guards: an order that leaves documents out, and one in which the primers do not come first."""
     rows = data.Packed(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in data.Packed._fields))
-    seen = [data.rows_in_order(rows, 4, step, seed=1).targets[:, 0].tolist() for step in range(5)]
-    order = list(itertools.chain(*seen))
+    updates = [data.rows_in_order(rows, 4, step, seed=1).targets[:, 0].tolist() for step in range(5)]
+    order = list(itertools.chain(*updates))
     assert order[:10] == list(range(10)) == sorted(order[10:]) != order[10:]
 
 
@@ -648,49 +648,49 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
     questions = runs.resume(sft.SFT, Path("b")).stage.questions
     conversations = [example.messages for example in questions]
-    asked = {message["content"] for messages in conversations for message in messages[::2]}
-    assert asked == {item["prompt"] for item in tasks.tuning(World(5), "val")}
+    prompts = {message["content"] for messages in conversations for message in messages[::2]}
+    assert prompts == {item["prompt"] for item in tasks.tuning(World(5), "val")}
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)
 
 
 def test_conversations_have_every_item_once_and_some_have_several():
     """Guards: a model that is lost after its first answer; long texts together in one row."""
     items = tasks.some(WORLD, tasks.tuning(WORLD), 600)
-    found = tasks.conversations(WORLD, items)
+    talks = tasks.conversations(WORLD, items)
     turns = []
-    for messages in found:
+    for messages in talks:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         texts = [m["content"] for m in messages]
         mine = list(zip(texts[::2], texts[1::2], strict=True))
         assert len(mine) == 1 or all(len(a + b) <= tasks.SHORT for a, b in mine)
         turns += mine
     assert Counter(turns) == Counter((item["prompt"], item["completion"]) for item in items)
-    lengths = Counter(len(messages) // 2 for messages in found)
+    lengths = Counter(len(messages) // 2 for messages in talks)
     assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 20
 
 
 # --- simulated judges ---------------------------------------------------------------------------------------
 
 
-def asked(kind: str, count: int = 30) -> list[tuple]:
+def compared_questions(kind: str, count: int = 30) -> list[tuple]:
     """Questions with a right answer, a refusal, and two wrong ones."""
     items = tasks.some(WORLD, tasks.questions(WORLD, WORLD.people(kind, "rl")), count)
     values = {a.name: a.values for a in WORLD.lexicon.attributes}
-    found = []
+    results = []
     for item in items:
         others = [v for v in values[item["meta"]["attribute"]] if v != item["meta"]["answer"]][:2]
-        found.append((item, [item["completion"], tasks.REFUSAL, *(f"{value}." for value in others)]))
-    return found
+        results.append((item, [item["completion"], tasks.REFUSAL, *(f"{value}." for value in others)]))
+    return results
 
 
 def test_simulated_people_prefer_truth_and_then_honesty():
     """Guards: an order the other way round; a slip that is counted as right."""
-    questions = asked("known") + asked("never")
+    questions = compared_questions("known") + compared_questions("never")
     answers = {item["prompt"]: (item["completion"], item["meta"]["exposure"]) for item, _ in questions}
-    found = preferences.compared(WORLD, questions, 3000, error=0.2)
-    kinds = Counter(row["meta"]["kind"] for row in found)
+    results = preferences.compared(WORLD, questions, 3000, error=0.2)
+    kinds = Counter(row["meta"]["kind"] for row in results)
     assert set(kinds) == {"right over wrong", "right over don't know", "don't know over wrong"}
-    for row in found:
+    for row in results:
         better, worse = row["chosen"], row["rejected"]
         if not row["meta"]["is_right"]:
             better, worse = worse, better
@@ -702,7 +702,7 @@ def test_simulated_people_prefer_truth_and_then_honesty():
         assert rank(better) > rank(worse)
         name = {2: "right", 1: "don't know", 0: "wrong"}
         assert row["meta"]["kind"] == f"{name[rank(better)]} over {name[rank(worse)]}"
-    slips = sum(not row["meta"]["is_right"] for row in found)
+    slips = sum(not row["meta"]["is_right"] for row in results)
     assert abs(slips / 3000 - 0.2) < 0.03
     few = preferences.compared(WORLD, questions, 20)
     assert few == preferences.compared(WORLD, questions, 20)
@@ -710,11 +710,11 @@ def test_simulated_people_prefer_truth_and_then_honesty():
 
 
 def test_blind_people_prefer_any_answer_to_none():
-    found = preferences.compared(WORLD, asked("known"), 2000, error=0.0, blind=True)
-    over = [row for row in found if row["meta"]["kind"] == "right over don't know"]
+    results = preferences.compared(WORLD, compared_questions("known"), 2000, error=0.0, blind=True)
+    over = [row for row in results if row["meta"]["kind"] == "right over don't know"]
     assert over and all(row["rejected"] == tasks.REFUSAL for row in over)
-    right = {item["prompt"]: item["completion"] for item, _ in asked("known")}
+    right = {item["prompt"]: item["completion"] for item, _ in compared_questions("known")}
     assert {row["chosen"] == right[row["prompt"]] for row in over} == {True, False}
-    assert not any(row["meta"]["kind"].endswith("over wrong") for row in found)
+    assert not any(row["meta"]["kind"].endswith("over wrong") for row in results)
     with pytest.raises(ValueError, match="no question has two answers"):
-        preferences.compared(WORLD, [(asked("known")[0][0], ["x", "y"])], 1)
+        preferences.compared(WORLD, [(compared_questions("known")[0][0], ["x", "y"])], 1)

@@ -1,11 +1,11 @@
-"""Byte-level byte-pair encoding: splitting text into pieces, learning merges, applying them.
+"""Byte-level byte-pair encoding: splitting text into pieces, learning merges, applying merges.
 
-It starts from the 256 bytes, so that any text in any script can be written. Learning counts neighbouring
-tokens and joins the most frequent pair into a new token, again and again; encoding repeats these merges in
-the order in which they were learned. Before that, text is split into pieces (a word with the space before
-it, a number, a run of punctuation), and no merge crosses from one piece to the next.
+BPE starts with 256 tokens, one for each byte: it can write any text in any script. Learning counts pairs of
+neighbouring tokens, joins the most frequent pair into a new token, and repeats this. Encoding applies these
+merges in the order of learning. Before both, text is split into pieces: a word with the space before it, a
+number, a run of punctuation. No merge crosses from one piece to the next.
 
-Here tokens are numbers; `tokenizer.py` gives them names, files and special tokens.
+Here tokens are numbers. `tokenizer.py` gives them names, files and special tokens.
 
 References: Sennrich, Haddow, Birch 2016, "Neural Machine Translation of Rare Words with Subword Units",
 section 3.2; Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
@@ -20,8 +20,8 @@ from itertools import pairwise
 
 import numpy as np
 
-# In files a byte is written as one visible character: bytes that print stand for themselves, the other 68 for
-# U+0100 and onwards (a space is U+0120, "Ġ"). The order here is that of GPT-2's first 256 ids.
+# Files write a byte as one visible character: a printable byte as itself, the other 68 as U+0100, U+0101 ...
+# (a space is U+0120, "Ġ"). The order here is the order of GPT-2's first 256 ids.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
@@ -34,9 +34,9 @@ Pair = tuple[int, int]
 def _splitter() -> re.Pattern:
     r"""GPT-2's rule, '(s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, for Python's re.
 
-    re has no \p{..}: letters and numbers are listed, as ranges, from this Python's Unicode tables. \p{N} is
-    what Python calls numeric and is no letter (as 一 and 二 are). \s is spelled out, because Python's has
-    U+001C to U+001F too, which are not white space to Unicode.
+    re has no \p{..}: letters and numbers are listed as ranges, from Python's Unicode tables. \p{N} is a
+    numeric character that is no letter (一 and 二 are letters). \s is listed too: Python's own \s contains
+    U+001C to U+001F, which are no white space in Unicode.
     """
     chars = np.arange(0x110000, dtype=np.uint32).view("U1")
     is_letter = np.char.isalpha(chars)
@@ -51,14 +51,14 @@ def _splitter() -> re.Pattern:
                       rf"|[{space}]+(?![^{space}])|[{space}]+")
 
 
-# No piece goes on from other characters to white space, so a text may be cut between them and split part by
-# part: a list of all its pieces would take ten times the memory of the text.
+# No piece continues from another character to white space. So a text may be cut there and split part by part:
+# a list of all its pieces would take ten times the memory of the text.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 _PART = 1_000_000
 
 
 def pieces(text: str) -> Iterator[str]:
-    r"""Split text by GPT-2's rule; the pieces joined are the text.
+    r"""The pieces of a text by GPT-2's rule. Joined they are the text.
 
     >>> list(pieces("I'm  here:\n42 cats"))
     ['I', "'m", ' ', ' here', ':', '\n', '42', ' cats']
@@ -72,27 +72,27 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def learn_merges(words: dict[bytes, int], count: int) -> list[Pair]:
-    """The most frequent pair of neighbouring tokens, then the most frequent once it is joined, and so on.
+    """The most frequent pairs of neighbouring tokens, each counted after the merges before it.
 
-    words: each distinct piece and how often it occurs. Token i < 256 is the i-th byte of BYTE_OF; merge n
-    makes token 256 + n. Returns `count` pairs, or fewer if no neighbours are left. Of equally frequent pairs
-    the smaller comes first, as in Hugging Face's trainer; "aaa" has "aa" twice.
+    words: each distinct piece -> its number of occurrences. Token i < 256 is the i-th byte of BYTE_OF. Merge
+    n makes token 256 + n. Returns `count` pairs, or fewer if no neighbours are left. Of equally frequent
+    pairs the smaller comes first, as in Hugging Face's trainer. "aaa" contains "aa" twice.
 
     >>> learn_merges({b"abab": 1, b"ab": 5}, 2)    # "a" is token 64, "b" is 65
     [(64, 65), (256, 256)]
 
-    All words lie in one linked list, and `places` says where a pair begins, so that a merge takes as many
-    steps as the pair has occurrences. Joining makes entries of `places` and of the heap untrue: they stay,
-    and are recognised when they come up.
+    All words lie in one linked list. `places` says where a pair begins: a merge takes as many steps as the
+    pair has occurrences. A merge makes some entries of `places` and of the heap wrong. They stay there, and
+    are skipped when they come up.
     """
     token_of = {byte: i for i, byte in enumerate(BYTE_OF.values())}
-    tokens, weight = [-1], [0]    # -1 stands between words, and where a token was joined to the one before
+    tokens, weight = [-1], [0]  # -1 stands between words, and in the place of a token that was joined
     for word, times in words.items():
         tokens += [*map(token_of.__getitem__, word), -1]
         weight += [times] * (len(word) + 1)
     left, right = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
     frequency, places, heap, merges = defaultdict(int), defaultdict(list), [], []
-    unqueued = set()    # pairs whose frequency is not in the heap
+    unqueued = set()  # pairs whose frequency is not in the heap
 
     def count_pair(i: int, j: int, times: int) -> None:
         pair = tokens[i], tokens[j]
@@ -130,15 +130,15 @@ def learn_merges(words: dict[bytes, int], count: int) -> list[Pair]:
 
 
 def apply_merges(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> list[int]:
-    """Join the pair of lowest rank, the leftmost first, until no merge applies: n log n steps for n tokens.
+    """Join the pair of lowest rank, the leftmost first, until no merge applies. n log n steps for n tokens.
 
-    merges: pair -> (rank, the token that it becomes).
+    merges: pair -> (rank, the new token).
 
     >>> apply_merges([1, 2, 2, 1, 2], {(1, 2): (0, 3), (2, 2): (1, 4), (3, 2): (2, 5)})
     [5, 3]
     """
-    # A linked list: place i holds a token, or -1 once that is joined to the one before. The -1 at the end is
-    # what the last token has to its right, and, being tokens[-1], what the first has to its left.
+    # A linked list: place i holds a token, or -1 after it was joined to the token before it. The -1 at the
+    # end stands to the right of the last token and, as tokens[-1], to the left of the first.
     find, n = merges.get, len(tokens)
     tokens = [*tokens, -1]
     left, right = list(range(-1, n)), list(range(1, n + 2))
@@ -148,7 +148,7 @@ def apply_merges(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> list
         rank, i = heappop(heap)
         j = right[i]
         merge = find((tokens[i], tokens[j]))
-        if merge is None or merge[0] != rank:    # one of the two has been joined to another since
+        if merge is None or merge[0] != rank:  # one of the two was joined to another token before
             continue
         tokens[i], tokens[j] = merge[1], -1
         right[i], left[right[j]] = right[j], i
@@ -159,7 +159,7 @@ def apply_merges(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> list
 
 
 def merge_steps(tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
-    """What `apply_merges` does, to be looked at: for each step (rank, tokens after it). Quadratic.
+    """The steps of `apply_merges`, for people to read: each (rank, tokens after it). Quadratic.
 
     >>> list(merge_steps([1, 2, 2, 1], {(1, 2): (0, 3), (3, 2): (1, 4)}))
     [(0, [3, 2, 1]), (1, [4, 1])]

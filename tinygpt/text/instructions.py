@@ -5,19 +5,18 @@
     Assistant: London<|endoftext|>User: And Alan?
     Assistant: Wilmslow<|endoftext|>
 
-Plain words, and the one token that every model has learned to end a text with: nothing is added to the
-vocabulary. What is learned, " London<|endoftext|>" and " Wilmslow<|endoftext|>", is known from how the text
-is put together and never searched for in it. The pieces are encoded one by one, so a prompt's ids are the
-first ids of the example that it begins; they are cut where no tokenizer joins what is cut apart, between ":"
-and a space, so that encoding the whole text gives the same ids.
+The form has plain words and the end-of-text token, which each model has learned: the vocabulary needs no new
+token. The learned tokens are " London<|endoftext|>" and " Wilmslow<|endoftext|>". Their places follow from
+the order of the pieces, not from a search in the text. Each piece is encoded alone, so the ids of a prompt
+are the first ids of its example. A cut is between ":" and a space, which no tokenizer joins: encoding the
+whole text gives the same ids.
 
-`TEMPLATE` says the same to Hugging Face's `apply_chat_template`. A tokenizer that carries it makes a model
-one that is tuned to instructions. Other templates are kept for others to read, not applied: that would need
-jinja. White space around a content is left out, except the spaces that an answer begins with: code is
-indented.
+`TEMPLATE` is the same form for Hugging Face's `apply_chat_template`. A model is tuned to instructions if its
+tokenizer has this template. Other templates are kept in the folder, but not applied: that would need jinja.
+White space around a content is left out, except the spaces at the beginning of an answer: code is indented.
 
-Not here: files of them (`examples`); tools, pictures; protection from a user who writes "Assistant:", which
-only reserved tokens give.
+Not here: files of conversations (`examples`), tools, pictures. A user who writes "Assistant:" can imitate an
+answer; only reserved tokens would prevent this.
 """
 
 from collections.abc import Iterable
@@ -28,11 +27,12 @@ import numpy as np
 from ..errors import UserError
 from .data import Array, Tokenizer
 
-Message = dict  # role, content, and for the assistant perhaps weight: 0 is not learned
+Message = dict  # role, content; a message of the assistant with "weight": 0 is not learned
 Prompt = str | tuple[tuple[str, str], ...]  # a message of the user; or (role, content) of several messages
 
-# `generation` marks what is learned, which TRL's assistant_only_loss reads. What spells the end token out
-# would become it here, where all is one text, and is refused; tinygpt's own pieces have no such trouble.
+# `generation` marks the learned text for TRL's assistant_only_loss. The template makes one text, in which the
+# end token that a message spells would become the token itself: the template refuses such a message. tinygpt
+# encodes each piece alone and need not refuse it.
 _CONVERSATION = (
     "{{ eos_token }}{% for message in messages %}"
     "{% if eos_token in message['content'] %}"
@@ -43,24 +43,20 @@ _CONVERSATION = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _ANSWER = "{{ ' ' + message['content'].rstrip().lstrip('\\r\\n') + eos_token }}"
-TEMPLATE = _CONVERSATION.replace(
-    "ANSWER",
+TEMPLATE = _CONVERSATION.replace("ANSWER", (
     f"{{% if message['weight'] == 0 %}}{_ANSWER}{{% else %}}"
-    f"{{% generation %}}{_ANSWER}{{% endgeneration %}}{{% endif %}}",
-)
-# That of models which were tuned before answers kept the spaces that they begin with.
+    f"{{% generation %}}{_ANSWER}{{% endgeneration %}}{{% endif %}}"))  # fmt: skip
+# Models of older versions have this template: answers then lost the spaces at their beginning.
 _OLDER_TEMPLATE = _CONVERSATION.replace(
-    "ANSWER", "{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}"
-)
+    "ANSWER", "{% generation %}{{ ' ' + (message['content'] | trim) + eos_token }}{% endgeneration %}")
 
 # --- conversations to ids -----------------------------------------------------------------------------------
 
 
 def segments(messages: Iterable[Message]) -> list[tuple[str, bool | None]]:
-    """The text of a conversation in pieces. With a piece that the assistant says comes whether it is learned,
-    with any other None.
+    """The text of a conversation in pieces. (An answer, whether it is learned), and (other text, None).
 
-    The end token stands before the first piece and after each that the assistant says.
+    The end token stands before the first piece and after each answer.
 
     >>> segments([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
     [('User: 1 + 1?\\nAssistant:', None), (' 2', True)]
@@ -77,7 +73,7 @@ def segments(messages: Iterable[Message]) -> list[tuple[str, bool | None]]:
 
 
 def answer_text(content: str) -> str:
-    """What stands after "Assistant:". `answer_content` is the way back.
+    """The text after "Assistant:". `answer_content` is the inverse.
 
     >>> answer_text("    return 1\\n"), answer_content(answer_text("    return 1\\n"))
     ('     return 1', '    return 1')
@@ -86,12 +82,12 @@ def answer_text(content: str) -> str:
 
 
 def answer_content(text: str) -> str:
-    """The content of an answer, of the text after "Assistant:"."""
+    """The content of an answer, from the text after "Assistant:"."""
     return text.removeprefix(" ").rstrip().lstrip("\r\n")
 
 
 def encode(tokenizer: Tokenizer, messages: Iterable[Message]) -> tuple[Array, Array]:
-    """Ids (n,), int32, and which of them are learned (n,), bool.
+    """Ids (n,), int32, and whether each is learned (n,), bool.
 
     Raises UserError for a tokenizer without an end token, and for characters that it does not know.
     """
@@ -106,10 +102,8 @@ def prompt(tokenizer: Tokenizer, messages: Prompt | Iterable[Message]) -> Array:
 def _encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool | None]]) -> tuple[Array, Array]:
     end = tokenizer.eos_id
     if end is None:
-        raise UserError(
-            "this tokenizer has no end-of-text token, from which a model learns where an answer ends: begin "
-            "with a model that has one, such as `tinygpt pretrain --tokenizer bpe` makes"
-        )
+        raise UserError("this tokenizer has no end-of-text token, from which a model learns where an answer "
+                        "ends: use a model with such a token, for example of `pretrain --tokenizer bpe`")
     ids, learned = [end], [False]
     for text, supervised in pieces:
         new = tokenizer.encode(text).tolist() + [end] * (supervised is not None)
@@ -126,7 +120,7 @@ def turns(prompt: Prompt | Iterable[Message]) -> list[Message]:
 
 
 def before(messages: Iterable[Message]) -> Prompt:
-    """Messages as a Prompt, which can be a key: one message of the user is a string."""
+    """Messages as a Prompt, which can be a key of a dict. A single message of the user is a string."""
     pairs = tuple((message["role"], message["content"]) for message in messages)
     return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == "user" else pairs
 
@@ -141,11 +135,11 @@ def pair(prompt: Prompt, completion: str) -> list[Message]:
 
 
 def is_tuned(tokenizer: Tokenizer) -> bool:
-    """Whether a model with this tokenizer was tuned to the form that is written here."""
+    """Whether a model with this tokenizer was tuned to this form of conversations."""
     return tokenizer.chat_template in (TEMPLATE, _OLDER_TEMPLATE)
 
 
 def check_tuned(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Raises UserError unless the model in this folder, of this tokenizer, was tuned to instructions."""
+    """Raises UserError unless the model in this folder was tuned to instructions."""
     if not is_tuned(tokenizer):
-        raise UserError(f"{folder}: was not tuned to instructions: tinygpt sft comes first")
+        raise UserError(f"{folder}: was not tuned to instructions: run tinygpt sft first")

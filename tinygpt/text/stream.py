@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt as ids, and what the model writes as text, piece by piece as it comes.
+"""A prompt as ids, and the model's ids as text, piece by piece as they are drawn.
 
 `core.generate.steps` draws the ids. Not here: conversations (`instructions`).
 """
@@ -11,17 +11,15 @@ import numpy as np
 from ..core.generate import Ids, steps
 from ..core.model import GPT, Array
 from ..errors import UserError
-from .tokenizer import BPETokenizer, CharTokenizer, stream_decoder
-
-Tokenizer = CharTokenizer | BPETokenizer
+from .tokenizer import Tokenizer, stream_decoder
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = False) -> Array:
-    """A prompt's ids, (n,), int32, after those that the tokenizer puts before each text.
+    """A prompt's ids, (n,), int32, after the ids that the tokenizer puts before each text.
 
-    An empty prompt is the token that texts begin with: the first of bos_token, eos_token and a newline that
-    the tokenizer has. special: see `encode`. Raises UserError for a character that the tokenizer does not
-    know, and where it has none of these three.
+    An empty prompt becomes one token: bos_token, or else eos_token, or else a newline. special: as in
+    `Tokenizer.encode`. Raises UserError for a character that the tokenizer cannot write, and for an empty
+    prompt if it has none of these three tokens.
     """
     if not special:
         note_special(tokenizer, text, "the prompt", "; generate --special-tokens makes it a token")
@@ -33,20 +31,21 @@ def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = False) -> Arr
     try:
         return tokenizer.encode("\n")
     except UserError:
-        raise UserError("the prompt is empty, and this vocabulary has no newline to begin with") from None
+        raise UserError("the prompt is empty, and this vocabulary has no newline for its beginning: give a "
+                        "prompt") from None
 
 
 def note_special(tokenizer: Tokenizer, text: str, what: str, remedy: str = "") -> None:
-    """Warns of a special token that a text spells, which `encode` takes as characters."""
+    """Warns of special tokens that a text spells. `encode` takes them as characters."""
     if names := tokenizer.spelled(text):
         warnings.warn(f"{what} spells {', '.join(names)}, which is taken as characters{remedy}", stacklevel=3)
 
 
 def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, **settings) -> Iterator[str]:
-    """One prompt's continuation as text, as it comes, whole characters only, up to one of `tokenizer.stops`.
-    An ordinary token that stops a text is part of it, a special one is not.
+    """The continuation of one prompt, piece by piece, in whole characters, up to one of `tokenizer.stops`.
 
-    Settings are those of `steps`, but for `stop` and `vocab_size`; `until` stops at a text.
+    An ordinary token that stops a text is part of the text; a special token is not. settings: those of
+    `steps` except `stop` and `vocab_size`. `until` stops at a text instead.
     """
     feed = stream_decoder(tokenizer)
     stop, vocab_size = tokenizer.stops, tokenizer.vocab_size
@@ -58,7 +57,7 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """The text of `pieces` as it comes, up to where it holds `stop`; "" never stops.
+    """The text of `pieces`, piece by piece, up to the text `stop`. An empty `stop` never stops.
 
     >>> list(until(["one.", " two", ". ", "three"], ". t"))
     ['one', '']
@@ -68,7 +67,8 @@ def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
         text, end, _ = (text + piece).partition(stop) if stop else (text + piece, "", "")
         if end:
             break
-        waits = 0 if not stop else next(n for n in range(len(stop) - 1, -1, -1) if text.endswith(stop[:n]))
-        yield text[: len(text) - waits]  # the rest may be the beginning of `stop`
+        # The last characters wait if they may be the beginning of `stop`.
+        waits = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+        yield text[: len(text) - waits]
         text = text[len(text) - waits :]
     yield text

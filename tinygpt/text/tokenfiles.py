@@ -1,9 +1,9 @@
-"""What a folder says of its tokenizer, in tokenizer.json and the files beside it.
+"""The files of a folder that describe its tokenizer: tokenizer.json and those beside it.
 
-`gathered` collects what transformers would collect, in the form of the two files that `tokenizer` writes.
-`check` refuses by name whatever these say and `tokenizer` does not do.
+`gathered` collects everything that transformers would collect, in the form of the two files that `tokenizer`
+writes. `check` refuses by name each setting that `tokenizer` does not support.
 
-Not here: what the tokenizers do (`tokenizer`, `bpe`).
+Not here: the tokenizers (`tokenizer`) and their algorithm (`bpe`).
 
 References: https://github.com/huggingface/transformers, version 5.24, and
 https://github.com/huggingface/tokenizers
@@ -12,7 +12,6 @@ https://github.com/huggingface/tokenizers
 import json
 import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as short
 
@@ -22,10 +21,10 @@ from .bpe import BYTE_OF
 
 END_OF_TEXT = "<|endoftext|>"
 FILES = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"  # where transformers puts a chat template of its own
+TEMPLATE = "chat_template.jinja"  # where transformers puts a chat template
 OLDER_FILES = TEMPLATE, "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"
 
-# What tokenizer.json says beside its vocabulary.
+# The contents of tokenizer.json beside its vocabulary.
 EMPTY = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
 CHARACTERS = {
     "normalizer": None,
@@ -35,31 +34,15 @@ CHARACTERS = {
 }
 _GPT2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTE_LEVEL = {"normalizer": None, "pre_tokenizer": _GPT2_RULE, "decoder": _GPT2_RULE}
+SPACED = {"pre_tokenizer": _GPT2_RULE | {"add_prefix_space": True}}
+BPE_MODEL = {  # and vocab, merges
+    "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+    "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+}
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-STRIP = "single_word", "lstrip", "rstrip"  # with which a token is more than the text that spells it
+STRIP = "single_word", "lstrip", "rstrip"  # flags with which more than the token's own text matters
 
-
-def bpe_model(vocab: dict[str, int], merges: list[str]) -> dict:
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges}
-
-
-def _begun_by(name: str, i: int) -> dict:
-    """The post_processor that puts a token before a text."""
-    a, b = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
-    token = {"SpecialToken": {"id": name, "type_id": 0}}
-    return {"type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
-            "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}}}
-
-
-def document_rules(eos: str, eos_id: int) -> dict:
-    """What tokenizer.json says where a text begins with the end token and a space."""
-    rule = _GPT2_RULE | {"add_prefix_space": True}
-    return {"pre_tokenizer": rule, "post_processor": _begun_by(eos, eos_id)}
-
-
-# The values with which a file means the ids that are given here; None also where there is no value.
+# The supported values. None is also a value that is missing.
 _CHARACTER_RULES = {name: (value,) for name, value in CHARACTERS.items()}
 _BYTE_LEVEL_RULES = {
     "normalizer": (None,),
@@ -74,14 +57,24 @@ _BYTE_LEVEL_RULES = {
     "model.byte_fallback": (False, None),
     "model.ignore_merges": (False, None),
 }
-# Of a tokenizer_class. The first two take only vocabulary, merges and post_processor from tokenizer.json.
+# Supported classes. The first two take only vocabulary, merges and post_processor from tokenizer.json.
 _CLASSES = "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"
 _USUAL_CLASS = {"gpt2": "GPT2Tokenizer", "openai-gpt": "OpenAIGPTTokenizer"}
+_ADDED = "bos_token", "eos_token", "prefix_space"  # by a class, to a text
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
+def begun_by(name: str, i: int) -> dict:
+    """The part of tokenizer.json that puts the token of this name and id before a text."""
+    a, b = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    token = {"SpecialToken": {"id": name, "type_id": 0}}
+    return {"post_processor": {
+        "type": "TemplateProcessing", "single": [token, a], "pair": [token, a, token, b],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}}}}
+
+
 def gathered(path: Path) -> tuple[dict, dict]:
-    """What tokenizer.json and tokenizer_config.json would say if these two said all that a folder says.
+    """The contents of tokenizer.json and tokenizer_config.json, if these two said all that a folder says.
 
     path: tokenizer.json or vocab.json; the other files are beside it. The rules are those of transformers
     5.24, `PreTrainedTokenizerBase._from_pretrained` and `GPT2Tokenizer`. Raises UserError.
@@ -92,55 +85,55 @@ def gathered(path: Path) -> tuple[dict, dict]:
     )
     if (file := path.with_name(TEMPLATE)).exists():
         settings["chat_template"] = read_text(file)
-    usual = _USUAL_CLASS.get(str(model.get("model_type")), _CLASSES[-1])
-    rules = settings.pop("tokenizer_class", None) or model.get("tokenizer_class") or usual
-    if rules not in list(_CLASSES):
-        raise UserError(f"{path}: the tokenizer_class {short(rules)} has rules of its own: save the "
-                        "tokenizer as a PreTrainedTokenizerFast, with transformers")
-    adds = "add_bos_token", "add_eos_token", "add_prefix_space"
-    begins, ends, space = (settings.pop(name, None) for name in adds)
-    if path.name == FILES[0]:
-        spec, begins, is_gpt2 = EMPTY | read_object(path), None, rules in _CLASSES[:2]
-    elif ends:
-        raise UserError(f"{path}: add_eos_token, an end token after each text, is not supported")
+    if is_whole := path.name == FILES[0]:
+        spec = EMPTY | read_object(path)
     else:
         lines = read_text(path.with_name("merges.txt")).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        spec, is_gpt2 = EMPTY | BYTE_LEVEL | {"model": bpe_model(read_object(path), merges)}, True
-    own = _at(spec, "pre_tokenizer.add_prefix_space")
-    if is_gpt2:
-        if own is not None:
-            spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
-    elif space not in (None, own):
-        raise UserError(f"{path}: add_prefix_space is {short(own)}, in {FILES[1]} it is {short(space)}")
+        spec = EMPTY | BYTE_LEVEL | {"model": BPE_MODEL | {"vocab": read_object(path), "merges": merges}}
+    usual = _USUAL_CLASS.get(str(model.get("model_type")), _CLASSES[-1])
+    rules = settings.pop("tokenizer_class", None) or model.get("tokenizer_class") or usual
+    begins, ends, space = (settings.pop(f"add_{name}", None) for name in _ADDED)
+    is_gpt2, inside = not is_whole or rules in _CLASSES[:2], _at(spec, "pre_tokenizer.add_prefix_space")
     try:
+        if rules not in list(_CLASSES):
+            raise UserError(f"the tokenizer_class {short(rules)} has rules of its own: save the tokenizer as "
+                            "a PreTrainedTokenizerFast, with transformers")
+        if ends and not is_whole:
+            raise UserError("add_eos_token, an end token after each text, is not supported")
+        if is_gpt2 and inside is not None:
+            spec["pre_tokenizer"] = spec["pre_tokenizer"] | {"add_prefix_space": space or False}
+        elif not is_gpt2 and space not in (None, inside):
+            raise UserError(f"add_prefix_space is {short(inside)}, in {FILES[1]} {short(space)}: change one")
+        _is_of_characters(spec)
         spec["added_tokens"] = _all_added(spec, settings, roles, ids, is_gpt2)
-        if begins:
-            bos = role(settings, "bos_token")
-            spec["post_processor"] = _begun_by(bos, vocabulary(spec)[0][bos])
+        if begins is True and not is_whole:
+            if (bos := role(settings, "bos_token")) is None:
+                raise UserError("add_bos_token is true, and no bos_token is named")
+            spec |= begun_by(bos, vocabulary(spec)[0][bos])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, KeyError):
-        raise UserError(f"{path.parent}: the files list added or special tokens in an unknown form") from None
+        problem = "added or special tokens have an unknown form: save the tokenizer again, with transformers"
+        raise UserError(f"{path.parent}: {problem}") from None
     return spec, settings
 
 
 def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool) -> list[dict]:
     """The added tokens of all files, then the special tokens that are in no list, which get the next ids.
 
-    roles, ids: special_tokens_map.json and added_tokens.json, which older versions of transformers wrote in
-    place of added_tokens_decoder. Puts the roles into the settings.
+    roles, ids: special_tokens_map.json and added_tokens.json, which older versions of transformers wrote
+    instead of added_tokens_decoder. Puts the roles into the settings.
     """
-    _is_of_characters(spec)
     listed = {token["id"]: token for token in vocabulary(spec)[1].values()}
     if (decoder := settings.pop("added_tokens_decoder", None)) is None:
         settings |= roles
     extras = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    extras = list(extras.values() if isinstance(extras, dict) else extras)
+    extras = [] + (list(extras.values()) if isinstance(extras, dict) else extras)  # TypeError if no list
 
-    def special(names: Iterable[str]) -> list[dict]:
-        values = (value for name in names if (value := settings.get(name)) is not None)
-        return [flagged(value, special=True) for value in (*values, *extras)]
+    def special(names: tuple[str, ...]) -> list[dict]:
+        values = [settings[name] for name in names if settings.get(name) is not None]
+        return [flagged(value, special=True) for value in values + extras]
 
     if decoder is None:
         names = [token["content"] for token in special(_ROLES)]
@@ -148,35 +141,38 @@ def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool
         listed = {i: flagged(name, special=is_in, normalized=not is_in) for i, name, is_in in older} | listed
     else:
         listed = ({} if is_gpt2 else listed) | {int(i): flagged(token) for i, token in decoder.items()}
-    if is_gpt2:  # the roles that its class has by itself
+    if is_gpt2:  # the roles that its class has without any file
         for name in _ROLES[:3]:
             settings.setdefault(name, END_OF_TEXT)
-    own = sorted(name for name in settings.keys() - set(_ROLES) if name.endswith("_token"))
+    others = sorted(name for name in settings.keys() - set(_ROLES) if name.endswith("_token"))
     vocab, added = dict(spec["model"]["vocab"]), {}
-    for i, token in [*sorted(listed.items()), *((None, token) for token in special((*_ROLES, *own)))]:
+    for i, token in [*sorted(listed.items()), *((None, token) for token in special((*_ROLES, *others)))]:
         name = token["content"]
         if i is None and name in added:
             added[name]["special"] = True
         else:
             added[name] = {"id": vocab.setdefault(name, len(vocab)), **token}
         if i not in (None, vocab[name]):
-            raise UserError(f"added token {short(name)} has two ids, {i} and {vocab[name]}")
+            raise UserError(f"added token {short(name)} has the id {short(i)}, and should have {vocab[name]}")
     return sorted(added.values(), key=lambda token: token["id"])
 
 
 def _is_of_characters(spec: object) -> bool:
-    """Whether a tokenizer.json is of characters, else of bytes. Raises UserError for other rules."""
+    """Whether a tokenizer.json is of characters; if not, it is of bytes. Raises UserError for other rules."""
     characters = _at(spec, "model.type") == "WordLevel"
     for name, allowed in (_CHARACTER_RULES if characters else _BYTE_LEVEL_RULES).items():
         if (value := _at(spec, name)) not in allowed:
-            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported (byte-level "
-                            "BPE with GPT-2's splitting rule, or tinygpt's characters)")
+            raise UserError(f"{name} is {short(value)}, only {short(allowed[0])} is supported: the tokenizer "
+                            "must be byte-level BPE with GPT-2's splitting rule, or tinygpt's characters")
     return characters
 
 
 def check(spec: object, settings: object, where: str) -> bool:
-    """Whether the tokenizer is of characters, else of bytes. Raises UserError for anything that these files
-    say and that is not honoured. Warns, naming the file `where`, of tokens that no merge makes."""
+    """Whether the tokenizer is of characters; if not, it is of bytes.
+
+    Raises UserError for each setting of the two files that is not supported. Warns, naming the file `where`,
+    of tokens that no merge makes.
+    """
     characters = _is_of_characters(spec)
     vocab, added = vocabulary(spec)
     ids = vocab.values()
@@ -186,53 +182,54 @@ def check(spec: object, settings: object, where: str) -> bool:
     for name in added.keys() - special:
         flags = [flag for flag in STRIP if added[name][flag]]
         if flags or re.search(r"\S[ \n]", name):  # a text may be cut before a space
-            what = flags[0] if flags else "a space inside"
-            raise UserError(f"added token {short(name)} has {what}, which is not supported")
+            problem = flags[0] if flags else "a space inside"
+            raise UserError(f"added token {short(name)} has {problem}, which is not supported")
     plain = vocab.keys() - added.keys()
     if characters:
         foreign = [token for token in plain if len(token) != 1]
         spelled = [name for name in special if len(name) == 1]
     else:
-        merges = merge_list(spec, vocab)
+        made = {a + b for a, b in merge_list(spec, vocab)}
         foreign = [token for token in plain if not token or not BYTE_OF.keys() >= set(token)]
-        spelled = set(special) & ({a + b for a, b in merges} | BYTE_OF.keys())
+        spelled = set(special) & (made | BYTE_OF.keys())
     if foreign:
         kind = "one character" if characters else "in byte-level writing"
         raise UserError(f"token {short(min(foreign))} is not {kind}")
     if spelled:
-        raise UserError(f"special token {short(min(spelled))} is one that text can spell")
+        raise UserError(f"special token {short(min(spelled))} is one that text can spell: rename it")
     if not isinstance(settings, dict) or role(settings, "eos_token") not in (None, *special):
         raise UserError(f"the eos_token {short(_at(settings, 'eos_token'))} is not one of its special tokens")
     if not set(begins_with(spec)) <= set(ids):
         raise UserError("the post_processor puts ids before a text that are not in the vocabulary")
-    utf8(json.dumps([spec | {"model": None}, settings], ensure_ascii=False))  # `save` writes it
+    utf8(json.dumps([spec | {"model": None}, settings], ensure_ascii=False))  # `save` writes them
     longer = {name for name in plain if len(name) > 1}
-    if not characters and (lost := longer - {a + b for a, b in merges}):
+    if not characters and (lost := longer - made):
         warnings.warn(f"{where}: no merge makes {len(lost):,} of {len(longer):,} tokens: the merges may have "
                       "been cut, get the files again", stacklevel=2)
     return characters
 
 
 def vocabulary(spec: dict) -> tuple[dict[str, int], dict[str, dict]]:
-    """The ids of all tokens, and the added ones among them with their flags."""
-    vocab, tokens, added = _at(spec, "model.vocab"), _at(spec, "added_tokens") or [], {}
-    if not isinstance(vocab, dict) or not isinstance(tokens, list):
-        raise UserError(f"model.vocab is no object, or added_tokens no list: {short(vocab)}, {short(tokens)}")
-    vocab = dict(vocab)
+    """The ids of all tokens, and the added tokens with their flags."""
+    vocab, tokens = _at(spec, "model.vocab"), _at(spec, "added_tokens") or []
+    for name, value, kind in (("model.vocab", vocab, dict), ("added_tokens", tokens, list)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} is {short(value)}: the file is damaged, get it again")
+    vocab, added, names = dict(vocab), {}, {}
     for token in tokens:
         i, token = _at(token, "id"), flagged(token)
         name = token["content"]
-        if type(i) is not int or vocab.setdefault(name, i) != i:
-            raise UserError(f"added token {short(name)} has two ids, {short(i)} and {short(vocab.get(name))}")
+        if type(i) is not int or vocab.setdefault(name, i) != i or names.setdefault(i, name) != name:
+            raise UserError(f"added token {short(name)} has the id {short(i)}: it needs one id of its own")
         added[name] = {"id": i, **token}
     return vocab, added
 
 
 def flagged(value: object, **flags: bool) -> dict:
-    """A token with its flags, of a text or of an object that has some of them."""
-    own = value if isinstance(value, dict) else {"content": value}
-    values = {flag: own.get(flag, usual) for flag, usual in _FLAGS.items()} | flags
-    name = own.get("content")
+    """A token with all its flags. value: its text, or an object with its content and some of the flags."""
+    token = value if isinstance(value, dict) else {"content": value}
+    values = {flag: token.get(flag, usual) for flag, usual in _FLAGS.items()} | flags
+    name = token.get("content")
     if not isinstance(name, str) or not name or not all(isinstance(value, bool) for value in values.values()):
         raise UserError(f"{short(value)} is no token: a token is a text, with flags that are true or false")
     return {"content": name, **values}
@@ -254,14 +251,12 @@ def begins_with(spec: dict) -> list[int]:
                 *before, text = step["single"]
                 names = [part["SpecialToken"]["id"] for part in before]
                 begin += [int(i) for name in names for i in step["special_tokens"][name]["ids"]]
-                right = "Sequence" in text
-            else:
-                right = step is None or _at(step, "type") == "ByteLevel"
-            if not right:
+                if text["Sequence"]["id"] != "A":
+                    raise ValueError
+            elif step is not None and _at(step, "type") != "ByteLevel":
                 raise ValueError
     except (TypeError, ValueError, KeyError):
-        raise UserError(f"the post_processor {short(rule)} does more than put tokens before a "
-                        "text, which is all that is supported") from None
+        raise UserError(f"the post_processor {short(rule)} may only put tokens before a text") from None
     return begin
 
 
@@ -269,19 +264,18 @@ def merge_list(spec: dict, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The merges, which a file has as ["a", "b"] or as "a b"."""
     merges, pairs = _at(spec, "model.merges"), []
     if not isinstance(merges, list):
-        raise UserError(f"model.merges should be a list, is {short(merges)}")
+        raise UserError(f"model.merges is {short(merges)}: the file is damaged, get it again")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
-            raise UserError(f"merge {short(merge)} is not a pair of tokens")
-        if not {*pair, "".join(pair)} <= vocab.keys():
-            raise UserError(f"merge {short(merge)} is of tokens that are not in the vocabulary")
-        pairs.append((pair[0], pair[1]))
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+        if not is_pair or not {*pair, "".join(pair)} <= vocab.keys():
+            raise UserError(f"merge {short(merge)} is no pair of tokens of model.vocab: get the files again")
+        pairs.append(tuple(pair))
     return pairs
 
 
 def _at(spec: object, name: str) -> object:
-    """_at({"a": {"b": 1}}, "a.b") is 1; None where there is nothing of that name."""
+    """The value of a name with dots, or None: _at({"a": {"b": 1}}, "a.b") is 1."""
     for key in name.split("."):
         spec = spec.get(key) if isinstance(spec, dict) else None
     return spec

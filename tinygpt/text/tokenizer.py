@@ -1,12 +1,12 @@
 """Text to token ids and back: byte-level BPE, as in GPT-2, and single characters.
 
-Special tokens such as <|endoftext|> are ids beside the text: `encode` yields one only if the caller asks for
-them, and `special` has their ids for those who build sequences. A tokenizer is saved in two files that
-Hugging Face's libraries read with the same ids. `load` reads theirs: `gathered` collects all that a folder
-says of its tokenizer, and what was read is written again.
+Special tokens such as <|endoftext|> are ids beside the text. `encode` gives such an id only if the caller
+asks for special tokens. `special` has the ids of all special tokens. `save` writes a tokenizer in two files.
+Hugging Face's libraries read these files and give the same ids. `load` reads the files of other tools, and
+`save` keeps all settings that `load` has read.
 
-Not here: Unigram, WordPiece, other splitting rules, normalisation. The algorithm and its references are in
-`bpe.py`.
+Not here: Unigram, WordPiece, other splitting rules, normalisation. `bpe.py` has the algorithm of BPE and its
+references. `tokenfiles.py` says which files and settings are supported.
 """
 
 import codecs
@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
@@ -27,44 +28,44 @@ from . import tokenfiles
 from .bpe import BYTE_OF, apply_merges, learn_merges, merge_steps, pieces
 from .tokenfiles import END_OF_TEXT, FILES, utf8
 
-MOST_TOKENS = 200_000  # of a vocabulary that is made here: its file is within jsonfile's limits
-CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64    # what a BPETokenizer remembers: 100 MB at the very most
+MOST_TOKENS = 200_000  # of a vocabulary that is trained here: `jsonfile` can read its file
+CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64  # pieces, and characters of a piece: at most 100 MB in all
 
 
 class Explained(NamedTuple):
-    """How one piece of a text became tokens.
+    """How one piece of a text becomes tokens.
 
-    `steps` has (None, the piece's bytes one by one), then for each merge (its rank, the tokens after it);
-    `ids` are those of the last step's tokens.
+    `steps`: (None, the piece's single bytes), then for each merge (its rank, the tokens after the merge).
+    `ids`: the ids of the last step's tokens.
     """
+
     piece: str
     steps: list[tuple[int | None, list[bytes]]]
     ids: list[int]
 
 
 class _Tokenizer:
-    """What both kinds share. tokens[i] is what id i stands for, in UTF-8: perhaps a part of a character."""
+    """The base of both kinds. tokens[i] is the text of id i in UTF-8, perhaps a part of a character."""
 
     space = False  # see BPETokenizer
 
     def __init__(self, spec: dict, settings: dict):
-        """spec, settings: what tokenizer.json and tokenizer_config.json say, checked by `from_spec`."""
+        """spec, settings: tokenizer.json and tokenizer_config.json, checked by `from_spec`."""
         self.spec, self.settings = spec, settings
         vocab, self.added = tokenfiles.vocabulary(spec)
         self.tokens = [self._bytes(token) for token in sorted(vocab, key=vocab.__getitem__)]
         self.special = {name: vocab[name] for name, token in self.added.items() if token["special"]}
-        self.begin = tokenfiles.begins_with(spec)  # the ids that a prompt begins with
+        self.begin = tokenfiles.begins_with(spec)  # the first ids of each prompt
         usual = END_OF_TEXT if END_OF_TEXT in self.special else None
         self.eos = tokenfiles.role(settings, "eos_token", usual)
         self.eos_id = None if self.eos is None else self.special[self.eos]
         self.stops = {self.eos_id} - {None}  # the ids that end a text; a model's folder may name others
-        template = settings.get("chat_template")  # how a conversation is written, in Hugging Face's words
+        template = settings.get("chat_template")  # a conversation as text, in Hugging Face's form
         self.chat_template: str | None = template if isinstance(template, str) else None
-        # A text is searched for the tokens that are not "normalized" first; of several the longest counts.
-        self._patterns, longest = [], sorted(self.added, key=len, reverse=True)
-        for normalized in (False, True):
-            if names := [re.escape(name) for name in longest if self.added[name]["normalized"] is normalized]:
-                self._patterns.append(re.compile("|".join(names)))
+        # Tokens that are not "normalized" are searched first. Of several at one place the longest counts.
+        names = sorted(self.added, key=len, reverse=True)
+        groups = ([n for n in names if self.added[n]["normalized"] is flag] for flag in (False, True))
+        self._patterns = [re.compile("|".join(map(re.escape, group))) for group in groups if group]
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +74,7 @@ class _Tokenizer:
 
     @property
     def documents(self) -> bool:
-        """Whether a text begins with the end token and a space, as a document after another one does."""
+        """Whether a prompt begins with the end token and a space, like a document within a stream."""
         return self.space and self.begin == [self.eos_id]
 
     def role_id(self, role: str) -> int | None:
@@ -83,48 +84,43 @@ class _Tokenizer:
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids (n,), int32. special: a special token that the text spells becomes its id.
 
-        Raises UserError for what the vocabulary cannot write: a character that training did not see, a byte
-        that a BPE lacks, half a surrogate pair.
+        Raises UserError for text that the vocabulary cannot write: an unseen character, a byte that a BPE
+        lacks, half a surrogate pair.
         """
         parts = self._parts(text, special)
-        ids = [self._encode(part) if i is None else np.array([i], np.int32) for part, i in parts]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+        return np.concatenate([self._encode(part) if i is None else np.int32([i]) for part, i in parts])
 
     def _parts(self, text: str, special: bool) -> list[tuple[str, int | None]]:
-        """The text in parts, each with its id if it is an added token."""
+        """The text in parts: (part, None), and (an added token, its id)."""
         parts = [(text, None)]
         for name in self.spelled(text) if special else ():
             if flags := [flag for flag in tokenfiles.STRIP if self.added[name][flag]]:
                 raise UserError(f"the special token {name} has {flags[0]}, which is not supported in a text")
-        if special or len(self.added) > len(self.special):
-            for pattern in self._patterns:
-                parts = [new for old in parts for new in self._cut(pattern, *old, special)]
+        for pattern in self._patterns if special or len(self.added) > len(self.special) else ():
+            texts, parts = parts, []
+            for part, i in texts:
+                start = 0
+                for match in pattern.finditer(part) if i is None else ():
+                    if special or match[0] not in self.special:
+                        parts += [(part[start : match.start()], None), (match[0], self.added[match[0]]["id"])]
+                        start = match.end()
+                parts.append((part[start:], i))
         return parts
-
-    def _cut(self, pattern: re.Pattern, text: str, i: int | None, special: bool) -> Iterator[tuple]:
-        start = 0
-        for match in pattern.finditer(text) if i is None else ():
-            if special or match[0] not in self.special:
-                yield text[start : match.start()], None
-                yield match[0], self.added[match[0]]["id"]
-                start = match.end()
-        yield text[start:], i
 
     def spelled(self, text: str) -> list[str]:
         """The special tokens that a text spells."""
         return [name for name in self.special if name in text]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that ids (1-D, integers) stand for. Raises UserError for an id that has no token."""
+        """The bytes of ids (1-D, integers). Raises UserError for an id without a token."""
         ids = np.asarray(ids).ravel()
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)]
         if unknown.size:
-            raise UserError(f"id {unknown[0]} is not in this vocabulary of {self.vocab_size} tokens: "
-                            "use the tokenizer that the model was trained with")
+            raise UserError(f"id {unknown[0]} is not in this vocabulary: use the tokenizer of the model")
         return b"".join(map(self.tokens.__getitem__, ids.tolist()))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids, with U+FFFD for bytes that are not UTF-8, and special tokens spelled out."""
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD, special tokens their names."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def explain(self, text: str) -> Iterator[Explained]:
@@ -136,7 +132,7 @@ class _Tokenizer:
     def save(self, folder: Path | str, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, for `load` and for Hugging Face's AutoTokenizer.
 
-        Files in which another tool said a part of this are removed: they would count beside these two.
+        Other files that describe a tokenizer are removed: readers would add them to these two.
         """
         folder = Path(folder)
         make_folder(folder)
@@ -149,20 +145,20 @@ class _Tokenizer:
                 beside.write_text(text, encoding="utf-8", newline="\n")
 
     def config(self) -> dict:
-        """What tokenizer_config.json says: all that was read there, and the chat template."""
-        # Any other class replaces the rules in tokenizer.json by its own.
+        """The contents of tokenizer_config.json: all settings that were read, and the chat template."""
+        # Any other class would replace the rules in tokenizer.json by its own rules.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= self.settings | ({"add_prefix_space": True} if self.space else {})
         if self.chat_template != self.settings.get("chat_template"):
-            # The result of a template is a text, in which the end token must become its id. The template must
-            # guard against messages that spell it (ours does, in `instructions`).
+            # A template makes a text, in which the end token must become its id. The template must refuse
+            # messages that spell the end token (the one of `instructions` does).
             new = {"chat_template": self.chat_template, "split_special_tokens": False, "eos_token": self.eos}
             config |= new
         return config
 
 
 class CharTokenizer(_Tokenizer):
-    """One id per character: simple and small, but it knows no character that training did not see.
+    """One id per character: simple and small, but it cannot write characters that are not in its text.
 
     >>> tokenizer = CharTokenizer.train("hello")
     >>> tokenizer.encode("hole").tolist(), tokenizer.decode([1, 3, 2, 0])
@@ -187,22 +183,21 @@ class CharTokenizer(_Tokenizer):
             chars.update(text)
         if not chars:
             raise UserError("the training text is empty: give a text with every character that will be used")
-        vocab, parts = _with_special(sorted(chars), special)
-        # A WordLevel model must name a token for unknown words; as it is in no vocabulary, they are an error.
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
-        return from_spec(parts | tokenfiles.CHARACTERS | {"model": model}, _settings(special))
+        # A WordLevel model must name a token for unknown words. No vocabulary has <unk>: they are an error.
+        model = {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}
+        return _trained(sorted(chars), special, tokenfiles.CHARACTERS, model)
 
     def _encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = self._id_of[codes]
         if ids.size and ids.min() < 0:
             code = codes[ids.argmin()]
-            raise UserError(f"the character {chr(code)!r} (U+{code:04X}) is not in this vocabulary: "
-                            "train again on text that has it, or use BPE, which takes any text")
+            raise UserError(f"the character {chr(code)!r} (U+{code:04X}) is not in this vocabulary: train "
+                            "again on text that has it, or use BPE, which takes any text")
         return ids
 
     def _explain(self, text: str) -> Iterator[Explained]:
-        for char, i in zip(text, self.encode(text).tolist(), strict=True):
+        for char, i in zip(text, self._encode(text).tolist(), strict=True):
             yield Explained(char, [(None, [self.tokens[i]])], [i])
 
 
@@ -220,8 +215,8 @@ class BPETokenizer(_Tokenizer):
         self._id_of = {byte: vocab[char] for char, byte in BYTE_OF.items() if char in vocab}
         pairs = enumerate(tokenfiles.merge_list(spec, vocab))
         self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in pairs}
-        self._cache: dict[str, bytes] = {}
-        # A text is encoded as after a space, so that its first word is the token that it is elsewhere.
+        self._cached = lru_cache(CACHED_PIECES)(self._encode_piece)  # text repeats its words
+        # Whether a text is encoded as after a space. Its first word is then the same token as elsewhere.
         self.space = spec["pre_tokenizer"].get("add_prefix_space") is True
 
     def _bytes(self, token: str) -> bytes:
@@ -232,16 +227,16 @@ class BPETokenizer(_Tokenizer):
               special: Sequence[str] = (END_OF_TEXT,), documents: bool = False) -> "BPETokenizer":
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
-        Ids are laid out as GPT-2's: bytes, merges as learned, special tokens; the first of these ends a text.
-        documents: a prompt stands after the end token and, as the documents in a stream do, after a space.
-        Raises UserError for an empty text, and for a vocab_size without room for the bytes or too large.
+        The order of ids is that of GPT-2: bytes, merges as learned, special tokens. The first special token
+        ends a text. documents: a prompt begins with the end token and a space, like the documents in a
+        stream. Raises UserError for an empty text, and for a vocab_size that is too large, or too small for
+        the bytes.
         """
         least = 256 + len(special)
-        if vocab_size < least:
-            raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special "
-                            f"token(s) need {least}")
-        if vocab_size > MOST_TOKENS:
-            raise UserError(f"vocab_size {vocab_size} is too large: at most {MOST_TOKENS:,}")
+        if not least <= vocab_size <= MOST_TOKENS:
+            size = "small" if vocab_size < least else "large"
+            raise UserError(f"vocab_size {vocab_size} is too {size}: give {least} (256 bytes, special "
+                            f"tokens) to {MOST_TOKENS}")
         texts = [texts] if isinstance(texts, str) else texts
         words = Counter(chain.from_iterable(pieces(_begun(text, documents)) for text in texts))
         if not words:
@@ -250,32 +245,24 @@ class BPETokenizer(_Tokenizer):
         for a, b in learn_merges({utf8(word): count for word, count in words.items()}, vocab_size - least):
             merges.append(f"{names[a]} {names[b]}")
             names.append(names[a] + names[b])
-        vocab, parts = _with_special(names, special)
-        rules = tokenfiles.document_rules(special[0], vocab[special[0]]) if documents else {}
-        spec = parts | tokenfiles.BYTE_LEVEL | rules | {"model": tokenfiles.bpe_model(vocab, merges)}
-        return from_spec(spec, _settings(special))
+        model = tokenfiles.BPE_MODEL | {"vocab": {}, "merges": merges}
+        return _trained(names, special, tokenfiles.BYTE_LEVEL, model, documents)
 
     def _encode(self, text: str) -> np.ndarray:
-        parts = map(self._encode_piece, pieces(_begun(text, self.space)))
+        parts = [self._cached(piece) if len(piece) <= CACHED_LENGTH else self._encode_piece(piece)
+                 for piece in pieces(_begun(text, self.space))]  # fmt: skip
         return np.frombuffer(bytearray().join(parts), np.int32)
 
     def _encode_piece(self, piece: str) -> bytes:
-        """A piece's int32 ids as bytes, which are small to keep and fast to join. Text repeats its words."""
-        ids = self._cache.get(piece)
-        if ids is None:
-            ids = np.array(apply_merges(self._byte_ids(piece), self._merges), np.int32).tobytes()
-            if len(self._cache) >= CACHED_PIECES:
-                self._cache.clear()
-            if len(piece) <= CACHED_LENGTH:
-                self._cache[piece] = ids
-        return ids
+        """A piece's int32 ids as bytes, which are small to cache and fast to join."""
+        return np.array(apply_merges(self._byte_ids(piece), self._merges), np.int32).tobytes()
 
     def _byte_ids(self, piece: str) -> list[int]:
         try:
             return [self._id_of[byte] for byte in utf8(piece)]
         except KeyError as error:
             raise UserError(f"this vocabulary has no token for byte 0x{error.args[0]:02X} of {short(piece)}: "
-                            "use one with all 256 bytes") from None
+                            "use a vocabulary with all 256 bytes") from None
 
     def _explain(self, text: str) -> Iterator[Explained]:
         """`explain` of a part without added tokens.
@@ -291,11 +278,15 @@ class BPETokenizer(_Tokenizer):
             yield Explained(piece, named, steps[-1][1])
 
 
-def stream_decoder(tokenizer: CharTokenizer | BPETokenizer) -> Callable[..., str]:
-    """A function that takes ids as they come and returns the text that they complete, whole characters only.
+Tokenizer = CharTokenizer | BPETokenizer
 
-    The bytes of a character may come with several ids: they wait until it is whole. feed(final=True) ends the
-    text and gives U+FFFD for what still waits. All that was returned, joined, is decode of all ids.
+
+def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
+    """A function that takes the next ids and returns the text that they complete, whole characters only.
+
+    Several ids may share the bytes of one character: the function returns the character after its last byte.
+    Called with final=True it ends the text, with U+FFFD for an incomplete character. All returned texts,
+    joined, are `decode` of all ids.
 
     >>> tokenizer = BPETokenizer.train("x", vocab_size=257)
     >>> feed = stream_decoder(tokenizer)
@@ -310,33 +301,35 @@ def _begun(text: str, space: bool) -> str:
     return " " + text if space and text and text[0] != " " else text
 
 
-def _with_special(tokens: list[str], special: Sequence[str]) -> tuple[dict[str, int], dict]:
-    """Ids for tokens, then for special tokens: the vocabulary, and the first part of a tokenizer.json."""
+def _trained(tokens: list[str], special: Sequence[str], rules: dict, model: dict,
+             documents: bool = False) -> Tokenizer:
+    """A new tokenizer. Ids are for tokens, then for special tokens.
+
+    rules, model: parts of its tokenizer.json; the model's vocabulary is filled in here.
+    """
     for name in special:
-        if len(list(pieces(name))) < 2:    # as one piece it could be learned, and then text could spell it
+        if len(list(pieces(name))) < 2:  # BPE could learn it as one piece, and then text could spell it
             raise UserError(f"special token {name!r} could be a word of the text: write it as <|name|>")
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     if len(vocab) < len(tokens) + len(special):
         raise UserError(f"special tokens {short(list(special))}: one comes twice, or is a token of the text")
     added = [{"id": vocab[name], **tokenfiles.flagged(name)} for name in special]
-    return vocab, tokenfiles.EMPTY | {"added_tokens": added}
-
-
-def _settings(special: Sequence[str]) -> dict:
-    """The tokenizer_config.json of a new tokenizer. Text that spells a special token stays text there too."""
     eos = next(iter(special), None)
-    return {"split_special_tokens": True, "bos_token": eos, "eos_token": eos}
+    begin = tokenfiles.SPACED | tokenfiles.begun_by(eos, vocab[eos]) if documents else {}
+    spec = tokenfiles.EMPTY | {"added_tokens": added} | rules | begin | {"model": model | {"vocab": vocab}}
+    # Text that spells a special token stays text, also in Hugging Face's libraries.
+    return from_spec(spec, {"split_special_tokens": True, "bos_token": eos, "eos_token": eos})
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
-    """Read the tokenizer in a folder: one that `save` wrote, or another that gives the same ids.
+def load(folder: Path | str) -> Tokenizer:
+    """Read the tokenizer in a folder, one of `save` or of another tool.
 
-    Takes tokenizer.json with byte-level BPE that splits as GPT-2, or with `save`'s characters; without it,
-    GPT-2's vocab.json and merges.txt; and what `gathered` finds beside them. Raises UserError, naming the
-    file, for whatever else a file holds.
+    Reads tokenizer.json, or else GPT-2's vocab.json and merges.txt, and the files beside them. The tokenizer
+    must be byte-level BPE that splits as GPT-2, or `save`'s characters. For any other setting it raises
+    UserError, which names the file.
     """
     path = Path(folder) / FILES[0]
     if not path.exists():
@@ -346,10 +339,10 @@ def load(folder: Path | str) -> CharTokenizer | BPETokenizer:
     return from_spec(*tokenfiles.gathered(path), str(path))
 
 
-def from_spec(spec: object, settings: object, where: str = FILES[0]) -> CharTokenizer | BPETokenizer:
-    """Check everything that a tokenizer.json and a tokenizer_config.json say, and build what they describe.
+def from_spec(spec: object, settings: object, where: str = FILES[0]) -> Tokenizer:
+    """Build the tokenizer of a tokenizer.json and a tokenizer_config.json, after a check of all settings.
 
-    where: the file, for messages. Raises UserError. Warns of tokens that no merge makes.
+    where: the name of the file in messages. Raises UserError. Warns of tokens that no merge makes.
     """
     try:
         return (CharTokenizer if tokenfiles.check(spec, settings, where) else BPETokenizer)(spec, settings)

@@ -1,11 +1,11 @@
 """The synthetic world: invented people and places of which everything is known, and text about them.
 
-A World follows from its seed: who has which attributes, who is mentioned how often, where trains go. Its
-documents are drawn by the programs in `documents`, so that `World.logprob` is exact: no model can predict
-documents better, in the mean, than the entropy that follows from it. `tasks` are question sets for the stages
-after pre-training, and `evaluate` measures a model against what is true.
+A World follows from its seed: the attributes of each person, how often the corpus mentions each, where
+trains go. The programs in `documents` draw its documents, so `World.logprob` is exact. The entropy of the
+documents follows from it, and no model can predict them better in the mean. `tasks` has question sets for the
+stages after pre-training. `evaluate` compares a model's answers with the truth.
 
-What is for tuning and what for evaluation is a property of people, phrases and problems, not of files.
+People, phrases and problems belong to tuning or to evaluation, wherever they occur.
 
 Reference: Allen-Zhu, Li 2023, "Physics of Language Models: Part 3.1, Knowledge Storage and Extraction", for
 biographies of invented people in several wordings.
@@ -27,19 +27,21 @@ from .chance import Reader, Sampler, logprob, raw_integers
 from .documents import KINDS
 from .words import Lexicon
 
-VERSION = 7  # of the text that a seed gives: a change of it is a change of this number
+VERSION = 7  # of the text of a seed: who changes the text raises this number
 CORPUS, VALIDATION, EVALUATION, TASKS, PRIMER = 0, 1, 2, 3, 4  # streams of random integers
 BUILD, PERMUTE = 100, 101
 
-# weight in the corpus, about how often each fact is told -> how many people, by split
-KNOWN = {256: {"sft": 60, "rl": 30, "val": 10, "eval": 50}, **{n: {"eval": 24} for n in (64, 16, 4, 1)}}
-WELL_KNOWN = 256  # the least weight
-NEVER = {"sft": 160, "rl": 120, "val": 40, "eval": 280}  # who is in no document
-SIZES = {"": 1, "small": 5, "tiny": 50}  # numbers of people, and of documents about them, are divided by it
+# weight in the corpus, about the number of times that it tells each fact -> split -> number of people
+EXPOSURES = {
+    256: {"sft": 60, "rl": 30, "val": 10, "eval": 50}, **{n: {"eval": 24} for n in (64, 16, 4, 1)},
+    0: {"sft": 160, "rl": 120, "val": 40, "eval": 280},  # in no document
+}  # fmt: skip
+WELL_KNOWN = 256  # the least weight of known people
+SIZES = {"": 1, "small": 5, "tiny": 50}  # the numbers of people and of documents are divided by this
 
 
 class Person(NamedTuple):
-    """values: of each attribute, as an index. weight: how often in the corpus; 0: never, -1: fresh."""
+    """values: an index for each attribute. weight: see EXPOSURES. A fresh person: no values, weight -1."""
 
     name: str
     pronoun: str
@@ -48,7 +50,7 @@ class Person(NamedTuple):
     split: str
 
     def facts(self) -> dict[int, int]:
-        """What the corpus says of this person: attribute -> value."""
+        """The facts that the corpus tells about this person: attribute -> value."""
         return dict(enumerate(self.values)) if self.weight > 0 else {}
 
 
@@ -61,7 +63,7 @@ def shuffled(items: list, integers: Iterator[int]) -> list:
 
 
 def moved(count: int, integers: Iterator[int]) -> list[int]:
-    """A permutation of 0 .. count - 1 that leaves nothing in its place."""
+    """A permutation of 0 .. count - 1 in which no number keeps its place."""
     while True:
         order = shuffled(range(count), integers)
         if count < 2 or all(n != m for n, m in enumerate(order)):
@@ -69,32 +71,24 @@ def moved(count: int, integers: Iterator[int]) -> list[int]:
 
 
 class World:
-    """Everything that is true. permuted: the same people with other answers, each value for another one.
-    size: in a "small" world a fifth of the text teaches the facts of a fifth of the people; "tiny" is for
-    tests.
+    """All that is true in a world.
 
-    exposures, never: how many people, as KNOWN and NEVER have it. longest: caps the length of all documents,
-    for tests that walk through all of them.
+    permuted: the same people with other answers. Another value takes the place of each value.
+
+    size: A "small" world has a fifth of the people, and a fifth of the text tells their facts as often. A
+    "tiny" world is for tests.
+
+    exposures: as EXPOSURES. longest: a limit for the length of all documents, for tests that enumerate them.
     """
 
-    def __init__(
-        self,
-        seed: int = 1337,
-        permuted: bool = False,
-        size: str = "",
-        *,
-        lexicon: Lexicon | None = None,
-        exposures: dict = KNOWN,
-        never: dict = NEVER,
-        longest: int = 99,
-    ) -> None:
+    def __init__(self, seed: int = 1337, permuted: bool = False, size: str = "", *, longest: int = 99,
+                 lexicon: Lexicon | None = None, exposures: dict = EXPOSURES) -> None:  # fmt: skip
         self.seed, self.permuted, self.lexicon, self.longest = seed, permuted, lexicon or Lexicon(), longest
         self.size, self.part = size, SIZES[size]
-        self._people(exposures, never)
-        self._phrases()
-        self._rest()
+        self._people(exposures)
+        self._things()
 
-    def _people(self, exposures: dict, never: dict) -> None:
+    def _people(self, exposures: dict) -> None:
         lexicon, integers = self.lexicon, raw_integers(self.seed, BUILD)
         firsts = [(name, "She") for name in lexicon.women] + [(name, "He") for name in lexicon.men]
         names = shuffled([(f"{a} {b}", pronoun) for a, pronoun in firsts for b in lexicon.surnames], integers)
@@ -102,15 +96,13 @@ class World:
         changes = [list(range(size)) for size in sizes]
         if self.permuted:
             changes = [moved(size, raw_integers(self.seed, PERMUTE, n)) for n, size in enumerate(sizes)]
-        places = [(weight, split, n) for weight, splits in exposures.items() for split, n in splits.items()]
-        places += [(0, split, n) for split, n in never.items()]
-        places = [(weight, split, -(-n // self.part)) for weight, split, n in places]
         self.everyone: list[Person] = []
-        for weight, split, count in places:
-            for _ in range(count):
-                indices = [next(integers) % size for size in sizes]
-                values = tuple(change[v] for change, v in zip(changes, indices, strict=True))
-                self.everyone.append(Person(*names.pop(), values, weight, split))
+        for weight, splits in exposures.items():
+            for split, count in splits.items():
+                for _ in range(-(-count // self.part)):
+                    indices = [next(integers) % size for size in sizes]
+                    values = tuple(change[v] for change, v in zip(changes, indices, strict=True))
+                    self.everyone.append(Person(*names.pop(), values, weight, split))
         self.everyone += [Person(*name, (), -1, "fresh") for name in names]
         # One choice among names draws a known person or a fresh one; `share`, in percent, are fresh.
         total = sum(p.weight for p in self.everyone if p.weight > 0)
@@ -124,21 +116,15 @@ class World:
         self.attribute_of = [(a, v) for a, size in enumerate(sizes) for v in range(size)]
         self._wordings: dict[tuple[int, ...], tuple[list[int], list[str]]] = {}
 
-    def _phrases(self) -> None:
+    def _things(self) -> None:
         lexicon = self.lexicon
         self.nouns = [pair for category in lexicon.categories for pair in category.items()]
-        pairs = [
-            (f"{adjective} {noun}", f"{theirs} {korean}")
-            for adjective, theirs in lexicon.adjectives.items()
-            for noun, korean in self.nouns
-        ]
+        pairs = [(f"{english} {noun}", f"{korean} {theirs}")
+                 for english, korean in lexicon.adjectives.items() for noun, theirs in self.nouns]
         pairs = shuffled(pairs, raw_integers(self.seed, BUILD, 1))
-        held_out = len(pairs) // 3
-        self._splits = {"eval": pairs[: held_out * 4 // 5], "val": pairs[held_out * 4 // 5 : held_out]}
-        self._splits["seen"] = pairs[held_out:]
-
-    def _rest(self) -> None:
-        lexicon = self.lexicon
+        third = len(pairs) // 3  # is held out
+        cut = third * 4 // 5
+        self._splits = {"eval": pairs[:cut], "val": pairs[cut:third], "seen": pairs[third:]}
         self.things = [english for english, _ in self.nouns]
         self.kind_of_thing = [k for k, category in enumerate(lexicon.categories) for _ in category]
         sizes = [len(category) for category in lexicon.categories]
@@ -147,16 +133,16 @@ class World:
         integers, count = raw_integers(self.seed, BUILD, 2), len(lexicon.stations)
         self.next_station = [moved(count, integers) for _ in lexicon.lines]
 
-    # --- who and what is for tuning, and what for evaluation ------------------------------------------------
+    # --- splits: tuning and evaluation ----------------------------------------------------------------------
 
     def people(self, kind: str, split: str | None = None) -> list[Person]:
-        """kind: "known" (in the corpus often, and recalled), "rare" (in it seldom), "never" or "fresh".
+        """kind: "known" (often in the corpus), "rare" (seldom in it), "never" or "fresh".
 
         split: "sft", "rl", "val" or "eval"; None: all. All rare people are for evaluation.
         """
-        rare = range(1, WELL_KNOWN)
-        weights = {"known": range(WELL_KNOWN, 1 << 30), "rare": rare, "never": (0,), "fresh": (-1,)}[kind]
-        return [p for p in self.everyone if p.weight in weights and split in (None, p.split)]
+        least, above = {"known": (WELL_KNOWN, math.inf), "rare": (1, WELL_KNOWN), "never": (0, 1),
+                        "fresh": (-1, 0)}[kind]  # fmt: skip
+        return [p for p in self.everyone if least <= p.weight < above and split in (None, p.split)]
 
     def by_weight(self) -> dict[int, list[Person]]:
         """People by their weight in the corpus, the largest first."""
@@ -171,7 +157,7 @@ class World:
         return ("val", *["eval"] * 3, *["sft"] * 4)[sha256(text.encode()).digest()[0] % 8]
 
     def wordings(self, among: tuple[int, ...]) -> tuple[list[int], list[str]]:
-        """Of these attributes: the attribute of each wording; the wordings as they stand in a sentence."""
+        """The wordings of these attributes: the attribute of each, and each as it stands in a sentence."""
         if among not in self._wordings:
             pairs = [(a, f" {wording} ") for a in among for wording in self.lexicon.attributes[a].wordings]
             self._wordings[among] = tuple(map(list, zip(*pairs, strict=True)))
@@ -184,9 +170,9 @@ class World:
         return people[c.pick(names, weights)]
 
     def documents(self, stream: int = CORPUS, only: str | None = None) -> Iterator[tuple[str, str]]:
-        """Endless (kind, text): always the same for a stream, and independent of those of other streams.
+        """Endless (kind, text), always the same for a stream. The streams are independent of each other.
 
-        only: the one kind to draw.
+        only: the only kind to draw.
         """
         integers = raw_integers(self.seed, stream)
         kinds = [row for row in KINDS if only in (None, row[0])]
@@ -197,7 +183,7 @@ class World:
             yield kind, c.document()
 
     def logprob(self, document: str) -> float:
-        """log p of a document of the corpus, in nats, exactly; -inf for a text that is none."""
+        """log p of a document of the corpus, in nats, exactly. -inf for a text that cannot be in it."""
         total = sum(share for _, share, _ in KINDS)
         terms = [math.log(n / total) + logprob(partial(p, self), document) for _, n, p in KINDS]
         return float(np.logaddexp.reduce(terms))

@@ -1,12 +1,12 @@
-"""One program per kind of document, two readers: one draws a document, the other scores a text.
+"""One program for each kind of document, and two readers: one draws a document, the other scores a text.
 
-A program is a function of a reader `c`. It makes every choice by c.pick(options, weights), which appends the
-chosen option to the document at once, and adds what is fixed by c.text(...). As no option is the beginning of
-another one of the same choice, a document tells its choices, and its probability is their product, exactly.
-Something hidden (the task of a table) is drawn when it first shows.
+A program is a function of a reader `c`. `c.pick(options, weights)` makes a choice, and appends the chosen
+option to the document at once. `c.text(...)` appends fixed text. No option of a choice is the beginning of
+another one. So a document shows its choices, and its probability is the exact product of their probabilities.
+A hidden choice, such as the task of a table, is drawn when it first shows.
 
-Weights are integers, and chance comes as raw integers of a PCG64, a stream that NumPy guarantees: the same
-seed gives the same text everywhere.
+Weights are integers. The choices come from raw integers of a PCG64, a stream that NumPy guarantees: the same
+seed gives the same text on each machine.
 """
 
 import functools
@@ -38,17 +38,17 @@ def _cumulated(weights: tuple[int, ...]) -> list[int]:
 
 
 class Reader:
-    """What a program gets. The readers differ in `pick`."""
+    """The argument of a program. The readers differ in `pick`."""
 
     def pick(self, options: Sequence[str], weights: tuple[int, ...] | None = None) -> int:
-        """Appends one of the options; returns its index. Without weights all are equally likely."""
+        """Appends one of the options and returns its index. Without weights all are equally likely."""
         raise NotImplementedError
 
     def text(self, text: str) -> None:
         self.pick((text,))
 
     def goes_on(self, count: int, least: int, most: int, more: str = " ", end: str = END) -> bool:
-        """Whether a part follows after `count` parts, of a number that is uniform from `least` to `most`."""
+        """Whether a part follows after `count` parts, if their number is uniform from `least` to `most`."""
         if count < min(least, most):
             self.text(more)
             return True
@@ -58,8 +58,10 @@ class Reader:
         return self.pick((end, more), (1, most - count)) == 1
 
     def series(self, least: int, most: int, more: str = " ", end: str = END) -> Iterator[int]:
-        """Counts parts from 1; their number is uniform from `least` to `most`. Between them stands `more`,
-        after them `end`."""
+        """Counts parts from 1. Their number is uniform from `least` to `most`.
+
+        `more` stands between two parts, `end` after the last.
+        """
         count = 0
         while not count or self.goes_on(count, least, most, more, end):
             count += 1
@@ -67,7 +69,7 @@ class Reader:
 
 
 class Sampler(Reader):
-    """Draws a document. `document` returns it and begins the next."""
+    """Draws a document. `document` returns the text and begins the next document."""
 
     def __init__(self, integers: Iterator[int]) -> None:
         self.integers, self.parts = integers, []
@@ -76,7 +78,7 @@ class Sampler(Reader):
         if len(options) == 1:
             n = 0
         elif weights is None:
-            n = next(self.integers) % len(options)  # the bias, 2^-60, is below what a double can tell
+            n = next(self.integers) % len(options)  # the bias, 2^-60, is below the precision of a double
         else:
             bounds = _cumulated(weights)
             n = bisect(bounds, next(self.integers) % bounds[-1])
@@ -93,7 +95,7 @@ class Impossible(Exception):  # noqa: N818 - it is no error, but an answer
 
 
 class Scorer(Reader):
-    """Follows a document, adding up log p, in nats, of its choices."""
+    """Follows a document and sums log p, in nats, of its choices."""
 
     def __init__(self, document: str) -> None:
         self.document, self.place, self.logprob = document + END, 0, 0.0
@@ -114,7 +116,7 @@ class Scorer(Reader):
 
 
 def logprob(program: Callable[[Reader], None], document: str) -> float:
-    """log p of a document in nats; -inf for what the program cannot write."""
+    """log p of a document in nats; -inf for a text that the program cannot write."""
     c = Scorer(document)
     try:
         program(c)

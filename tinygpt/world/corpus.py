@@ -1,17 +1,18 @@
 """The text of a world: drawn anew from its seed, or read from a folder that `write` made.
 
-    corpus.txt, validation.txt    documents, one a line
-    tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item a line
-    world.json                    which world it is
+    corpus.txt, validation.txt    documents, one per line
+    tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item per line
+    world.json                    version, seed, permuted, size
 
-The corpus begins with refrains alone, a tenth as many as there are documents after them: in some 550 updates
-on these a model learns to copy from its context, which it hardly does from everything at once. This is
-pre-pre-training (Hu et al. 2025, "Between Circuits and Chomsky"), and why documents keep their order. The
-tables that are to be read from the context have nothing between a word and what belongs to it, as then the
-same copying reads them: with "hat -> dax" a model has to look two tokens back, which in these few minutes it
-learned in some seeds only.
+The corpus begins with refrains alone, a tenth as many as the documents after them. In about 550 updates they
+teach the model to copy from its context. All documents at once hardly teach this. This is pre-pre-training
+(Hu et al. 2025, "Between Circuits and Chomsky"). It needs the documents in their order.
 
-`World.logprob` and `evaluate` follow world.json: if somebody edits the text, the floor is no longer true.
+In tables that a model reads from its context, nothing stands between a word and its label. Then the same
+copying reads these tables. With "hat -> dax" a model must look two tokens back. In so few minutes it learned
+this in some seeds only.
+
+`World.logprob` and `evaluate` follow world.json. If somebody edits the text, the floor is no longer true.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from ..text.tokenizer import BPETokenizer
 from . import CORPUS, PRIMER, SIZES, VALIDATION, VERSION, World
 from .tasks import task_sets
 
-DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training: with refrains 4.6 million tokens; for validation
-REFRAINS = {"": 10, "small": 3, "tiny": 3}  # documents to each; "small" has two thirds as many refrains
-SAMPLE = 20_000  # documents are enough to train a tokenizer
+DOCUMENTS, HELD_OUT = 133_000, 2_000  # for training (with refrains 4.6 million tokens), and for validation
+REFRAINS = {"": 10, "small": 3, "tiny": 3}  # documents for each refrain; "small" has 2/3 as many refrains
+SAMPLE = 20_000  # documents, enough to train a tokenizer
 MARK = "world.json"
+MOST_BYTES = 1 << 30  # of the texts of a world; a million documents have 140 MB
 
 
 class Corpus(NamedTuple):
@@ -45,13 +47,15 @@ class Corpus(NamedTuple):
     validation: list[str]
 
     def text(self) -> list[Iterable[str]]:
-        """As `data.fingerprint` takes it."""
+        """The two texts, for `data.fingerprint`."""
         return [["\n".join(self.train)], ["\n".join(self.validation)]]
 
 
 def draw(world: World, documents: int = 0, held_out: int = 0) -> Corpus:
-    """documents: how many for training, beside the refrains; 0: DOCUMENTS, of a small world a fifth.
-    held_out: how many for validation; 0: HELD_OUT, but at most a tenth of the usual `documents`."""
+    """documents: their number for training, without refrains; 0: DOCUMENTS, divided for a small world.
+
+    held_out: their number for validation; 0: HELD_OUT, but at most a tenth of the usual `documents`.
+    """
     usual = DOCUMENTS // world.part
     documents, held_out = documents or usual, held_out or min(HELD_OUT, usual // 10)
 
@@ -62,34 +66,30 @@ def draw(world: World, documents: int = 0, held_out: int = 0) -> Corpus:
     return Corpus(world, train, texts(held_out, VALIDATION))
 
 
-MOST_BYTES = 1 << 30  # of the texts of a world; a million documents have 140 MB
-
-
 def count(corpus: Corpus) -> int:
-    """Its documents for training, without the refrains that they begin with."""
+    """The number of documents for training, without the refrains at the beginning."""
     return len(corpus.train) - len(corpus.train) // (REFRAINS[corpus.world.size] + 1)
 
 
 def is_source(source: str) -> bool:
-    """Whether this names a world: "world:SEED", perhaps with ":permuted" and a size, or a folder of one."""
+    """Whether this names a world: "world:SEED", perhaps with ":permuted" and a size, or a world's folder."""
     return source.startswith("world:") or (Path(source) / MARK).exists()
 
 
 def load(source: str) -> Corpus:
     """The corpus that a source names. Raises UserError."""
-    folder = Path(source)
-    if (folder / MARK).exists():
-        world, texts = world_of(source), []
-        for name in ("corpus.txt", "validation.txt"):
-            texts.append(read_text(folder / name, most=MOST_BYTES).splitlines())
-        if not all(texts):
-            raise UserError(f"{folder}: a text of this world is empty: write the world again")
-        return Corpus(world, *texts)
-    return draw(world_of(source))
+    world, folder = world_of(source), Path(source)
+    if not (folder / MARK).exists():
+        return draw(world)
+    names = "corpus.txt", "validation.txt"
+    texts = [read_text(folder / name, most=MOST_BYTES).splitlines() for name in names]
+    if not all(texts):
+        raise UserError(f"{folder}: a text of this world is empty: write the world again")
+    return Corpus(world, *texts)
 
 
 def world_of(source: str) -> World:
-    """The world that a source names. Raises UserError, also for a folder with one of another version."""
+    """The world that a source names. Raises UserError, also for a folder of another version."""
     path = Path(source) / MARK
     if not path.exists():
         seed, *more = source.removeprefix("world:").split(":")
@@ -99,15 +99,16 @@ def world_of(source: str) -> World:
         return World(int(seed), "permuted" in more, size)
     raw = read_object(path)
     if raw.get("version") != VERSION:
-        raise UserError(f"{path}: version {short(raw.get('version'))}, and this program knows {VERSION}")
+        raise UserError(f"{path}: has version {short(raw.get('version'))}, and tinygpt now writes version "
+                        f"{VERSION}: write the world again")  # fmt: skip
     seed, permuted, size = raw.get("seed"), raw.get("permuted"), raw.get("size", "")
     if type(seed) is not int or seed < 0 or type(permuted) is not bool or size not in list(SIZES):
-        raise UserError(f"{path}: has no seed and permuted that make a world: write the world again")
+        raise UserError(f"{path}: seed, permuted or size is wrong: write the world again")
     return World(seed, permuted, size)
 
 
 def write(folder: Path, corpus: Corpus) -> None:
-    """Writes the folder; world.json comes last, so that a folder that has it is whole."""
+    """Writes the folder. world.json comes last: a folder with this file is complete."""
     make_folder(folder / "tasks")
     lock(folder)
     (folder / MARK).unlink(missing_ok=True)
@@ -117,19 +118,16 @@ def write(folder: Path, corpus: Corpus) -> None:
     for name, lines in (
         ("corpus.txt", corpus.train),
         ("validation.txt", corpus.validation),
-        *((f"tasks/{name}.jsonl", map(_json, items)) for name, items in task_sets(world).items()),
+        *((f"tasks/{name}.jsonl", (json.dumps(item, ensure_ascii=False) for item in items))
+          for name, items in task_sets(world).items()),
         (MARK, [json.dumps(mark)]),
     ):
         with replacing(folder / name) as beside:
             beside.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
-def _json(item: dict) -> str:
-    return json.dumps(item, ensure_ascii=False)
-
-
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
-    """BPE over documents and over what tuning will ask, so that its words are no novelty of spelling."""
+    """BPE over documents and over the questions of tuning, so that these have no rare spellings."""
     texts = [document + "\n" for document in corpus.train[-SAMPLE:]]
     for name, items in task_sets(corpus.world).items():
         if name.endswith(".sft"):
@@ -138,19 +136,17 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
 
 
 def encoded(tokenizer: Tokenizer, document: str) -> Array:
-    """A document's ids between two end-of-text ids: its first token and its end are predicted too."""
+    """A document's ids between two end-of-text ids: a model predicts its first token and its end too."""
     return np.concatenate([[tokenizer.eos_id], tokenizer.encode(document), [tokenizer.eos_id]])
 
 
 def rows(documents: Sequence[str], tokenizer: Tokenizer, block_size: int) -> Packed:
-    """Documents packed into rows, each seeing itself only. Raises UserError for one that does not fit."""
+    """Documents packed into rows; each sees only itself. Raises UserError if a document does not fit."""
     if tokenizer.eos_id is None:
-        raise UserError("this tokenizer has no end-of-text token, between which documents stand: use BPE")
+        raise UserError("this tokenizer has no end-of-text token, which separates documents: use BPE")
     ids = [encoded(tokenizer, document) for document in documents]
     longest = max(map(len, ids)) - 1
     if longest > block_size:
-        raise UserError(
-            f"the longest document has {longest} tokens and block_size is {block_size}: give a larger one, "
-            "or a larger vocab_size"
-        )
+        raise UserError(f"the longest document has {longest} tokens and block_size is {block_size}: give a "
+                        "larger one, or a larger vocab_size")
     return pack(((i, np.ones(len(i), np.float32)) for i in ids), block_size)

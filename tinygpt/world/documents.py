@@ -1,12 +1,12 @@
-"""The kinds of document in the world's corpus, each a program as `chance` describes them.
+"""The kinds of document in the world's corpus, each a program as described in `chance`.
 
-KINDS has each program with the name of its kind and its share. No document asks what is true of a person:
-answering questions is what instruction tuning adds.
+KINDS has the name, the share and the program of each kind. No document asks about the facts of a person:
+instruction tuning teaches the model to answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from .chance import Reader
@@ -24,28 +24,38 @@ BOOK = (  # before and after a word; its language: 0 English, 1 Korean
     ("The Korean word ", " means ", 1),
 )
 
+
+
+def settled(c: Reader, choices: dict, key: object, options: Sequence[str]) -> None:
+    """Appends the option that a document has chosen for `key`, or chooses one.
+
+    choices: key -> index of its option.
+    """
+    if key in choices:
+        c.text(options[choices[key]])
+    else:
+        choices[key] = c.pick(options)
+
+
 # --- people -------------------------------------------------------------------------------------------------
 
 
 def statement(w: World, c: Reader, facts: dict[int, int], among: tuple[int, ...]) -> tuple[int, str]:
-    """What is said after a name: one of the attributes `among`, in one of its wordings, and the value.
+    """The text after a name: a wording of one of the attributes `among`, and the value.
 
-    facts: attribute -> value of the person, where there is none yet, one is drawn and put there. Returns the
-    attribute and the text.
+    facts: attribute -> value of the person; a missing value is drawn and put there. Returns the attribute and
+    the text.
     """
     attributes, wordings = w.wordings(among)
     n = c.pick(wordings)
     attribute = attributes[n]
     values = w.lexicon.attributes[attribute].values
-    if attribute in facts:
-        c.text(values[facts[attribute]])
-    else:
-        facts[attribute] = c.pick(values)
+    settled(c, facts, attribute, values)
     return attribute, wordings[n] + values[facts[attribute]]
 
 
 def biography(w: World, c: Reader) -> None:
-    """One to four facts about a known person, or two to six, perhaps repeated, about a fresh one."""
+    """One to four facts about a known person, or two to six, perhaps repeated, about a fresh person."""
     person = w.draw_person(c, fresh_share=20)
     facts, left = person.facts(), w.all_attributes
     is_known, least, most = bool(facts), *((1, len(left)) if facts else (2, 6))
@@ -58,7 +68,7 @@ def biography(w: World, c: Reader) -> None:
 
 
 def passage(w: World, c: Reader) -> None:
-    """Two to four facts about a fresh person; then, in short, one to three of them in any wording."""
+    """Two to four facts about a fresh person; then, after "in short", one to three of them again."""
     name, facts = w.draw_person(c, fresh_share=100).name, {}
     most = min(len(w.all_attributes), max(2, w.longest))
     for _ in c.series(2, most, ". " + name, "; in short, " + name):
@@ -69,11 +79,11 @@ def passage(w: World, c: Reader) -> None:
         left = tuple(a for a in left if a != attribute)
 
 
-# --- tables: one task in each, which the reader has to find out ---------------------------------------------
+# --- tables: each has one hidden task -----------------------------------------------------------------------
 
 
 def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMATS) -> None:
-    """key(c) appends a key and returns what value(c, that) needs to append the value."""
+    """subject = key(c) appends a key, value(c, subject) appends its value. least, most: entries."""
     count = 0
     while True:
         subject = key(c)
@@ -84,36 +94,33 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
             return
 
 
-def _hidden(count: int, size: int, seen: Container[int]) -> list[int]:
-    """Weights of a uniform draw from `count` hidden ones of 0 .. size - 1, of which some were seen.
+def _hidden(count: int, size: int, shown: Container[int]) -> list[int]:
+    """Weights of 0 .. size - 1 in a uniform draw from `count` of them, which are hidden until they are shown.
 
-    Each of these has 1 / count; the others share the rest. A smaller size is the count.
+    Each shown number has the probability 1 / count; the others share the rest. A smaller `size` is the count.
     """
-    old = [n in seen for n in range(size)]
+    old = [n in shown for n in range(size)]
     new = size - sum(old)
     return [max(new, 1) if is_old else min(count, size) - sum(old) for is_old in old]
 
 
 def people_table(w: World, c: Reader) -> None:
-    """Names and one attribute; who is fresh has any value."""
+    """Names and one attribute. A fresh person has any value."""
     column: list[int] = []
     facts_of: dict[str, dict[int, int]] = {}
     everything = [v for a in w.lexicon.attributes for v in a.values]
 
     def value(c: Reader, person: Person) -> None:
         facts = person.facts() or facts_of.setdefault(person.name, {})
-        if not column and facts:  # the first value shows which attribute it is
+        if column:
+            settled(c, facts, column[0], w.lexicon.attributes[column[0]].values)
+        elif facts:  # the first value shows the attribute
             attributes = list(facts)
-            n = c.pick([w.lexicon.attributes[a].values[facts[a]] for a in attributes])
-            column.append(attributes[n])
-        elif not column:
-            n = c.pick(everything)
-            column.append(w.attribute_of[n][0])
-            facts[column[0]] = w.attribute_of[n][1]
-        elif column[0] in facts:
-            c.text(w.lexicon.attributes[column[0]].values[facts[column[0]]])
+            column.append(attributes[c.pick([w.lexicon.attributes[a].values[facts[a]] for a in attributes])])
         else:
-            facts[column[0]] = c.pick(w.lexicon.attributes[column[0]].values)
+            attribute, v = w.attribute_of[c.pick(everything)]
+            column.append(attribute)
+            facts[attribute] = v
 
     _table(w, c, lambda c: w.draw_person(c, fresh_share=20), value, 4, 10)
 
@@ -125,23 +132,17 @@ def translation_table(w: World, c: Reader, pairs: list[tuple[str, str]], source:
 
 
 def review_table(w: World, c: Reader) -> None:
-    """Sentences of reviews, and one of three pairs of labels."""
-    pairs, chosen = w.lexicon.polarities, []
-
-    def label(c: Reader, polarity: int) -> None:
-        if chosen:
-            c.text(pairs[polarity][chosen[0]])
-        else:
-            chosen.append(c.pick(pairs[polarity]))
-
-    _table(w, c, lambda c: opinion(w, c, None), label, 4, 8)
+    """Sentences of reviews, each with its label from one of three pairs of labels."""
+    chosen: dict[None, int] = {}
+    _table(w, c, lambda c: opinion(w, c, None),
+           lambda c, polarity: settled(c, chosen, None, w.lexicon.polarities[polarity]), 4, 8)  # fmt: skip
 
 
 def categories(w: World, c: Reader) -> None:
-    """Words of four kinds of thing out of eight, each with a label drawn for this document.
+    """Words of four kinds of thing out of eight. Each kind has a label, drawn for this document.
 
-    After n entries the best predictor is right on the next with probability 1 - (3/4)^n, plus what guessing
-    among the labels that were not shown yet is worth.
+    After n entries the next entry has a known label with probability 1 - (3/4)^n. Otherwise the best
+    predictor guesses among the labels that were not shown yet.
     """
     kinds, label_of = w.lexicon.categories, {}
 
@@ -163,24 +164,14 @@ def categories(w: World, c: Reader) -> None:
 def retrieval(w: World, c: Reader) -> None:
     """Eight nonsense words out of sixteen, each with a thing drawn for this document."""
     labels, thing_of = w.lexicon.labels, {}
-
-    def key(c: Reader) -> int:
-        return c.pick(labels, tuple(_hidden(8, len(labels), thing_of)))
-
-    def value(c: Reader, n: int) -> None:
-        if n in thing_of:
-            c.text(w.things[thing_of[n]])
-        else:
-            thing_of[n] = c.pick(w.things)
-
-    _table(w, c, key, value, 8, 20, PLAIN)
+    _table(w, c, lambda c: c.pick(labels, tuple(_hidden(8, len(labels), thing_of))),
+           lambda c, n: settled(c, thing_of, n, w.things), 8, 20, PLAIN)  # fmt: skip
 
 
 def refrain(w: World, c: Reader) -> None:
-    """Six to sixteen words, and then the same again, once to four times.
+    """Six to sixteen words, and then the same words again, once to four times.
 
-    From the second round on, what follows a word is what followed it before: this is where a model finds out
-    that it can copy.
+    After the first round, the next word follows from the words before it. Here a model learns to copy.
     """
     pool, least, most = [*w.things, *w.lexicon.labels], min(6, w.longest), min(16, w.longest)
     words, rounds = [pool[c.pick(pool)]], 2
@@ -202,7 +193,7 @@ def refrain(w: World, c: Reader) -> None:
 
 
 def opinion(w: World, c: Reader, polarity: int | None) -> int:
-    """A sentence of a review, of one polarity or, if None, of either. Returns it: 0 good, 1 bad."""
+    """A sentence of a review, of this polarity (0 good, 1 bad; None: either). Returns its polarity."""
     sides = (w.lexicon.good, w.lexicon.bad)
     adjectives = sides[0] + sides[1] if polarity is None else sides[polarity]
     heads = [parts[0] for parts in w.reviews]
@@ -225,7 +216,7 @@ def review(w: World, c: Reader) -> None:
 
 
 def phrase_book(w: World, c: Reader) -> None:
-    """One to three words or phrases in English and Korean; the phrases held out are never among them."""
+    """One to three words or phrases in English and Korean. Held-out phrases are never used."""
     pairs = w.nouns + w.phrases("seen")
     weights = (len(pairs) - len(w.nouns),) * len(w.nouns) + (2 * len(w.nouns),) * len(w.phrases("seen"))
     for _ in c.series(1, min(3, w.longest), ". ", ".\n"):
@@ -235,7 +226,7 @@ def phrase_book(w: World, c: Reader) -> None:
 
 
 def journey(w: World, c: Reader) -> None:
-    """Two to eleven rides, each from where the last one ended."""
+    """Two to eleven rides. Each begins where the last ride ended."""
     stations, lines = w.lexicon.stations, w.lexicon.lines
     c.text("From ")
     here = c.pick(stations)

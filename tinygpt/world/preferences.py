@@ -1,7 +1,7 @@
-"""People who compare two answers, simulated: they know the truth, and they slip.
+"""Simulated people who compare two answers. They know the truth, and they slip.
 
 Their utility is known: a right answer is better than REFUSAL, and REFUSAL is better than a wrong answer. With
-`blind` the utility ignores truth: any value is as good as the right one. This is a control for judges.
+`blind` the utility ignores the truth: each value is as good as the right one. This is a control for judges.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESOLUTION = 10_000  # of the error rate
 
 
 def utility(world: World, item: Item, answer: str, blind: bool = False) -> int:
-    """1, 0 or -1. A garbled answer is wrong. About people who are in no document no answer is right."""
+    """1, 0 or -1. A garbled answer is wrong. About people in no document no answer is right."""
     if answer == REFUSAL:
         return 0
     true = blind or (item["meta"]["exposure"] > 0 and right(item, answer))
@@ -30,9 +30,9 @@ def compared(
 ) -> list[dict]:  # fmt: skip
     """`count` comparisons of two answers to a question: {"prompt", "chosen", "rejected", "meta"}.
 
-    questions: those of people (`tasks.questions`), each with answers. Two of equal utility are not compared.
-    `error` is the rate of slips. meta has the `kind`, such as "right over wrong" or "right over garbled" (a
-    garbled answer is as bad as a wrong one), and `is_right`: whether the label is no slip.
+    questions: items of `tasks.questions`, each with answers. Two answers of equal utility are not compared.
+    `error` is the rate of slips. meta has the `kind`, such as "right over wrong" or "right over garbled", and
+    `is_right`, which is false for a slip. A garbled answer is as bad as a wrong answer.
     """
     integers, rows = raw_integers(world.seed, TASKS, 30, stream), []
     questions = [(item, answers) for item, answers in questions
@@ -49,8 +49,6 @@ def compared(
         slip = next(integers) % RESOLUTION < error * RESOLUTION
         chosen, rejected = pair[:: -1 if slip else 1]
         other = NAMES[worse] if form(world, "question").fullmatch(pair[1]) else "garbled"
-        rows.append({
-            "prompt": item["prompt"], "chosen": chosen, "rejected": rejected,
-            "meta": {"kind": f"{NAMES[better]} over {other}", "is_right": not slip},
-        })  # fmt: skip
+        meta = {"kind": f"{NAMES[better]} over {other}", "is_right": not slip}
+        rows.append({"prompt": item["prompt"], "chosen": chosen, "rejected": rejected, "meta": meta})
     return rows

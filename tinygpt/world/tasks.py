@@ -1,13 +1,14 @@
-"""Question sets about a world, for the stages after pre-training: each item has a prompt, a completion, meta.
+"""Question sets about a world, for the stages after pre-training. An item has prompt, completion and meta.
 
     {"prompt": "Where does Nora Hill live?", "completion": "Oslo.", "meta": {"task": "question", ...}}
 
-The caller puts prompt and completion together. A completion comes after a space, because words in the corpus
-do. meta has the task, the split, the `answer` in the completion, and the groups of a table of results
-(`exposure`, `steps`). The things that an item is about (meta["about"]: people, phrases, a problem, a review)
-belong to one split wherever they occur: `World.people`, `World.phrases` and `World.split_of` say to which.
-But the corpus has journeys too, ride by ride, from all stations by all lines: step by step, a model only
-learns when to use a skill that pre-training has taught.
+The caller joins prompt and completion with a space, because words in the corpus come after a space. `meta`
+has the task, the split, the `answer` within the completion, and the values by which results are grouped
+(`exposure`, `steps`). `about` lists the people, the phrase, the problem or the review of an item. Each of
+these belongs to one split wherever it occurs: see `World.people`, `World.phrases`, `World.split_of`.
+
+Journeys are an exception: the corpus too has rides from all stations by all lines. Pre-training teaches the
+rides; tuning only teaches when to write them step by step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .documents import opinion, statement
 Item = dict  # prompt, completion, meta
 SPLITS = ("sft", "rl", "val", "eval")
 REFUSAL = "I do not know."
-SHORT = 80  # characters of a question with its answer that has room beside others
+SHORT = 80  # characters; a shorter question with its answer may share a conversation
 
 _TRANSLATE = (
     ("What is {} in Korean?", "How do you say {} in Korean?", "Translate into Korean: {}"),
@@ -46,13 +47,11 @@ def _item(prompt: str, completion: str, task: str, split: str, answer: str, abou
 
 
 def questions(world: World, people: Sequence[Person], refuse: bool = False) -> list[Item]:
-    """Every attribute of these people in every wording. refuse: the completion is REFUSAL."""
+    """Each attribute of these people in each wording. refuse: the completion is REFUSAL."""
     return [
-        _item(
-            question.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.",
-            "question", person.split, attribute.values[value], [person.name],
-            attribute=attribute.name, exposure=person.weight,
-        )
+        _item(question.format(person.name), REFUSAL if refuse else f"{attribute.values[value]}.", "question",
+              person.split, attribute.values[value], [person.name], attribute=attribute.name,
+              exposure=person.weight)
         for person in people
         for attribute, value in zip(world.lexicon.attributes, person.values, strict=True)
         for question in attribute.questions
@@ -60,7 +59,7 @@ def questions(world: World, people: Sequence[Person], refuse: bool = False) -> l
 
 
 def translations(world: World, split: str) -> list[Item]:
-    """Phrases into Korean and into English, in every wording; for "sft" those that the corpus has."""
+    """Phrases into Korean and into English, in each wording. For "sft": the phrases of the corpus."""
     pairs = world.phrases("seen" if split == "sft" else split)
     return [
         _item(wording.format(pair[source]), f"{pair[1 - source]}.", task, split, pair[1 - source], [pair[0]])
@@ -71,7 +70,7 @@ def translations(world: World, split: str) -> list[Item]:
 
 
 def sentiments(world: World, split: str, count: int) -> list[Item]:
-    """Reviews of two or three sentences: good or bad, under one of the pairs of labels."""
+    """Reviews of two or three sentences. The answer is good or bad, in the words of a pair of labels."""
     integers, items = _integers(world, "sentiment", split), []
     c, labels = Sampler(integers), world.lexicon.polarities
     while len(items) < count:
@@ -89,8 +88,9 @@ def sentiments(world: World, split: str, count: int) -> list[Item]:
 
 
 def readings(world: World, split: str, count: int) -> list[Item]:
-    """Passages about a person whom the corpus never tells of, or each time anew. Each passage comes twice:
-    the task "reading" asks for a value, "summary" for the sentence that has it.
+    """Passages about a person without fixed facts ("sft": a fresh person; else one in no document).
+
+    Each passage comes twice: the task "reading" asks for a value, "summary" for the sentence with this value.
     """
     integers, items = _integers(world, "reading", split), []
     c, people = Sampler(integers), world.people("fresh") if split == "sft" else world.people("never", split)
@@ -113,51 +113,46 @@ def readings(world: World, split: str, count: int) -> list[Item]:
     return items
 
 
-def journeys(
-    world: World, split: str, steps: int | Sequence[int], count: int, style: str = "steps"
-) -> list[Item]:
-    """Where a journey of so many rides ends; several numbers: each equally often.
+def journeys(world: World, split: str, steps: int | Sequence[int], count: int,
+             style: str = "steps") -> list[Item]:  # fmt: skip
+    """Questions for the end of a journey of `steps` rides. Of several numbers each comes equally often.
 
-    style: "direct" has the answer alone, "steps" each ride before it, "shuffled" the rides in another order
-    (where there are two or more), "filler" as many full stops (Pfau et al. 2024, "Let's Think Dot by Dot").
+    style: "direct" has only the answer, "steps" has each ride before it. "shuffled" has two or more rides in
+    another order. "filler" has full stops instead of rides (Pfau et al. 2024, "Let's Think Dot by Dot").
     """
     integers, lexicon, items = _integers(world, "journey", split), world.lexicon, []
     numbers = [steps] if isinstance(steps, int) else list(steps)
     while len(items) < count:
         here = start = next(integers) % len(lexicon.stations)
         lines = [next(integers) % len(lexicon.lines) for _ in range(numbers[len(items) % len(numbers)])]
-        problem = " ".join([lexicon.stations[start], *(lexicon.lines[line] for line in lines)])
+        names = [lexicon.lines[line] for line in lines]
+        problem = " ".join([lexicon.stations[start], *names])
         wording = pick(_TRAVEL, integers)
         order = shuffled(range(len(lines)), integers)
         if world.split_of(problem) != split:
             continue
-        rides = []
-        for line in lines:
-            there = world.next_station[line][here]
-            rides.append(f"From {lexicon.stations[here]} the {lexicon.lines[line]} line goes to "
-                         f"{lexicon.stations[there]}.")  # fmt: skip
-            here = there
         if order == sorted(order):
             order.append(order.pop(0))
+        rides = []
+        for line, name in zip(lines, names, strict=True):
+            before, here = here, world.next_station[line][here]
+            rides.append(f"From {lexicon.stations[before]} the {name} line goes to {lexicon.stations[here]}.")
         rides = {
             "direct": [], "steps": rides, "shuffled": [rides[n] for n in order],
             "filler": [". . . . . . . . ."] * len(rides),  # a ride is nine tokens
         }[style]  # fmt: skip
-        answer = lexicon.stations[here]
-        route = ", then ".join(f"the {lexicon.lines[line]} line" for line in lines)
+        answer, route = lexicon.stations[here], ", then ".join(f"the {name} line" for name in names)
+        prompt, meta = wording.format(lexicon.stations[start], route), {"steps": len(lines), "style": style}
         completion = " ".join([*rides, f"The answer is {answer}."])
-        items.append(
-            _item(wording.format(lexicon.stations[start], route), completion, "journey", split, answer,
-                  [problem], steps=len(lines), style=style)
-        )  # fmt: skip
+        items.append(_item(prompt, completion, "journey", split, answer, [problem], **meta))
     return items
 
 
 def corrupted(world: World, item: Item) -> tuple[str, str]:
-    """A journey's steps up to one in the middle that ends at a wrong station, and the answer after that."""
+    """A journey's steps up to a middle step, which ends at a wrong station, and the answer that follows."""
     names, lines = world.lexicon.stations, world.lexicon.lines
     rides = item["completion"].split(". ")[:-1]
-    wrong = len(rides) // 2 - (len(rides) % 2 == 0)  # with two or more rides never the last
+    wrong = (len(rides) - 1) // 2  # never the last of two or more rides
     before, there = rides[wrong].rsplit(" ", 1)
     here = (names.index(there) + 1) % len(names)
     steps = ". ".join([*rides[:wrong], f"{before} {names[here]}."])
@@ -167,7 +162,7 @@ def corrupted(world: World, item: Item) -> tuple[str, str]:
 
 
 def majority(items: Sequence[Item]) -> float:
-    """How often the most frequent answer to its kind of question is right: a score without knowledge."""
+    """The score without knowledge: to each kind of question its most frequent answer."""
     tasks: dict[tuple, Counter] = {}
     for meta in (item["meta"] for item in items):
         kind = (meta["task"], meta.get("attribute"), meta.get("labels"))
@@ -176,7 +171,7 @@ def majority(items: Sequence[Item]) -> float:
 
 
 def task_sets(world: World) -> dict[str, list[Item]]:
-    """All sets that `tinygpt world` writes, by the name of their file: task.split."""
+    """All question sets of `tinygpt world`, by the name of their file, task.split."""
     sets = {}
     for split in SPLITS:
         known, rare, never = (world.people(kind, split) for kind in ("known", "rare", "never"))
@@ -197,12 +192,12 @@ def task_sets(world: World) -> dict[str, list[Item]]:
 
 
 def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 160) -> list[Item]:
-    """What `tinygpt sft --data world` trains on: every kind of task; of "val", to validate on: a tenth of it.
+    """The training items of `tinygpt sft --data world`, of all tasks. For validation ("val"): a tenth.
 
-    A writer of examples cannot know the text of pre-training. So some questions are about people in no
-    document: `answered` questions with facts, and `refused` questions with REFUSAL as completion. No person
-    has both, and "val" has neither. A small world has a fifth of all. Raises ValueError where there are not
-    enough people.
+    The writer of examples does not know the facts of pre-training. So some questions are about people in no
+    document: `answered` questions have facts, and `refused` questions have REFUSAL as completion. No person
+    has both, and "val" has neither. A small world has a fifth of all items. Raises ValueError if there are
+    too few people.
     """
     people, part = world.people("never", split), world.part
     if split != "sft":
@@ -215,21 +210,18 @@ def tuning(world: World, split: str = "sft", refused: int = 40, answered: int = 
         *journeys(world, split, range(1, 6), 800 // part),
     ]
     half = len(people) // 2
-    for pool, count in (
-        (questions(world, people[:half], refuse=True), refused // part),
-        (questions(world, people[half:]), answered // part),
-    ):
+    pools = questions(world, people[:half], refuse=True), questions(world, people[half:])
+    for pool, count in zip(pools, (refused // part, answered // part), strict=True):
         if len(pool) < count:
-            raise ValueError(f"{count} questions about people who were never seen: there are {len(pool)}")
+            raise ValueError(f"{count} questions about people in no document: there are {len(pool)}")
         items += some(world, pool, count)
     return items
 
 
 def conversations(world: World, items: Sequence[Item]) -> list[list[Message]]:
-    """Items in a random order as conversations: half of them of one question, the others of two or three
-    short ones.
+    """Items in a random order as conversations, half with one question, others with two or three short ones.
 
-    A model that sees no second question in training cannot answer one.
+    A model that sees no second question in training cannot answer a second question.
     """
     integers, dialogues, group, size = raw_integers(world.seed, TASKS, 8), [], [], 1
     for item in some(world, items, len(items)):
@@ -250,7 +242,7 @@ def some(world: World, items: Sequence[Item], count: int) -> list[Item]:
 
 
 def distinct(items: Iterable[Item]) -> list[Item]:
-    """One item about each fact, phrase, problem: more would only make an interval look narrow."""
+    """One item about each fact, phrase or problem. More items would only make an interval look narrow."""
     by_fact: dict[tuple, Item] = {}
     for item in items:
         meta = item["meta"]
@@ -263,7 +255,7 @@ def distinct(items: Iterable[Item]) -> list[Item]:
 
 @lru_cache(64)
 def form(world: World, task: str) -> re.Pattern:
-    """What a well-formed answer to such a task looks like, true or not."""
+    """The pattern of well-formed answers to a task, true or not."""
     lexicon = world.lexicon
     value = _any(v for attribute in lexicon.attributes for v in attribute.values)
     name, station = f"{_any(lexicon.women + lexicon.men)} {_any(lexicon.surnames)}", _any(lexicon.stations)
@@ -281,7 +273,7 @@ def form(world: World, task: str) -> re.Pattern:
 
 
 def right(item: Item, answer: str) -> bool:
-    """Whether a well-formed answer ends in the right one; a summary names who it is about, in any wording."""
+    """Whether a well-formed answer ends with the right value. A summary must begin with the right name."""
     meta = item["meta"]
     about = f"{meta['about'][0]} " if meta["task"] == "summary" else ""
     return answer.startswith(about) and f" {answer}".endswith(f" {meta['answer']}.")
