@@ -21,6 +21,7 @@ This file measures no other library. tests/peers/bench.py puts their figures bes
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ SCALING = {  # one of these sizes at a time, the others as in BASE
     "B": (1, 2, 4, 8, 16, 32, 64),
 }
 BASE = {"T": 128, "C": 256, "B": 8}
+THREADS = sorted({1, kernels.processors()})  # of scaling
 JOBS = [
     "peak", "gemm", *(f"train/{size}" for size in TRAIN), "numpy/nano", *(f"lora/{size}" for size in LORA),
     *(f"rlhf/{size}" for size in RLHF), "scaling",
@@ -86,36 +88,35 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
             raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")
     if "c" not in kernels.available():
         raise UserError("bench measures the C core, which is not built here")
-    threads = sorted({1, kernels.processors()})
     parts = {
         "gemm": [f"gemm/{shape}" for shape in GEMM],
-        "scaling": [f"scaling/{axis}={n}/{t}" for axis in SCALING for t in threads for n in SCALING[axis]],
+        "scaling": [f"scaling/{axis}={n}/{t}" for axis in SCALING for t in THREADS for n in SCALING[axis]],
     }
     for job in jobs or [job for job in JOBS if job not in SLOW]:
         share = {"gemm": len(GEMM), "scaling": 4}.get(job, 1)
         for part in parts.get(job, [job]):
-            limits = _apart("machine", min(1.0, seconds / 4), part)
-            yield _apart("_measure", part, dtype, seconds / share, *limits)
+            threads = {"TINYGPT_THREADS": part.split("/")[2]} if job == "scaling" else {}
+            limits = _apart(threads, "machine", min(1.0, seconds / 4))
+            yield _apart(threads, "_measure", part, dtype, seconds / share, *limits)
 
 
-def _apart(function: str, *args):
-    """The result of a function of this module in a new process, which has its own memory and threads."""
+def _apart(variables: dict[str, str], function: str, *args):
+    """The result of a function of this module in a new process, with more environment variables."""
     code = "import json, sys; sys.path[:], name, args = json.loads(sys.argv[1]); "
     code += "from tinygpt.check import bench; print(json.dumps(getattr(bench, name)(*args)))"
     command = [sys.executable, "-c", code, json.dumps([sys.path, function, args])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
         raise UserError(f"the process that measures has failed ({reason})")
     return json.loads(result.stdout)
 
 
-def machine(seconds: float, job: str = "") -> tuple[float, float]:
+def machine(seconds: float) -> tuple[float, float]:
     """Operations per second in float32 (a multiply-add is two), and bytes per second read from memory.
 
-    Both are limits, so the best of many tries counts. `job`: with its number of threads.
+    Both are limits, so the best of many tries counts.
     """
-    _set_threads(job)
     out, flops, tasks = np.zeros(64, np.float32), np.zeros(1), 64
     far = memory.empty(1 << 26, np.float32)  # 256 MiB: beyond any cache
     far[:] = 1
@@ -131,16 +132,10 @@ def machine(seconds: float, job: str = "") -> tuple[float, float]:
     return best[0], best[1]
 
 
-def _set_threads(job: str) -> None:
-    if job.startswith("scaling/"):
-        kernels.set_threads(int(job.split("/")[2]))
-
-
 def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> Row:
     """The row of one job. It changes the whole process, which must be of this job alone."""
     import resource  # not on Windows, where there is no C core
 
-    _set_threads(job)
     GPT.bfloat16 = dtype == "bfloat16"
     ms, tokens, flops, read = None, None, peak, bandwidth  # per second; this is the row of the job "peak"
     if job != "peak":
@@ -178,7 +173,7 @@ def _work(kind: str, size: str, number: str = "") -> tuple[Callable[[], object],
     if kind == "gemm":
         M, N, K = map(int, size.split("x"))
         a, b, out = (memory.empty(shape, np.float32) for shape in ((M, K), (K, N), (M, N)))
-        a[:], b[:] = np.random.default_rng(0).standard_normal((2, 1, 1))
+        a[:], b[:] = (np.random.default_rng(0).standard_normal(x.shape) for x in (a, b))
         return lambda: kernels.gemm(a, b, out=out, bfloat16=GPT.bfloat16), 1, None, 2 * M * N * K, None
     if kind == "generate":
         step, weights = _generation(size, batch := int(number))
@@ -266,17 +261,16 @@ def plotter(path: Path, jobs: Sequence[str]) -> Callable[[Sequence[Row]], None]:
         raise UserError(f"{path.parent}: no such folder")
 
     def draw(rows: Sequence[Row]) -> None:
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        for axis, panel in zip(SCALING, figure.subplots(1, len(SCALING), sharey=True), strict=True):
-            shares: dict[str, list] = {}  # by number of threads
-            for row in rows:
-                if row["job"].startswith(f"scaling/{axis}="):
-                    shares.setdefault(row["job"].split("/")[2], []).append(row["share_of_peak"])
-            for threads, line in shares.items():
-                panel.plot(SCALING[axis], line, marker="o", label=f"threads: {threads}")
+        figure, shares = Figure(figsize=(10, 3.2), layout="constrained"), {}
+        for row in rows:
+            shares[row["job"]] = row["share_of_peak"]
+        for (axis, sizes), panel in zip(SCALING.items(), figure.subplots(1, 3, sharey=True), strict=True):
+            for threads in THREADS:
+                line = [shares[f"scaling/{axis}={n}/{threads}"] for n in sizes]
+                panel.plot(sizes, line, marker="o", label=f"threads: {threads}")
             others = ", ".join(f"{name} {size}" for name, size in BASE.items() if name != axis)
             panel.set(xscale="log", xlabel=f"{axis} ({others})", ylim=(0, None))
-            panel.set_xticks(SCALING[axis], SCALING[axis], minor=False)
+            panel.set_xticks(sizes, sizes, minor=False)
             panel.minorticks_off()
             panel.legend()
         figure.axes[0].set_ylabel("training step, share of FMA peak")

@@ -158,21 +158,18 @@ class Pair:
                     f"{', '.join(names)} (write None for one that you leave out){self.advice()}"
                 )
             answer = dict(zip(names, answer, strict=True))
-        unknown = [n for n, g in answer.items() if n not in names and g is not None]
-        for name in [*(n for n in names if n not in answer), *unknown]:
-            count = "a" if name in answer else "no"
-            keys = f"the keys must be the inputs' names: {', '.join(names)}"
-            raise UserError(f"backward returns {count} gradient for {name!r}; {keys}{self.advice()}")
-        nests = ([(n, answer[n])] if n in values else leaves(answer[n], n) for n in names)
-        parts, grads = {path: g for nest in nests for path, g in nest}, {}
-        for n in values:
-            if n not in parts and not any(n.startswith(path) and g is None for path, g in parts.items()):
-                raise UserError(f"backward returns no gradient for {n}: that of a nest must be a nest too")
-            g = parts.get(n)
-            grads[n] = None if g is None or g is False else np.array(g)
-            if grads[n] is not None and grads[n].dtype.kind not in "fiu":
-                raise UserError(f"backward returns {grads[n].dtype} for {n!r}: a gradient has numbers")
-        return grads
+        nests = ([(n, g)] if n in values else leaves(g, n) for n, g in answer.items())
+        parts = {path: g for nest in nests for path, g in nest}
+        left_out = tuple(f"{path}[" for path, g in parts.items() if g is None or g is False)
+        due = [n for n in values if not f"{n}[".startswith(left_out)]
+        kinds = {n: np.asarray(parts[n]).dtype for n in due if n in parts}
+        problems = [f"no gradient for {n}" for n in due if n not in parts]
+        problems += [f"a gradient for {n}" for n, g in answer.items() if n not in names and g is not None]
+        problems += [f"{kind} for {n}" for n, kind in kinds.items() if kind.kind not in "fiu"]
+        if problems:
+            rule = f"it must return numbers for {', '.join(names)}, and a nest of numbers for a nest"
+            raise UserError(f"backward returns {problems[0]}; {rule}{self.advice()}")
+        return {n: np.array(parts[n]) if n in due else None for n in values}
 
 
 # --- the rules ---------------------------------------------------------------------------------------------
@@ -237,6 +234,9 @@ def _answer(label: str, name: str, shape: tuple, grads: list) -> Answer:
         return Answer(np.array(row if one_shape else []), problem)
     if not same(first, row[0], 1e-12):
         return Answer(first[None], "backward called twice gives two answers", FIRST_ONLY)
+    if not np.isfinite(row).all():
+        k, *index = np.argwhere(~np.isfinite(row))[0].tolist()
+        return Answer(np.array(row), f"backward says {row[k][tuple(index)]} at {index}")
     linear = all(same(f * np.float64(first), g, 1e-6) for f, g in zip(FACTORS, (up, down), strict=True))
     if linear or first.dtype.itemsize < 4:  # in float16 a multiple may be infinite
         return Answer(np.array(row))

@@ -10,10 +10,9 @@ Recipes, 5.7). Its uncertainty is
 
     u = 8 sum_j |dout_j| noise_j / h  +  max(|T - finer|, |T - coarser|)
 
-noise_j is the measured rounding of output j. The sum is over the outputs that move. An output may move only
-when another element changes. Then a slope may be hidden in its rounding, which counts divided by the largest
-step. The steps are 1e-3 of the element's size, then smaller ones, then larger ones, by factors of 4, until
-u <= rtol |D| / 10. The T with the least u is the slope D.
+noise_j is the measured rounding of output j. The sum is over the outputs that move. The steps are 1e-3 of
+the element's size, then smaller ones, then larger ones, by factors of 4, until u <= rtol |D| / 10. The T with
+the least u is the slope D.
 """
 
 from __future__ import annotations
@@ -48,8 +47,6 @@ class Differences:
         usual = np.isfinite(self.x) & (self.x != 0)
         self.sizes = np.maximum(np.where(usual, np.abs(self.x), self.scale), 1e-30 * self.scale)
         self.noise = self.rounding_errors(self.sizes * rng.choice((-1, 1), self.x.size), rng)
-        steps = 1e-3 * self.sizes, self.scale * rng.standard_normal(self.x.size)
-        self.moved = np.any([side != 0 for step in steps for side in self.sides(step)], 0)
 
     def outputs(self, x: Array) -> Array:
         """out(x), (N,). An output that is infinite or nan, and stays so, does not move: it is 0 here. If it
@@ -91,9 +88,12 @@ class Differences:
         """8 sum |dout_j| noise_j over the outputs that moved, (K,)."""
         return 8 * (np.abs(self.douts[:, moved]) @ self.noise[moved])
 
-    def slope(self, d: Array, size: float, most: float, enough: float) -> tuple[Array, Array]:
+    def slope(
+        self, d: Array, size: float, most: float, enough: float, factor: float = 1
+    ) -> tuple[Array, Array]:
         """D and u along d, (K,) each. The steps are 1e-3 of `size`, then smaller ones, then larger ones up to
-        `most`; no more of them once u <= enough."""
+        `most`, all times `factor`. There are no more of them once u <= enough."""
+        size, most = factor * size, factor * most
         slopes, first, top = {}, 1e-3 * size, 3 + math.ceil(math.log(max(1, 60 * most / size), 4))
         moved, low = np.any(self.sides(most * d), 0), -9 if (self.x * d).any() else -24  # 0 + h is exact
         for levels in (range(3), range(low, 3), range(low, top)):
@@ -102,7 +102,7 @@ class Differences:
                 step = self.outputs(self.x + h * d) - self.outputs(self.x - h * d)
                 slopes[n], moved = self.douts @ step / (2 * h), moved | (step != 0)
             steps = first * 4.0 ** np.array(levels)[:, None]
-            noise = self.rounding(moved) / steps + self.rounding(self.moved & ~moved) / most
+            noise = self.rounding(moved) / steps
             D, u = extrapolated([slopes[n] for n in levels], noise)
             if (u <= np.maximum(self.rtol / 10 * np.abs(D), enough)).all():
                 break
@@ -111,7 +111,7 @@ class Differences:
     def element(self, i: int, enough: float, factor: float = 1) -> tuple[Array, Array]:
         """D and u of the element i, (K,) each, with `factor` times the usual steps."""
         size, most = np.sort((self.sizes[i], self.scale))
-        return self.slope(np.eye(1, self.x.size, i)[0], factor * size, factor * most, enough)
+        return self.slope(np.eye(1, self.x.size, i)[0], size, most, enough, factor)
 
     def elements(self, chosen: Array, enough: float) -> Array:
         """D and u of the chosen elements, (2, K, n)."""
@@ -121,7 +121,8 @@ class Differences:
         """Where the gradient g (K,) of an element lies at a kink, and a note; ("", "") if there is no kink.
 
         At a kink the left and the right slope stay apart as the steps shrink. g is "inside" if it lies
-        between the two, "mixed" if it does not and several outputs move, else "outside".
+        between the two. Else it is "mixed" if several outputs move: an output may be a sum of several kinks.
+        Else it is "outside".
         """
         steps = 1e-3 * self.sizes[i] / 64.0 ** np.arange(3)
         changes = np.array([self.sides(h * np.eye(1, self.x.size, i)[0]) for h in steps])

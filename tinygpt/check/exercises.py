@@ -36,14 +36,14 @@ EXERCISES = {  # in the order of learning: the lesson; the project's own solutio
     "dpo": ("comparisons steer a model without a judge", "dpo, stages/dpo.py"),
 }
 STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # the results of their blank
-BACKWARD = """It gets the gradient of some loss with respect to the forward's result. It returns
-the gradients with respect to the forward's inputs; any way to the right numbers will do. Return None in place
-of a gradient that you leave for later: the others are checked."""
+BACKWARD = """It gets the gradient of some loss with respect to the result of the
+forward, and returns the gradients with respect to the inputs of the forward. Any way to the right numbers
+will do. Return None in place of a gradient that you leave for later: the others are checked."""
 STEP = "All steps together must give the result of the forward."
 
 
 def blank(name: str) -> str:
-    """The name of the function that the reader fills in."""
+    """The name of the function that is to be written."""
     return f"{name}_step" if name in STEPS else f"{name}_backward"
 
 
@@ -352,8 +352,8 @@ def lora_backward(dout, cache):
     """dout (N, O) -> dx (N, I), dA (I, R), dB (R, O); w is frozen and gets none.
 
     Hint: the branch is exercise `linear` twice. Begin with dlow, the gradient with respect to low = x A. The
-    forward uses x twice, and the two gradients add up: a frozen map does not change, but gradients pass
-    through. Training begins with B = 0. Which of dA and dB is 0 then, and why does the branch learn anyway?
+    forward uses x twice, and the two gradients add up: a frozen map passes gradients on, but does not change.
+    Training begins with B = 0. Which of dA and dB is 0 then, and why does the branch learn anyway?
     """
     x, w, A, B, low, s = cache
     # write dx, dA and dB here

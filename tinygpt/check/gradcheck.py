@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -94,11 +95,13 @@ def gradcheck(
 ) -> list[Result]:  # fmt: skip
     """Judges every gradient of gradcheck(forward, backward, inputs), or of a layer, gradcheck(layer, inputs).
 
-    forward(*inputs), or forward(**inputs) where `inputs` is a dict, returns (out, cache). out is an array, a
-    number or a tuple of these. backward(dout, cache) returns the gradients of all inputs that are float
-    arrays, in their order, or a dict by name. None or False leaves one out. Other inputs are passed on as
-    they are. An input may be a nest of dicts and lists; its gradient is such a nest. `layers.py` lists the
-    conventions for layers, whose parameters are checked too. Two methods of a layer count as the layer.
+    The calls are forward(*inputs), or forward(**inputs) where `inputs` is a dict, and backward(dout, cache).
+
+    Forward returns (out, cache). `out` is an array, a number or a tuple of these. Backward returns the
+    gradients of all inputs that are float arrays, in their order, or a dict by name. None or False leaves one
+    out. Other inputs are passed on as they are. An input may be a nest of dicts and lists; its gradient is
+    such a nest. `layers.py` lists the conventions for layers, whose parameters are checked too. Two methods
+    of a layer count as the layer.
 
     `inputs` may be a function of a random generator: it then makes both points. Otherwise the second point is
     x (1 + 0.05 r), r uniform in [-1, 1). A tensor of zeros becomes 0.05 r in both cases. A tensor of at most
@@ -146,29 +149,25 @@ def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, 
     return [dataclasses.replace(first, notes=(*first.notes, *notes)), *rest]
 
 
-def assert_gradients(
-    forward: Callable | object, backward: Callable | Inputs | MakeInputs | None = None,
-    inputs: Inputs | MakeInputs | None = None, rtol: float = 1e-6, atol: float = 0.0,
-    *, allow_missing: bool = False, strict: bool = True, **options,
-) -> None:  # fmt: skip
-    """`gradcheck` for a test: AssertionError says which gradient is wrong, by how much and at which element.
+def assert_gradients(*arguments, allow_missing: bool = False, strict: bool = True, **options) -> None:
+    """`gradcheck`, with its arguments, for a test. AssertionError names the wrong gradient and element.
 
-    A missing gradient fails too, unless `allow_missing`; so does one that is not judged, if `strict`. The
-    product below lacks a transpose in its second gradient. The matrices are square: no shape is wrong.
+    A missing gradient fails too, unless `allow_missing`. So does a gradient that is not judged, if `strict`.
+    The product below lacks a transpose in its second gradient. The matrices are square: no shape is wrong.
 
-    >>> import numpy as np, tinygpt
-    >>> def matmul_forward(a, b):
-    ...     return a @ b, (a, b)
-    >>> def matmul_backward(dout, cache):
-    ...     a, b = cache
-    ...     return dout @ b.T, a @ dout  # should be a.T @ dout
-    >>> inputs = {"a": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.ones((2, 2))}
-    >>> tinygpt.assert_gradients(matmul_forward, matmul_backward, inputs)
-    Traceback (most recent call last):
-    AssertionError: db: relative error 7.0e-01 at [0, 0]: backward -0.482453, differences -0.144712 ...
+        >>> import numpy as np, tinygpt
+        >>> def matmul_forward(a, b):
+        ...     return a @ b, (a, b)
+        >>> def matmul_backward(dout, cache):
+        ...     a, b = cache
+        ...     return dout @ b.T, a @ dout  # should be a.T @ dout
+        >>> inputs = {"a": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.ones((2, 2))}
+        >>> tinygpt.assert_gradients(matmul_forward, matmul_backward, inputs)
+        Traceback (most recent call last):
+        AssertionError: db: relative error 7.0e-01 at [0, 0]: backward -0.482453, differences -0.144712 ...
     """
     bad = {"wrong", "missing" * (not allow_missing), "not judged" * strict}
-    if wrong := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
+    if wrong := [r for r in gradcheck(*arguments, **options) if r.verdict in bad]:
         raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.lines())))
 
 
@@ -180,47 +179,41 @@ def _check(pair: contract.Pair, values: dict, dout_rng, rng, rtol, atol, small) 
         return {n: Result(n, "wrong", math.inf, problem=problem) for n, problem in broken.args[0].items()}, {}
     judged = {n: a.grads for n, a in answers.items() if a.grads is not None and not a.problem}
     sizes = {n: rms(values[n]) * np.abs(g).max(initial=0) for n, g in judged.items()}
-    slopes, measured, results = {}, {}, {}
+    measured, results = {}, {}
     for name, answer in answers.items():
-        g, x = answer.grads, values[name]
+        x, label, g = values[name], pair.label(name), answer.grads
+        others = max((size for n, size in sizes.items() if n != name), default=0.0)
         if g is None:
-            result = Result("", "missing", problem="backward returns no gradient for it")
+            results[name] = Result(label, "missing", problem="backward returns no gradient for it")
         elif answer.problem:
-            result = Result("", "wrong", math.inf, problem=answer.problem)
-        elif not np.isfinite(g).all():
-            k, *index = np.argwhere(~np.isfinite(g))[0].tolist()
-            result = Result("", "wrong", math.inf, problem=f"backward says {g[(k, *index)]} at {index}")
+            results[name] = Result(label, "wrong", math.inf, problem=answer.problem)
+            if 0 < x.size <= small:  # for the diagnosis
+                slopes = Differences(pair, values, name, douts, rtol, rng)
+                measured[name] = slopes.elements(np.arange(x.size), atol)
         elif not x.size:
-            result = Result("", "ok", 0.0)
+            results[name] = Result(label, "ok", 0.0)
         else:
-            others = max((size for n, size in sizes.items() if n != name), default=0.0)
-            slopes[name] = Differences(pair, values, name, douts, rtol, rng)
-            judge = _Judge(slopes[name], np.float64(g.reshape(DOUTS, -1)), others, atol)
+            slopes = Differences(pair, values, name, douts, rtol, rng)
+            judge = _Judge(label, slopes, np.float64(g.reshape(DOUTS, -1)), others, atol)
             result = judge.elements(np.arange(x.size)) if x.size <= small else judge.directions(small)
-            measured[name] = judge.whole
             notes = (*(f"{name}{note}" for note in judge.notes[:1]), *contract.notes(name, x, g))
-            result = dataclasses.replace(result, notes=notes)
-        results[name] = dataclasses.replace(result, name=pair.label(name))
-    if any(r.verdict == "wrong" for r in results.values()):
-        for name, answer in answers.items():
-            if answer.problem and 0 < values[name].size <= small:  # what should it be?
-                differences = Differences(pair, values, name, douts, rtol, rng)
-                measured[name] = differences.elements(np.arange(values[name].size), atol)
-        whole = {n: m.reshape(2, DOUTS, *values[n].shape) for n, m in measured.items() if m is not None}
-        for name, r in results.items():
-            if r.verdict == "wrong":
-                answer = answers[name]
-                results[name] = r.explained(diagnosis.diagnose(name, answer.grads, whole, answer.if_right))
+            measured[name], results[name] = judge.whole, dataclasses.replace(result, notes=notes)
+    whole = {n: m.reshape(2, DOUTS, *values[n].shape) for n, m in measured.items() if m is not None}
+    for name, result in results.items():
+        if result.verdict == "wrong":
+            text = diagnosis.diagnose(name, answers[name].grads, whole, answers[name].if_right)
+            results[name] = result.explained(text)
     return {r.name: r for r in results.values()}, {pair.label(n): g for n, g in judged.items()}
 
 
 class _Judge:
     """The judgement on the gradient of one input: `grads` (K, n) has a row for each upstream gradient."""
 
-    def __init__(self, slopes: Differences, grads: Array, others: float, atol: float) -> None:
+    def __init__(self, label: str, slopes: Differences, grads: Array, others: float, atol: float) -> None:
         """others: the largest |g| of another input, times the size of that input."""
-        self.slopes, self.grads, self.rtol, self.atol = slopes, grads, slopes.rtol, atol
-        self.zero, self.notes, self.whole = others / slopes.scale, [], None
+        self.label, self.slopes, self.grads, self.rtol, self.atol = label, slopes, grads, slopes.rtol, atol
+        self.zero, self.notes = others / slopes.scale, []
+        self.whole: Array | None = None  # D and u of all elements, (2, K, n)
 
     def compare(self, g: Array, D: Array, u: Array, G: float) -> tuple[Array, Array]:
         """|g - D| over its limit, which is wrong above 1, and whether no dout can judge."""
@@ -229,6 +222,15 @@ class _Judge:
         unit = max(G, self.zero if (np.abs(g) <= u).all() else 0)
         certain = (u <= np.maximum(np.maximum(1e-3 * np.abs(D), 1e-6 * unit), self.atol)) | (top == 0)
         return np.nan_to_num(np.abs(g - D) / limit), ~certain.any(0)
+
+    def judged(self, g: Array, G: float, slope: Callable[[float], tuple[Array, Array]]) -> tuple:
+        """D, u and the result of `compare`, for the first of three step sizes that does not say wrong."""
+        for factor in (1, 0.6, 0.36):
+            D, u = slope(factor)
+            score, uncertain = self.compare(g, D, u, G)
+            if score.max() <= 1:
+                break
+        return D, u, score, uncertain
 
     def elements(self, chosen: Array) -> Result:
         """Judges each of the chosen elements alone."""
@@ -244,12 +246,9 @@ class _Judge:
             return self.result(verdict, g[:, n], D[:, n], u[:, n], score[:, n], extent, chosen[n])
 
         for n in [n for n in np.argsort(-score.max(0)) if score[:, n].max() > 1]:
-            for factor in (0.6, 0.36):
-                D[:, n], u[:, n] = self.slopes.element(chosen[n], enough, factor)
-                score[:, n], uncertain[n] = self.compare(g[:, n], D[:, n], u[:, n], G)
-                if score[:, n].max() <= 1:
-                    break
-            else:
+            slope = partial(self.slopes.element, chosen[n], enough)
+            D[:, n], u[:, n], score[:, n], uncertain[n] = self.judged(g[:, n], G, slope)
+            if score[:, n].max() > 1:
                 place, note = self.slopes.kink(chosen[n], g[:, n])
                 self.notes += [note] * bool(note)
                 if place not in ("inside", "mixed"):
@@ -269,12 +268,9 @@ class _Judge:
             if len(results) % 2 and x.any():
                 d, size = d * x, 1.0  # each element moves by its own size
             g, G = self.grads @ d, np.linalg.norm(self.grads * d, axis=1).max()
-            for factor in (1, 0.6, 0.36):
-                D, u = self.slopes.slope(d, factor * size, factor * size, 1e-12 * G + self.atol)
-                score, uncertain = self.compare(g, D, u, G)
-                if score.max() <= 1:
-                    break
-            else:
+            slope = partial(self.slopes.slope, d, size, size, 1e-12 * G + self.atol)
+            D, u, score, uncertain = self.judged(g, G, slope)
+            if score.max() > 1:
                 k, kinks = int(score.argmax()), len(self.notes)
                 i = self.bisect(d, size, k, g[k] - D[k])
                 result = self.elements(np.array([i]))
@@ -312,4 +308,4 @@ class _Judge:
             problem = problem if math.isfinite(u[k]) else self.slopes.error
         numbers = [float(a[k]) for a in (g, D, u)]
         index = None if i is None else tuple(self.slopes.index(i))
-        return Result("", verdict, float(error), index, *numbers, extent, problem)
+        return Result(self.label, verdict, float(error), index, *numbers, extent, problem)
