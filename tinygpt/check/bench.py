@@ -69,7 +69,7 @@ Row = dict[str, object]
 def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterator[Row]:
     """A row for each measurement of the jobs, in order; without names, of all jobs but the slowest.
 
-    `seconds` is the time for each job, of `scaling` four times that for each row of sizes. dtype: see
+    `seconds` is the time of a job. `scaling` takes a quarter of this time for each size. dtype: see
     GPT.compute_in. A row has these fields, each None where it has no meaning:
 
         job                             such as train/nano
