@@ -78,7 +78,7 @@ def _load(where: str) -> ModuleType:
     path = os.path.abspath(where) if where.endswith(".py") else None
     if path and not os.path.isfile(path):
         raise UserError(f"{where}: there is no such file")
-    sys.path.insert(0, os.path.dirname(path or os.path.abspath("here")))
+    sys.path.insert(0, os.path.dirname(path) if path else os.getcwd())
     try:
         if not path:
             return importlib.import_module(where)
