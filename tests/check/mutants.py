@@ -1,10 +1,10 @@
-"""Wrong backward functions, made from right ones by program. A checker that accepts one can be fooled.
+"""Wrong backward functions, which a program makes from right ones. The checker must reject all of them.
 
     python tests/check/mutants.py SEEDS [NAME...]    judges every mutant at every seed; 2 seeds: 10 minutes
     python tests/check/mutants.py --right SEEDS      judges the right ones, in both backends; 300 seeds: 25
                                                      minutes
 
-Each diagnosis is compared with the right gradients, at points that the checker did not see.
+The program compares each diagnosis with the right gradients, at points that the checker did not use.
 
 A mutant is the source of a backward with one change: operands swapped, a term or a factor dropped, a sign,
 a factor of 1.0001, a transpose, another axis, a sum that is missing, `dout` exchanged with another array,
@@ -30,11 +30,11 @@ from tinygpt.check.gradcheck import KEPT, STREAMS, gradcheck
 from tinygpt.core import kernels, ops
 from tinygpt.errors import UserError
 
-CONDITIONS = {(ast.If, "test"), (ast.IfExp, "test")}  # they say which gradients are asked for
+CONDITIONS = {(ast.If, "test"), (ast.IfExp, "test")}  # whether a gradient is computed
 
 
 def mutants(function: Callable) -> Iterator[tuple[str, Callable]]:
-    """What was changed, as "before -> after" of the expression around it, and the changed function."""
+    """The change, as "before -> after" of the expression around the change, and the changed function."""
     source = textwrap.dedent(inspect.getsource(function))
     tree = ast.parse(source)
     seen = {ast.unparse(tree)}
@@ -184,11 +184,11 @@ EQUAL = {  # changes, as patterns, that change no result, and the reason
 
 
 def reason(change: str) -> str | None:
-    """Why a change that does not change any result is none; None if there is no such reason."""
+    """The reason why a change has no effect on any result, or None."""
     return next((why for pattern, why in EQUAL.items() if re.search(pattern, change)), None)
 
 
-# --- what the checker says of them -------------------------------------------------------------------------
+# --- the checker's verdicts --------------------------------------------------------------------------------
 
 
 def targets() -> dict[str, Callable]:
@@ -198,7 +198,7 @@ def targets() -> dict[str, Callable]:
 
 
 def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
-    """The pairs with which `tinygpt gradcheck` checks a target, with `function` in the target's place."""
+    """The pairs of a target in `tinygpt gradcheck` and rows.py, with `function` in the target's place."""
     if name.startswith("exercise "):
         return [course.pair(name.removeprefix("exercise "), function)]
     changed = SimpleNamespace(**vars(ops) | {name: function})
@@ -209,7 +209,7 @@ def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
 
 
 def gradients(pair: tuple, seed: int) -> list[np.ndarray]:
-    """What the backward of a pair returns for random douts, at the points of the checker."""
+    """The gradients from the backward of a pair, for random douts, at the points of the checker."""
     forward, backward, inputs = pair
     points, rng = np.random.default_rng([seed, STREAMS[0]]), np.random.default_rng([seed, 1])
     draw = lambda o: rng.standard_normal(np.shape(o))[()]  # noqa: E731
@@ -234,8 +234,11 @@ def changes_a_result(right: list[tuple], wrong: list[tuple], seed: int) -> bool:
 
 
 def judge(name: str, mutant: Callable, seed: int) -> tuple[str, list[str]]:
-    """Says "caught" or "missed"; "raises", if the mutant does; "equal", if its results are right. And the
-    diagnoses, of which those that do not hold begin with "wrong: "."""
+    """The verdict, and the diagnoses. A diagnosis that is not true begins with "wrong: ".
+
+    The verdict is "caught" or "missed", "raises" if the mutant raises an exception, or "equal" if its results
+    are right.
+    """
     right, wrong = (own_pairs(name, function, seed) for function in (targets()[name], mutant))
     with np.errstate(all="ignore"):
         try:
@@ -263,18 +266,18 @@ def named_gradients(pair: tuple, seed: list[int], dout_seed: int = 0) -> tuple[d
     forward, backward, inputs = pair
     rng, douts, grads = np.random.default_rng([*seed, 2]), np.random.default_rng([*seed, 3, dout_seed]), []
     for _ in range(2):
-        own = Pair(forward, backward)
-        values = own.point(inputs(rng) if callable(inputs) else inputs)
+        pair = Pair(forward, backward)
+        values = pair.point(inputs(rng) if callable(inputs) else inputs)
         values |= {} if callable(inputs) else moved(values, rng, still=[])
-        out, cache = own(values)
+        out, cache = pair(values)
         dout = like(out, douts.standard_normal(vector(out).size))
-        grads.append({own.label(n): np.float64(g) for n, g in own.answer(dout, cache, values).items()})
+        grads.append({pair.label(n): np.float64(g) for n, g in pair.answer(dout, cache, values).items()})
     return tuple(grads)
 
 
 def holds(sentence: str, name: str, right: tuple, wrong: tuple, seed: list[int]) -> bool:
     """Whether a diagnosis of the gradient `name` is true at two points and for a dout that the checker did
-    not see."""
+    not use."""
     rights, wrongs = named_gradients(right, seed), named_gradients(wrong, seed)
     if sentence == "dout is ignored":
         others = named_gradients(wrong, seed, dout_seed=1)
@@ -311,7 +314,7 @@ def _is_true(sentence: str, g: np.ndarray, R: np.ndarray, right: dict) -> bool:
 
 
 def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
-    """What the checker says against the right backwards: operations, models (at 10 seeds), exercises."""
+    """The complaints of the checker about right backwards: operations, models (at 10 seeds), exercises."""
     for seed in seeds:
         pairs = [(name, course.pair(name, exercises.solution(name))) for name in exercises.EXERCISES]
         for backend in kernels.available():
@@ -324,7 +327,7 @@ def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
 
 
 def judged_elsewhere(name: str) -> bool:
-    """Whether an exercise's solution is an operation, some lines of which the exercise does not need."""
+    """Whether an exercise's solution is an operation, of which it may not need all lines."""
     return name.startswith("exercise ") and targets()[name] in vars(ops).values()
 
 
@@ -333,17 +336,17 @@ def main(arguments: list[str]) -> int:
         alarms = list(false_alarms(range(int(arguments[1]))))
         print(*alarms, f"{len(alarms)} false alarms at {arguments[1]} seeds", sep="\n")
         return bool(alarms)
-    seeds, total, spoken = range(int(arguments[0])), Counter(), Counter()
+    seeds, total, diagnoses = range(int(arguments[0])), Counter(), Counter()
     for name in arguments[1:] or targets():
         counts = Counter()
         for change, mutant in mutants(targets()[name]):
             judged = [judge(name, mutant, seed) for seed in seeds]
             verdicts = {verdict for verdict, _ in judged}
             for verdict, sentences in judged:
-                spoken["diagnosed" if sentences else "not diagnosed"] += verdict == "caught"
+                diagnoses["diagnosed" if sentences else "not diagnosed"] += verdict == "caught"
                 for sentence in sentences:
                     if sentence.startswith("wrong: "):
-                        spoken["wrongly"] += 1
+                        diagnoses["wrongly"] += 1
                         print(f"{name}: {change}: {sentence}")
             verdict = next(v for v in ("missed", "caught", "raises", "equal") if v in verdicts)
             if "equal" in verdicts and not (reason(change) or judged_elsewhere(name)):
@@ -354,8 +357,8 @@ def main(arguments: list[str]) -> int:
         print(f"{name:36}", *(f"{count} {verdict}" for verdict, count in sorted(counts.items())), flush=True)
         total += counts
     print(f"all, at {len(seeds)} seeds:", *(f"{count} {verdict}" for verdict, count in sorted(total.items())))
-    print("of the caught, at all seeds:", *(f"{count} {what}" for what, count in sorted(spoken.items())))
-    return bool(total["missed"] or total["unexplained"] or spoken["wrongly"])
+    print("of the caught, at all seeds:", *(f"{count} {what}" for what, count in sorted(diagnoses.items())))
+    return bool(total["missed"] or total["unexplained"] or diagnoses["wrongly"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optional arguments of operations, each alone: more rows, beside those of `tinygpt gradcheck`."""
+"""More rows than those of `tinygpt gradcheck`: the optional arguments of operations, each alone."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -9,7 +9,7 @@ from tinygpt.check.targets import Pair, project_pairs
 
 
 def all_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[str, Pair]]:
-    """Name and pair of the rows of `tinygpt gradcheck`, and of those here."""
+    """Name and pair of the rows of `tinygpt gradcheck`, and of the rows of this file."""
     yield from project_pairs(ops, rng)
     normal, ids = rng.standard_normal, np.array([[0, 2, 2, 6], [1, 2, 0, 4]])
     x = normal((2, 5, 6))
@@ -23,13 +23,13 @@ def all_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[str, 
 
 
 def _side_by_side(ops: ModuleType, qkv: np.ndarray) -> Pair:
-    """Queries, keys and values as a model has them: three views of one array, and so are their gradients."""
+    """Queries, keys and values as in a model: three views of one array, and so are their gradients."""
     forward = lambda qkv: ops.attention_forward(*(qkv[..., i : i + 6] for i in (0, 6, 12)), 2)  # noqa: E731
     return forward, lambda dout, cache: ops.attention_backward(dout, cache, packed=True), {"qkv": qkv}
 
 
 def _tied_head(ops: ModuleType, x: np.ndarray, w: np.ndarray) -> Pair:
-    """The head writes its gradient through a transposed view of the table's."""
+    """The head writes its gradient through a transposed view of the table's gradient."""
 
     def backward(dout, cache):
         dw = np.zeros(w.shape)
@@ -39,8 +39,8 @@ def _tied_head(ops: ModuleType, x: np.ndarray, w: np.ndarray) -> Pair:
 
 
 def _tied_embedding(ops: ModuleType, x: np.ndarray, ids: np.ndarray, w: np.ndarray) -> Pair:
-    """The table is the head too: the embedding adds its gradient to the head's. A second table shows that
-    without `add` the old content of the gradient does not count."""
+    """The table is the head too: the embedding adds its gradient to the head's gradient. A second table shows
+    that without `add` the old content of the gradient does not count."""
 
     def forward(x, w, other):
         logits, c_head = ops.linear_forward(x, w.T)
@@ -59,7 +59,7 @@ def _tied_embedding(ops: ModuleType, x: np.ndarray, ids: np.ndarray, w: np.ndarr
 
 
 def _frozen_embedding(ops: ModuleType, x: np.ndarray, ids: np.ndarray, w: np.ndarray) -> Pair:
-    """Nobody asks for the table's gradient: it is not computed, and False comes back."""
+    """With dw=False the embedding computes no gradient of the table, and returns False."""
 
     def forward(x):
         rows, cache = ops.embedding_forward(ids, w)
@@ -72,7 +72,7 @@ def _frozen_embedding(ops: ModuleType, x: np.ndarray, ids: np.ndarray, w: np.nda
 
 
 def _beside_a_residual(ops: ModuleType, name: str, **inputs: np.ndarray) -> Pair:
-    """The input is an output too, and what reaches it on this way is added to its gradient."""
+    """The input is an output too. The gradient of this second path is added to the gradient of the input."""
     op_forward, op_backward = getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward")
 
     def forward(x, **weights):

@@ -1,4 +1,4 @@
-"""A course: submissions, right, wrong and hostile, graded in processes of their own."""
+"""A course: right, wrong and hostile submissions, each graded in a process of its own."""
 
 import json
 import os
@@ -50,7 +50,7 @@ for fd in range(1, 9):
     except OSError:
         pass
 """
-SUBMISSIONS = {  # a file, and what is said of it; "" is right
+SUBMISSIONS = {  # a file, and its message; "" if the file is right
     "right": (linear(), ""),
     "right_in_its_own_words": (
         "import numpy as np\n\ndef linear_backward(d, c):\n"
@@ -108,8 +108,8 @@ SUBMISSIONS = {  # a file, and what is said of it; "" is right
     "huge_answer": (linear("    return dout @ w.T, np.zeros((600, 300)), dout.sum(0)\n"), "8 MiB"),
     "deep_json": ("import os\nos.write(3, b'[' * 1_000_000)\nos._exit(0)\n", ""),
 }  # fmt: skip
-MAY_BE_EITHER = {"forks"}  # the answers of two processes in one file: whole or not
-HOSTILE = {"forged", "forks", "deep_json"}  # wrong or unreadable: how is not said
+MAY_BE_EITHER = {"forks"}  # two processes write into one file, which is readable or not
+HOSTILE = {"forged", "forks", "deep_json"}  # wrong or unreadable, with any message
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="hostile files need POSIX")
 def test_a_folder_is_graded_in_one_call(folder):
-    """Guards: a hang, JSON that is broken by a print, and above all a wrong submission that passes."""
+    """Guards: a hang, a print in the middle of the JSON, and above all a wrong submission that passes."""
     assert len(SUBMISSIONS) >= 40
     began = time.monotonic()
     arguments = ["exercise", "linear", "--check", folder, "--json", "--time-limit", "8"]
@@ -134,13 +134,13 @@ def test_a_folder_is_graded_in_one_call(folder):
     assert [row["file"] for row in rows] == sorted(f"{name}.py" for name in SUBMISSIONS)
     for row in rows:
         name = row["file"].removesuffix(".py")
-        says, problems = SUBMISSIONS[name][1], [g for g in row["gradients"] if not g["ok"]]
+        message, problems = SUBMISSIONS[name][1], [g for g in row["gradients"] if not g["ok"]]
         if name in MAY_BE_EITHER:
             continue
         assert row["ok"] == name.startswith("right"), (name, problems)
         assert row["ok"] == (not problems)
         texts = [f"{g['name']}: {g['problem'] or 'relative error'}" for g in problems]
-        assert name in HOSTILE or row["ok"] or any(says in text for text in texts), (name, texts)
+        assert name in HOSTILE or row["ok"] or any(message in text for text in texts), (name, texts)
 
 
 def test_one_file_has_a_row_for_each_gradient(folder):
@@ -179,7 +179,7 @@ def test_nothing_to_grade_is_one_line(tmp_path, monkeypatch, path, says):
     b'[{"array": [1], "dtype": "O", "shape": [1]}]',
 ], ids=lambda text: text[:20].decode(errors="replace"))  # fmt: skip
 def test_answers_that_are_no_answers(tmp_path, text):
-    """Guards: an exception of the grader's own."""
+    """Guards: an exception in the grader's process."""
     file = tmp_path / "mine.py"
     file.write_text(f"import os\nos.write(3, {text!r})\nos._exit(0)\n", encoding="utf-8")
     (result,) = course.grade("linear", file, 20)
@@ -199,7 +199,7 @@ def test_arrays_come_back_as_they_were():
 
 
 def test_the_child_does_not_import_what_lies_beside_it(tmp_path):
-    """Guards: a file called numpy.py beside a submission, or a module of the checker's under its own name."""
+    """Guards: a module of the checker that hides a file of the same name beside the submission."""
     Path(tmp_path, "helper.py").write_text("HALF = 0.5", encoding="utf-8")
     Path(tmp_path, "contract.py").write_text("TWO = 2", encoding="utf-8")
     file = tmp_path / "mine.py"

@@ -1,6 +1,7 @@
-"""The exercises: their forwards are the project's, its functions solve them, and mistakes are named.
+"""The exercises: the forwards equal the project's, its functions solve them, and messages name mistakes.
 
-A solution, or a mistake, is put in place of the blank below it in the file, where Python takes the last one.
+A test adds a solution, or a mistake, at the end of the file. Of two functions of one name Python takes the
+last one.
 """
 
 import ast
@@ -39,14 +40,14 @@ def inputs(name):
 
 
 def filled(name, function):
-    """The text of an exercise whose blank is `function`, which the file imports."""
+    """The text of an exercise that imports `function` as its blank."""
     blank = exercises.blank(name)
     line = f"\n\nfrom {function.__module__} import {function.__name__} as {blank}\n"
     return exercises.text(name, "") + line
 
 
 def check(run, name, function):
-    """What `tinygpt exercise NAME --check` says of an exercise that is filled in with `function`."""
+    """The result of `tinygpt exercise NAME --check` for an exercise with `function` as its blank."""
     Path(f"my_{name}.py").write_text(filled(name, function), encoding="utf-8")
     return run("exercise", name, "--check", f"my_{name}.py")
 
@@ -97,7 +98,7 @@ def test_the_forward_is_the_projects(name):
 
 
 def test_the_steps_of_adamw_make_its_forward():
-    """Guards: a definition of which the project's steps are not the steps."""
+    """Guards: a forward that differs from many steps of the project."""
     rng = np.random.default_rng(0)
     w, gradients = rng.standard_normal(5), rng.standard_normal((7, 5))
     stepped, m, v = w, np.zeros(5), np.zeros(5)
@@ -118,7 +119,7 @@ def test_the_steps_of_the_kv_cache_make_its_forward():
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_solution_is_accepted(run, name):
-    """Guards: an exercise that cannot be solved, or that announces other gradients than are asked for."""
+    """Guards: an exercise without a solution; a hint that lists other gradients than the checker."""
     result = check(run, name, exercises.solution(name))
     assert result.exit_code == 0, result.output
     names = [line.split(":")[0].split("[")[0] for line in result.output.splitlines() if line[0] != "n"]
@@ -134,12 +135,12 @@ def test_the_solution_is_accepted(run, name):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_blank_is_refused(run, name):
-    """Guards: a file that needs more than it says, or a blank that passes or fails without a word."""
+    """Guards: a file that needs more than it imports; a blank that passes, or fails without a message."""
     run("exercise", name)
     source = Path(f"my_{name}.py").read_text(encoding="utf-8")
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    own = ["from tinygpt.core import ops"] * (name == "block")
-    assert [ast.unparse(node) for node in imports] == ["import numpy as np", *own]
+    project = ["from tinygpt.core import ops"] * (name == "block")
+    assert [ast.unparse(node) for node in imports] == ["import numpy as np", *project]
     command = f"    tinygpt exercise {name} --check my_{name}.py\n"
     assert command in ast.get_docstring(ast.parse(source), clean=False)
     assert max(map(len, source.splitlines())) <= 110
@@ -151,13 +152,13 @@ def test_the_blank_is_refused(run, name):
 
 @pytest.mark.parametrize("name", ["linear", "block"])
 def test_gradcheck_takes_the_file_too(run, name):
-    """Its own forward and inputs stand in the file."""
+    """The file has its forward and its inputs."""
     Path(f"my_{name}.py").write_text(filled(name, exercises.solution(name)), encoding="utf-8")
     assert run("gradcheck", f"my_{name}.py:{name}").exit_code == 0
 
 
 def test_a_solution_stands_where_the_file_says():
-    """Guards: a reader who is sent to a function that was renamed."""
+    """Guards: the name of a function that was renamed."""
     for name in EXERCISES:
         function, file = re.search(r"(\w+) in tinygpt/(\S+\.py)", exercises.text(name, "")).groups()
         source = (Path(tinygpt.__file__).parent / file).read_text(encoding="utf-8")
@@ -254,7 +255,7 @@ def no_beta(dloss, cache):
     ("dpo", no_beta, "dchosen"),
 ])  # fmt: skip
 def test_a_mistake_is_named(run, name, mistake, wrong):
-    """Guards: inputs at which a mistake does not show, such as a scale of 1 or advantages that are equal."""
+    """Guards: inputs that do not show a mistake, such as a scale of 1 or equal advantages."""
     result = check(run, name, mistake)
     assert result.exit_code == 1
     bad = [line for line in result.output.splitlines() if line.startswith("WRONG")]
@@ -265,7 +266,7 @@ def test_a_mistake_is_named(run, name, mistake, wrong):
 
 
 def test_the_exercises_are_listed(run):
-    """Guards: one that is there and not shown, or a file written by a mere look."""
+    """Guards: an exercise that is not listed; a file written by the list."""
     result = run("exercise")
     assert result.exit_code == 0 and not list(Path().iterdir())
     listed = result.stdout.split("\n\n")[0].splitlines()
@@ -276,7 +277,7 @@ def test_the_exercises_are_listed(run):
 
 
 def test_what_is_printed_checks_the_file(run):
-    """Guards: a command that is not the file's, in another folder too."""
+    """Guards: a printed command with a wrong path, for a file in another folder."""
     Path("some where").mkdir()
     result = run("exercise", "gelu", "--out", "some where/my_gelu.py")
     assert result.stdout.endswith("Next: tinygpt exercise gelu --check 'some where/my_gelu.py'\n")
@@ -293,7 +294,7 @@ def test_what_is_printed_checks_the_file(run):
     ],
 )
 def test_a_mistake_is_one_line_and_loses_nothing(run, args, says):
-    """Guards: an afternoon's work replaced by the blank."""
+    """Guards: an afternoon's work overwritten with the blank."""
     Path("my_gelu.py").write_text("mine", encoding="utf-8")
     result = run("exercise", *args)
     assert result.exit_code == 2 and not result.stdout

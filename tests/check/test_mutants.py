@@ -1,4 +1,4 @@
-"""A sample of the mutants, and of the right backwards: `python tests/check/mutants.py` judges them all."""
+"""A sample of the mutants and of the right backwards. `python tests/check/mutants.py` judges all."""
 
 import inspect
 import sys
@@ -12,7 +12,7 @@ SAMPLE = 25  # mutants of each function
 
 @pytest.mark.parametrize("name", targets())
 def test_every_mutant_is_caught(name):
-    """Guards: a wrong gradient that passes, and a row whose inputs do not show a mistake."""
+    """Guards: a wrong gradient that passes; a row whose inputs do not show a mistake."""
     made = list(mutants(targets()[name]))
     rng = np.random.default_rng([7, len(made)])
     for n in rng.permutation(len(made))[:SAMPLE]:
@@ -25,7 +25,7 @@ def test_every_mutant_is_caught(name):
 
 @pytest.mark.parametrize("name", [name for name in targets() if not name.startswith("exercise")])
 def test_every_line_of_a_backward_runs_in_its_rows(name):
-    """Guards: a line that no row of `tinygpt gradcheck` would find wrong."""
+    """Guards: a line of a backward that no row of `tinygpt gradcheck` runs."""
     function, lines = targets()[name], set()
 
     def trace(frame, event, argument):

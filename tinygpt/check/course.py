@@ -1,11 +1,11 @@
 """Grades submissions of an exercise: `tinygpt exercise NAME --check FILE`.
 
-The forward, the inputs and the upstream gradients are the project's. A process of its own, `submission.py`,
-calls the blank that was filled in. It only ever sends numbers: this process compares them with differences,
-and nothing that the other prints, changes or returns can make a wrong number right.
+The forward, the inputs and the upstream gradients are the project's. Each submission runs in a process of
+its own (`submission.py`), which calls the student's function and returns numbers. This process compares the
+numbers with differences. So nothing that the other process prints or changes makes a wrong number right.
 
-This is no sandbox: a submission can read and write the files of the user who grades it, use the network,
-start processes that outlive it, and call the project's own solution.
+This is no sandbox. A submission can read and write the grader's files, and use the network. It can start
+processes that live on, and call the project's own solution.
 """
 
 import copy
@@ -21,32 +21,31 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UserError
 from . import exercises, submission
 from .contract import leaves
 from .gradcheck import Result, gradcheck
 
-MOST = 1 << 23  # bytes of an answer; that of the largest exercise has a tenth
-
-
-class SubmissionError(Exception):
-    """The submission has no answer; the message says why."""
+MOST = 1 << 23  # bytes of all answers; those of the largest exercise have a tenth
 
 
 def grade(name: str, path: Path, limit: float) -> list[Result]:
-    """A result for each gradient, or one for what is wrong with the file; `limit` in seconds."""
-    calls: list = []
-    own = exercises.solution(name)
+    """A result for each gradient, or one result with the problem of the file. `limit` is in seconds.
+
+    Two runs of `gradcheck` make the same calls. The first records the calls, with the project's own solution.
+    The second gets the submission's answers to these calls.
+    """
+    calls, function = [], exercises.blank(name)
 
     def recorded(*arguments):
         calls.append(json.dumps(arguments, default=submission.encode))
-        return own(*arguments)
+        return exercises.solution(name)(*arguments)
 
-    gradcheck(*pair(name, recorded))  # the calls that a right answer gets
-    function = exercises.blank(name)
+    gradcheck(*pair(name, recorded))
     try:
         answers = iter(_run(path.resolve(), function, f"[{', '.join(calls)}]", limit))
         results = gradcheck(*pair(name, lambda *arguments: _answer(next(answers, {}), arguments)))
-    except Exception as error:  # of the submission, or an answer that cannot be judged
+    except Exception as error:  # the submission failed, or its answers cannot be judged
         text = " ".join(str(error).split())[:500] or type(error).__name__
         return [Result(function, "wrong", problem=text)]
     if name in exercises.STEPS:
@@ -55,7 +54,8 @@ def grade(name: str, path: Path, limit: float) -> list[Result]:
 
 
 def pair(name: str, function: Callable) -> tuple:
-    """What `gradcheck` takes. Of a step the outputs are the gradients of a weighted sum, by its weights."""
+    """The arguments of `gradcheck`. For a step, the forward is the weighted sum of the right outputs. So the
+    gradients of this sum with respect to its weights are the outputs."""
     forward, inputs = (getattr(exercises, f"{name}_{part}") for part in ("forward", "inputs"))
     if (outputs := exercises.STEPS.get(name)) is None:
         return forward, function, inputs
@@ -73,16 +73,16 @@ def pair(name: str, function: Callable) -> tuple:
     def outputs_of(dout, arguments: Callable) -> list:
         returned = function(*arguments())
         if not isinstance(returned, tuple | list) or len(returned) != len(outputs):
-            raise SubmissionError(f"{exercises.blank(name)} must return {', '.join(outputs)}")
+            raise UserError(f"{exercises.blank(name)} must return {', '.join(outputs)}")
         return [dout * np.asarray(out) for out in returned]
 
     return weighted, outputs_of, weights
 
 
 def _answer(answer: dict, arguments: tuple) -> object:
-    """What the submission returned for a call; what it wrote into its arguments is written here too."""
-    if "error" in answer or "returned" not in answer:
-        raise SubmissionError(answer.get("error", "it ended before its last answer"))
+    """The submission's result of a call. The arguments get the content that the submission gave its own."""
+    if "returned" not in answer:
+        raise UserError(answer.get("error", "it ended before its last answer"))
     for (_, mine), (_, theirs) in zip(leaves(arguments), leaves(answer["arguments"]), strict=True):
         if isinstance(mine, np.ndarray):
             mine[...] = theirs
@@ -102,22 +102,19 @@ def _run(path: Path, function: str, calls: str, limit: float) -> list[dict]:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            raise SubmissionError(f"it does not end within {limit:g} s") from None
+            raise UserError(f"it does not end within {limit:g} s") from None
         finally:
             _end(process)
         answers.seek(0)
         text = answers.read(MOST + 1)
     if not text or len(text) > MOST:
         size = "more than 8 MiB of answers" if text else "no answer"
-        raise SubmissionError(f"it ended with {size} (exit status {status})")
-    answers = json.loads(text, object_hook=submission.decode, parse_int=float)
-    if not (isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers)):
-        raise SubmissionError("its answer cannot be read")
-    return answers
+        raise UserError(f"it ended with {size} (exit status {status})")
+    return json.loads(text, object_hook=submission.decode, parse_int=float)
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the process and those it has started, as far as they are still in its group."""
+    """Ends the process, and the processes that it has started if they are still in its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, ProcessLookupError, PermissionError):  # Windows; all have ended

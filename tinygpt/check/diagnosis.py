@@ -1,7 +1,7 @@
-"""The likely mistake in a wrong gradient, where the evidence is clear; otherwise nothing is said.
+"""The likely mistake in a wrong gradient, if the evidence is clear.
 
-Every sentence is a fact about all elements, for several upstream gradients, and `gradcheck` gives it only if
-it is the same at two points. `tests/check/mutants.py` holds each against planted mistakes.
+Every sentence is a fact about all elements, for several upstream gradients. `gradcheck` prints a sentence
+only if it holds at both points. `tests/check/mutants.py` compares the sentences with planted mistakes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ Slopes = dict[str, tuple[Array, Array]]  # by input: D and its uncertainty, (K, 
 
 
 def diagnose(name: str, g: Array | list, slopes: Slopes, if_right: str) -> str:
-    """A sentence about the gradients g (K, *shape) of the input `name`, of whatever shape; or ""."""
+    """A sentence about the gradients g (K, *shape) of the input `name`, or "". Their shape may be wrong.
+
+    if_right: the sentence for gradients that are right, but break a rule. An empty g gives this sentence too.
+    """
     if not len(g):
         return if_right
     slopes = {n: (D, u) for n, (D, u) in slopes.items() if u.max() < 1e-5 * np.abs(D).max()}  # clear evidence
@@ -60,6 +63,6 @@ def _sentences(name: str, g: Array, D: Array, u: Array, slopes: Slopes) -> Itera
 
 
 def _near(a: Array, b: Array, u: Array) -> bool:
-    """Whether all elements are equal, up to what the differences cannot tell."""
+    """Whether all elements are equal, up to the uncertainty u of the differences."""
     slack = 1e-6 * np.maximum(np.abs(a), np.abs(b)) + u + 1e-9 * np.abs(b).max()
     return bool((np.abs(a - b) <= slack).all())

@@ -1,12 +1,12 @@
-"""Exercises: a forward pass as one would write it down, a blank, and a hint.
+"""Exercises: a forward pass in plain NumPy, a blank, and a hint.
 
 `tinygpt exercise NAME` copies the functions of an exercise from here into a file of the reader's. `tinygpt
-exercise NAME --check FILE` says whether the blank is filled in right (`course.py`). A function belongs to the
-exercise that its name begins with. The blank is a backward. Where nothing is differentiated, the blank is a
-step, and the forward defines what the steps must give.
+exercise NAME --check FILE` says whether the reader filled in the blank correctly (`course.py`). The name of a
+function begins with the name of its exercise. The blank is a backward. AdamW and the KV cache have no
+gradient. There the blank is a step, and the forward defines the result of all steps.
 
-The forwards are those of `core` and `stages` without what these have for speed. The caches of operations are
-the same: the solution is the project's own backward.
+The forwards are those of `core` and `stages` without the code for speed. The caches of operations are the
+same, so the project's own backward solves the exercise.
 """
 
 import inspect
@@ -20,8 +20,8 @@ from ..core.model import GPT
 from ..stages import rlhf
 from ..stages.dpo import dpo
 
-EXERCISES = {  # in the order of learning: what each teaches, and where the project's own solution stands
-    "linear": ("what all rows share adds up its gradients", "linear_backward, core/ops.py"),
+EXERCISES = {  # in the order of learning: the lesson; the project's own solution and its file
+    "linear": ("gradients of what all rows share add up", "linear_backward, core/ops.py"),
     "embedding": ("a row that is used twice learns twice", "embedding_backward, core/ops.py"),
     "gelu": ("a function of each element: product rule and chain rule", "gelu_backward, core/ops.py"),
     "layernorm": ("an element moves its row, through mean and variance", "layernorm_backward, core/ops.py"),
@@ -29,44 +29,43 @@ EXERCISES = {  # in the order of learning: what each teaches, and where the proj
     "attention": ("two products in reverse, a softmax between them", "attention_backward, core/ops.py"),
     "block": ("a stream with two branches, whose gradients add up", "block_backward, core/model.py"),
     "adamw": ("averages of all gradients so far, in the memory of two", "adamw, core/ops.py"),
-    "kv_cache": ("what came before is not computed again", "attention_forward, core/ops.py"),
+    "kv_cache": ("keys and values of earlier tokens are kept", "attention_forward, core/ops.py"),
     "lora": ("a small branch beside a map that is frozen", "linear_backward, stages/lora.py"),
     "policy_gradient": ("rewards become a gradient (REINFORCE)", "policy_gradient, stages/rlhf.py"),
     "rloo": ("each answer is measured against the others", "leave_one_out, stages/rlhf.py"),
     "dpo": ("comparisons steer a model without a judge", "dpo, stages/dpo.py"),
 }
-STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # what their blank returns
+STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # the results of their blank
+BACKWARD = """It gets the gradient of some loss with respect to the result of the
+forward, and returns the gradients with respect to the inputs of the forward. Any way to the right numbers
+will do. Return None in place of a gradient that you leave for later: the others are checked."""
+STEP = "All steps together must give the result of the forward."
 
 
 def blank(name: str) -> str:
-    """The name of the function to fill in."""
+    """The name of the function that is to be written."""
     return f"{name}_step" if name in STEPS else f"{name}_backward"
 
 
 def text(name: str, command: str) -> str:
     """The file of an exercise, which `command` will check."""
-    about, (function, file) = EXERCISES[name][0], EXERCISES[name][1].split(", ")
-    task = """For some loss it gets the gradient of what the forward returns, and
-returns the gradients of what the forward takes; any way to the right numbers will do. Return None in place
-of a gradient that you leave for later: the others are checked."""
-    if name in STEPS:
-        task = "Step by step it must give what the forward gives at once."
+    about, place = EXERCISES[name]
+    solution, file = place.split(", ")
+    functions = [inspect.getsource(f) for key, f in globals().items() if key.startswith(f"{name}_")]
+    imports = "import numpy as np\n"
+    if any("ops." in function for function in functions):
+        imports += "\nfrom tinygpt.core import ops\n"
     head = f'''"""Exercise {name}: {about}.
 
-Fill in {blank(name)}. {task} Then
+Fill in {blank(name)}. {STEP if name in STEPS else BACKWARD} Then
 
     {command}
 
-says ok, or what is wrong and at which element. When all is ok, compare with the project's own,
-{function} in tinygpt/{file}.
+prints ok, or the mistake and its element. When all is ok, compare with the project's own,
+{solution} in tinygpt/{file}.
 """
-
-import numpy as np
 '''
-    functions = [inspect.getsource(f) for key, f in globals().items() if key.startswith(f"{name}_")]
-    if any("ops." in function for function in functions):
-        head += "\nfrom tinygpt.core import ops\n"
-    return "\n\n".join([head, *functions])
+    return "\n\n".join([f"{head}\n{imports}", *functions])
 
 
 # --- linear -------------------------------------------------------------------------------------------------
@@ -81,16 +80,16 @@ def linear_backward(dout, cache):
     """dout (N, O) -> dx (N, I), dw (I, O), db (O,).
 
     Hint: write down one element, out[n, o] = sum_i x[n, i] w[i, o] + b[o]. A change of x[n, i] reaches the
-    loss through out[n, o], for every o: which sum is that? The same question for w[i, o] and for b[o]. Then
-    find the product of matrices that is this sum; the shapes leave little choice.
+    loss through out[n, o], for every o. Which sum is that? Ask the same for w[i, o] and for b[o]. Then find
+    the matrix product that is this sum; the shapes leave little choice.
     """
     x, w = cache
     # write dx, dw and db here
 
 
 def linear_inputs(rng):
-    normal = rng.standard_normal
-    return {"x": normal((5, 4)), "w": normal((4, 3)), "b": normal(3)}
+    x, w, b = map(rng.standard_normal, [(5, 4), (4, 3), 3])
+    return {"x": x, "w": w, "b": b}
 
 
 # --- embedding ----------------------------------------------------------------------------------------------
@@ -104,8 +103,8 @@ def embedding_forward(ids, w):
 def embedding_backward(dout, cache):
     """dout (B, T, C) -> dw (V, C).
 
-    Hint: ids get no gradient. A row of w reaches the loss through each place where its id stands: how often
-    is that? `dw[ids] += dout` looks right, and is not where an id stands twice. Look at np.add.at.
+    Hint: ids get no gradient. A row of w reaches the loss through each place where its id stands. How often
+    is that? `dw[ids] += dout` looks right, but is wrong for an id that stands twice. Look at np.add.at.
     """
     ids, shape = cache
     # write dw here
@@ -127,16 +126,16 @@ def gelu_forward(x):
 def gelu_backward(dout, cache):
     """dout (...) -> dx (...).
 
-    Hint: an element of out depends on one of x, so dx is dout times a slope, element by element. x stands
-    there twice, in x/2 and in u: a product rule, with a chain rule in its second term. The slope of tanh(u)
-    by u is 1 - tanh(u)^2.
+    Hint: an element of out depends on one element of x, so dx is dout times a slope, element by element.
+    The formula has x twice, in x/2 and in u. So it needs the product rule, and the chain rule in the second
+    term. The slope of tanh(u) with respect to u is 1 - tanh(u)^2.
     """
     (x,) = cache
     # write dx here
 
 
 def gelu_inputs(rng):
-    return {"x": 3 * rng.standard_normal((3, 4))}  # far enough out to see both of its straight ends
+    return {"x": 3 * rng.standard_normal((3, 4))}  # wide enough for both straight ends of GELU
 
 
 # --- layer normalisation ------------------------------------------------------------------------------------
@@ -156,17 +155,17 @@ def layernorm_backward(dout, cache):
     """dout (B, T, C) -> dx (B, T, C), dg (C,), db (C,).
 
     Hint: all rows share g and b. For dx begin with dxhat, the gradient with respect to xhat. If mean and
-    rstd were constants, dx would be rstd dxhat; but each x moves both, and through them the whole row: two
-    more terms, each with a mean over the channels. Or ask what cannot pass: xhat has mean 0 and mean square
-    1 whatever x is, so which two directions in dxhat are of no use?
+    rstd were constants, dx would be rstd dxhat. But each x moves both, and through them the whole row. This
+    makes two more terms, each with a mean over the channels. Another way: xhat has mean 0 and mean square 1
+    for every x. Which two directions in dxhat have no effect then?
     """
     x, g, mean, rstd = cache
     # write dx, dg and db here
 
 
 def layernorm_inputs(rng):
-    normal = rng.standard_normal
-    return {"x": normal((2, 3, 5)), "g": normal(5), "b": normal(5)}
+    x, g, b = map(rng.standard_normal, [(2, 3, 5), 5, 5])
+    return {"x": x, "g": g, "b": b}
 
 
 # --- softmax cross-entropy ----------------------------------------------------------------------------------
@@ -186,9 +185,9 @@ def cross_entropy_forward(logits, targets):
 def cross_entropy_backward(dnll, cache):
     """dnll (B, T) -> dlogits (B, T, V).
 
-    Hint: nll = log(sum_j exp(logits[j])) - logits[target]. What is the slope of the first term by one of the
-    logits, and of the second? `top` is no third term: it cancels. To see whether you are right before you
-    check: a row of dlogits sums to 0, as the same number added to all logits of a row changes nothing.
+    Hint: nll = log(sum_j exp(logits[j])) - logits[target]. What is the slope of the first term with respect
+    to one logit, and the slope of the second term? `top` is no third term: it cancels. A test before you
+    check: the same number added to all logits of a row changes nothing, so a row of dlogits sums to 0.
     """
     logits, targets, top, total = cache
     # write dlogits here
@@ -202,13 +201,13 @@ def cross_entropy_inputs(rng):
 
 
 def attention_split(x, n_head):
-    """(B, T, C) -> (B, H, T, D): head h has the channels h D to (h + 1) D."""
+    """(B, T, C) -> (B, H, T, D): head h has the channels from h D to (h + 1) D."""
     B, T, C = x.shape
     return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
 
 
 def attention_merge(x):
-    """(B, H, T, D) -> (B, T, C), the inverse."""
+    """(B, H, T, D) -> (B, T, C), the inverse of attention_split."""
     B, H, T, D = x.shape
     return x.swapaxes(1, 2).reshape(B, T, H * D)
 
@@ -229,10 +228,10 @@ def attention_forward(q, k, v, n_head):
 def attention_backward(dout, cache):
     """dout (B, T, C) -> dq (B, T, C), dk (B, T, C), dv (B, T, C).
 
-    Hint: split everything into heads. Both products are exercise `linear` without a bias: the second gives
-    dP and dv, the first, once dscores is known, dq and dk. Of the softmax between them take one row, P[j] =
-    exp(s[j]) / sum_i exp(s[i]): a score moves its own P[j] and, through the sum, the whole row. So dscores
-    has two terms, and each of its rows sums to 0. The mask needs nothing: P is 0 there.
+    Hint: split everything into heads. Both products are exercise `linear` without a bias. The second gives
+    dP and dv. The first gives dq and dk, after you have dscores. For the softmax between them take one row,
+    P[j] = exp(s[j]) / sum_i exp(s[i]). A score moves its own P[j] and, through the sum, the whole row. So
+    dscores has two terms, and each of its rows sums to 0. The mask needs no code: P is 0 there.
     """
     q, k, v, P = cache  # P.shape[1] is n_head
     # write dq, dk and dv here
@@ -247,7 +246,7 @@ def attention_inputs(rng):
 
 
 def block_forward(x, p):
-    """GPT-2's block: x + attention(layernorm(x)), then x + mlp(layernorm(x)), with tinygpt's operations.
+    """GPT-2's block, from tinygpt's operations: x + attention(layernorm(x)), then x + mlp(layernorm(x)).
 
     x (B, T, C); p has (weight, bias) of ln_1, attn.c_attn, attn.c_proj, ln_2, mlp.c_fc, mlp.c_proj.
     """
@@ -266,9 +265,9 @@ def block_forward(x, p):
 def block_backward(dout, cache):
     """dout (B, T, C) -> dx (B, T, C), dp (a dict like p, with (dweight, dbias) for each name).
 
-    Hint: call the backward of each operation, the last one first: ops.linear_backward(dout, c8) gives three
-    gradients. The forward uses x twice, as the stream and in the branch, so its gradient is the sum of what
-    comes back on both ways. There are two such places. ops.attention_backward gives dq, dk and dv: put them
+    Hint: call the backward of each operation, the last operation first: ops.linear_backward(dout, c8) gives
+    three gradients. The forward uses x twice, in the stream and in the branch. So the gradient of x is the
+    sum of both ways. There are two such places. ops.attention_backward gives dq, dk and dv: put these three
     side by side again.
     """
     c1, c2, c3, c4, c5, c6, c7, c8 = cache
@@ -286,9 +285,9 @@ def block_inputs(rng):
 
 
 def adamw_forward(w, gradients, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
-    """The weights (n,) after some gradients (T, n): each step from the averages of all gradients so far.
+    """The weights (n,) after some gradients (T, n). Each step uses the averages of all gradients so far.
 
-    An average's weights are beta^age. Divided by 1 - beta^t, as here, they add up to 1.
+    In an average, a gradient has the weight beta^age. Divided by 1 - beta^t, as here, the weights sum to 1.
     """
     for t in range(1, len(gradients) + 1):
         age, past = np.arange(t)[::-1], np.array(gradients[:t])
@@ -301,9 +300,9 @@ def adamw_forward(w, gradients, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight
 def adamw_step(w, g, m, v, t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
     """One gradient g (n,), the t-th from 1 -> the new w, m and v (n,).
 
-    Hint: m and v begin at 0 and keep the two averages without their divisors: how does m follow from the m
-    before and g alone? The divisors 1 - beta^t undo the start at 0, and are not kept in m and v. The decay
-    multiplies the w before the step, and knows nothing of the averages: this is the W in AdamW.
+    Hint: m and v begin at 0 and hold the two averages without their divisors. How does m follow from the
+    last m and g alone? The divisors 1 - beta^t correct the start at 0, and are not stored in m and v. The
+    weight decay multiplies the old w, and does not use the averages: this is the W in AdamW.
     """
     # write w, m and v here
 
@@ -325,11 +324,12 @@ def kv_cache_forward(q, k, v):
 
 
 def kv_cache_step(q, k, v, keys, values):
-    """q, k and v (B, 1, C) of the next token; keys and values (B, S, C) of those before it -> out (B, 1, C)
-    of this token, and the new keys and values (B, S + 1, C).
+    """One more token: q, k and v (B, 1, C) -> out (B, 1, C), and the new keys and values (B, S + 1, C).
 
-    Hint: a token's key and value depend on nothing that comes later, so those before stay as they are. The
-    new token sees all keys, its own too: its row of scores needs no mask.
+    keys and values (B, S, C) are those of the earlier tokens.
+
+    Hint: a token's key and value do not depend on later tokens, so the earlier keys and values stay as they
+    are. The new token sees all keys, and its own key too. So its row of scores needs no mask.
     """
     # write out, keys and values here
 
@@ -351,18 +351,18 @@ def lora_forward(x, w, A, B, alpha):
 def lora_backward(dout, cache):
     """dout (N, O) -> dx (N, I), dA (I, R), dB (R, O); w is frozen and gets none.
 
-    Hint: the branch is exercise `linear` twice: begin with dlow, the gradient with respect to low = x A. x
-    is used twice, and its gradients add up: what is frozen does not change, but passes gradients on. Training
-    begins with B = 0. Which of dA and dB is 0 then, and why does it learn all the same?
+    Hint: the branch is exercise `linear` twice. Begin with dlow, the gradient with respect to low = x A. The
+    forward uses x twice, and the two gradients add up: a frozen map passes gradients on, but does not change.
+    Training begins with B = 0. Which of dA and dB is 0 then, and why does the branch learn anyway?
     """
     x, w, A, B, low, s = cache
     # write dx, dA and dB here
 
 
 def lora_inputs(rng):
-    normal = rng.standard_normal
-    w = rng.integers(-3, 4, (4, 12))  # frozen: gradcheck asks for no gradient of whole numbers
-    return {"x": normal((5, 4)), "w": w, "A": normal((4, 2)), "B": normal((2, 12)), "alpha": 3.0}
+    w = rng.integers(-3, 4, (4, 12))  # frozen: gradcheck checks no gradient of integers
+    x, A, B = map(rng.standard_normal, [(5, 4), (4, 2), (2, 12)])
+    return {"x": x, "w": w, "A": A, "B": B, "alpha": 3.0}
 
 
 # --- policy gradient ----------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def lora_inputs(rng):
 def policy_gradient_forward(logits, ids, advantages):
     """loss = the mean over the answers of -advantage log p(answer), log p(answer) = sum_t log p(ids[t]).
 
-    logits (B, T, V), ids (B, T) sampled from their softmax, advantages (B,): how much better than expected
-    an answer was judged -> loss, a number. Williams 1992 (REINFORCE).
+    logits (B, T, V), ids (B, T) sampled from their softmax, advantages (B,) -> loss, a number. The advantage
+    says how much better than expected an answer was judged. Williams 1992 (REINFORCE).
     """
     logits = logits - logits.max(-1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # (B, T, V), of all tokens
@@ -383,9 +383,10 @@ def policy_gradient_forward(logits, ids, advantages):
 def policy_gradient_backward(dloss, cache):
     """dloss, a number -> dlogits (B, T, V).
 
-    Hint: -log p(ids[t]) is the nll of exercise `cross_entropy`, and the loss is a weighted sum of them all:
-    with which weights? So answers are learned as texts are, the good ones towards, the bad ones away. Both
-    ids and advantages depend on the model, but count as given: that this is right in the mean is the theorem.
+    Hint: -log p(ids[t]) is the nll of exercise `cross_entropy`, and the loss is a weighted sum of all nll.
+    Which weights? So a model learns answers as it learns texts: good answers get likelier, bad ones less
+    likely. ids and advantages depend on the model, but count as constants. The theorem says that the mean
+    of this gradient is right.
     """
     logp, ids, advantages = cache
     # write dlogits here
@@ -393,17 +394,18 @@ def policy_gradient_backward(dloss, cache):
 
 def policy_gradient_inputs(rng):
     logits, ids = rng.standard_normal((3, 4, 5)), rng.integers(5, size=(3, 4))
-    return {"logits": logits, "ids": ids, "advantages": np.array([2, -1, -1])}  # given: whole numbers
+    return {"logits": logits, "ids": ids, "advantages": np.array([2, -1, -1])}  # constants: integers
 
 
 # --- RLOO ---------------------------------------------------------------------------------------------------
 
 
 def rloo_forward(logp, rewards):
-    """Of every two answers to a question the better one shall become likelier: loss = -the mean, over the
-    questions and the pairs i < j of their n answers, of (r_i - r_j) (logp_i - logp_j), times n / 2, over n.
+    """Of every two answers to a question the better one becomes likelier.
 
-    logp (B, n) of n answers to each of B questions, rewards (B, n) whole numbers -> loss, a number.
+        loss = -the mean of (r_i - r_j) (logp_i - logp_j) / 2, over the questions and the pairs i < j
+
+    logp (B, n) of n answers to each of B questions, rewards (B, n) integers -> loss, a number.
     """
     B, n = logp.shape
     gaps = rewards[:, :, None] - rewards[:, None, :]  # (B, n, n), each pair twice
@@ -413,8 +415,8 @@ def rloo_forward(logp, rewards):
 def rloo_backward(dloss, rewards):
     """dloss, a number -> dlogp (B, n).
 
-    Hint: collect the terms with logp_i. They are -1 / (B n) times r_i minus the mean reward of the n - 1
-    other answers: RLOO's advantage. No pair is needed to compute it. Kool et al. 2019; Ahmadian et al. 2024.
+    Hint: collect the terms with logp_i. They are -1 / (B n) times RLOO's advantage, which is r_i minus the
+    mean reward of the n - 1 other answers. You need no pairs. Kool et al. 2019; Ahmadian et al. 2024.
     """
     # write dlogp here
 
@@ -429,7 +431,7 @@ def rloo_inputs(rng):
 def dpo_forward(chosen, rejected, ref_chosen, ref_rejected, beta):
     """loss = the mean of -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
 
-    All (N,): log-probabilities of answers, of the model and of a reference, which is frozen. Rafailov 2023.
+    All (N,): log-probabilities of answers. The reference model is frozen. Rafailov et al. 2023.
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return np.mean(np.log(1 + np.exp(-margin))), (chosen, rejected, ref_chosen, ref_rejected, beta)
@@ -438,25 +440,25 @@ def dpo_forward(chosen, rejected, ref_chosen, ref_rejected, beta):
 def dpo_backward(dloss, cache):
     """dloss, a number -> dchosen (N,), drejected (N,).
 
-    Hint: the slope of -log sigmoid(m) is -sigmoid(-m): a pair that the model has right by far teaches
-    little. Then m by chosen and by rejected.
+    Hint: the slope of -log sigmoid(m) is -sigmoid(-m): a pair that is right by a wide margin teaches little.
+    Then take the slope of m with respect to chosen and to rejected.
     """
     chosen, rejected, ref_chosen, ref_rejected, beta = cache
     # write dchosen and drejected here
 
 
 def dpo_inputs(rng):
-    refs = rng.integers(-9, -2, (2, 5))  # frozen: whole numbers get no gradient
+    refs = rng.integers(-9, -2, (2, 5))  # frozen: integers get no gradient
     chosen, rejected = refs + rng.standard_normal((2, 5))
-    given = {"ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
-    return {"chosen": chosen, "rejected": rejected, **given}
+    frozen = {"ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
+    return {"chosen": chosen, "rejected": rejected, **frozen}
 
 
 # --- the project's own solutions ----------------------------------------------------------------------------
 
 
 def solution(name: str) -> Callable:
-    """What fills the blank: an operation, or a function below, in which the project's own does the work."""
+    """The function for the blank: an operation, or a function below, which calls the project's own code."""
     return getattr(ops, f"{name}_backward", None) or globals()[f"_{name}"]
 
 
@@ -467,7 +469,7 @@ def _block(dout, cache):
     parts = ["ln_1", "attn.c_attn", None, "attn.c_proj", "ln_2", "mlp.c_fc", None, "mlp.c_proj"]
     caches = [(f"h.0.{part}", c) if part else c for part, c in zip(parts, cache, strict=True)]
     caches[3], caches[7] = (caches[3], None), (caches[7], None)  # no dropout
-    dx = model.block_backward(dout, (*caches[:3], None, None, *caches[3:]), grads)  # all places are wanted
+    dx = model.block_backward(dout, (*caches[:3], None, None, *caches[3:]), grads)  # places: None
     return dx, {p: (grads[f"h.0.{p}.weight"], grads[f"h.0.{p}.bias"]) for p in filter(None, parts)}
 
 

@@ -4,21 +4,8 @@
     dx, dg, db = layernorm_backward(dout, cache)
 
 For a fixed random `dout`, L = sum(dout * out) is a number. Backward claims the gradient of L. The checker
-measures the slope of L along d: one element of x after the other, or random directions in a large tensor.
-
-    D(h) = (L(x + h d) - L(x - h d)) / 2h             its error has the order h^2
-    T(h) = D(h) + (D(h) - D(4h)) / 15                 the order h^4; T(h) and T(4h), with 255, give h^6; ...
-
-Each T combines a finer estimate, that of the smaller step, and a coarser one (Ridders 1982; Numerical
-Recipes, 5.7). Its uncertainty is
-
-    u = 8 sum_j |dout_j| noise_j / h  +  max(|T - finer|, |T - coarser|)
-
-noise_j is the rounding of output j, measured. The sum is over the outputs that move. An output that moves
-only when another element changes may still have a slope here, too small to see: its rounding counts too,
-divided by the largest step. The steps are 1e-3 of the element's size, then smaller and larger ones, by
-factors of 4, until u <= rtol |D| / 10. The T with the least u is the slope, called D from here on. If G is
-the largest |g| of the tensor, the gradient g of an element is
+compares each element g of it with the slope D of L, measured with the uncertainty u (`differences.py`). In a
+large tensor it compares along random directions. If G is the largest |g| of the tensor, an element is
 
     wrong         if |g - D| > rtol max(|g|, |D|) + u + 1e-12 G + atol
     not judged    else, if u exceeds 1e-3 |D| and 1e-6 G and atol, and g and D are not both 0
@@ -27,10 +14,10 @@ the largest |g| of the tensor, the gradient g of an element is
 This is done for four `dout`, so that no mistake fits them all, and at two points. No `dout` equals an input:
 their random streams differ. An element is wrong if one `dout` says so with steps of three sizes. It is not
 judged if no `dout` can judge it. Otherwise a large constant that is added to the outputs would make every
-gradient ok. If |g| <= u in a whole tensor, as for a bias before a batch norm, then G is that of the other
-inputs (each |g| times the size of its input). At a kink, such as relu at 0, the left and the right slope stay
-apart as h shrinks. A gradient between the two is accepted. If it is not between them and several outputs have
-the kink, then the element is not judged.
+gradient ok. In a tensor whose gradients are all rounding, as for a bias before a batch norm, every |g| <= u.
+There G is the largest |g| of the other inputs, each times the size of its input. At a kink, such as relu at
+0, the left and the right slope stay apart as the steps shrink. The checker accepts a gradient between the
+two. Another gradient is not judged if several outputs have the kink.
 
 What this does not do: second derivatives; float32, whose rounding hides bugs. Inputs are converted to
 float64, and a forward that returns float32 is refused.
@@ -41,15 +28,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from ..errors import UserError
 from . import contract, diagnosis, layers
-from .contract import Array, Inputs, MakeInputs
+from .contract import DOUTS, Array, Inputs, MakeInputs
+from .differences import Differences, rms
 
 __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
-DOUTS = 4  # upstream gradients at each point; each costs one backward
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
 KEPT = "it is right at the first inputs and the same at others: something is kept, or a term is missing"
@@ -62,13 +50,13 @@ class Result:
 
     name: str  # "dx" is the gradient of the input x
     verdict: str  # one of SEVERITY
-    rel_err: float = math.nan  # wrong: |g - D| / max(|g|, |D|); else rtol |g - D| / what is allowed
+    rel_err: float = math.nan  # wrong: |g - D| / max(|g|, |D|); else rtol |g - D| / the allowed difference
     index: tuple[int, ...] | None = None  # the worst element
     backward: float = math.nan  # g there
     differences: float = math.nan  # D there
     uncertainty: float = math.nan  # u there
     extent: str = ""  # how many elements were judged one by one
-    problem: str = ""  # the broken rule, or why the gradient is not judged
+    problem: str = ""  # the broken rule, or the reason why the gradient is not judged
     notes: tuple[str, ...] = ()  # a sentence each
     diagnosis: str = ""  # the likely mistake, where the evidence is clear
 
@@ -88,7 +76,7 @@ class Result:
         return dataclasses.replace(self, diagnosis=diagnosis * (self.verdict == "wrong"))
 
     def lines(self) -> list[str]:
-        """What stands below the verdict: the diagnosis, and the notes."""
+        """The lines below the verdict: the diagnosis, and the notes."""
         diagnosis = [f"likely {self.diagnosis}"] * bool(self.diagnosis)
         return diagnosis + [f"note   {note}" for note in self.notes]
 
@@ -107,11 +95,13 @@ def gradcheck(
 ) -> list[Result]:  # fmt: skip
     """Judges every gradient of gradcheck(forward, backward, inputs), or of a layer, gradcheck(layer, inputs).
 
-    forward(*inputs), or forward(**inputs) where `inputs` is a dict -> (out, cache); out is an array, a number
-    or a tuple of these. backward(dout, cache) -> the gradients of those inputs that are float arrays, in
-    their order, or a dict by name; None or False leaves one out. Other inputs are passed on as they are. An
-    input may be a nest of dicts and lists; its gradient is such a nest. `layers.py` has the layers that are
-    understood, whose parameters are checked too; two methods of a layer are one as well.
+    The calls are forward(*inputs), or forward(**inputs) where `inputs` is a dict, and backward(dout, cache).
+
+    Forward returns (out, cache). `out` is an array, a number or a tuple of these. Backward returns the
+    gradients of all inputs that are float arrays, in their order, or a dict by name. None or False leaves one
+    out. Other inputs are passed on as they are. An input may be a nest of dicts and lists; its gradient is
+    such a nest. `layers.py` lists the conventions for layers, whose parameters are checked too. Two methods
+    of a layer count as the layer.
 
     `inputs` may be a function of a random generator: it then makes both points. Otherwise the second point is
     x (1 + 0.05 r), r uniform in [-1, 1). A tensor of zeros becomes 0.05 r in both cases. A tensor of at most
@@ -134,137 +124,96 @@ def gradcheck(
 
 def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, *how) -> list[Result]:
     """The worse verdict of two points on each gradient; if one is wrong at the first, that of the first."""
-    points, *rngs = (np.random.default_rng([seed, stream]) for stream in STREAMS)
+    points, directions = (np.random.default_rng([seed, STREAMS[n]]) for n in (0, 2))
+
+    def check(values: dict) -> tuple[dict[str, Result], dict[str, Array]]:
+        return _check(pair, values, np.random.default_rng([seed, STREAMS[1]]), directions, *how)
+
     first = pair.point(inputs(points) if callable(inputs) else inputs)
-    results, again, notes = _check(pair, first, *how, *rngs), {}, pair.notes
-    wrong = any(r.verdict == "wrong" for r in results)
-    second = pair.point(inputs(points) if callable(inputs) else inputs)
+    results, grads = check(first)
+    second, notes = pair.point(inputs(points) if callable(inputs) else inputs), pair.notes
     second |= contract.moved(second, points, still=list(pair.inputs) if callable(inputs) else [])
     if why := contract.outside(pair, first, second):
-        notes = [*notes, f"only one point is judged: at a second one {why}"]
+        again, kept, notes = {}, [], [*notes, f"only one point is judged: at a second one {why}"]
     else:
-        try:
-            again = {r.name: r for r in _check(pair, second, *how, *rngs)}
-        except Exception:
-            if not wrong:
-                raise
-    if wrong:
-        others = {n: (contract.FIRST_ONLY, r.diagnosis) for n, r in again.items()}
-        results = [r.explained(r.diagnosis * (r.diagnosis in others.get(r.name, ()))) for r in results]
+        again, others = check(second)
+        kept = [n for n, g in grads.items() if n in others and contract.same(g, others[n])]
+    if any(r.verdict == "wrong" for r in results.values()):
+        for n, r in results.items():  # a diagnosis must hold at both points
+            confirmed = n in again and r.diagnosis in (contract.FIRST_ONLY, again[n].diagnosis)
+            results[n] = r.explained(r.diagnosis * confirmed)
     else:
-        names = contract.unmoved(pair, first, second) if again else ()
-        again = {n: r.explained(KEPT * (n in names)) for n, r in again.items()}
-        results = [r.worse(again.pop(r.name, r)) for r in results] + list(again.values())
-    results[0] = dataclasses.replace(results[0], notes=(*results[0].notes, *notes))
-    return results
+        for n, r in again.items():
+            results[n] = results.get(n, r).worse(r.explained(KEPT * (n in kept)))
+    first, *rest = results.values()
+    return [dataclasses.replace(first, notes=(*first.notes, *notes)), *rest]
 
 
-def assert_gradients(
-    forward: Callable | object, backward: Callable | Inputs | MakeInputs | None = None,
-    inputs: Inputs | MakeInputs | None = None, rtol: float = 1e-6, atol: float = 0.0,
-    *, allow_missing: bool = False, strict: bool = True, **options,
-) -> None:  # fmt: skip
-    """`gradcheck` for a test: AssertionError says which gradient is wrong, by how much and at which element.
+def assert_gradients(*arguments, allow_missing: bool = False, strict: bool = True, **options) -> None:
+    """`gradcheck`, with its arguments, for a test. AssertionError names the wrong gradient and element.
 
-    A missing gradient fails too, unless `allow_missing`; so does one that is not judged, if `strict`. The
-    product below lacks a transpose in its second gradient. The matrices are square: no shape is wrong.
+    A missing gradient fails too, unless `allow_missing`. So does a gradient that is not judged, if `strict`.
+    The product below lacks a transpose in its second gradient. The matrices are square: no shape is wrong.
 
-    >>> import numpy as np, tinygpt
-    >>> def matmul_forward(a, b):
-    ...     return a @ b, (a, b)
-    >>> def matmul_backward(dout, cache):
-    ...     a, b = cache
-    ...     return dout @ b.T, a @ dout  # should be a.T @ dout
-    >>> inputs = {"a": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.ones((2, 2))}
-    >>> tinygpt.assert_gradients(matmul_forward, matmul_backward, inputs)
-    Traceback (most recent call last):
-    AssertionError: db: relative error 7.0e-01 at [0, 0]: backward -0.482453, differences -0.144712 ...
+        >>> import numpy as np, tinygpt
+        >>> def matmul_forward(a, b):
+        ...     return a @ b, (a, b)
+        >>> def matmul_backward(dout, cache):
+        ...     a, b = cache
+        ...     return dout @ b.T, a @ dout  # should be a.T @ dout
+        >>> inputs = {"a": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.ones((2, 2))}
+        >>> tinygpt.assert_gradients(matmul_forward, matmul_backward, inputs)
+        Traceback (most recent call last):
+        AssertionError: db: relative error 7.0e-01 at [0, 0]: backward -0.482453, differences -0.144712 ...
     """
     bad = {"wrong", "missing" * (not allow_missing), "not judged" * strict}
-    if wrong := [r for r in gradcheck(forward, backward, inputs, rtol, atol, **options) if r.verdict in bad]:
+    if wrong := [r for r in gradcheck(*arguments, **options) if r.verdict in bad]:
         raise AssertionError("\n".join(line for r in wrong for line in (str(r), *r.lines())))
 
 
-def _check(pair: contract.Pair, values: dict, rtol, atol, small, dout_rng, rng) -> list[Result]:
-    """The verdict on each gradient at the point `values`."""
-    out, cache, broken = contract.run_twice(pair, values)
-    grads, odd, douts = {}, {}, dout_rng.standard_normal((DOUTS, contract.vector(out).size))
-    if not broken:
-        shaped = [contract.like(out, row) for row in douts]
-        grads, broken, odd = contract.gradients(pair, shaped, cache, values)
-    results = [Result(name, "wrong", math.inf, problem=problem) for name, problem in broken]
-    sizes = {n: contract.rms(values[n]) * np.abs(g).max(initial=0) for n, g in grads.items() if g is not None}
-    judges = {}
-
-    def judge(name: str, g: Array) -> Result:
+def _check(pair: contract.Pair, values: dict, dout_rng, rng, rtol, atol, small) -> tuple[dict, dict]:
+    """The verdict on each gradient at the point `values`, and the gradients for all dout, by label."""
+    try:
+        douts, answers = contract.answers(pair, values, dout_rng)
+    except contract.BrokenError as broken:
+        return {n: Result(n, "wrong", math.inf, problem=problem) for n, problem in broken.args[0].items()}, {}
+    judged = {n: a.grads for n, a in answers.items() if a.grads is not None and not a.problem}
+    sizes = {n: rms(values[n]) * np.abs(g).max(initial=0) for n, g in judged.items()}
+    measured, results = {}, {}
+    for name, answer in answers.items():
+        x, label, g = values[name], pair.label(name), answer.grads
         others = max((size for n, size in sizes.items() if n != name), default=0.0)
-        outputs, x = contract.Outputs(pair, values, name), values[name]
-        judges[name] = _Judge(x, np.float64(g.reshape(DOUTS, -1)), outputs, douts, others, rtol, atol, rng)
-        return judges[name].elements(np.arange(x.size)) if x.size <= small else judges[name].directions(small)
-
-    for name, g in grads.items():
-        x, notes = values[name], []
         if g is None:
-            result = Result("", "missing", problem="backward returns no gradient for it")
-        elif not np.isfinite(g).all():
-            k, *index = np.argwhere(~np.isfinite(g))[0].tolist()
-            result = Result("", "wrong", math.inf, problem=f"backward says {g[(k, *index)]} at {index}")
+            results[name] = Result(label, "missing", problem="backward returns no gradient for it")
+        elif answer.problem:
+            results[name] = Result(label, "wrong", math.inf, problem=answer.problem)
+            if 0 < x.size <= small:  # for the diagnosis
+                slopes = Differences(pair, values, name, douts, rtol, rng)
+                measured[name] = slopes.elements(np.arange(x.size), atol)
         elif not x.size:
-            result = Result("", "ok", 0.0)
+            results[name] = Result(label, "ok", 0.0)
         else:
-            result = judge(name, g)
-            notes = [f"{name}{note}" for note in judges[name].notes[:1]] + contract.notes(name, x, g)
-        results.append(dataclasses.replace(result, name=pair.label(name), notes=tuple(notes)))
-    if any(r.verdict == "wrong" for r in results):
-        for name in odd:  # what should it be?
-            if 0 < values[name].size <= small:
-                judge(name, np.zeros((DOUTS, values[name].size)))
-        slopes = {name: judge.whole for name, judge in judges.items() if judge.whole}
-        answers = {name: (g, "") for name, g in grads.items() if name in slopes} | odd
-        texts = {pair.label(n): diagnosis.diagnose(n, g, slopes, right) for n, (g, right) in answers.items()}
-        results = [r.explained(texts.get(r.name, "")) for r in results]
-    return results
+            slopes = Differences(pair, values, name, douts, rtol, rng)
+            judge = _Judge(label, slopes, np.float64(g.reshape(DOUTS, -1)), others, atol)
+            result = judge.elements(np.arange(x.size)) if x.size <= small else judge.directions(small)
+            notes = (*(f"{name}{note}" for note in judge.notes[:1]), *contract.notes(name, x, g))
+            measured[name], results[name] = judge.whole, dataclasses.replace(result, notes=notes)
+    whole = {n: m.reshape(2, DOUTS, *values[n].shape) for n, m in measured.items() if m is not None}
+    for name, result in results.items():
+        if result.verdict == "wrong":
+            text = diagnosis.diagnose(name, answers[name].grads, whole, answers[name].if_right)
+            results[name] = result.explained(text)
+    return {r.name: r for r in results.values()}, {pair.label(n): g for n, g in judged.items()}
 
 
 class _Judge:
-    """The judgement on the gradient of one input x: `grads` (K, n) has a row for each upstream gradient."""
+    """The judgement on the gradient of one input: `grads` (K, n) has a row for each upstream gradient."""
 
-    def __init__(self, x, grads, outputs: contract.Outputs, douts, others: float, rtol, atol, rng) -> None:
-        """douts (K, N). `others`: the largest |g| of another input, times the size of that input."""
-        self.x, self.shape, self.grads, self.outputs, self.douts = x.ravel(), x.shape, grads, outputs, douts
-        self.rtol, self.atol, self.rng, self.notes, self.scale = rtol, atol, rng, [], contract.rms(x)
-        self.zero, self.whole = others / self.scale, None
-        usual = np.isfinite(self.x) & (self.x != 0)
-        self.sizes = np.maximum(np.where(usual, np.abs(self.x), min(self.scale, 1)), 1e-30 * self.scale)
-        self.noise = outputs.noise(self.x, self.sizes * rng.choice((-1, 1), x.size), rng)
-        steps = 1e-3 * self.sizes, self.scale * rng.standard_normal(x.size)
-        self.moved = np.any([side != 0 for step in steps for side in self.sides(step)], 0)
-
-    def sides(self, step: Array) -> tuple[Array, Array]:
-        """out(x) - out(x - step) and out(x + step) - out(x), (N,) each."""
-        base = self.outputs.base
-        return base - self.outputs(self.x - step), self.outputs(self.x + step) - base
-
-    def rounding(self, moved: Array) -> Array:
-        """8 sum |dout_j| noise_j over the outputs that moved, (K,)."""
-        return 8 * (np.abs(self.douts[:, moved]) @ self.noise[moved])
-
-    def slope(self, d: Array, size: float, most: float, enough: float) -> tuple[Array, Array]:
-        """D and u along d, (K,) each. Steps: 1e-3 of `size`, smaller ones, then larger ones up to `most`; no
-        more of them once u <= enough or u <= rtol |D| / 10."""
-        slopes, first, top = {}, 1e-3 * size, 3 + math.ceil(math.log(max(1, 60 * most / size), 4))
-        moved, low = np.any(self.sides(most * d), 0), -9 if (self.x * d).any() else -24  # 0 + h is exact
-        for levels in (range(3), range(low, 3), range(low, top)):
-            for n in set(levels) - slopes.keys():
-                h = first * 4.0**n
-                step = self.outputs(self.x + h * d) - self.outputs(self.x - h * d)
-                slopes[n], moved = self.douts @ step / (2 * h), moved | (step != 0)
-            steps = first * 4.0 ** np.array(levels)[:, None]
-            noise = self.rounding(moved) / steps + self.rounding(self.moved & ~moved) / most
-            D, u = _extrapolate([slopes[n] for n in levels], noise)
-            if (u <= np.maximum(self.rtol / 10 * np.abs(D), enough)).all():
-                break
-        return D, u
+    def __init__(self, label: str, slopes: Differences, grads: Array, others: float, atol: float) -> None:
+        """others: the largest |g| of another input, times the size of that input."""
+        self.label, self.slopes, self.grads, self.rtol, self.atol = label, slopes, grads, slopes.rtol, atol
+        self.zero, self.notes = others / slopes.scale, []
+        self.whole: Array | None = None  # D and u of all elements, (2, K, n)
 
     def compare(self, g: Array, D: Array, u: Array, G: float) -> tuple[Array, Array]:
         """|g - D| over its limit, which is wrong above 1, and whether no dout can judge."""
@@ -274,60 +223,60 @@ class _Judge:
         certain = (u <= np.maximum(np.maximum(1e-3 * np.abs(D), 1e-6 * unit), self.atol)) | (top == 0)
         return np.nan_to_num(np.abs(g - D) / limit), ~certain.any(0)
 
+    def judged(self, g: Array, G: float, slope: Callable[[float], tuple[Array, Array]]) -> tuple:
+        """D, u and the result of `compare`, for the first of three step sizes that does not say wrong."""
+        for factor in (1, 0.6, 0.36):
+            D, u = slope(factor)
+            score, uncertain = self.compare(g, D, u, G)
+            if score.max() <= 1:
+                break
+        return D, u, score, uncertain
+
     def elements(self, chosen: Array) -> Result:
         """Judges each of the chosen elements alone."""
-        G, g = np.abs(self.grads).max(), self.grads[:, chosen]
-        D, u = np.empty((2, *g.shape))
-
-        def measure(n: int, factor: float) -> None:
-            sizes, d = np.sort((self.sizes[chosen[n]], self.scale)), np.eye(1, self.x.size, chosen[n])[0]
-            D[:, n], u[:, n] = self.slope(d, *(factor * sizes), 1e-12 * G + self.atol)
+        G, g, total = np.abs(self.grads).max(), self.grads[:, chosen], self.grads.shape[1]
+        enough = 1e-12 * G + self.atol
+        D, u = slopes = self.slopes.elements(chosen, enough)
+        if len(chosen) == total:
+            self.whole = slopes.copy()
+        score, uncertain = self.compare(g, D, u, G)
+        extent = f"{len(chosen):,} of {total:,} elements one by one"
 
         def result(verdict: str, n: int) -> Result:
-            extent = f"{len(chosen):,} of {self.x.size:,} elements one by one"
             return self.result(verdict, g[:, n], D[:, n], u[:, n], score[:, n], extent, chosen[n])
 
-        for n in range(len(chosen)):
-            measure(n, 1)
-        if len(chosen) == self.x.size:
-            shape = len(g), *self.shape
-            self.whole = D.reshape(shape).copy(), u.reshape(shape).copy()
-        score, uncertain = self.compare(g, D, u, G)
         for n in [n for n in np.argsort(-score.max(0)) if score[:, n].max() > 1]:
-            for factor in (0.6, 0.36):
-                measure(n, factor)
-                score[:, n], uncertain[n] = self.compare(g[:, n], D[:, n], u[:, n], G)
-                if score[:, n].max() <= 1:
-                    break
-            else:
-                if (kink := self.kink(chosen[n], g[:, n])) not in ("inside", "mixed"):
+            slope = partial(self.slopes.element, chosen[n], enough)
+            D[:, n], u[:, n], score[:, n], uncertain[n] = self.judged(g[:, n], G, slope)
+            if score[:, n].max() > 1:
+                place, note = self.slopes.kink(chosen[n], g[:, n])
+                self.notes += [note] * bool(note)
+                if place not in ("inside", "mixed"):
                     return result("wrong", n)
-                score[:, n], uncertain[n] = 0, kink == "mixed"
+                score[:, n], uncertain[n] = 0, place == "mixed"
         if uncertain.any():
             return result("not judged", int(np.argmax(uncertain)))
         return result("ok", int(np.argmax(score.max(0))))
 
     def directions(self, small: int) -> Result:
-        """Judges random directions. A wrong one is bisected down to an element, which is judged alone. If it
-        is a kink, directions leave out all elements of its value; a sample of them is judged alone."""
-        results, kink, alone = [], np.zeros(self.x.size, bool), 0
+        """Judges random directions. A wrong one is bisected down to an element, which is judged alone. If
+        it is a kink, directions leave out all elements of its value. A sample of them is judged alone."""
+        results, x, rng = [], self.slopes.x, self.slopes.rng
+        kink, alone = np.zeros(x.size, bool), 0
         while len(results) < DIRECTIONS:
-            d, size = np.where(kink, 0, self.rng.standard_normal(self.x.size)), self.scale
-            if len(results) % 2 and self.x.any():
-                d, size = d * self.x, 1.0  # each element moves by its own size
+            d, size = np.where(kink, 0, rng.standard_normal(x.size)), self.slopes.scale
+            if len(results) % 2 and x.any():
+                d, size = d * x, 1.0  # each element moves by its own size
             g, G = self.grads @ d, np.linalg.norm(self.grads * d, axis=1).max()
-            for factor in (1, 0.6, 0.36):
-                D, u = self.slope(d, factor * size, factor * size, 1e-12 * G + self.atol)
-                score, uncertain = self.compare(g, D, u, G)
-                if score.max() <= 1:
-                    break
-            else:
+            slope = partial(self.slopes.slope, d, size, size, 1e-12 * G + self.atol)
+            D, u, score, uncertain = self.judged(g, G, slope)
+            if score.max() > 1:
                 k, kinks = int(score.argmax()), len(self.notes)
                 i = self.bisect(d, size, k, g[k] - D[k])
                 result = self.elements(np.array([i]))
                 if result.ok and len(self.notes) > kinks and alone <= small:
-                    same = np.flatnonzero(self.x == self.x[i])
-                    sample = self.rng.choice(same, min(small // 4 + 1, len(same)), replace=False)
+                    same = np.flatnonzero(x == x[i])
+                    sample = rng.choice(same, min(small // 4 + 1, len(same)), replace=False)
                     kink[same], alone, result = True, alone + len(sample), self.elements(sample)
                     if result.ok:
                         continue
@@ -336,64 +285,27 @@ class _Judge:
                 return self.result("wrong", g, D, u, score, "a random direction")
             results.append(self.result("not judged" if uncertain else "ok", g, D, u, score, ""))
         judged = [r for r in results if r.ok]
-        extent = f"{len(judged)} random directions, {alone:,} of {self.x.size:,} elements one by one"
+        extent = f"{len(judged)} random directions, {alone:,} of {x.size:,} elements one by one"
         return dataclasses.replace(max(judged or results, key=Result.badness), extent=extent)
 
     def bisect(self, d: Array, size: float, k: int, gap: float) -> int:
-        """The element to which the gap along d leads: of two halves the one with the larger gap."""
+        """The element that causes the gap along d: of two halves the one with the larger gap."""
         low, high = 0, d.size
         while high - low > 1:
             middle, e = (low + high) // 2, np.zeros(d.size)
             e[low:middle] = d[low:middle]
-            left = self.grads[k] @ e - self.slope(e, size, size, abs(gap) / 20)[0][k]
+            left = self.grads[k] @ e - self.slopes.slope(e, size, size, abs(gap) / 20)[0][k]
             first = abs(left) > abs(gap - left)
             low, high, gap = (low, middle, left) if first else (middle, high, gap - left)
         return low
 
-    def kink(self, i: int, g: Array) -> str:
-        """"inside" if left and right slope stay apart, g between; else "outside", or "mixed" outputs."""
-        steps = 1e-3 * self.sizes[i] / 64.0 ** np.arange(3)
-        changes = np.array([self.sides(h * np.eye(1, self.x.size, i)[0]) for h in steps])
-        parts = changes[:, :, None] * self.douts / steps[:, None, None, None]  # (3 steps, 2 sides, K, N)
-        slopes = parts.sum(-1)
-        (left, right), jumps = slopes[-1], np.abs(slopes[:, 1] - slopes[:, 0])
-        slack = self.rounding(np.any(changes[0], 0)) / steps[-1] + np.abs(slopes[-1] - slopes[-2]).sum(0)
-        k = int(np.argmax(jumps[-1]))
-        if not jumps[-1, k] > max(jumps[0, k] / 2, 4 * slack[k]):
-            return ""
-        at = f"{[int(n) for n in np.unravel_index(i, self.shape)]} = {self.x[i]:.6g}"
-        self.notes.append(f"{at} is a kink: slopes {left[k]:.6g} and {right[k]:.6g}")
-        slack += 1e-12 * np.abs(slopes[-1]).max(0)
-        low, high = parts[-1].min(0).sum(-1) - slack, parts[-1].max(0).sum(-1) + slack
-        if ((low <= g) & (g <= high)).all():
-            return "inside"
-        return "mixed" if np.any(changes[-1], 0).sum() > 1 else "outside"
-
     def result(self, verdict: str, g, D, u, score, extent: str, i: int | None = None) -> Result:
+        """The result for an element i or a direction, with the numbers of the worst dout."""
         k, problem = int(np.argmax(np.nan_to_num(u) if verdict == "not judged" else score)), ""
-        numbers = [float(a[k]) for a in (g, D, u)]
         error = abs(g[k] - D[k]) / max(abs(g[k]), abs(D[k])) if verdict == "wrong" else self.rtol * score[k]
         if verdict == "not judged":
-            problem = f"uncertain differences: outputs round by {self.noise.max():.1g}, or bend; worst"
-            if not math.isfinite(u[k]):
-                problem = self.outputs.error or "forward is not finite beside it"
-        index = None if i is None else tuple(int(n) for n in np.unravel_index(i, self.shape))
-        return Result("", verdict, float(error), index, *numbers, extent, problem)
-
-
-def _extrapolate(slopes: list, noise: Array) -> tuple[Array, Array]:
-    """The best estimate and its uncertainty, (K,) each, from D(h) of rising steps and their rounding. A large
-    step may jump over a bend: after the first T that contradicts smaller steps, no estimate counts."""
-    best, least = np.full(noise.shape[1], math.nan), np.full(noise.shape[1], math.inf)
-    finer, counts = [], True  # finer: D, T and so on with the last step but one
-    for top, D in enumerate(slopes):
-        row = [D]
-        for m, T in enumerate(finer, 1):
-            row.append(T + (T - row[-1]) / (16.0**m - 1))
-            u = np.maximum(np.abs(row[m] - T), np.abs(row[m] - row[m - 1])) + noise[top - m]
-            agrees = ~(np.abs(row[m] - best) > 3 * least + u)
-            counts = counts & (agrees | (m > 1))
-            better = (u < least) & agrees & counts
-            best, least = np.where(better, row[m], best), np.where(better, u, least)
-        finer = row
-    return best, least
+            problem = f"uncertain differences: outputs round by {self.slopes.noise.max():.1g}, or bend; worst"
+            problem = problem if math.isfinite(u[k]) else self.slopes.error
+        numbers = [float(a[k]) for a in (g, D, u)]
+        index = None if i is None else tuple(self.slopes.index(i))
+        return Result(self.label, verdict, float(error), index, *numbers, extent, problem)

@@ -7,8 +7,8 @@
     their gradients    grads, gradients (or methods of this name); dW, db, dgamma; grad_W, W_grad; p.grad
     layers in layers   found in attributes, lists and dicts; of these, too, the parameters are checked
 
-An array is a parameter if it has a gradient beside it and a forward pass leaves it where it is. Gradients
-may add up from call to call: those in place are set to 0 before each. All arrays must be float64.
+An array is a parameter if it has a gradient beside it and a forward pass does not replace it. Gradients may
+add up from call to call: gradients in place are set to 0 before each call. Parameters must be float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .contract import AdviceError, Array, Pair, as_tuple, is_float, leaves, like
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 METHODS = ("params", "parameters")  # these and their gradients may be methods without arguments
-GRADIENTS = [  # a parameter's name, that of its gradient
+GRADIENTS = [  # the name of a parameter, the name of its gradient
     ("params", "grads"),
     ("parameters", "gradients"),
     ("data", "grad"),
@@ -36,16 +36,16 @@ GRADIENTS = [  # a parameter's name, that of its gradient
 
 
 def pair_of(forward: object, backward: Callable | None) -> Pair:
-    """A pair of functions as it is; a layer, or two methods of one, with its parameters."""
+    """The pair of a layer, or of two methods of one layer, with its parameters; or of two functions."""
     layer = forward if backward is None else getattr(forward, "__self__", None)
     if backward is None:
-        forward = getattr(layer, "forward", layer)
-        backward = getattr(layer, "backward", None)
-        if isinstance(layer, type) or not (callable(forward) and callable(backward)):
-            what = layer.__name__ if hasattr(layer, "__name__") else f"a {type(layer).__name__}"
-            lacks = "is a class: make an object of it" if isinstance(layer, type) else "has no backward"
-            lacks = "has no forward" if callable(backward) and not callable(forward) else lacks
-            raise AdviceError(f"{what} {lacks}. A layer is one of these:\n\n{__doc__.split(chr(10) * 2)[1]}")
+        forward, backward = getattr(layer, "forward", layer), getattr(layer, "backward", None)
+        problem = "" if callable(forward) else "has no forward"
+        problem = problem if callable(backward) else "has no backward"
+        if problem := "is a class: make an object of it" if isinstance(layer, type) else problem:
+            name = getattr(layer, "__name__", f"a {type(layer).__name__}")
+            table = __doc__.split("\n\n")[1]
+            raise AdviceError(f"{name} {problem}. A layer is one of these:\n\n{table}")
     names = parameters(backward, required=layer is not None)
     if (layer is None or isinstance(layer, ModuleType)) and len(names) != 1:
         return Pair(forward, backward)
@@ -61,7 +61,7 @@ class Layer(Pair):
     def __init__(self, layer: object, forward: Callable, backward: Callable, with_cache: bool) -> None:
         super().__init__(forward, backward)
         self.layer, self.with_cache = layer, with_cache
-        self.params: dict[str, tuple[Array, Array]] | None = None  # the array, and what was in it
+        self.params: dict[str, tuple[Array, Array]] | None = None  # the array, and a copy of its values
 
     def point(self, inputs) -> dict[str, Array]:
         values = super().point(inputs)
@@ -70,7 +70,7 @@ class Layer(Pair):
         return values | {name: value.copy() for name, (_, value) in self.params.items()}
 
     def find(self, values: dict) -> dict[str, tuple[Array, Array]]:
-        """The parameters: arrays with a gradient, that stay where they are in a forward and a backward."""
+        """The parameters: arrays with a gradient, which a forward and a backward do not replace."""
         before, self.params = [p for _, _, p, _ in walk(self.layer)], {}
         out, cache = self(values)
         self.run_backward(like(out, np.ones(vector(out).size)), cache)
@@ -98,7 +98,7 @@ class Layer(Pair):
 
     def __call__(self, values: dict) -> tuple:
         for name, (p, _) in self.params.items():
-            p[...] = values[name]  # in place: the layer may know the array by another name too
+            p[...] = values[name]  # in place: the layer may have another name for the array
         return super().__call__({n: x for n, x in values.items() if n not in self.params})
 
     def judgeable(self, result) -> tuple:
@@ -117,8 +117,8 @@ class Layer(Pair):
         return (self.by_path(dx, inputs) if inputs else {}) | params
 
     def run_backward(self, dout, cache):
-        """Calls backward with a copy of dout, which the layer may keep; what it writes there shows."""
-        copy = like(dout, vector(dout)) if isinstance(dout, tuple) else np.copy(dout)[()]
+        """Calls backward with a copy of dout, which the layer may keep. dout gets the copy's content."""
+        copy = like(dout, vector(dout))
         dx = self.backward(copy, cache) if self.with_cache else self.backward(copy)
         for mine, other in zip(as_tuple(dout), as_tuple(copy), strict=True):
             if isinstance(mine, np.ndarray):
@@ -127,8 +127,10 @@ class Layer(Pair):
 
 
 def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[tuple]:
-    """Path, name of the gradient, array and gradient, of every float array in a layer and in its layers; the
-    name is None where no gradient is beside the array."""
+    """(path, name of the gradient, array, gradient) of every float array in a layer and in its layers.
+
+    The name is None if no gradient is beside the array.
+    """
     seen = set() if seen is None else seen
     if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, type | ModuleType):
         return
@@ -149,7 +151,7 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[tup
 
 
 def _content(owner: object, name: str) -> tuple[str, object]:
-    """An attribute's name and value; of a method in the table, what it returns."""
+    """An attribute's name and value; for a method in the table, its result."""
     value = getattr(owner, name)
     if name in sum(GRADIENTS[:2], ()) and callable(value):
         value = value()

@@ -1,7 +1,7 @@
-"""Runs a function of somebody else's file: `python submission.py FILE FUNCTION`, the process of `course.py`.
+"""Runs a function of a student's file: `python submission.py FILE FUNCTION`, the process of `course.py`.
 
-Standard input has the arguments of each call, standard output gets the answers, both in JSON. What the file
-prints goes to standard error. Nothing here decides whether an answer is right.
+Standard input has the arguments of each call, standard output gets the answers, both in JSON. Prints of the
+file go to standard error. Nothing here decides whether an answer is right.
 """
 
 import importlib.util
@@ -14,25 +14,19 @@ import numpy as np
 
 
 def encode(value: object) -> object:
-    """For json.dumps: an array with its type and shape, or a number of NumPy's."""
+    """For json.dumps: an array as a dict with its type and shape; a NumPy number as a Python number."""
     if isinstance(value, np.ndarray):
         return {"array": value.ravel().tolist(), "dtype": str(value.dtype), "shape": value.shape}
     return value.item()
 
 
 def decode(value: dict) -> object:
-    """For json.loads: the array. Raises ValueError for one that is not of numbers."""
+    """For json.loads: a dict of `encode` as an array. Raises ValueError for one without numbers."""
     if set(value) != {"array", "dtype", "shape"}:
         return value
     if np.dtype(value["dtype"]).kind not in "fiub":
         raise ValueError(f"an array of {value['dtype']}")
     return np.array(value["array"], value["dtype"]).reshape([int(n) for n in value["shape"]])
-
-
-def reason(error: BaseException, path: str) -> str:
-    """The exception in one line, with the last line of the file that it came from."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def main(path: str, function: str) -> None:
@@ -47,14 +41,16 @@ def main(path: str, function: str) -> None:
         for arguments in calls:
             answers.append({"returned": getattr(module, function)(*arguments), "arguments": arguments})
     except BaseException as error:  # SystemExit too
-        answers.append({"error": reason(error, path)})
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f" (line {frame.lineno})" for frame in frames if frame.filename == path]
+        answers.append({"error": f"{type(error).__name__}: {error}" + "".join(lines[-1:])})
     try:
         text = json.dumps(answers, default=encode)
     except Exception as error:
-        text = json.dumps([{"error": f"{function} returns what is no array: {error}"}])
+        text = json.dumps([{"error": f"{function} returns a value that is no array: {error}"}])
     with open(results, "w", encoding="utf-8") as file:
         file.write(text)
-    os._exit(0)  # whatever threads the file has begun
+    os._exit(0)  # also with threads that the file has started
 
 
 if __name__ == "__main__":

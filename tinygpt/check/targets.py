@@ -1,6 +1,6 @@
-"""What `tinygpt gradcheck` is pointed at: the reader's own code, by name, or everything in this project.
+"""The targets of `tinygpt gradcheck`: the reader's own code, by name, or everything in this project.
 
-The checking is in `gradcheck.py`; printing is in `shell`.
+`gradcheck.py` does the checking, `shell` the printing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ Pair = tuple[Callable, Callable, Inputs | MakeInputs]  # forward, backward, inpu
 
 
 def find(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple:
-    """The arguments of `gradcheck` that `module:name` or `path/to/file.py:name` stands for.
+    """The arguments of `gradcheck` for the target `module:name` or `path/to/file.py:name`.
 
-    Either `name_forward` and `name_backward`; or `name`, a layer, a class that is made without arguments, or
-    a call such as "Linear(4, 3)" (`layers.py`). The inputs are standard normal arrays of `shapes`, or else
-    what `name_inputs(rng)` returns. Raises UserError where one of these is missing.
+    The target is a pair, `name_forward` and `name_backward`, or a layer (`layers.py`). `name` is then an
+    object, a class whose constructor needs no arguments, or a call such as "Linear(4, 3)". The inputs are
+    standard normal arrays of `shapes`, or else the result of `name_inputs(rng)`. Raises UserError if one of
+    these is missing.
     """
     parts = re.fullmatch(r"(.+?\.py|[\w.]+):(\w+)(\(.*\))?", target)
     if parts is None:
@@ -45,12 +46,11 @@ def find(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple:
     module = _load(where)
     forward, backward, layer = (getattr(module, name + end, None) for end in ("_forward", "_backward", ""))
     if layer is not None and forward is None:
-        if isinstance(layer, type) or call:
-            try:
-                layer = eval(name + (call or "()"), vars(module))
-            except TypeError as error:
-                example = f'write them, as in "{where}:{name}(4, 3)", or name an object'
-                raise UserError(f"{target} needs other arguments ({error}): {example}") from error
+        try:
+            layer = eval(name + (call or "()" * isinstance(layer, type)), vars(module))
+        except TypeError as error:
+            example = f'write them, as in "{where}:{name}(4, 3)", or name an object'
+            raise UserError(f"{target} needs other arguments ({error}): {example}") from error
         forward = layers.pair_of(layer, None).forward
     elif forward is None or backward is None:
         lacks = f"{name}_{'forward' if forward is None else 'backward'}"
@@ -94,7 +94,7 @@ def _load(where: str) -> ModuleType:
 
 
 def check_project(rtol: float = 1e-7, atol: float = 0.0, seed: int = 0) -> Iterator[tuple[str, str, Result]]:
-    """Name, backend and worst gradient of every operation and of the whole model, in each backend."""
+    """Name, backend and worst gradient: of every operation and of the whole model, in each backend."""
     for backend in kernels.available():
         for name, pair in project_pairs(kernels.backend(backend), np.random.default_rng(seed)):
             results = gradcheck(*pair, rtol, atol, seed=seed, small=4 if "model" in name else 256)
@@ -103,37 +103,37 @@ def check_project(rtol: float = 1e-7, atol: float = 0.0, seed: int = 0) -> Itera
 
 
 def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[str, Pair]]:
-    """Name and pair of everything in a backend that has a gradient.
+    """Name and pair of every operation and model in a backend.
 
-    The optional arguments of operations, such as `add`, are here as the models use them. tests/check/rows.py
-    has each alone.
+    The models use optional arguments of operations, such as `add`. tests/check/rows.py checks each alone.
     """
     normal = rng.standard_normal
     x, ids = normal((2, 5, 6)), np.array([[0, 2, 2, 6], [1, 2, 0, 4]])
     start = np.array([[0, 0, 0, 3, 3], [1, 1, 2, 2, 4]])  # two documents; padding, then documents
 
-    def attention(T, S, **more):
-        qkv = {"q": normal((2, T, 6)), "k": normal((2, S, 6)), "v": normal((2, S, 6))}
-        return ops.attention_forward, ops.attention_backward, {**qkv, "n_head": 2, **more}
+    def qkv(T: int, S: int, **more) -> Inputs:
+        return {"q": normal((2, T, 6)), "k": normal((2, S, 6)), "v": normal((2, S, 6)), "n_head": 2, **more}
 
-    def pair(name, **inputs):
-        return name, (getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward"), inputs)
-
-    yield pair("embedding", ids=ids, w=normal((7, 6)))
-    yield pair("linear", x=x, w=normal((6, 3)), b=normal(3))
-    yield pair("layernorm", x=x, g=normal(6), b=normal(6))
-    yield pair("gelu", x=3 * x)
-    yield pair("relu", x=x)
-    yield pair("tanh", x=x)
-    yield "attention", attention(5, 5)
-    yield "attention, T = 1", attention(1, 1)
-    yield "attention, packed", attention(5, 5, start=start)
-    yield "attention, S > T", attention(3, 7)
-    yield "attention, prefix", attention(5, 7, start=start, prefix=2)
-    yield "attention, within a prefix", attention(5, 5, start=start[:, 2:], prefix=2)
-    yield pair("residual", x=x, branch=normal(x.shape))
-    yield pair("dropout", x=x, rate=0.4, seed=7)
-    yield pair("cross_entropy", logits=normal((2, 4, 7)), targets=ids)
+    rows = {  # the operation, and a remark
+        "embedding": {"ids": ids, "w": normal((7, 6))},
+        "linear": {"x": x, "w": normal((6, 3)), "b": normal(3)},
+        "layernorm": {"x": x, "g": normal(6), "b": normal(6)},
+        "gelu": {"x": 3 * x},
+        "relu": {"x": x},
+        "tanh": {"x": x},
+        "attention": qkv(5, 5),
+        "attention, T = 1": qkv(1, 1),
+        "attention, packed": qkv(5, 5, start=start),
+        "attention, S > T": qkv(3, 7),
+        "attention, prefix": qkv(5, 7, start=start, prefix=2),
+        "attention, within a prefix": qkv(5, 5, start=start[:, 2:], prefix=2),
+        "residual": {"x": x, "branch": normal(x.shape)},
+        "dropout": {"x": x, "rate": 0.4, "seed": 7},
+        "cross_entropy": {"logits": normal((2, 4, 7)), "targets": ids},
+    }
+    for name, inputs in rows.items():
+        operation = name.split(",")[0]
+        yield name, (getattr(ops, f"{operation}_forward"), getattr(ops, f"{operation}_backward"), inputs)
     yield "whole model", model_pair(ops, rng)
     yield "whole model, post-norm", model_pair(ops, rng, post_norm=True)
     yield "reward model", model_pair(ops, rng, num_labels=1)
@@ -160,10 +160,11 @@ def model_pair(
     ops: ModuleType, rng: np.random.Generator, post_norm: bool = False, adapter: AdapterConfig | None = None,
     num_labels: int = 0,
 ) -> Pair:  # fmt: skip
-    """A small GPT as one function of all its parameters, or of its adapter's: packed documents, dropout,
-    head, cross-entropy. With num_labels its result are the scores.
+    """A small GPT as one function of all its parameters, or of its adapter's parameters.
 
-    The weights are of order 0.3: at an initialisation's 0.02 many gradients would drown in the rounding.
+    It has packed documents, dropout and a head. The result is the cross-entropy of each token, or the scores
+    if num_labels is not 0. The weights have the size 0.3. At 0.02, the size of an initialisation, rounding
+    would hide many gradients.
     """
     config = GPTConfig(11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.2, post_norm=post_norm,
                        num_labels=num_labels)  # fmt: skip
