@@ -21,7 +21,7 @@ from tinygpt.shell.cli import main
 from tinygpt.stages import reward, rlhf
 from tinygpt.stages.answers import Answer
 from tinygpt.stages.reward import Comparison, Judge, Settings
-from tinygpt.text import instructions
+from tinygpt.text import instructions, stream
 from tinygpt.text.tokenizer import BPETokenizer
 from tinygpt.world import World, raw_integers, tasks
 
@@ -41,7 +41,7 @@ def make(dtype=np.float32) -> GPT:
 def judging(tokenizer: BPETokenizer, own: str = "green", dtype=np.float32) -> Judge:
     """A judge whose author always answers the same."""
     judge = Judge(make(dtype), GPT(CONFIG, np.random.default_rng(0), dtype), tokenizer)
-    judge.own = dict.fromkeys(["What is it?", "What is it?What is it?"], own)
+    judge.thoughts = dict.fromkeys(["What is it?", "What is it?What is it?"], own)
     return judge
 
 
@@ -102,7 +102,7 @@ def test_a_score_is_read_at_the_last_token_whatever_stands_beside_it(tokenizer):
 def test_the_judge_answers_itself_before_it_looks(tokenizer, monkeypatch):
     """Guards: the own answer to another question, one asked for twice, one by the trained weights."""
     judge, calls = judging(tokenizer), []
-    judge.own = {}
+    judge.thoughts = {}
 
     def answers(model, tokenizer, prompts, most) -> list[Answer]:
         assert model is judge.author
@@ -327,7 +327,7 @@ def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):
         asked = [tokenizer.decode(ids).split("User: ")[1].removesuffix("\nAssistant:") for ids in prompts]
         return [np.append(tokenizer.encode(f" {true[question][0]}"), tokenizer.eos_id) for question in asked]
 
-    monkeypatch.setattr(reward, "generate", generate)
+    monkeypatch.setattr(stream, "generate", generate)
     found = reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
     assert abs(np.mean([c.is_right for c in found]) - 0.8) < 0.03
     kinds = Counter(c.kind for c in found)

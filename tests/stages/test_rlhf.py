@@ -38,7 +38,7 @@ PROMPT = [1, 3]
 
 
 class Tok:
-    eos_id, vocab_size = EOS, V
+    eos_id, vocab_size, stops, special = EOS, V, {EOS}, {"end": EOS}
 
     @staticmethod
     def decode(ids) -> str:

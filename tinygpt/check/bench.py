@@ -191,7 +191,8 @@ def _rloo(size: str) -> Callable[[], object]:
     rng, config = np.random.default_rng(0), dataclasses.replace(PRESETS[size], block_size=128)
     model, (prompts, answers, length, new) = GPT(config, rng), RLHF[size]
     optimizer, spoken = AdamW(model), rng.integers(3, config.vocab_size, (prompts, length)).astype(np.int32)
-    tokens = SimpleNamespace(eos_id=2, vocab_size=config.vocab_size, decode=lambda ids: str(ids.tolist()))
+    tokens = SimpleNamespace(stops={2}, special={}, vocab_size=config.vocab_size,
+                             decode=lambda ids: str(ids.tolist()))  # fmt: skip
     how = rlhf.Config(num_prompts=prompts, num_generations=answers, max_new_tokens=new)
     learner = rlhf.Trainer(
         optimizer, model.copy(), tokens, how, [(str(n), ids) for n, ids in enumerate(spoken)],

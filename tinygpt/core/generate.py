@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from .memory import empty
 from .model import GPT, Array
-from .replay import recorded
+from .replay import Packs, recorded
 
 Ids = Sequence[int] | Array
 
@@ -69,7 +69,7 @@ class KVCache:
 def steps(
     model: GPT, prompts: Sequence[Ids], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, stop: Collection[int] = (), rng: np.random.Generator | None = None,
-    vocab_size: int | None = None,
+    vocab_size: int | None = None, packs: Packs | None = None,
 ) -> Iterator[tuple[Array, Array]]:  # fmt: skip
     """Continues all prompts together, a token each a step: yields (which prompts, their new ids), both (B,).
 
@@ -85,7 +85,8 @@ def steps(
     stay, and keeping more would mean doing so more often.
 
     The weights must not change meanwhile: after a few steps they are read from copies, as large as they
-    are. The sums of a product then have another order, so logits differ in their last bits.
+    are. The sums of a product then have another order, so logits differ in their last bits. packs: the
+    copies, where several calls share them (`packs_for`).
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range and logits that are not finite.
@@ -104,8 +105,8 @@ def steps(
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
 
     # a replay takes less time than the Python of a small model's forward
-    pack_after = 1 if model.bfloat16 else PACK_AFTER
-    decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=pack_after, most=1)
+    packs = packs or packs_for(model)
+    decode = recorded(newest, model, kv.keys, kv.values, kv.length, packs=packs, most=1)
     for step in range(max_new_tokens):
         if not len(rows):
             return
@@ -125,6 +126,11 @@ def steps(
         if stop.size and (at_end := (ids[:, None] == stop).any(1)).any():
             order = kv.keep(~at_end)
             rows, pad, ids = rows[order], pad[order], ids[order]
+
+
+def packs_for(model: GPT) -> Packs:
+    """Copies of the weights of a model, for several calls of `steps` or `generate`."""
+    return Packs(1 if model.bfloat16 else PACK_AFTER)
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:

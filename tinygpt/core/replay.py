@@ -20,6 +20,8 @@ but of LoRA with another alpha. The others compute something in NumPy alone.
 The idea is that of CUDA graphs, and of TinyJit in tinygrad.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 
@@ -32,30 +34,27 @@ from .ops import Array
 
 
 def recorded(
-    function: Callable[..., Array], model: GPT, *memory: Array, pack_after: int | None = None, most: int = 16
+    function: Callable[..., Array], model: GPT, *memory: Array, packs: Packs | None = None, most: int = 16
 ) -> Callable[..., Array]:
     """`function`, which is replayed from the second call with inputs of the same shapes and types on.
 
     The inputs are those arguments that are arrays. Other arguments must be hashable; each value has tapes of
     its own. The result is one array, and a copy where the function was replayed. memory: the arrays, beside
-    the weights of `model`, that the function reads or writes. pack_after: the number of calls after which
-    copies of the weights, in the order of their use, are expected to pay; the weights must not change any
-    more. most: how many tapes are kept.
+    the weights of `model`, that the function reads or writes. packs: copies of the weights, which must not
+    change while these copies are in use. most: how many tapes are kept.
 
     On the NumPy backend the result is `function` itself. Not for several threads at a time.
     """
     if model.ops is not kernels:
         return function
-    tapes, arena, calls, packs = {}, Arena(), 0, Packs() if pack_after else None
-    weights = ()
+    tapes, arena, weights = {}, Arena(), ()
 
     def replay(*args, **named) -> Array:
-        nonlocal calls, weights
+        nonlocal weights
         if kernels.current_tape() is not None:  # the tape of a caller, which must see the operations
             return function(*args, **named)
-        calls += 1
-        if calls == pack_after:
-            packs.fill()
+        if packs is not None:
+            packs.count()
         if not (weights and weights[0] is model.flat and weights[1] is model.trained.flat):
             tapes.clear()  # they read other weights
             weights = model.flat, model.trained.flat
@@ -88,10 +87,13 @@ def recorded(
 
 
 class Packs:
-    """Copies of weights in the order in which a multiply reads them. They are read once they are ready."""
+    """Copies of weights in the order in which a multiply reads them, made at call number `after`.
 
-    def __init__(self) -> None:
-        self.ready, self._copies = np.zeros(1, np.int32), {}
+    Several functions may share the copies. Multiplies read a copy as soon as it is made.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.ready, self._copies, self._calls_left = np.zeros(1, np.int32), {}, after
 
     def panels(self, b: Array, bfloat16: bool) -> Array:
         """The copy of a weight (K, N); the same weight has one copy."""
@@ -103,10 +105,13 @@ class Packs:
                 self._pack(*self._copies[key])
         return self._copies[key][0]
 
-    def fill(self) -> None:
-        for copy in self._copies.values():
-            self._pack(*copy)
-        self.ready[:] = 1
+    def count(self) -> None:
+        """Counts one call of a function. Makes the copies if it is number `after`."""
+        self._calls_left -= 1
+        if self._calls_left == 0:
+            for copy in self._copies.values():
+                self._pack(*copy)
+            self.ready[:] = 1
 
     def _pack(self, *copy) -> None:
         with kernels.write_to(None):
