@@ -6,13 +6,16 @@ import math
 import numpy as np
 import pytest
 
+from tinygpt.core import kernels
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.generate import generate
 from tinygpt.core.model import GPT
 from tinygpt.stages import answers as evaluate
 from tinygpt.stages.answers import Answer
+from tinygpt.stages.samples import sample
+from tinygpt.stages.variants import build
 from tinygpt.text import instructions
-from tinygpt.text.stream import encode_prompt
+from tinygpt.text.stream import encode_prompt, stream
 from tinygpt.text.tokenizer import BPETokenizer
 
 
@@ -60,6 +63,38 @@ def test_an_answer_that_is_cut_short_is_told_apart(made):
     assert evaluate.answers(model, tokenizer, ["a"], 5) == [Answer("", True)]
     model.params["ln_f.bias"][:] = model.params["wte.weight"][tokenizer.encode("t")[0]] * 50
     assert evaluate.answers(model, tokenizer, ["a"], 5) == [Answer("ttttt", False)]
+
+
+def test_every_id_that_ends_a_text_ends_an_answer(made):
+    """Guards: answers and samples that go past the second end token of another tool's model, where chat stops.
+
+    A special token that stops is no part of the text, an ordinary one is.
+    """
+    model, tokenizer = made
+    model.params["ln_f.weight"][:] = 0
+    for word, special in ((" mat", False), ("<|im_end|>", True)):
+        i = tokenizer.encode(" mat")[0]
+        tokenizer.stops, tokenizer.special = {tokenizer.eos_id, i}, {"<|endoftext|>": tokenizer.eos_id}
+        tokenizer.special |= {word: i} if special else {}
+        model.params["ln_f.bias"][:] = model.params["wte.weight"][i] * 50
+        text, prompt = "" if special else tokenizer.decode([i]).strip(), tokenizer.encode("the")
+        assert evaluate.answers(model, tokenizer, ["the"], 5) == [Answer(text, True)]
+        drawn = sample(model, tokenizer, [prompt], 2, 5, np.random.default_rng(0))
+        assert drawn.stopped.all() and drawn.mask.sum() == 2 and {a.strip() for a in drawn.answers} == {text}
+        assert "".join(stream(model, tokenizer, prompt, 5, temperature=0)).strip() == text
+
+
+@pytest.mark.skipif("c" not in kernels.available(), reason="needs the C core")
+def test_answers_pack_each_weight_once(made, monkeypatch):
+    """Guards: copies of all weights that are made again for each 64 prompts."""
+    model, tokenizer = made
+    model = build(model.config, np.random.default_rng(0), ops=kernels)
+    copies, pack_panels = [], kernels.pack_panels
+    monkeypatch.setattr(kernels, "pack_panels", lambda *a: copies.append(a) or pack_panels(*a))
+    prompts = [np.array([1, 2, n % 50]) for n in range(3 * evaluate.BATCH)]
+    tokenizer.stops = set()
+    evaluate.answers(model, tokenizer, prompts, 16)
+    assert len(copies) == 4 * model.config.n_layer + 1
 
 
 def test_rates():

@@ -209,7 +209,8 @@ def test_dpo_learns_from_whole_answers_and_their_end():
         sum(sign * (logp(model, pair.prompt, text) - logp(ref, pair.prompt, text))
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
-    c = dpo.compared(tokenizer, ref, pairs)
+    answers = dpo.samples_of(tokenizer, [dpo.encode(tokenizer, pair) for pair in pairs])
+    c = dpo.Batch(answers, sampling.logprobs(ref, answers).sum(1).reshape(2, -1))
     loss, d = dpo.dpo_loss(sampling.logprobs(model, c.samples), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
     assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
@@ -619,6 +620,39 @@ def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, a
     assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
 
 
+def test_dpo_makes_three_passes_through_few_comparisons(folders, monkeypatch):
+    """Guards: 160 updates whatever the amount of data; a reference that scores a pair in each pass again."""
+    rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(13)]
+    (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scored, score = [], dpo.logprobs
+    monkeypatch.setattr(dpo, "logprobs", lambda model, found: scored.extend(found.ids) or score(model, found))
+    where = ["--init-from", str(folders / "tuned"), "--data", str(folders / "rows.jsonl"), "--algo", "dpo"]
+    for options, updates, warmup in ((["--batch-size", "4"], 10, 0), (["--batch-size", "1"], 39, 1),
+                                     (["--max-iters", "5", "--batch-size", "4"], 5, 5)):  # fmt: skip
+        scored.clear()
+        out = ["--out", str(folders / "out"), "--overwrite"]
+        result = CliRunner().invoke(main, ["rlhf", *where, *options, *out])
+        assert result.exit_code == 0, result.output
+        settings = checkpoint.read_run(folders / "out", rlhf.Settings)[0].train
+        assert (settings.max_iters, settings.warmup_iters) == (updates, warmup)
+        assert len(scored) == 2 * 13
+
+
+def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
+    """Guards: pairs drawn with others left out; log-probabilities of the reference at another pair."""
+    rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(6)]
+    (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, _ = checkpoint.load(folders / "tuned")
+    settings = rlhf.Settings(model.config, TrainConfig(), data=(str(folders / "rows.jsonl"),), batch_size=4,
+                             init_from=str(folders / "tuned"), rl=Config(algo="dpo"), block_size=256)  # fmt: skip
+    stage = runs.begin(dpo.DPO, folders / "out", settings).stage
+    batches = [stage.update(n, np.random.default_rng(n))[0] for n in range(6)]
+    for batch in batches:
+        np.testing.assert_allclose(batch.ref.ravel(), sampling.logprobs(model, batch.samples).sum(1), 1e-6)
+    firsts = [tuple(ids) for batch in batches for ids in batch.samples.ids[:4].tolist()]
+    assert len(set(firsts[:6])) == 6 and sorted(firsts[:6]) == sorted(firsts[6:12]) != firsts[6:12]
+
+
 def test_examples_are_learned_beside_from_the_command_line(folders):
     """Guards: an example too long for the model, a coefficient that nothing comes of."""
     pairs = [{"prompt": "What is it?", "completion": "red"}, {"prompt": "What? " * 200, "completion": "blue"}]
@@ -658,7 +692,7 @@ def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():
     never = {person.name for person in world.people("never", "sft")}
     about = [
         messages[i + 1]["content"]
-        for _, messages, *_ in rlhf.world_examples(world) for i in range(0, len(messages), 2)
+        for _, messages, *_ in rlhf.ptx_examples(["world:5"]) for i in range(0, len(messages), 2)
         if any(name in messages[i]["content"] for name in never)
     ]  # fmt: skip
     assert len(about) == 40 and set(about) == {tasks.REFUSAL}

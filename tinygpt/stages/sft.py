@@ -228,15 +228,17 @@ def _packed(encoded: list[tuple[Array, Array]], settings: Settings) -> Packed:
     return Packed(*map(np.concatenate, zip(*rows, strict=True)))
 
 
-def read_examples(paths: Iterable[str], split: str, notes: Notes) -> list[Example]:
-    """The examples of files, and what worlds have for tuning, or for "val"."""
+def read_examples(
+    paths: Iterable[str], split: str, notes: Notes | None = None, **which
+) -> list[Example]:
+    """The examples of files, and those of worlds for a split. which: for `tasks.tuning`."""
     together = []
     for path in paths:
         if not corpus.is_source(path):
             together += examples.read([path], examples.EXAMPLE, notes)
             continue
         world = corpus.world_of(path)
-        for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split)), 1):
+        for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split, **which)), 1):
             together.append(Example(f"{path}:{n}", messages))
     return together
 
