@@ -66,7 +66,7 @@ def test_an_answer_that_is_cut_short_is_told_apart(made):
 
 
 def test_every_id_that_ends_a_text_ends_an_answer(made):
-    """Guards: answers and samples that go past the second end token of another tool's model, where chat stops.
+    """Guards: answers and samples that go past an end token of another tool's model, where chat stops.
 
     A special token that stops is no part of the text, an ordinary one is.
     """

@@ -643,8 +643,9 @@ def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
     rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(6)]
     (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model, _ = checkpoint.load(folders / "tuned")
-    settings = rlhf.Settings(model.config, TrainConfig(), data=(str(folders / "rows.jsonl"),), batch_size=4,
-                             init_from=str(folders / "tuned"), rl=Config(algo="dpo"), block_size=256)  # fmt: skip
+    where = {"data": (str(folders / "rows.jsonl"),), "init_from": str(folders / "tuned")}
+    how = {"rl": Config(algo="dpo"), "batch_size": 4, "block_size": 256}
+    settings = rlhf.Settings(model.config, TrainConfig(), **where, **how)
     stage = runs.begin(dpo.DPO, folders / "out", settings).stage
     batches = [stage.update(n, np.random.default_rng(n))[0] for n in range(6)]
     for batch in batches:

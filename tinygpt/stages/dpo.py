@@ -72,14 +72,14 @@ def dpo_loss(logp: Array, logits: Array | None, batch: Batch, beta: float) -> tu
 class DPO(RLHF):
     """DPO from comparisons, of all weights or of an adapter."""
 
-    def prepare(self) -> None:
+    def _prepare(self, settings: Settings, data: Material) -> None:
         def encoded(comparison: reward.Comparison) -> tuple:
             pair = encode(self.tokenizer, comparison)
             if len(pair.prompt) + max(map(len, pair[1:])) - 1 > self.model.context:
                 raise LeftOutError(f"as longer than the {self.model.context} positions of the model")
             return comparison.prompt, pair
 
-        kept = self.notes.keep(((c.where, c) for c in self.data.comparisons), encoded)
+        kept = self.notes.keep(((c.where, c) for c in data.comparisons), encoded)
         self.prompts, self.pairs = zip(*kept, strict=True)
         self.ref = np.full((2, len(self.pairs)), np.nan)  # the reference scores each pair once, see `update`
         self.compute = self._compute

@@ -49,7 +49,7 @@ from . import recipes, stage
 from .adapter import fingerprint
 from .answers import Rate, answers, wilson
 from .samples import sample
-from .stage import Stage, Store
+from .stage import Stage, Store, files, folder
 from .variants import build
 
 ROWS = 16  # rows of a forward pass, where nothing is trained
@@ -65,12 +65,10 @@ class Settings(stage.Settings):
     """
 
     stage: str = "reward"
-    init_from: str = option("", help="The model that becomes the judge: a model after tinygpt sft.",
-                            metavar="FOLDER", missing="the model")  # fmt: skip
-    data: tuple[str, ...] = option(
-        (), help=f"JSON Lines: {examples.USUAL[2]}, or another form of the README; repeat. world: simulated "
-        "people compare the model's own answers, in the world of the model.", metavar="FILE",
-        missing="the comparisons",
+    init_from: str = folder(help="The model, from tinygpt sft, that becomes the judge.", missing="the model")
+    data: tuple[str, ...] = files(
+        help=f"JSON Lines: {examples.USUAL[2]}, or another form of the README; repeat. world: simulated "
+        "people compare the model's own answers, in the model's world.", missing="the comparisons",
     )  # fmt: skip
     comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Comparisons of simulated people.")
     error: float = option(0.1, "[0, 1)", "The rate at which simulated people slip.")
@@ -284,13 +282,10 @@ class Reward(Stage):
         "max_iters": f"{recipes.REWARD['max_iters']}, or {MOST_PASSES} passes if less",
     }
 
-    def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Comparisons, scratch=None
-    ) -> None:
+    def prepare(self, data: Comparisons) -> None:
         """Comparisons that are longer than a row are left out. Of files, the comparisons of a tenth of the
         prompts are for evaluation: raises UserError for one prompt."""
-        super().__init__(settings, optimizer, tokenizer, data)
-        self.judge, limit = Judge(self.model, data.author, tokenizer), settings.block_size
+        self.judge, limit = Judge(self.model, data.author, self.tokenizer), self.settings.block_size
         self.depends_on(hashlib.sha256(repr([tuple(c[:5]) for c in data.comparisons]).encode()).hexdigest())
         self.judge.think(c.prompt for c in data.comparisons)
 
@@ -302,10 +297,10 @@ class Reward(Stage):
 
         pairs = self.notes.keep(((c.where, c) for c in data.comparisons), texts)
         prompts = sorted({c.prompt for c, _ in pairs}, key=str)
-        held_out = self._held_out(prompts) if settings.data else set()
+        held_out = self._held_out(prompts) if self.settings.data else set()
         self.val = [c for c, _ in pairs if c.prompt in held_out]
         self.pairs = [pair for c, pair in pairs if c.prompt not in held_out]
-        self.compute = partial(loss, optimizer, share=1 / settings.gradient_accumulation_steps)
+        self.compute = partial(loss, self.optimizer, share=1 / self.settings.gradient_accumulation_steps)
 
     def others(self, data: Comparisons) -> Iterable[GPT]:
         return (data.author,)
@@ -319,7 +314,7 @@ class Reward(Stage):
         return {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
 
     @classmethod
-    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: None) -> None:
+    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: None):
         if options["max_iters"] is None:
             count = sum(options["comparisons"] if is_source(path) else len(read_file(path))
                         for path in options["data"])  # fmt: skip

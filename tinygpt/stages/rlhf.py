@@ -46,7 +46,7 @@ from . import evaluate as world_evaluate
 from . import recipes, reward, sft, stage
 from .adapter import AdapterConfig, fingerprint
 from .samples import Samples, learn, prompt_ids, sample, scored
-from .stage import Stage, Store
+from .stage import Stage, Store, files, folder
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
 _SAMPLED, _CLIPPED, _PPO = ({"algo": names} for names in (ALGORITHMS[:4], ALGORITHMS[1:4], ("ppo",)))
@@ -350,23 +350,18 @@ class Settings(stage.Settings):
     of comparisons."""
 
     stage: str = "rlhf"
-    init_from: str = option(
-        "", help="The model to steer, from tinygpt sft. It stays unchanged, as the reference.",
-        metavar="FOLDER", missing="the model",
-    )  # fmt: skip
-    reward_from: str = option("", help="The judge, from tinygpt reward; dpo has none.", name="reward_model",
-                              metavar="FOLDER", only=_SAMPLED, missing="the judge")  # fmt: skip
-    data: tuple[str, ...] = option(
-        (), help=f"JSON Lines: {examples.USUAL[0]}, for dpo {examples.USUAL[2]}, or another form of the "
-        "README; repeat. world: questions about people of the base's world.", metavar="FILE",
-        missing="the prompts",
+    init_from: str = folder(help="The model to steer, from tinygpt sft. It stays as it is: the reference.",
+                            missing="the model")  # fmt: skip
+    reward_from: str = folder(help="The judge, from tinygpt reward; dpo has none.", name="reward_model",
+                              only=_SAMPLED, missing="the judge")  # fmt: skip
+    data: tuple[str, ...] = files(
+        help=f"JSON Lines: {examples.USUAL[0]}, for dpo {examples.USUAL[2]}, or another form of the README; "
+        "repeat. world: questions about people of the base's world.", missing="the prompts",
     )  # fmt: skip
     rl: Config = Config()
     reward_hash: str = ""  # of the judge's weights
-    ptx_data: tuple[str, ...] = option(
-        (), help="The tuning's examples, as tinygpt sft reads them; repeat.", metavar="FILE", only=_SAMPLED,
-        shown="the world of --data",
-    )  # fmt: skip
+    ptx_data: tuple[str, ...] = files(help="The tuning's examples, as tinygpt sft reads them; repeat.",
+                                      only=_SAMPLED, shown="the world of --data")  # fmt: skip
     batch_size: int = option(32, "[1, inf)", "dpo: comparisons of an update.", only={"algo": ("dpo",)})
     block_size: int = 64  # no option here: a row has the length of the model
     gradient_accumulation_steps: int = 1
@@ -420,9 +415,7 @@ class RLHF(Stage):
         return {"ptx_data": worlds, "ptx_coef": coefficient}
 
     @classmethod
-    def complete(
-        cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None
-    ) -> None:
+    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None):
         if options["max_iters"] is None and options["algo"] == "dpo":
             count = sum(len(reward.read_file(path)) for path in options["data"])
             reward.fit_updates(options, written, count, cls.most_updates)
@@ -435,19 +428,16 @@ class RLHF(Stage):
     def about(self) -> str:
         return f"; {len(self.prompts):,} prompts"
 
-    def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Material, scratch=None
-    ) -> None:
-        """A question that may not fit the model together with its answer is left out."""
-        super().__init__(settings, optimizer, tokenizer, data)
+    def prepare(self, data: Material) -> None:
+        """A question that leaves no room for its answer is left out."""
         self.data = data
         texts = [[item["prompt"] for item in data.prompts], [tuple(c[:5]) for c in data.comparisons],
                  [example.messages for example in data.examples]]  # fmt: skip
         self.depends_on(hashlib.sha256(repr(texts).encode()).hexdigest())
-        self.prepare()
+        self._prepare(self.settings, data)
 
-    def prepare(self) -> None:
-        settings, data, how = self.settings, self.data, self.settings.train
+    def _prepare(self, settings: Settings, data: Material) -> None:
+        how = settings.train
         if data.judge.tokenizer.spec != self.tokenizer.spec:
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
         mark = fingerprint(data.judge.model)
