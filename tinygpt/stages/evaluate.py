@@ -1,4 +1,4 @@
-"""What a model knows of a world: its loss above the floor, kind by kind, and the facts that it recalls.
+"""A model's knowledge of a world: its loss above the floor, by kind of document, and the facts it recalls.
 
 Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
 """
@@ -21,11 +21,11 @@ from ..world import EVALUATION, Person, World, tasks
 from ..world.corpus import DOCUMENTS, encoded
 from .answers import Answer, Rate, answers, likelihoods, wilson
 
-ROWS = 16  # at a time
+ROWS = 16  # of a forward pass
 
 
 class Gap(NamedTuple):
-    """Of one kind of document, in nats per token; the end of a document counts as a token."""
+    """The loss of one kind of document, in nats per token. The end of a document counts as a token."""
 
     documents: int
     tokens: int
@@ -37,7 +37,7 @@ class Gap(NamedTuple):
 def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
     """Each document's -log p in nats, (N,)."""
     ids = [encoded(tokenizer, document) for document in documents]
-    # A place's weight says which document it belongs to, from 1; 0 is padding.
+    # The weight of a place is the number of its document, from 1; 0 is padding.
     rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
     nll = np.zeros(len(ids) + 1)
     for begin in range(0, len(rows.ids), ROWS):
@@ -49,7 +49,7 @@ def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
 
 
 def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
-    """Loss above the floor on `count` fresh documents, by kind and of all; model None: the floors alone."""
+    """Loss above the floor on `count` new documents, by kind and of all; model None: the floors alone."""
     kinds, documents = zip(*itertools.islice(world.documents(EVALUATION), count), strict=True)
     kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
     tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
@@ -66,7 +66,7 @@ def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 200
 
 
 class Recall(NamedTuple):
-    """The model's answers to questions about facts in several wordings, an entry for each."""
+    """The model's answers to questions about facts, one entry for each fact and wording."""
 
     person: Array  # index
     attribute: Array  # index
@@ -75,7 +75,7 @@ class Recall(NamedTuple):
     nats: Array  # -log p of the right value among those of its attribute
 
     def rate(self) -> Rate:
-        """How often the likeliest of the values is the right one; chance is one in as many as there are."""
+        """How often the likeliest value is the right one; a guess is right once in as many as there are."""
         return wilson(int((self.chosen == self.right).sum()), len(self.right))
 
 
@@ -86,9 +86,8 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
     facts, prompts = [], []
     for n, person in enumerate(people):
         for a, attribute in enumerate(attributes):
-            for wording in attribute.wordings:
-                facts.append((n, a, person.values[a]))
-                prompts.append(encode_prompt(tokenizer, f"{person.name} {wording}"))
+            facts += [(n, a, person.values[a])] * len(attribute.wordings)
+            prompts += [encode_prompt(tokenizer, f"{person.name} {text}") for text in attribute.wordings]
     person, attribute, right = np.array(facts, int).reshape(-1, 3).T
     logps = likelihoods(model, prompts, [values[a] for a in attribute])
     chosen = np.array([logp.argmax() for logp in logps], int)
@@ -115,32 +114,31 @@ def exposures(world: World, documents: int) -> Counter:
     counts: Counter = Counter()
     person_of = {p.name: p for p in world.everyone if p.weight > 0}
     values = [value for attribute in world.lexicon.attributes for value in attribute.values]
-    meant = dict(zip(values, world.attribute_of, strict=True))
+    fact_of = dict(zip(values, world.attribute_of, strict=True))
     words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
     for _, document in itertools.islice(world.documents(), documents):
         person = None
         for word in words.findall(document):
             if " " in word:
                 person = person_of.get(word)
-            elif person is not None and word in meant:
-                attribute, value = meant[word]
+            elif person is not None and word in fact_of:
+                attribute, value = fact_of[word]
                 counts[person.name] += person.values[attribute] == value
     return counts
 
 
 def chance(world: World) -> float:
     """The recall of a guess."""
-    attributes = world.lexicon.attributes
-    return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)
+    return float(np.mean([1 / len(attribute.values) for attribute in world.lexicon.attributes]))
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
 class Score(NamedTuple):
-    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
+    """The rates of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
 
-    A right answer about people who were never seen is luck, and made up all the same.
+    A right answer about people in no document is luck: the model made it up too.
     """
 
     right: Rate
@@ -151,26 +149,23 @@ class Score(NamedTuple):
 
 
 def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[Answer]:
-    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not.
+    """The model's answers. Any model gets the questions in the form of `instructions`, tuned or not.
 
-    A question that does not fit its context with the longest of the right answers is not answered.
+    Where a question with the longest right answer does not fit the model's context, the answer is empty.
     """
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
     longest = max(len(tokenizer.encode(item["completion"])) for item in items)
-    fit = [n for n, ids in enumerate(prompts) if len(ids) + longest <= model.context]
-    replies = [Answer("", False)] * len(items)
-    if fit:
-        room = min(longest + 8, model.context - max(len(prompts[n]) for n in fit))
-        for n, answer in zip(fit, answers(model, tokenizer, [prompts[n] for n in fit], room), strict=True):
-            replies[n] = answer
-    return replies
+    fit = [ids for ids in prompts if len(ids) + longest <= model.context]
+    room = min(longest + 8, model.context - max(map(len, fit), default=0))
+    replies = iter(answers(model, tokenizer, fit, room))
+    return [next(replies) if len(ids) + longest <= model.context else Answer("", False) for ids in prompts]
 
 
 def score(world: World, items: Sequence[tasks.Item], replies: Sequence[Answer]) -> Score:
     n, counts = len(items), Counter()
-    forms = {task: tasks.form(world, task) for task in {item["meta"]["task"] for item in items}}
     for item, answer in zip(items, replies, strict=True):
-        formed = bool(answer.stopped and forms[item["meta"]["task"]].fullmatch(answer.text))
+        form = tasks.form(world, item["meta"]["task"])
+        formed = bool(answer.stopped and form.fullmatch(answer.text))
         right = formed and tasks.right(item, answer.text)
         counts.update(
             right=right, formed=formed, stopped=answer.stopped,
@@ -183,7 +178,8 @@ def score(world: World, items: Sequence[tasks.Item], replies: Sequence[Answer]) 
 def corrupted(
     model: GPT, tokenizer: Tokenizer, world: World, items: Sequence[tasks.Item]
 ) -> tuple[Rate, Rate]:
-    """Of journeys answered right, after a false step: how often the answer changes, and to what follows.
+    """After a false step in a journey that the model solves: how often its answer changes, and how often to
+    the station that follows from the false step.
 
     items: journeys in the style "steps" of two or more rides. As lines are permutations, a false station
     always leads to a false end.
@@ -192,18 +188,18 @@ def corrupted(
     items = [item for item, answer in pairs if tasks.right(item, answer.text)]
     if not items:
         return wilson(0, 0), wilson(0, 0)
-    prompts, follows = [], []
+    prompts, ends = [], []
     for item in items:
-        steps, answer = tasks.corrupted(world, item)
+        steps, end = tasks.corrupted(world, item)
         prompt = instructions.prompt(tokenizer, item["prompt"])
         prompts.append(np.concatenate([prompt, tokenizer.encode(f" {steps}")]).astype(np.int32))
-        follows.append(answer)
+        ends.append(end)
     room = model.context - max(map(len, prompts))
     form, changes, consequences = tasks.form(world, "journey"), 0, 0
-    for item, answer, reply in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+    for item, end, reply in zip(items, ends, answers(model, tokenizer, prompts, room), strict=True):
         if reply.stopped and form.fullmatch(reply.text):
             changes += not tasks.right(item, reply.text)
-            consequences += reply.text.endswith(f" {answer}.")
+            consequences += reply.text.endswith(f" {end}.")
     return wilson(changes, len(items)), wilson(consequences, len(items))
 
 
