@@ -209,7 +209,7 @@ def test_dpo_learns_from_whole_answers_and_their_end():
         sum(sign * (logp(model, pair.prompt, text) - logp(ref, pair.prompt, text))
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
-    answers = dpo.samples_of(tokenizer, [dpo.encode(tokenizer, pair) for pair in pairs])
+    answers = dpo.samples_of(tokenizer, [dpo.encode(model, tokenizer, pair) for pair in pairs])
     c = dpo.Batch(answers, sampling.logprobs(ref, answers).sum(1).reshape(2, -1))
     loss, d = dpo.dpo_loss(sampling.logprobs(model, c.samples), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
@@ -434,7 +434,7 @@ def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     t = trainer(model, config, judge, values=AdamW(values) if algo == "ppo" else None)
     ratios, seen = [], []
     for n in range(6):
-        batches = t.batches(n, np.random.default_rng(n))
+        batches = t.update(n, np.random.default_rng(n))
         seen.append(id(batches[0]))
         record = t.compute(batches, np.random.default_rng(n))
         ratios.append(record["ratio"])
@@ -464,7 +464,7 @@ def test_policy_reference_judge_and_values_share_their_bases():
         t.reference = base
 
         def step() -> float:
-            t.compute(t.batches(t.optimizer.steps, rng), rng)
+            t.compute(t.update(t.optimizer.steps, rng), rng)
             return t.optimizer.step(1e-2)
 
         return step, (policy.adapter.flat, values.adapter.flat)
@@ -498,7 +498,7 @@ def test_the_gradient_of_examples_learned_beside_comes_on_top():
     for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
         t = trainer(model, config, judge, examples=examples)
         rng = np.random.default_rng(5)
-        record = t.compute(t.batches(0, rng), rng)
+        record = t.compute(t.update(0, rng), rng)
         found[name] = t.optimizer.flat.copy()
     loss = train.gradients(t.optimizer)([batch])
     assert asked == [0] and record["ptx_loss"] == pytest.approx(loss)
@@ -542,7 +542,7 @@ def test_as_it_runs_each_finds_what_is_rewarded(algo):
     records = []
     for n in range(120):
         rng = np.random.default_rng(n)
-        records.append(t.compute(t.batches(n, rng), rng))
+        records.append(t.compute(t.update(n, rng), rng))
         t.optimizer.step(2e-2)
     rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
     before = sampling.sample(make(0), Tok(), asked, 200, LONGEST, rng)
@@ -557,7 +557,7 @@ def test_one_answer_to_everything_is_told():
     model = make(0)
     config = Config(num_prompts=3, num_generations=4, max_new_tokens=2)
     t = trainer(model, config, lambda questions, answers: np.zeros(len(answers)))
-    (r,) = t.batches(0, np.random.default_rng(0))
+    (r,) = t.update(0, np.random.default_rng(0))
     same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
         record = t.compute([same], np.random.default_rng(0))
@@ -646,7 +646,7 @@ def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
     where = {"data": (str(folders / "rows.jsonl"),), "init_from": str(folders / "tuned")}
     how = {"rl": Config(algo="dpo"), "batch_size": 4, "block_size": 256}
     settings = rlhf.Settings(model.config, TrainConfig(), **where, **how)
-    stage = runs.begin(dpo.DPO, folders / "out", settings).stage
+    stage = runs.begin(rlhf.RLHF, folders / "out", settings).stage
     batches = [stage.update(n, np.random.default_rng(n))[0] for n in range(6)]
     for batch in batches:
         np.testing.assert_allclose(batch.ref.ravel(), sampling.logprobs(model, batch.samples).sum(1), 1e-6)

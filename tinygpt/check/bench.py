@@ -200,7 +200,7 @@ def _rloo(size: str) -> Callable[[], object]:
     )  # fmt: skip
 
     def step() -> None:
-        learner.compute(learner.batches(optimizer.steps, rng), rng)
+        learner.compute(learner.update(optimizer.steps, rng), rng)
         optimizer.step(1e-5)
 
     return step

@@ -87,7 +87,6 @@ def resume(cls: type[Stage], folder: Path, group: Alone = ALONE, **moved: Sequen
     same = [n for n, value in vars(settings).items() if "data" in moved and value == settings.data and value]
     settings = dataclasses.replace(settings, **dict.fromkeys(same, moved.get("data")) | moved)
     group.shares(settings.gradient_accumulation_steps)
-    cls = cls.of(settings)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
         is_needed = name in cls.needs or not settings.has_model

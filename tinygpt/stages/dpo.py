@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.model import GPT
+from ..core.optim import AdamW
 from ..text import instructions
 from ..text.data import Array, Tokenizer, shuffled_places
-from ..text.examples import LeftOutError, Notes
-from . import reward
-from .rlhf import RLHF, Material, Settings
+from ..text.examples import LeftOutError
+from .reward import Comparison
 from .samples import Samples, answered, learn, logprobs
-from .stage import Store
 
 
 def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
@@ -40,10 +40,14 @@ class Pair(NamedTuple):
     rejected: Array
 
 
-def encode(tokenizer: Tokenizer, comparison: reward.Comparison) -> Pair:
+def encode(model: GPT, tokenizer: Tokenizer, comparison: Comparison) -> Pair:
+    """Raises LeftOutError for a comparison that is longer than the model's context."""
     texts = map(instructions.answer_text, (comparison.chosen, comparison.rejected))
     answers = (np.append(tokenizer.encode(text), np.int32(tokenizer.eos_id)) for text in texts)
-    return Pair(instructions.prompt(tokenizer, comparison.prompt), *answers)
+    pair = Pair(instructions.prompt(tokenizer, comparison.prompt), *answers)
+    if len(pair.prompt) + max(map(len, pair[1:])) - 1 > model.context:
+        raise LeftOutError(f"as longer than the {model.context} positions of the model")
+    return pair
 
 
 def samples_of(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Samples:
@@ -69,39 +73,27 @@ def dpo_loss(logp: Array, logits: Array | None, batch: Batch, beta: float) -> tu
     return loss, np.concatenate(d)[:, None] * batch.samples.mask
 
 
-class DPO(RLHF):
-    """DPO from comparisons, of all weights or of an adapter."""
+class Learner:
+    """Makes updates from comparisons: `update` and `compute` are for `train.train`."""
 
-    def _prepare(self, settings: Settings, data: Material) -> None:
-        def encoded(comparison: reward.Comparison) -> tuple:
-            pair = encode(self.tokenizer, comparison)
-            if len(pair.prompt) + max(map(len, pair[1:])) - 1 > self.model.context:
-                raise LeftOutError(f"as longer than the {self.model.context} positions of the model")
-            return comparison.prompt, pair
-
-        kept = self.notes.keep(((c.where, c) for c in data.comparisons), encoded)
-        self.prompts, self.pairs = zip(*kept, strict=True)
-        self.ref = np.full((2, len(self.pairs)), np.nan)  # the reference scores each pair once, see `update`
-        self.compute = self._compute
-
-    @classmethod
-    def read(cls, settings: Settings, store: Store) -> Material:
-        notes = Notes()
-        comparisons = [c for path in settings.data for c in reward.read_file(path, notes)]
-        return Material(store.base(settings), None, [], comparisons, [], notes=notes)
+    def __init__(
+        self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, pairs: Sequence[Pair], beta: float,
+        batch_size: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.reference, self.tokenizer, self.pairs = optimizer, reference, tokenizer, pairs
+        self.beta, self.batch_size, self.seed = beta, min(batch_size, len(pairs)), seed
+        self.ref = np.full((2, len(pairs)), np.nan)  # the reference scores each pair once, see `update`
 
     def update(self, n: int, rng: np.random.Generator) -> list[Batch]:
-        """The pairs whose turn is in update n. The reference scores those that are new to it."""
-        size = min(self.settings.batch_size, len(self.pairs))
-        places = shuffled_places(len(self.pairs), size, n, self.settings.train.seed)
+        """The pairs whose turn is in update n. The reference scores those that have no score yet."""
+        places = shuffled_places(len(self.pairs), self.batch_size, n, self.seed)
         if len(new := np.unique(places[np.isnan(self.ref[0, places])])):
-            self.ref[:, new] = logprobs(self.data.reference, self._samples(new)).sum(1).reshape(2, -1)
+            self.ref[:, new] = logprobs(self.reference, self._samples(new)).sum(1).reshape(2, -1)
         return [Batch(self._samples(places), self.ref[:, places])]
 
     def _samples(self, places: Array) -> Samples:
         return samples_of(self.tokenizer, [self.pairs[place] for place in places])
 
-    def _compute(self, batches: list[Batch], rng: np.random.Generator) -> float:
+    def compute(self, batches: list[Batch], rng: np.random.Generator) -> float:
         (batch,) = batches
-        objective = partial(dpo_loss, batch=batch, beta=self.settings.rl.beta)
-        return learn(self.optimizer, batch.samples, objective)
+        return learn(self.optimizer, batch.samples, partial(dpo_loss, batch=batch, beta=self.beta))

@@ -22,9 +22,9 @@ class _Learned(Adapted):
     activation = "relu"
 
     def initialise(self, rng: np.random.Generator) -> None:
-        """A prompt begins as random tokens of the vocabulary, or as random numbers. Random numbers are normal.
-        Their deviation is that of the token table; it is 1 for the input of an MLP. The MLP's layers are
-        uniform in +-1 / sqrt(inputs), as PyTorch's."""
+        """A prompt begins as random tokens of the vocabulary, or as random normal numbers. Their deviation is
+        that of the token table, or 1 for the input of an MLP. The MLP's layers are uniform in +-1 /
+        sqrt(inputs), as PyTorch's."""
         params, config = self.adapter.params, self.adapter.config
         for name, p in params.items():
             if name != "embedding.weight":

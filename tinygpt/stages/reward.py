@@ -34,13 +34,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import train
-from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import option
 from ..errors import UserError
 from ..text import examples, instructions
-from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
+from ..text.data import Array, Packed, Tokenizer, pack, permuted, shuffled_places
 from ..text.examples import LeftOutError, Notes
 from ..text.instructions import Prompt
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
@@ -49,12 +48,11 @@ from . import recipes, stage
 from .adapter import fingerprint
 from .answers import Rate, answers, wilson
 from .samples import sample
-from .stage import Stage, Store, files, folder
+from .stage import MOST_PASSES, Stage, Store, files, folder
 from .variants import build
 
 ROWS = 16  # rows of a forward pass, where nothing is trained
 LONGEST_THOUGHT = 32  # tokens of the author's answer
-MOST_PASSES = 3  # through few comparisons: in more passes a model would learn them by heart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,16 +241,6 @@ def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> P
     return marked([ids for place in places for ids in pairs[place]], settings.block_size)
 
 
-def fit_updates(options: dict, written: set[str], count: int, most: int) -> None:
-    """Puts in the default of max_iters: `MOST_PASSES` through `count` comparisons, `most` updates at most.
-
-    The warm-up is then a 25th of the updates at most, unless its option was `written` by the user.
-    """
-    options["max_iters"] = min(most, -(-MOST_PASSES * count // options["batch_size"]))
-    if "warmup_iters" not in written:
-        options["warmup_iters"] = min(options["warmup_iters"], options["max_iters"] // 25)
-
-
 def _sides(comparisons: Sequence[Comparison]) -> tuple[list[Prompt], list[str]]:
     """Questions and answers, chosen and rejected in turn."""
     questions = [c.prompt for c in comparisons for _ in range(2)]
@@ -278,9 +266,8 @@ class Reward(Stage):
 
     name, Settings, needs = "reward", Settings, ("init_from",)
     sizes, unused, most_tokens = ("dropout",), ("merge_every", "adapter"), 128
-    defaults = recipes.REWARD | {
-        "max_iters": f"{recipes.REWARD['max_iters']}, or {MOST_PASSES} passes if less",
-    }
+    most_updates = recipes.REWARD["max_iters"]
+    defaults = recipes.REWARD | {"max_iters": f"{most_updates}, or {MOST_PASSES} passes if less"}
 
     def prepare(self, data: Comparisons) -> None:
         """Comparisons that are longer than a row are left out. Of files, the comparisons of a tenth of the
@@ -310,16 +297,12 @@ class Reward(Stage):
         if len(prompts) < 2:
             reason = f"one prompt is too few, as one prompt is for evaluation. {self.notes}"
             raise UserError(f"{self.settings.data[0]}: {reason}")
-        order = np.random.default_rng([self.settings.train.seed, 0, 1]).permutation(len(prompts))
-        return {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+        return set(permuted(prompts, self.settings.train.seed)[: max(1, len(prompts) // 10)])
 
     @classmethod
-    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: None):
-        if options["max_iters"] is None:
-            count = sum(options["comparisons"] if is_source(path) else len(read_file(path))
-                        for path in options["data"])  # fmt: skip
-            fit_updates(options, written, count, recipes.REWARD["max_iters"])
-        super().complete(options, written, model, adapter)
+    def count(cls, options: dict) -> int:
+        return sum(options["comparisons"] if is_source(path) else len(read_file(path))
+                   for path in options["data"])  # fmt: skip
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Comparisons:
@@ -358,13 +341,12 @@ def in_memory(
 
 def read_file(path: str | Path, notes: Notes | None = None) -> list[Comparison]:
     """The comparisons of a file, in any of `examples.FORMS`. Raises UserError, with file and line."""
-    return [_comparison((e.prompt, e.messages[-1]["content"], e.rejected), e.row, e.where)
-            for e in examples.read([path], examples.COMPARISON, notes)]  # fmt: skip
-
-
-def _comparison(texts: tuple[Prompt, str, str], row: dict, where: str = "") -> Comparison:
-    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)), where)
+    comparisons = []
+    for e in examples.read([path], examples.COMPARISON, notes):
+        meta = e.row["meta"] if isinstance(e.row.get("meta"), dict) else {}
+        marks = str(meta.get("kind", "")), bool(meta.get("is_right", True))
+        comparisons.append(Comparison(e.prompt, e.messages[-1]["content"], e.rejected, *marks, e.where))
+    return comparisons
 
 
 def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
@@ -417,4 +399,4 @@ def collect(
         answers_to[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
     questions = [(item, answers_to[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
     rows = preferences.compared(world, questions, count, error, seed, blind)
-    return [_comparison((row["prompt"], row["chosen"], row["rejected"]), row) for row in rows]
+    return [Comparison(row["prompt"], row["chosen"], row["rejected"], **row["meta"]) for row in rows]

@@ -27,12 +27,12 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from ..core import train
-from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import check_options, option
@@ -42,11 +42,11 @@ from ..text.data import Array, Tokenizer, shuffled_places
 from ..text.examples import Example, Notes
 from ..text.instructions import Prompt
 from ..world import World, corpus, preferences, tasks
+from . import dpo, recipes, reward, sft, stage
 from . import evaluate as world_evaluate
-from . import recipes, reward, sft, stage
-from .adapter import AdapterConfig, fingerprint
+from .adapter import fingerprint
 from .samples import Samples, learn, prompt_ids, sample, scored
-from .stage import Stage, Store, files, folder
+from .stage import MOST_PASSES, Stage, Store, files, folder
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
 _SAMPLED, _CLIPPED, _PPO = ({"algo": names} for names in (ALGORITHMS[:4], ALGORITHMS[1:4], ("ppo",)))
@@ -257,7 +257,7 @@ Judging = Callable[[list[Prompt], list[str]], Array]  # questions, answers -> sc
 
 @dataclasses.dataclass(eq=False)
 class Trainer:
-    """Makes updates from samples: `batches` and `compute` are for `train.train`."""
+    """Makes updates from samples: `update` and `compute` are for `train.train`."""
 
     optimizer: AdamW  # of the policy
     reference: GPT
@@ -276,7 +276,7 @@ class Trainer:
         self.experience: Experience | None = None  # of the last rollout, from its first update on
         self.learn_examples = train.gradients(self.optimizer)
 
-    def batches(self, n: int, rng: np.random.Generator) -> list[Rollout]:
+    def update(self, n: int, rng: np.random.Generator) -> list[Rollout]:
         """For update n, samples of the present policy; the same samples for `num_iterations` updates."""
         c = self.config
         if n % c.num_iterations and self.last is not None:
@@ -404,7 +404,7 @@ class RLHF(Stage):
     name, Settings, needs = "rlhf", Settings, ("init_from", "reward_from")
     unused = ("merge_every", "lora_dropout")  # answers are scored without dropout
     most_updates = recipes.RLHF["max_iters"]
-    defaults = recipes.RLHF | {"max_iters": f"{most_updates}; dpo: {reward.MOST_PASSES} passes if less"}
+    defaults = recipes.RLHF | {"max_iters": f"{most_updates}; dpo: {MOST_PASSES} passes if less"}
 
     @classmethod
     def recipe(cls, options: dict) -> dict[str, object]:
@@ -415,12 +415,8 @@ class RLHF(Stage):
         return {"ptx_data": worlds, "ptx_coef": coefficient}
 
     @classmethod
-    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None):
-        if options["max_iters"] is None and options["algo"] == "dpo":
-            count = sum(len(reward.read_file(path)) for path in options["data"])
-            reward.fit_updates(options, written, count, cls.most_updates)
-        options["max_iters"] = options["max_iters"] or cls.most_updates
-        super().complete(options, written, model, adapter)
+    def count(cls, options: dict) -> int | None:
+        return sum(len(reward.read_file(path)) for path in options["data"]) if options["algo"] == "dpo" else None
 
     def others(self, data: Material) -> Iterable[GPT]:
         return (data.reference, *((data.judge.model, data.judge.author) if data.judge else ()))
@@ -429,15 +425,22 @@ class RLHF(Stage):
         return f"; {len(self.prompts):,} prompts"
 
     def prepare(self, data: Material) -> None:
-        """A question that leaves no room for its answer is left out."""
-        self.data = data
+        """A question that leaves no room for its answer is left out, and so is a comparison."""
         texts = [[item["prompt"] for item in data.prompts], [tuple(c[:5]) for c in data.comparisons],
                  [example.messages for example in data.examples]]  # fmt: skip
         self.depends_on(hashlib.sha256(repr(texts).encode()).hexdigest())
-        self._prepare(self.settings, data)
+        self.data, learner = data, (self._dpo if self.settings.rl.algo == "dpo" else self._sampling)(data)
+        self.update, self.compute = learner.update, learner.compute
 
-    def _prepare(self, settings: Settings, data: Material) -> None:
-        how = settings.train
+    def _dpo(self, data: Material) -> dpo.Learner:
+        settings, encode = self.settings, partial(dpo.encode, self.model, self.tokenizer)
+        pairs = self.notes.keep(((c.where, c) for c in data.comparisons), lambda c: (c.prompt, encode(c)))
+        self.prompts, pairs = zip(*pairs, strict=True)
+        return dpo.Learner(self.optimizer, data.reference, self.tokenizer, pairs, settings.rl.beta,
+                           settings.batch_size, settings.train.seed)  # fmt: skip
+
+    def _sampling(self, data: Material) -> Trainer:
+        settings, how = self.settings, self.settings.train
         if data.judge.tokenizer.spec != self.tokenizer.spec:
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
         mark = fingerprint(data.judge.model)
@@ -451,27 +454,23 @@ class RLHF(Stage):
         if data.examples and settings.rl.ptx_coef:
             rows = sft.Settings(data.reference.config, how, block_size=self.model.context, batch_size=4)
             ptx = sft.updates(self.tokenizer, data.examples, rows, self.notes)
-        trainer = Trainer(
+        return Trainer(
             self.optimizer, data.reference, self.tokenizer, settings.rl, pairs, data.judge,
             how.optimizer(data.judge.model.copy()) if settings.rl.algo == "ppo" else None,
             _gold(data.world, data.prompts) if data.world else None, how.seed, how.learning_rate_at, ptx,
         )  # fmt: skip
-        self.update, self.compute = trainer.batches, trainer.compute
-
-    @classmethod
-    def of(cls, settings: Settings) -> type[Stage]:
-        from .dpo import DPO
-
-        return DPO if settings.rl.algo == "dpo" else RLHF
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Material:
-        notes = Notes()
+        notes, reference = Notes(), store.base(settings)
+        if settings.rl.algo == "dpo":
+            comparisons = [c for path in settings.data for c in reward.read_file(path, notes)]
+            return Material(reference, None, [], comparisons, [], notes=notes)
         prompts = [item for path in settings.data for item in read_prompts(path, notes)]
         source = next(filter(corpus.is_source, settings.data), None)
         world, judge = corpus.world_of(source) if source else None, store.judge(settings.reward_from)
         ptx = ptx_examples(settings.ptx_data, notes)
-        return Material(store.base(settings), judge, prompts, [], ptx, world, notes)
+        return Material(reference, judge, prompts, [], ptx, world, notes)
 
     @classmethod
     def start(cls, settings: Settings, data: Material, store: Store) -> tuple[Settings, GPT, Tokenizer]:

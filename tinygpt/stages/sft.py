@@ -31,7 +31,7 @@ from ..core.model import GPT
 from ..core.option import option, written
 from ..errors import UserError
 from ..text import data, examples, instructions
-from ..text.data import Array, Packed, Tokenizer
+from ..text.data import Array, Packed, Tokenizer, permuted
 from ..text.examples import Example, LeftOutError, Notes
 from ..text.instructions import Message
 from ..world import corpus, tasks
@@ -95,7 +95,7 @@ class SFT(Stage):
         """Raises UserError, with file and line, for a wrong example, and where there are too few examples."""
         settings, tokenizer, self.before = self.settings, self.tokenizer, data.before
         instructions.prompt(tokenizer, "")  # so that an error of the tokenizer does not name an example
-        encoded, n = shuffled(tokenizer, data.train, settings, self.notes), 0
+        encoded = permuted(fitting(tokenizer, data.train, settings, self.notes), settings.train.seed)
         val = fitting(tokenizer, data.val, settings, self.notes)
         if settings.data and not data.val:  # in memory nothing is evaluated
             if len(encoded) < 2:
@@ -199,20 +199,12 @@ def fitting(
     return notes.keep(((example.where, example) for example in examples), encoded)
 
 
-def shuffled(
-    tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
-) -> list[Encoded]:
-    """The examples that fit a row, in an order that the seed decides."""
-    encoded = fitting(tokenizer, examples, settings, notes)
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
-    return [encoded[i] for i in order]
-
-
 def updates(
     tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
 ) -> Callable[[int], list[train.Batch]]:
     """A function from the number of an update to its batches."""
-    rows = _packed(shuffled(tokenizer, examples, settings, notes), settings)
+    encoded = permuted(fitting(tokenizer, examples, settings, notes), settings.train.seed)
+    rows = _packed(encoded, settings)
     return lambda n: update(rows, settings, n)
 
 

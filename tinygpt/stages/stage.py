@@ -37,6 +37,7 @@ from . import lora, variants
 from .adapter import LEARNING_RATES, AdapterConfig, fingerprint
 
 MOST_TOKENS = 10**9  # of a batch: no memory holds more
+MOST_PASSES = 3  # through comparisons: in more passes a model would learn few comparisons by heart
 folder = partial(option, "", metavar="FOLDER")  # an option that names a folder
 files = partial(option, (), metavar="FILE")  # an option that names files
 
@@ -67,11 +68,9 @@ class Settings:
             raise UserError(f"block_size is {self.block_size}: the model has only {limit} positions{beside}")
         if self.train.merge_every and not (self.adapter and self.adapter.kind == "lora"):
             raise UserError("merge_every is for an adapter that can be merged, which is lora")
-        if self.batch_size * self.block_size > MOST_TOKENS:
-            raise UserError(
-                f"batch_size is {self.batch_size}: with block_size {self.block_size} it must be at most "
-                f"{MOST_TOKENS // self.block_size}; gradient_accumulation_steps adds up small batches"
-            )
+        if self.batch_size > (most := MOST_TOKENS // self.block_size):
+            rule = f"at most {most}; gradient_accumulation_steps adds up small batches"
+            raise UserError(f"batch_size is {self.batch_size}: with this block_size it must be {rule}")
 
     @property
     def size(self) -> int:
@@ -117,6 +116,7 @@ class Stage:
     unused: tuple[str, ...] = ()  # options of the settings' parts that have no meaning here
     defaults: dict[str, object] = {}  # of options, where they differ from those of the dataclasses
     most_tokens = 1 << 30  # the default of block_size, where the model has as many positions
+    most_updates = 0  # the default of max_iters, where `MOST_PASSES` through the data are as many updates
     needs: tuple[str, ...] = ()  # fields of the settings that name folders which must stay unchanged
 
     def __init__(
@@ -148,12 +148,22 @@ class Stage:
 
         written: the options that the user wrote.
         """
+        if options["max_iters"] is None:
+            count, most = cls.count(options), cls.most_updates
+            passes = most if count is None else -(-MOST_PASSES * count // options["batch_size"])
+            options["max_iters"] = min(most, passes)
+            if "warmup_iters" not in written:
+                options["warmup_iters"] = min(options["warmup_iters"], options["max_iters"] // 25)
         if adapter and "learning_rate" not in written:
             options["learning_rate"] = LEARNING_RATES[adapter.kind]
         if options["min_lr"] is None:
             options["min_lr"] = options["learning_rate"] / 10
         if options.get("block_size") is None:
             options["block_size"] = max(1, min(cls.most_tokens, room(model, adapter)))
+
+    @classmethod
+    def count(cls, options: dict) -> int | None:
+        """The number of examples. None: the number does not limit the updates."""
 
     def about(self) -> str:
         """The size of the data, for the line that the command prints before it trains."""
@@ -168,11 +178,6 @@ class Stage:
             source = ", ".join(paths) or "the documentation of this Python"
             raise UserError(f"{source}: not the data that this run began with; it needs that")
         self.settings = dataclasses.replace(self.settings, fingerprint=mark)
-
-    @classmethod
-    def of(cls, settings: Settings) -> type[Stage]:
-        """The stage, or its variant for these settings."""
-        return cls
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> object:
