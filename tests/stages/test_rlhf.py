@@ -346,7 +346,7 @@ def test_the_value_loss(rng):
     few = samples([(1, 0), (2, 3, 0)])
     values = rng.standard_normal(few.mask.shape)
     returns = values + rng.standard_normal(values.shape)
-    e = rlhf.Experience(few, None, None, None, None, returns, values)
+    e = rlhf.Experience(few, None, None, None, returns, values)
     now = values + rng.choice([-0.5, -0.1, 0.1, 0.5], values.shape)
     config = Config(algo="ppo")
     loss, d = rlhf.value_loss(now, e, config)

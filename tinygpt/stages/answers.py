@@ -6,7 +6,7 @@ Reference: Wilson 1927, "Probable inference, the law of succession, and statisti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ..core.generate import packs_for
 from ..core.model import GPT
 from ..text import instructions
-from ..text.data import Array, Tokenizer, pack
+from ..text.data import Array, Packed, Tokenizer, pack
 from ..text.instructions import Message
 from ..text.stream import encode_prompt, ended, new_ids
 
@@ -54,6 +54,18 @@ def answers(
     return [replies[n] for n in range(len(ids))]
 
 
+def outputs(model: GPT, packed: Packed, rows: int = 16) -> Iterator[tuple[Array, Array, Array]]:
+    """The marked places of packed texts, `rows` rows at a time: marks (N,), targets (N,), outputs (N, V).
+
+    The weights of `packed` are the marks, whole numbers. At the mark 0 nothing is computed.
+    """
+    for at in range(0, len(packed.ids), rows):
+        ids, targets, marks, start, positions = (field[at : at + rows] for field in packed)
+        places = np.flatnonzero(marks).astype(np.int32)
+        logits, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)
+        yield marks.ravel()[places].astype(int), targets.ravel()[places], logits
+
+
 def likelihoods(
     model: GPT, prompts: Sequence[Array], choices: Sequence[Sequence[Array]], rows: int = 16
 ) -> list[Array]:
@@ -72,11 +84,7 @@ def likelihoods(
         parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(head) + 1])))
     packed = pack(parts, model.context)
     logps = [np.zeros(len(options)) for options in choices]
-    for at in range(0, len(packed.ids), rows):
-        ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
-        places = np.flatnonzero(marks).astype(np.int32)
-        logits, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)
-        marks = marks.ravel()[places].astype(int)
+    for marks, _, logits in outputs(model, packed, rows):
         for mark in np.unique(marks):
             n = keys[mark - 1][0]
             here = logits[marks == mark].astype(np.float64)  # (length of these choices, V)

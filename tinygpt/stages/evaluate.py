@@ -19,9 +19,7 @@ from ..text.data import Array, Tokenizer, pack
 from ..text.stream import encode_prompt
 from ..world import EVALUATION, Person, World, tasks
 from ..world.corpus import DOCUMENTS, encoded
-from .answers import Answer, Rate, answers, likelihoods, wilson
-
-ROWS = 16  # of a forward pass
+from .answers import Answer, Rate, answers, likelihoods, outputs, wilson
 
 
 class Gap(NamedTuple):
@@ -40,11 +38,9 @@ def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
     # The weight of a place is the number of its document, from 1; 0 is padding.
     rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
     nll = np.zeros(len(ids) + 1)
-    for begin in range(0, len(rows.ids), ROWS):
-        inputs, targets, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
-        logits, _ = model.forward(inputs, start=start, positions=positions, keep=False)
+    for owners, targets, logits in outputs(model, rows):
         loss, _ = model.ops.cross_entropy_forward(logits, targets)
-        nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
+        nll += np.bincount(owners, loss, len(nll))
     return nll[1:]
 
 

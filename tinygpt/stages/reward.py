@@ -46,12 +46,11 @@ from ..world import TASKS, Person, World, preferences, raw_integers, tasks
 from ..world.corpus import is_source
 from . import recipes, stage
 from .adapter import fingerprint
-from .answers import Rate, answers, wilson
+from .answers import Rate, answers, outputs, wilson
 from .samples import sample
 from .stage import MOST_PASSES, Stage, Store, files, folder
 from .variants import build
 
-ROWS = 16  # rows of a forward pass, where nothing is trained
 LONGEST_THOUGHT = 32  # tokens of the author's answer
 
 
@@ -157,12 +156,9 @@ def ends(marks: Array) -> Array:
 
 def scores(model: GPT, texts: Sequence[Array]) -> Array:
     """The score of each text (ids), (N,)."""
-    rows, rewards = marked(texts, model.context), np.zeros(len(texts), np.float64)
-    for at in range(0, len(rows.ids), ROWS):
-        ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
-        places = ends(marks)
-        outputs, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)  # (N, 1)
-        rewards[marks.ravel()[places].astype(int) - 1] = outputs[:, 0]
+    rewards = np.zeros(len(texts), np.float64)
+    for marks, _, values in outputs(model, marked(texts, model.context)):
+        rewards[marks - 1] = values[:, 0]
     return rewards
 
 
@@ -184,9 +180,9 @@ def loss(
 
     def of_one(rows: Packed) -> float:
         view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
-        outputs, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
-        nats, chosen, rejected = bradley_terry(outputs[::2, 0], outputs[1::2, 0])
-        dscores = np.zeros_like(outputs)
+        values, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
+        nats, chosen, rejected = bradley_terry(values[::2, 0], values[1::2, 0])
+        dscores = np.zeros_like(values)
         dscores[::2, 0], dscores[1::2, 0] = share * chosen, share * rejected
         model.backward(dscores, cache, optimizer.grads)
         return share * nats
@@ -284,20 +280,18 @@ class Reward(Stage):
 
         pairs = self.notes.keep(((c.where, c) for c in data.comparisons), texts)
         prompts = sorted({c.prompt for c, _ in pairs}, key=str)
-        held_out = self._held_out(prompts) if self.settings.data else set()
+        held_out = set()
+        if self.settings.data:  # a tenth of the prompts, which the seed decides
+            if len(prompts) < 2:
+                reason = f"one prompt is too few, as one prompt is for evaluation. {self.notes}"
+                raise UserError(f"{self.settings.data[0]}: {reason}")
+            held_out.update(permuted(prompts, self.settings.train.seed)[: max(1, len(prompts) // 10)])
         self.val = [c for c, _ in pairs if c.prompt in held_out]
         self.pairs = [pair for c, pair in pairs if c.prompt not in held_out]
         self.compute = partial(loss, self.optimizer, share=1 / self.settings.gradient_accumulation_steps)
 
     def others(self, data: Comparisons) -> Iterable[GPT]:
         return (data.author,)
-
-    def _held_out(self, prompts: list[Prompt]) -> set[Prompt]:
-        """A tenth of the prompts, which the seed decides."""
-        if len(prompts) < 2:
-            reason = f"one prompt is too few, as one prompt is for evaluation. {self.notes}"
-            raise UserError(f"{self.settings.data[0]}: {reason}")
-        return set(permuted(prompts, self.settings.train.seed)[: max(1, len(prompts) // 10)])
 
     @classmethod
     def count(cls, options: dict) -> int:

@@ -178,7 +178,6 @@ class Experience(NamedTuple):
     samples: Samples
     old: Array  # (N, T) log p under the policy that sampled
     ref: Array  # (N, T) log p under the reference
-    scores: Array  # (N,) of the reward model
     advantage: Array  # (N, T) or (N, 1)
     returns: Array | None = None  # (N, T), the targets of PPO's values
     values: Array | None = None  # (N, T), PPO's values at the time of sampling
@@ -205,7 +204,7 @@ def experience(
         advantage = leave_one_out(with_kl.reshape(groups)).reshape(-1, 1)
     else:
         advantage = leave_one_out(with_kl)[:, None]
-    return Experience(samples, old, ref, scores, advantage, returns, values)
+    return Experience(samples, old, ref, advantage, returns, values)
 
 
 def objective(logp: Array, e: Experience, config: Config) -> tuple[float, Array]:
@@ -368,11 +367,9 @@ class Settings(stage.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        c = self.rl
-        few = c.num_generations if c.algo in ("rloo", "grpo") else c.num_generations * c.num_prompts
-        if c.algo in ("reinforce", "rloo", "grpo") and few < 2:
-            reason = f"{c.algo} compares answers, so it needs two"
-            raise UserError(f"num_generations is {c.num_generations}: {reason}")
+        c, n = self.rl, self.rl.num_generations
+        if c.algo in ("rloo", "grpo") and n < 2 or c.algo == "reinforce" and n * c.num_prompts < 2:
+            raise UserError(f"num_generations is {n}: {c.algo} compares answers, so it needs two")
         if c.algo == "reinforce" and c.num_iterations > 1:
             reason = "reinforce learns from the present policy's answers only; other algorithms correct"
             raise UserError(f"num_iterations is {c.num_iterations}: {reason}")
@@ -416,7 +413,8 @@ class RLHF(Stage):
 
     @classmethod
     def count(cls, options: dict) -> int | None:
-        return sum(len(reward.read_file(path)) for path in options["data"]) if options["algo"] == "dpo" else None
+        is_dpo = options["algo"] == "dpo"
+        return sum(len(reward.read_file(path)) for path in options["data"]) if is_dpo else None
 
     def others(self, data: Material) -> Iterable[GPT]:
         return (data.reference, *((data.judge.model, data.judge.author) if data.judge else ()))
