@@ -6,7 +6,7 @@ The log-ratio is log(policy / reference) of a whole answer. Reference: Rafailov 
 Preference Optimization", equation 7.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -73,27 +73,27 @@ def dpo_loss(logp: Array, logits: Array | None, batch: Batch, beta: float) -> tu
     return loss, np.concatenate(d)[:, None] * batch.samples.mask
 
 
-class Learner:
-    """Makes updates from comparisons: `update` and `compute` are for `train.train`."""
+def learning(
+    optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, pairs: Sequence[Pair], beta: float, size: int,
+    seed: int,
+) -> tuple[Callable, Callable]:  # fmt: skip
+    """`batches` and `compute` of `train.train`, for updates from `size` pairs each.
 
-    def __init__(
-        self, optimizer: AdamW, reference: GPT, tokenizer: Tokenizer, pairs: Sequence[Pair], beta: float,
-        batch_size: int, seed: int,
-    ) -> None:  # fmt: skip
-        self.optimizer, self.reference, self.tokenizer, self.pairs = optimizer, reference, tokenizer, pairs
-        self.beta, self.batch_size, self.seed = beta, min(batch_size, len(pairs)), seed
-        self.ref = np.full((2, len(pairs)), np.nan)  # the reference scores each pair once, see `update`
+    All pairs have their turn once in each pass. The reference scores each pair once, at its first turn.
+    """
+    ref, size = np.full((2, len(pairs)), np.nan), min(size, len(pairs))  # log p of the reference
 
-    def update(self, n: int, rng: np.random.Generator) -> list[Batch]:
-        """The pairs whose turn is in update n. The reference scores those that have no score yet."""
-        places = shuffled_places(len(self.pairs), self.batch_size, n, self.seed)
-        if len(new := np.unique(places[np.isnan(self.ref[0, places])])):
-            self.ref[:, new] = logprobs(self.reference, self._samples(new)).sum(1).reshape(2, -1)
-        return [Batch(self._samples(places), self.ref[:, places])]
+    def samples(places: Array) -> Samples:
+        return samples_of(tokenizer, [pairs[place] for place in places])
 
-    def _samples(self, places: Array) -> Samples:
-        return samples_of(self.tokenizer, [self.pairs[place] for place in places])
+    def batches(n: int, rng: np.random.Generator) -> list[Batch]:
+        places = shuffled_places(len(pairs), size, n, seed)
+        if len(new := np.unique(places[np.isnan(ref[0, places])])):
+            ref[:, new] = logprobs(reference, samples(new)).sum(1).reshape(2, -1)
+        return [Batch(samples(places), ref[:, places])]
 
-    def compute(self, batches: list[Batch], rng: np.random.Generator) -> float:
+    def compute(batches: list[Batch], rng: np.random.Generator) -> float:
         (batch,) = batches
-        return learn(self.optimizer, batch.samples, partial(dpo_loss, batch=batch, beta=self.beta))
+        return learn(optimizer, batch.samples, partial(dpo_loss, batch=batch, beta=beta))
+
+    return batches, compute

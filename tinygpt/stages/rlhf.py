@@ -427,18 +427,17 @@ class RLHF(Stage):
         texts = [[item["prompt"] for item in data.prompts], [tuple(c[:5]) for c in data.comparisons],
                  [example.messages for example in data.examples]]  # fmt: skip
         self.depends_on(hashlib.sha256(repr(texts).encode()).hexdigest())
-        self.data, learner = data, (self._dpo if self.settings.rl.algo == "dpo" else self._sampling)(data)
-        self.update, self.compute = learner.update, learner.compute
+        self.data, learning = data, self._from_pairs if self.settings.rl.algo == "dpo" else self._from_samples
+        self.update, self.compute = learning(data, self.settings, self.settings.train)
 
-    def _dpo(self, data: Material) -> dpo.Learner:
-        settings, encode = self.settings, partial(dpo.encode, self.model, self.tokenizer)
+    def _from_pairs(self, data: Material, settings: Settings, how: train.TrainConfig) -> tuple:
+        encode = partial(dpo.encode, self.model, self.tokenizer)
         pairs = self.notes.keep(((c.where, c) for c in data.comparisons), lambda c: (c.prompt, encode(c)))
         self.prompts, pairs = zip(*pairs, strict=True)
-        return dpo.Learner(self.optimizer, data.reference, self.tokenizer, pairs, settings.rl.beta,
-                           settings.batch_size, settings.train.seed)  # fmt: skip
+        sizes = settings.rl.beta, settings.batch_size, how.seed
+        return dpo.learning(self.optimizer, data.reference, self.tokenizer, pairs, *sizes)
 
-    def _sampling(self, data: Material) -> Trainer:
-        settings, how = self.settings, self.settings.train
+    def _from_samples(self, data: Material, settings: Settings, how: train.TrainConfig) -> tuple:
         if data.judge.tokenizer.spec != self.tokenizer.spec:
             raise UserError(f"{settings.reward_from}: this judge has another tokenizer than the model")
         mark = fingerprint(data.judge.model)
@@ -452,11 +451,12 @@ class RLHF(Stage):
         if data.examples and settings.rl.ptx_coef:
             rows = sft.Settings(data.reference.config, how, block_size=self.model.context, batch_size=4)
             ptx = sft.updates(self.tokenizer, data.examples, rows, self.notes)
-        return Trainer(
+        trainer = Trainer(
             self.optimizer, data.reference, self.tokenizer, settings.rl, pairs, data.judge,
             how.optimizer(data.judge.model.copy()) if settings.rl.algo == "ppo" else None,
             _gold(data.world, data.prompts) if data.world else None, how.seed, how.learning_rate_at, ptx,
         )  # fmt: skip
+        return trainer.update, trainer.compute
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Material:
