@@ -557,8 +557,8 @@ def test_one_answer_to_everything_is_told():
     model = make(0)
     config = Config(num_prompts=3, num_generations=4, max_new_tokens=2)
     t = trainer(model, config, lambda questions, answers: np.zeros(len(answers)))
-    (r,) = t.update(0, np.random.default_rng(0))
-    same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
+    (drawn,) = t.update(0, np.random.default_rng(0))
+    same = drawn._replace(answers=["2"] * 12)
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
         record = t.compute([same], np.random.default_rng(0))
     assert record["distinct"] == 1 / 12

@@ -15,9 +15,9 @@ from ..core.model import GPT
 from ..core.option import check_options, option
 from ..errors import UserError
 
-KINDS = ("lora", "ptuning", "prompt", "prefix")
-_LORA, _PROMPT = {"adapter": KINDS[:1]}, {"adapter": KINDS[1:]}  # the kinds that have an option
 LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # peaks to begin with
+KINDS = tuple(LEARNING_RATES)
+_LORA, _PROMPT = {"adapter": KINDS[:1]}, {"adapter": KINDS[1:]}  # the kinds that have an option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,22 +32,18 @@ def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, 
     return float(np.logaddexp(0, -margin).mean()), d, -d
 
 
-class Pair(NamedTuple):
-    """The ids of a comparison. Both answers end with the end-of-text id."""
-
-    prompt: Array
-    chosen: Array
-    rejected: Array
+Pair = tuple[Array, Array, Array]  # the ids of a prompt, of the chosen and of the rejected answer
 
 
 def encode(model: GPT, tokenizer: Tokenizer, comparison: Comparison) -> Pair:
-    """Raises LeftOutError for a comparison that is longer than the model's context."""
+    """The ids of a comparison. Both answers end with the end-of-text id. Raises LeftOutError for a comparison
+    that is longer than the model's context."""
     texts = map(instructions.answer_text, (comparison.chosen, comparison.rejected))
-    answers = (np.append(tokenizer.encode(text), np.int32(tokenizer.eos_id)) for text in texts)
-    pair = Pair(instructions.prompt(tokenizer, comparison.prompt), *answers)
-    if len(pair.prompt) + max(map(len, pair[1:])) - 1 > model.context:
+    chosen, rejected = (np.append(tokenizer.encode(text), np.int32(tokenizer.eos_id)) for text in texts)
+    prompt = instructions.prompt(tokenizer, comparison.prompt)
+    if len(prompt) + max(len(chosen), len(rejected)) - 1 > model.context:
         raise LeftOutError(f"as longer than the {model.context} positions of the model")
-    return pair
+    return prompt, chosen, rejected
 
 
 def samples_of(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Samples:

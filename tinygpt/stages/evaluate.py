@@ -3,8 +3,6 @@
 Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

@@ -20,8 +20,6 @@ References: Williams 1992 (REINFORCE); Ahmadian et al. 2024 (RLOO); Schulman et 
 Shao et al. 2024 (GRPO); Rafailov et al. 2023 (DPO); Ziegler et al. 2019, Ouyang et al. 2022 for the whole.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -236,21 +234,6 @@ def value_loss(values: Array, e: Experience, config: Config) -> tuple[float, Arr
     return float(loss), mask * np.where(plain**2 >= held**2, plain, 0.0)
 
 
-class Rollout(NamedTuple):
-    """Samples, and the numbers that other models give them."""
-
-    samples: Samples
-    questions: list[Prompt]
-    scores: Array  # (N,) of the judge
-    ref: Array  # (N, T) log p under the reference
-    ref_logits: Array  # (places of answers, V)
-    values: Array | None  # (N, T), of PPO
-
-    @property
-    def ids(self) -> Array:
-        return self.samples.ids
-
-
 Judging = Callable[[list[Prompt], list[str]], Array]  # questions, answers -> scores (N,)
 
 
@@ -271,15 +254,15 @@ class Trainer:
     examples: Callable[[int], Sequence[train.Batch]] | None = None  # of update n; learned with the samples
 
     def __post_init__(self) -> None:
-        self.last, self.has_warned = None, False
-        self.experience: Experience | None = None  # of the last rollout, from its first update on
-        self.learn_examples = train.gradients(self.optimizer)
+        self.last: tuple = ()  # the last samples, and the numbers that other models give them
+        self.experience: Experience | None = None  # of the last samples, from their first update on
+        self.has_warned, self.learn_examples = False, train.gradients(self.optimizer)
 
-    def update(self, n: int, rng: np.random.Generator) -> list[Rollout]:
+    def update(self, n: int, rng: np.random.Generator) -> list[Samples]:
         """For update n, samples of the present policy; the same samples for `num_iterations` updates."""
         c = self.config
-        if n % c.num_iterations and self.last is not None:
-            return [self.last]
+        if n % c.num_iterations and self.last:
+            return [self.last[0]]
         B = min(c.num_prompts, len(self.prompts))
         places = shuffled_places(len(self.prompts), B, n // c.num_iterations, self.seed)
         questions, ids = zip(*(self.prompts[place] for place in places), strict=True)
@@ -292,36 +275,37 @@ class Trainer:
             outputs, _ = self.values.model.forward(samples.ids, places=samples.places, keep=False)
             values = samples.spread(outputs[:, 0])
         scores = self.judge(questions, samples.answers)
-        self.last, self.experience = Rollout(samples, questions, scores, ref, ref_logits, values), None
-        return [self.last]
+        self.last, self.experience = (samples, questions, scores, ref, ref_logits, values), None
+        return [samples]
 
-    def compute(self, batches: Sequence[Rollout], rng: np.random.Generator) -> train.Record:
+    def compute(self, batches: Sequence[Samples], rng: np.random.Generator) -> train.Record:
         """For `train.train`: the gradients of one update, and a record of the policy."""
-        (r,), config, optimizer = batches, self.config, self.optimizer
-        N, answers, record = len(r.scores), r.samples.answers, {"train_loss": 0.0}
+        (samples,), config, optimizer = batches, self.config, self.optimizer
+        _, questions, scores, ref, ref_logits, values = self.last
+        N, answers, record = len(scores), samples.answers, {"train_loss": 0.0}
 
         def loss(logp: Array, logits: Array) -> tuple[float, Array]:
             if self.experience is None:  # the policy has not changed since it sampled
-                self.experience = experience(r.samples, logp, r.ref, r.scores, config, r.values)
+                self.experience = experience(samples, logp, ref, scores, config, values)
             old = self.experience.old
-            parts = (exact_kl(logits[i : i + 64], r.ref_logits[i : i + 64])
+            parts = (exact_kl(logits[i : i + 64], ref_logits[i : i + 64])
                      for i in range(0, len(logits), 64))  # a copy of all would be the largest thing here
             kl, entropy = map(np.concatenate, zip(*parts, strict=True))
             record.update(
-                reward=float(r.scores.mean()), kl=float(kl.sum() / N), kl_k1=float((old - r.ref).sum() / N),
+                reward=float(scores.mean()), kl=float(kl.sum() / N), kl_k1=float((old - ref).sum() / N),
                 entropy=float(entropy.mean()), ratio=float(abs(np.exp(logp - old) - 1).max()),
-                length=float(r.samples.mask.sum() / N), distinct=len(set(answers)) / N,
+                length=float(samples.mask.sum() / N), distinct=len(set(answers)) / N,
             )  # fmt: skip
             return objective(logp, self.experience, config)
 
-        record["train_loss"] = learn(optimizer, r.samples, loss)
+        record["train_loss"] = learn(optimizer, samples, loss)
         if self.examples is not None:
             of_samples = optimizer.flat.copy()
             record["ptx_loss"] = self.learn_examples(self.examples(optimizer.steps), rng)
             optimizer.flat *= config.ptx_coef
             optimizer.flat += of_samples
         if self.gold is not None:
-            record["gold"] = float(self.gold(r.questions, answers).mean())
+            record["gold"] = float(self.gold(questions, answers).mean())
         if self.values is not None:
             record["value_loss"] = self._learn_values(self.experience)
         if len(set(answers)) == 1 < N and not self.has_warned:
