@@ -96,9 +96,10 @@ def attention(model: GPT, ids: Array) -> Array:
 
 
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """For each head, (n_layer, H): the share of its attention at the token after the earlier occurrence.
+    """For each head, (n_layer, H): the share of its attention at one earlier token.
 
-    That token followed the same token before. A head that looks at all places equally has 1 / 25 or less.
+    It is the token that followed the earlier occurrence of the present token. A head that looks at all places
+    equally has 1 / 25 or less.
     """
     return _looking_back(model, tokens, count, LENGTH - 1)
 

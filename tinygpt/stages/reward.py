@@ -174,7 +174,7 @@ def loss(
 ) -> float:
     """For `train.train`: `share` times the losses of batches, and the gradients.
 
-    A batch has 2 N texts: chosen, rejected, chosen, rejected, and so on.
+    A batch has 2 N texts, chosen and rejected in turn.
     """
     model = optimizer.model
 

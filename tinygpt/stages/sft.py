@@ -154,8 +154,8 @@ class SFT(Stage):
         return update(self.rows, self.settings, n)
 
     def evaluate(self) -> train.Record:
-        """val_loss: the mean over all learned tokens of the validation examples. weight_change: the change of
-        all weights together since the beginning, if the model of the beginning is there."""
+        """The mean loss over all learned tokens of the validation examples, and the change of all weights
+        since the beginning. The change needs the first model."""
         if not self.questions:
             return {}
         rows = consecutive(self.val_rows, self.settings.batch_size)

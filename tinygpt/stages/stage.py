@@ -170,8 +170,7 @@ class Stage:
         return ""
 
     def depends_on(self, mark: str) -> None:
-        """Stores the hash of all data that the updates depend on. Raises UserError where the run began with
-        other data."""
+        """Stores the hash of all data. Raises UserError where the run began with other data."""
         if self.settings.fingerprint not in ("", mark):
             fields = (value for name, value in vars(self.settings).items() if f"_{name}".endswith("_data"))
             paths = dict.fromkeys(path for paths in fields for path in paths)
