@@ -99,13 +99,12 @@ def steps(
     seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(texts), DRAWN))  # the numbers of DRAWN steps
-    rows, ids, backlog = np.arange(len(texts)), None, []
+    rows, ids, backlog, packs = np.arange(len(texts)), None, [], packs or packs_for(model)
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
 
     # a replay takes less time than the Python of a small model's forward
-    packs = packs or packs_for(model)
     decode = recorded(newest, model, kv.keys, kv.values, kv.length, packs=packs, most=1)
     for step in range(max_new_tokens):
         if not len(rows):
@@ -115,6 +114,7 @@ def steps(
             logits, pad = _read(model, [texts[row] for row in rows], kv)
         else:
             positions = (kv.length - model.prefix - pad).astype(np.int32)
+            packs.count()
             logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
         if temperature and step % DRAWN == 0:
             for row in rows:

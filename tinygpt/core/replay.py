@@ -20,8 +20,6 @@ but of LoRA with another alpha. The others compute something in NumPy alone.
 The idea is that of CUDA graphs, and of TinyJit in tinygrad.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -34,14 +32,14 @@ from .ops import Array
 
 
 def recorded(
-    function: Callable[..., Array], model: GPT, *memory: Array, packs: Packs | None = None, most: int = 16
+    function: Callable[..., Array], model: GPT, *memory: Array, packs: "Packs | None" = None, most: int = 16
 ) -> Callable[..., Array]:
     """`function`, which is replayed from the second call with inputs of the same shapes and types on.
 
     The inputs are those arguments that are arrays. Other arguments must be hashable; each value has tapes of
     its own. The result is one array, and a copy where the function was replayed. memory: the arrays, beside
     the weights of `model`, that the function reads or writes. packs: copies of the weights, which must not
-    change while these copies are in use. most: how many tapes are kept.
+    change any more once the copies are made. most: how many tapes are kept.
 
     On the NumPy backend the result is `function` itself. Not for several threads at a time.
     """
@@ -53,8 +51,6 @@ def recorded(
         nonlocal weights
         if kernels.current_tape() is not None:  # the tape of a caller, which must see the operations
             return function(*args, **named)
-        if packs is not None:
-            packs.count()
         if not (weights and weights[0] is model.flat and weights[1] is model.trained.flat):
             tapes.clear()  # they read other weights
             weights = model.flat, model.trained.flat
@@ -87,7 +83,7 @@ def recorded(
 
 
 class Packs:
-    """Copies of weights in the order in which a multiply reads them, made at call number `after`.
+    """Copies of weights in the order in which a multiply reads them, made by the `count` number `after`.
 
     Several functions may share the copies. Multiplies read a copy as soon as it is made.
     """
@@ -106,7 +102,7 @@ class Packs:
         return self._copies[key][0]
 
     def count(self) -> None:
-        """Counts one call of a function. Makes the copies if it is number `after`."""
+        """The caller counts each call of a recorded function before the call."""
         self._calls_left -= 1
         if self._calls_left == 0:
             for copy in self._copies.values():

@@ -85,8 +85,8 @@ def logprobs(model: GPT, samples: Samples) -> Array:
 def scored(model: GPT, samples: Samples, keep: bool = True) -> tuple[Array, Array, tuple, tuple]:
     """Log-probabilities of the answers, and the caches for a backward pass.
 
-    Returns log p of each target (N, T), float64, 0 where the mask is 0. Then the logits (places, V), the cache
-    of the model and the cache of the cross-entropy.
+    Returns log p of each target (N, T), float64, 0 where the mask is 0; then the logits (places, V), the
+    cache of the model and the cache of the cross-entropy.
     """
     places = samples.places
     logits, cache = model.forward(samples.ids, places=places, keep=keep)
