@@ -257,7 +257,7 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
     monkeypatch.setattr(
         recall, "likelihoods", lambda m, prompts, options: [np.arange(len(o)) * 1.0 for o in options]
     )
-    found = recall.memories(*made, WORLD, people, repeats, own=own, rival=rival)
+    found = recall.memories(*made, WORLD, people, repeats, agrees=own, rival=rival)
     attributes = WORLD.lexicon.attributes
     assert len(asked) == found.prompt.n == 20 * len(attributes)
     nats, places = 0.0, set()

@@ -495,7 +495,7 @@ def test_the_gradient_of_examples_learned_beside_comes_on_top():
     ids = np.array([[1, 2, 3], [3, 2, 1]])
     batch = train.Batch(ids, ids[:, ::-1].copy(), np.full(ids.shape, 1 / 6))
     found, asked = {}, []
-    for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
+    for name, examples in (("alone", None), ("both", lambda n, rng: asked.append(n) or [batch])):
         t = trainer(model, config, judge, examples=examples)
         rng = np.random.default_rng(5)
         record = t.compute(t.update(0, rng), rng)

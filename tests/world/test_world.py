@@ -464,7 +464,7 @@ def test_recall_reads_what_a_model_says(untrained):
     found = evaluate.recall(model, tokenizer, WORLD, people)
     cities = found.attribute == 0
     value = WORLD.lexicon.attributes[0].values.index("Oslo")
-    assert (found.chosen[cities] == value).all()
+    assert (found.answer[cities] == value).all()
     assert found.right.tolist()[:6] == [people[0].values[0]] * 6 and (found.nats >= 0).all()
 
 

@@ -260,10 +260,10 @@ def two_memories(lab: Lab) -> dict:
     before, world = fingerprint(lab.base), lab.world
     people, never = world.people("known")[:50], world.people("never", "eval")[:50]
     against = lab.memories(lab.base, people)
-    own = lab.memories(lab.base, never, own=True).prompt
+    own = lab.memories(lab.base, never, agrees=True).prompt
     scores, prompts = lab.heads(lab.base, 20), mappings(lab, 8, 3)
     heads = recall.strongest(scores)
-    cut = lab.memories(recall.without(lab.base, heads), never, own=True).prompt
+    cut = lab.memories(recall.without(lab.base, heads), never, agrees=True).prompt
     alone = {head: lab.accuracy(recall.without(lab.base, [head]), prompts)
              for head in np.ndindex(scores.shape)}  # fmt: skip
     worst = min(alone, key=alone.get)

@@ -50,12 +50,12 @@ def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 200
     above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
     by_kind = {}
     for kind in [*sorted(set(kinds.tolist())), "all"]:
-        mine = (kinds == kind) | (kind == "all")
-        total = tokens[mine].sum()
-        gap = above[mine].sum() / total
-        error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
-        numbers = (floor[mine].sum() / total, gap, error)
-        by_kind[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
+        places = (kinds == kind) | (kind == "all")
+        total = tokens[places].sum()
+        gap = above[places].sum() / total
+        error = np.sqrt(np.square(above - gap * tokens)[places].sum()) / total  # of a ratio of two sums
+        numbers = (floor[places].sum() / total, gap, error)
+        by_kind[kind] = Gap(int(places.sum()), int(total), *map(float, numbers))
     return by_kind
 
 
@@ -65,12 +65,12 @@ class Recall(NamedTuple):
     person: Array  # index
     attribute: Array  # index
     right: Array  # the value's index
-    chosen: Array  # the likeliest of the attribute's values
+    answer: Array  # the index of the attribute's likeliest value
     nats: Array  # -log p of the right value among those of its attribute
 
     def rate(self) -> Rate:
         """How often the likeliest value is the right one; a guess is right once in as many as there are."""
-        return wilson(int((self.chosen == self.right).sum()), len(self.right))
+        return wilson(int((self.answer == self.right).sum()), len(self.right))
 
 
 def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
@@ -84,9 +84,9 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
             prompts += [encode_prompt(tokenizer, f"{person.name} {text}") for text in attribute.wordings]
     person, attribute, right = np.array(facts, int).reshape(-1, 3).T
     logps = likelihoods(model, prompts, [values[a] for a in attribute])
-    chosen = np.array([logp.argmax() for logp in logps], int)
+    answer = np.array([logp.argmax() for logp in logps], int)
     nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(logps, right, strict=True)]
-    return Recall(person, attribute, right, chosen, np.array(nats))
+    return Recall(person, attribute, right, answer, np.array(nats))
 
 
 def recall_by_exposure(
@@ -210,8 +210,8 @@ def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
         *tasks.readings(world, "eval", count), *tasks.journeys(world, "eval", range(1, 6), count),
     ]:  # fmt: skip
         sets.setdefault(item["meta"]["task"], []).append(item)
-    shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
-    return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
+    sets = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
+    return {name: tasks.distinct(items)[:count] for name, items in sets.items()}
 
 
 def task_scores(model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Score]:

@@ -159,16 +159,16 @@ def from_world(world: World, task: str, shots: int, count: int, split: str = "ev
 
     Each fact has one question. The examples are of the question's kind: attribute and wording, or labels.
     """
-    like: dict[object, list[Pair]] = {}
+    pairs_of: dict[object, list[Pair]] = {}  # kind of question -> pairs
     for kind, _, question, answer, _ in WORLD_TASKS[task](world, "sft"):
-        like.setdefault(kind, []).append((question, answer))
-    once = {}  # of several wordings one
+        pairs_of.setdefault(kind, []).append((question, answer))
+    rows = {}  # topic -> its last wording
     for kind, about, *rest in tasks.some(world, list(WORLD_TASKS[task](world, split)), 10**6):
-        once[about] = kind, *rest
+        rows[about] = kind, *rest
     prompts = []
-    for n, (kind, *question) in enumerate(list(once.values())[:count]):
+    for n, (kind, *question) in enumerate(list(rows.values())[:count]):
         integers = raw_integers(world.seed, TASKS, 21, n)
-        pairs = tuple(like[kind][next(integers) % len(like[kind])] for _ in range(shots))
+        pairs = tuple(pairs_of[kind][next(integers) % len(pairs_of[kind])] for _ in range(shots))
         prompts.append(Prompt(pairs, *question))
     return prompts
 

@@ -38,11 +38,11 @@ class Memories(NamedTuple):
 
 def memories(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], repeats: int = 1,
-    own: bool = False, rival: bool = False,
+    agrees: bool = False, rival: bool = False,
 ) -> Memories:  # fmt: skip
     """For each attribute of these people: does the prompt answer, or do the weights?
 
-    The prompt says `repeats` times that the person has another value of the attribute, or with `own` the
+    The prompt says `repeats` times that the person has another value of the attribute, or with `agrees` the
     person's own value. Two facts about other attributes stand among these sentences. At the end the prompt
     begins to say the value once more, in a new wording.
 
@@ -56,7 +56,7 @@ def memories(
         for a, attribute in enumerate(attributes):
             integers, size = raw_integers(world.seed, TASKS, 22, n, a), len(attribute.values)
             value = person.values[a]
-            target = value if own else (value + 1 + next(integers) % (size - 1)) % size
+            target = value if agrees else (value + 1 + next(integers) % (size - 1)) % size
             *wordings, last = shuffled(attribute.wordings, integers)
             facts = [f"{wordings[r % len(wordings)]} {attribute.values[target]}" for r in range(repeats)]
             for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
@@ -72,8 +72,8 @@ def memories(
             pairs.append((target, value))
     logp = likelihoods(model, prompts, options)
     nats = [row[target] - row[value] for row, (target, value) in zip(logp, pairs, strict=True)]
-    chosen = np.array([[row.argmax()] for row in logp])
-    rates = (wilson(int(count), len(pairs)) for count in (chosen == np.array(pairs)).sum(0))
+    likeliest = np.array([[row.argmax()] for row in logp])
+    rates = (wilson(int(count), len(pairs)) for count in (likeliest == np.array(pairs)).sum(0))
     return Memories(*rates, float(np.mean(nats)))
 
 
@@ -142,12 +142,12 @@ def without(model: GPT, heads: Iterable[Head]) -> GPT:
 
 
 def others(
-    shape: tuple[int, int], heads: Sequence[Head], sets: int, spared: Sequence[Head] = ()
+    shape: tuple[int, int], heads: Sequence[Head], sets: int, exceptions: Sequence[Head] = ()
 ) -> list[list[Head]]:
-    """`sets` random choices of as many other heads, none of them spared. shape: n_layer, n_head.
+    """`sets` random choices of as many other heads, without the exceptions. shape: n_layer, n_head.
 
     Where fewer other heads are left, each choice has all of them.
     """
-    rest = [head for head in np.ndindex(shape) if head not in {*heads, *spared}]
+    rest = [head for head in np.ndindex(shape) if head not in {*heads, *exceptions}]
     rng = np.random.default_rng(0)
     return [[rest[i] for i in rng.permutation(len(rest))[: len(heads)]] for _ in range(sets)]

@@ -48,7 +48,7 @@ from . import recipes, stage
 from .adapter import fingerprint
 from .answers import Rate, answers, outputs, wilson
 from .samples import sample
-from .stage import MOST_PASSES, Stage, Store, files, folder
+from .stage import FORMS, MOST_PASSES, Stage, Store, files, folder
 from .variants import build
 
 LONGEST_THOUGHT = 32  # tokens of the author's answer
@@ -63,10 +63,9 @@ class Settings(stage.Settings):
 
     stage: str = "reward"
     init_from: str = folder(help="The model, from tinygpt sft, that becomes the judge.", missing="the model")
-    data: tuple[str, ...] = files(
-        help=f"JSON Lines: {examples.USUAL[2]}, or another form of the README; repeat. world: simulated "
-        "people compare the model's own answers, in the model's world.", missing="the comparisons",
-    )  # fmt: skip
+    data: tuple[str, ...] = files(missing="the comparisons", help=FORMS.format(
+        examples.USUAL[2], "simulated people compare the model's own answers, in the model's world."
+    ))  # fmt: skip
     comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Comparisons of simulated people.")
     error: float = option(0.1, "[0, 1)", "The rate at which simulated people slip.")
     block_size: int = option(128, "[1, inf)", "Tokens of a row. A row has several texts.",
@@ -139,11 +138,8 @@ def encode(tokenizer: Tokenizer, context: int, question: Prompt, thought: str, a
 def marked(texts: Sequence[Array], block_size: int) -> Packed:
     """Texts side by side in rows; no text sees another. The last token of text n has the weight n + 1.
 
-    Raises UserError for a text that is longer than a row.
+    Raises ValueError for a text that is longer than a row.
     """
-    longest = max(map(len, texts))
-    if longest > block_size:
-        raise UserError(f"a question with two answers has {longest} tokens, and a row {block_size}")
     marks = (np.append(np.zeros(len(ids)), n) for n, ids in enumerate(texts, 1))
     return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, marks, strict=True)), block_size)
 
@@ -378,18 +374,18 @@ def collect(
     two, the judge of one world in three had not learned at the end that right is better than wrong.
     """
     items = tasks.questions(world, people)
-    one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
+    facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
-    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values()]
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in facts.values()]
     room, samples = min(8, model.context - max(map(len, prompts))), []
     for at in range(0, len(prompts), 64):
         samples += sample(model, tokenizer, prompts[at : at + 64], 4, room, rng).answers
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
     answers_to = {}
-    for n, fact in enumerate(one):
-        some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
+    for n, fact in enumerate(facts):
+        drawn = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
         texts = [*filter(None, map(str.strip, samples[4 * n : 4 * n + 4])), tasks.REFUSAL]
-        texts += (f"{value}." for value in some)
+        texts += (f"{value}." for value in drawn)
         answers_to[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
     questions = [(item, answers_to[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
     rows = preferences.compared(world, questions, count, error, seed, blind)

@@ -44,7 +44,7 @@ from . import dpo, recipes, reward, sft, stage
 from . import evaluate as world_evaluate
 from .adapter import fingerprint
 from .samples import Samples, learn, prompt_ids, sample, scored
-from .stage import MOST_PASSES, Stage, Store, files, folder
+from .stage import FORMS, MOST_PASSES, Stage, Store, files, folder
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo", "dpo")
 _SAMPLED, _CLIPPED, _PPO = ({"algo": names} for names in (ALGORITHMS[:4], ALGORITHMS[1:4], ("ppo",)))
@@ -251,7 +251,7 @@ class Trainer:
     gold: Judging | None = None
     seed: int = 0
     value_rate: Callable[[int], float] = lambda n: 1e-4  # learning rate of the values in update n, from 0
-    examples: Callable[[int], Sequence[train.Batch]] | None = None  # of update n; learned with the samples
+    examples: Callable[[int, object], Sequence[train.Batch]] | None = None  # of the tuning, as `Stage.update`
 
     def __post_init__(self) -> None:
         self.last: tuple = ()  # the last samples, and the numbers that other models give them
@@ -301,7 +301,7 @@ class Trainer:
         record["train_loss"] = learn(optimizer, samples, loss)
         if self.examples is not None:
             of_samples = optimizer.flat.copy()
-            record["ptx_loss"] = self.learn_examples(self.examples(optimizer.steps), rng)
+            record["ptx_loss"] = self.learn_examples(self.examples(optimizer.steps, rng), rng)
             optimizer.flat *= config.ptx_coef
             optimizer.flat += of_samples
         if self.gold is not None:
@@ -337,10 +337,9 @@ class Settings(stage.Settings):
                             missing="the model")  # fmt: skip
     reward_from: str = folder(help="The judge, from tinygpt reward; dpo has none.", name="reward_model",
                               only=_SAMPLED, missing="the judge")  # fmt: skip
-    data: tuple[str, ...] = files(
-        help=f"JSON Lines: {examples.USUAL[0]}, for dpo {examples.USUAL[2]}, or another form of the README; "
-        "repeat. world: questions about people of the base's world.", missing="the prompts",
-    )  # fmt: skip
+    data: tuple[str, ...] = files(missing="the prompts", help=FORMS.format(
+        f"{examples.USUAL[0]}, for dpo {examples.USUAL[2]}", "questions about people of the base's world."
+    ))  # fmt: skip
     rl: Config = Config()
     reward_hash: str = ""  # of the judge's weights
     ptx_data: tuple[str, ...] = files(help="The tuning's examples, as tinygpt sft reads them; repeat.",
@@ -434,7 +433,8 @@ class RLHF(Stage):
         self.prompts, ptx = [prompt for prompt, _ in pairs], None
         if data.examples and settings.rl.ptx_coef:
             rows = sft.Settings(data.reference.config, how, block_size=self.model.context, batch_size=4)
-            ptx = sft.updates(self.tokenizer, data.examples, rows, self.notes)
+            tuning = sft.Examples(data.examples, [], notes=self.notes)
+            ptx = sft.SFT(rows, self.optimizer, self.tokenizer, tuning).update
         trainer = Trainer(
             self.optimizer, data.reference, self.tokenizer, settings.rl, pairs, data.judge,
             how.optimizer(data.judge.model.copy()) if settings.rl.algo == "ppo" else None,

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ from ..text.instructions import Message
 from ..world import corpus, tasks
 from . import recipes, stage
 from .adapter import AdapterConfig
-from .stage import Stage, Store, files, folder
+from .stage import FORMS, Stage, Store, files, folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,9 @@ class Settings(stage.Settings):
     stage: str = "sft"
     init_from: str = folder(help="The model to tune, tinygpt's or GPT-2's, with an end-of-text token.",
                             missing="the model to tune")  # fmt: skip
-    data: tuple[str, ...] = files(
-        help=f"JSON Lines: {examples.USUAL[1]}, or another form of the README; repeat. world: the examples "
-        f"of the base's world, or of a folder of tinygpt world. Defaults then: {written(recipes.SFT)}.",
-        missing="the examples",
-    )  # fmt: skip
+    data: tuple[str, ...] = files(missing="the examples", help=FORMS.format(
+        examples.USUAL[1], "the examples of the base's world, or of a folder of tinygpt world. "
+        f"Defaults then: {written(recipes.SFT)}."))  # fmt: skip
     val_data: tuple[str, ...] = files(help="Examples to evaluate on, like --data.", shown="a tenth of --data")
     packing: bool = option(True, help="A row for each example, instead of several examples in a row.")
     block_size: int = option(256, "[1, inf)", "Tokens of a row; longer examples are left out.",
@@ -197,15 +195,6 @@ def fitting(
         return example, (ids, learned)
 
     return notes.keep(((example.where, example) for example in examples), encoded)
-
-
-def updates(
-    tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
-) -> Callable[[int], list[train.Batch]]:
-    """A function from the number of an update to its batches."""
-    encoded = permuted(fitting(tokenizer, examples, settings, notes), settings.train.seed)
-    rows = _packed(encoded, settings)
-    return lambda n: update(rows, settings, n)
 
 
 def _packed(encoded: list[Encoded], settings: Settings) -> Packed:

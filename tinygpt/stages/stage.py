@@ -40,6 +40,7 @@ MOST_TOKENS = 10**9  # of a batch: no memory holds more
 MOST_PASSES = 3  # through comparisons: in more passes a model would learn few comparisons by heart
 folder = partial(option, "", metavar="FOLDER")  # an option that names a folder
 files = partial(option, (), metavar="FILE")  # an option that names files
+FORMS = "JSON Lines: {}, or another form of the README; repeat. world: {}"  # help of such an option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Stage:
     ) -> None:
         """data: the result of `read`. scratch: a folder for files that can be made again, or None."""
         self.settings, self.optimizer, self.tokenizer, self.scratch = settings, optimizer, tokenizer, scratch
-        self.notes = getattr(data, "notes", None) or Notes()
+        notes = getattr(data, "notes", None)
+        self.notes = Notes() if notes is None else notes
         self.model, self.compute = optimizer.model, train.gradients(optimizer)
         for model in (self.model, *self.others(data)):
             model.compute_in(settings.train.dtype)
