@@ -40,9 +40,9 @@ def test_a_batch_answers_as_one_by_one(made, tuned):
     model, tokenizer = made
     tokenizer.chat_template = instructions.TEMPLATE if tuned else None
     prompts = ["the cat " * (n % 7) + "sat " * (n % 3) + "t" * (n % 11) for n in range(evaluate.BATCH + 9)]
-    found = evaluate.answers(model, tokenizer, prompts, 8)
-    assert len(set(found)) > 10
-    for prompt, answer in list(zip(prompts, found, strict=True))[::7]:
+    results = evaluate.answers(model, tokenizer, prompts, 8)
+    assert len(set(results)) > 10
+    for prompt, answer in list(zip(prompts, results, strict=True))[::7]:
         ids = instructions.prompt(tokenizer, prompt) if tuned else encode_prompt(tokenizer, prompt)
         stop = (tokenizer.eos_id,)
         (new,) = generate(model, [ids], 8, temperature=0, stop=stop, vocab_size=tokenizer.vocab_size)
@@ -51,8 +51,8 @@ def test_a_batch_answers_as_one_by_one(made, tuned):
         assert evaluate.answers(model, tokenizer, [ids], 8) == [answer]
     assert evaluate.answers(model, tokenizer, [], 8) == []
     talk = [{"role": "user", "content": "the cat"}]
-    (asked,) = evaluate.answers(model, tokenizer, [talk], 8)
-    assert [asked] == evaluate.answers(model, tokenizer, [instructions.prompt(tokenizer, talk)], 8)
+    (queries,) = evaluate.answers(model, tokenizer, [talk], 8)
+    assert [queries] == evaluate.answers(model, tokenizer, [instructions.prompt(tokenizer, talk)], 8)
 
 
 def test_an_answer_that_is_cut_short_is_told_apart(made):
@@ -113,8 +113,8 @@ def test_likelihoods_are_those_of_each_text_alone(made):
     words = [" on", " on the mat", " on the", " mat", " qq"]
     choices = [[tokenizer.encode(word) for word in words[: n + 1]] for n in range(5)]
     assert len({len(ids) for ids in choices[-1]}) > 2
-    found = evaluate.likelihoods(model, prompts, choices, rows=2)
-    for prompt, options, logp in zip(prompts, choices, found, strict=True):
+    results = evaluate.likelihoods(model, prompts, choices, rows=2)
+    for prompt, options, logp in zip(prompts, choices, results, strict=True):
         assert logp.shape == (len(options),)
         for option, mine in zip(options, logp, strict=True):
             ids = np.concatenate([prompt, option])[None]
