@@ -85,8 +85,8 @@ def logprobs(model: GPT, samples: Samples) -> Array:
 def scored(model: GPT, samples: Samples, keep: bool = True) -> tuple[Array, Array, tuple, tuple]:
     """Log-probabilities of the answers, and the caches for a backward pass.
 
-    Returns log p of each target (N, T), float64, 0 where the mask is 0; then the logits (places, V), the
-    cache of the model and the cache of the cross-entropy.
+    Returns four things: log p of each target (N, T), float64, 0 where the mask is 0; the logits (places, V);
+    the model's cache; the cross-entropy's cache.
     """
     places = samples.places
     logits, cache = model.forward(samples.ids, places=places, keep=keep)
