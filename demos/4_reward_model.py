@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     # 2. The scores of some answers. Only the difference of two scores has a meaning.
     for question in dict.fromkeys(c.prompt for c in pairs[:4]):
         answers = sorted({answer for c in pairs if c.prompt == question for answer in (c.chosen, c.rejected)})
-        say(f"\n> {question}    (the model's own answer: {judge.own[question]})")
+        say(f"\n> {question}    (the model's own answer: {judge.thoughts[question]})")
         scores = judge([question] * len(answers), answers)
         for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
             say(f"  {score:6.2f}  {answer}")

@@ -41,7 +41,8 @@ def main(folder: Path) -> None:
     how = train.TrainConfig(max_iters=updates, learning_rate=rate, min_lr=rate / 10, warmup_iters=5)
     questions = rlhf.read_prompts(f"world:{common.SEED}")
     config = rlhf.Config(algo="rloo", beta=RECIPE["beta"], ptx_coef=RECIPE["ptx_coef"])
-    tuning = rlhf.world_examples(world)  # each update also trains on these, so that nothing is forgotten
+    # Each update also trains on these, so that nothing is forgotten.
+    tuning = rlhf.ptx_examples([f"world:{common.SEED}"])
     material = rlhf.Material(reference, judge, questions, [], tuning, world)
     settings = rlhf.Settings(model=model.config, train=how, rl=config, block_size=model.context)
     stage = rlhf.RLHF(settings, how.optimizer(model), tokenizer, material)

@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
         note = f"{repeats} x, {kind}"
         print(f"{note:18}{memory.prompt.rate:15.3f}{memory.weights.rate:16.3f}{memory.nats:13.2f}")
     never = world.people("never", "eval")[:50]
-    alone, both = (recall.memories(model, tokenizer, world, never, own=True, rival=rival).prompt
+    alone, both = (recall.memories(model, tokenizer, world, never, agrees=True, rival=rival).prompt
                    for rival in (False, True))  # fmt: skip
     print(f"\nThe prompt tells a fact about a person never seen: {alone.rate:.0%} right.")
     print(f"The prompt tells facts about two such people: {both.rate:.0%} right. Copying either gives 50%.")
@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
     ):  # fmt: skip
         cut = recall.without(model, removed)
         cells = f"{fewshot.accuracy(cut, tokenizer, eight).rate:12.3f}"
-        cells += f"{recall.memories(cut, tokenizer, world, never, own=True).prompt.rate:21.3f}"
+        cells += f"{recall.memories(cut, tokenizer, world, never, agrees=True).prompt.rate:21.3f}"
         cells += f"{evaluate.recall(cut, tokenizer, world, people).rate().rate:22.3f}"
         print(f"{note:24}{cells}")
 

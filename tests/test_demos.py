@@ -73,7 +73,7 @@ def test_the_demos_run_from_what_the_one_before_left(demos, capsys):
     assert "(the model's own answer: " in output and "shuffled" in output and "Saved in" in output
     assert len(re.findall(r"\n +\d+( +-?\d+\.\d\d){4}", output)) == 1
     assert output.count("majority  well-formed") == 2 and re.search(r"moved by \d+\.\d% of", output)
-    assert common.judge(folder).own == {}  # from the folder: it has answered nothing yet
+    assert common.judge(folder).thoughts == {}  # from the folder: it has answered nothing yet
     adapters.main(folder)
     output = capsys.readouterr().out
     before, after = re.search(r"before (\w{16})\.\.\., after (\w{16})\.\.\.", output).groups()

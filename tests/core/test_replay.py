@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinygpt.core import kernels, memory, ops, replay
-from tinygpt.core.replay import recorded
+from tinygpt.core.replay import Packs, recorded
 
 pytestmark = pytest.mark.skipif(kernels.lib is None, reason="the C core is not built")
 
@@ -200,14 +200,17 @@ def test_packed_weights_are_read_from_copies(model, rng):
         return kernels.linear_forward(y, model.flat)[0]
 
     function, calls = called(squared)
-    step, w = recorded(function, model, pack_after=3), model.flat.copy()
+    packs = Packs(3), Packs(2)
+    step, w = recorded(function, model, packs=packs[0]), model.flat.copy()
     tanh = lambda y: kernels.tanh_forward(y)[0]  # noqa: E731
-    product = recorded(lambda x, y: kernels.linear_forward(x, tanh(y))[0], model, pack_after=2)
+    product = recorded(lambda x, y: kernels.linear_forward(x, tanh(y))[0], model, packs=packs[1])
     for _ in range(4):
         x, y = rng.standard_normal((2, 4)), rng.standard_normal((4, 4))
+        packs[1].count()
         np.testing.assert_allclose(product(x, y), x @ np.tanh(y), rtol=1e-11)
     for n, rows in enumerate((2, 2, 2, 2, 1, 1)):
         x = rng.standard_normal((rows, 4))
+        packs[0].count()
         np.testing.assert_allclose(step(x), x @ w @ w, rtol=1e-11, atol=1e-12)
         if n == 2:
             model.flat[:] = np.nan  # nobody reads them any more

@@ -208,7 +208,7 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     others = lambda shape, heads, sets, spared: [[(0, 0)] if spared else [(0, 0), (0, 1)]]  # noqa: E731
     monkeypatch.setattr(recall, "others", others)
     right = {"base": 1.0, "cut": 0.1, "other": 0.9, "before": 0.2, "one": 0.8, "two": 0.6}
-    lab.memories = lambda model, people, own, rival=False: SimpleNamespace(  # noqa: E731
+    lab.memories = lambda model, people, agrees, rival=False: SimpleNamespace(  # noqa: E731
         prompt=rate(right[model] - rival / 2)
     )
     lab.mappings, lab.accuracy = lambda *given: [], lambda model, prompts: right[model]

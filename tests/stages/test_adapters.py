@@ -112,18 +112,18 @@ def test_no_gradient_of_the_base_is_computed(monkeypatch, rng):
     """Guards: a LoRA as slow as full training, because frozen weights' gradients are made and thrown away."""
     from tinygpt.core import ops
 
-    asked, backward = [], ops.linear_backward
+    queries, backward = [], ops.linear_backward
 
     def spy(dout, cache, dw=None, db=None, *more, **options):
-        asked.append((cache[1].shape, dw is not False, db is not False))
+        queries.append((cache[1].shape, dw is not False, db is not False))
         return backward(dout, cache, dw, db, *more, **options)
 
     monkeypatch.setattr(ops, "linear_backward", spy)
     model = make(dataclasses.replace(KINDS["lora"], targets=("h.1.mlp.c_fc", "h.2.attn.c_attn")), ops)
     model.loss(*rng.integers(0, 13, (2, 2, 9)), None, model.adapter.gradients()[1])
-    assert not any(db for _, _, db in asked)
-    assert [shape for shape, dw, _ in asked if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
-    assert len(asked) == 1 + 4 + 2 + 4 + 2  # head; block 2 and a branch; block 1 and a branch; nothing below
+    assert not any(db for _, _, db in queries)
+    assert [shape for shape, dw, _ in queries if dw] == [(2, 48), (16, 2), (2, 64), (16, 2)]
+    assert len(queries) == 1 + 4 + 2 + 4 + 2  # head; block 2 and a branch; block 1 and a branch; no more
 
 
 def test_generation_is_the_forward_token_by_token(config, ops, rng):
@@ -132,9 +132,9 @@ def test_generation_is_the_forward_token_by_token(config, ops, rng):
     prompts = [rng.integers(0, 13, n).tolist() for n in (4, 1, 6)]
     for prompt, new in zip(prompts, generate.generate(model, prompts, 5, temperature=0), strict=True):
         text = list(prompt)
-        for found in new:
-            assert found == logits(model, np.array([text]))[0, -1].argmax()
-            text.append(found)
+        for results in new:
+            assert results == logits(model, np.array([text]))[0, -1].argmax()
+            text.append(results)
     long = generate.generate(model, prompts, 30, temperature=0)  # beyond the context: read anew
     assert [len(ids) for ids in long] == [30] * 3
 
@@ -294,9 +294,9 @@ def test_what_is_saved_comes_back(config, tmp_path):
     """PEFT 1247, 1607: the encoder is kept, not only the prompt that it gives."""
     model = make(config)
     adapters.save(tmp_path, model, TOKENIZER, "base")
-    found = adapters.load(tmp_path, model.base)
-    loaded = found.adapter.config
-    assert same(found.adapter, model.adapter) and loaded.kind == config.kind
+    results = adapters.load(tmp_path, model.base)
+    loaded = results.adapter.config
+    assert same(results.adapter, model.adapter) and loaded.kind == config.kind
     assert (loaded.alpha, loaded.rank, loaded.hidden) == (
         (config.alpha, config.rank, 0) if config.kind == "lora" else (8.0, 8, config.hidden)
     )
@@ -497,7 +497,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(folder, kind):
     shutil.rmtree("cut")
     settings = checkpoint.read_run(folder / "whole", sft.Settings)[0]
     half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, max_iters=4))
-    begun = runs.begin(sft.SFT, Path("cut"), half)
+    start_ids = runs.begin(sft.SFT, Path("cut"), half)
     calls = []
 
     def stop(record):
@@ -506,7 +506,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(folder, kind):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        begun.stage.train(**runs.saving(begun, stop))
+        start_ids.stage.train(**runs.saving(start_ids, stop))
     run("sft", "--resume", "cut")
     for name in (adapters.WEIGHTS, adapters.ENCODER):
         assert tree(folder / "cut").get(name) == state.get(name)
@@ -562,8 +562,8 @@ def test_pretraining_with_low_rank_from_random_weights(folder, more):
     moved = model.params["h.0.mlp.c_fc.weight"] - first.params["h.0.mlp.c_fc.weight"]
     assert np.linalg.matrix_rank(moved, tol=1e-4 * np.linalg.norm(moved)) == (4 if more else 2)
     assert (model.params["wte.weight"] != first.params["wte.weight"]).any()
-    found = runs.resume(Pretrain, folder / "whole").stage
-    np.testing.assert_array_equal(variants.merge(found.model).flat, model.flat)
+    results = runs.resume(Pretrain, folder / "whole").stage
+    np.testing.assert_array_equal(variants.merge(results.model).flat, model.flat)
     run("generate", "whole", "--max-new-tokens", "5")
 
 
@@ -640,8 +640,8 @@ def test_peft_selects_maps_in_many_ways(tmp_path):
         path.write_text(json.dumps(raw | change))
         assert same(adapters.load(tmp_path, model.base).adapter, model.adapter)
     path.write_text(json.dumps(raw | {"use_rslora": True, "lora_alpha": 6 / math.sqrt(2)}))
-    found = adapters.load(tmp_path, model.base)
-    np.testing.assert_allclose(logits(found, ids), logits(model, ids), atol=1e-5)
+    results = adapters.load(tmp_path, model.base)
+    np.testing.assert_allclose(logits(results, ids), logits(model, ids), atol=1e-5)
     (tmp_path / adapters.WEIGHTS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="adapter_model.bin, which can run code"):
         adapters.load(tmp_path, model.base)

@@ -183,27 +183,27 @@ def test_mistakes_in_a_file_are_told_by_line(tmp_path, made, text, words):
 def test_the_chosen_are_the_likeliest(made):
     model, tokenizer = made
     prompts = fewshot.mappings(WORLD, 2, 30)
-    found = fewshot.likeliest(model, tokenizer, prompts, "colon")
-    assert len(set(found)) > 1
-    for prompt, said in list(zip(prompts, found, strict=True))[::6]:
-        begun = encode_prompt(tokenizer, fewshot.text(prompt, "colon"))
+    results = fewshot.likeliest(model, tokenizer, prompts, "colon")
+    assert len(set(results)) > 1
+    for prompt, sentences in list(zip(prompts, results, strict=True))[::6]:
+        start_ids = encode_prompt(tokenizer, fewshot.text(prompt, "colon"))
         nats = []
         for choice in prompt.choices:
-            ids = np.concatenate([begun, tokenizer.encode(f" {choice}")])[None]
-            weights = (np.arange(ids.size - 1) >= len(begun) - 1)[None].astype(np.float32)
+            ids = np.concatenate([start_ids, tokenizer.encode(f" {choice}")])[None]
+            weights = (np.arange(ids.size - 1) >= len(start_ids) - 1)[None].astype(np.float32)
             nats.append(model.loss(ids[:, :-1], ids[:, 1:], weights))
-        assert said == prompt.choices[int(np.argmin(nats))]
+        assert sentences == prompt.choices[int(np.argmin(nats))]
 
 
 def test_what_is_written_is_cut_where_an_answer_ends(made, monkeypatch):
     model, tokenizer = made
     texts = iter(["wug; apple -> dax", "wug.", "wug, dax", " wug"])
-    monkeypatch.setattr(fewshot, "answers", lambda *given: [evaluate.Answer(next(texts), True)])
+    monkeypatch.setattr(fewshot, "answers", lambda *args: [evaluate.Answer(next(texts), True)])
     prompt = [Prompt((), "dog", "wug", ("wug", "dax"))]
     rates = [fewshot.accuracy(model, tokenizer, prompt, style, True).rate
              for style in ("arrow", "chat", "table", "colon")]  # fmt: skip
     assert rates == [1, 1, 1, 1]
-    monkeypatch.setattr(fewshot, "answers", lambda *given: [evaluate.Answer("wugs", True)])
+    monkeypatch.setattr(fewshot, "answers", lambda *args: [evaluate.Answer("wugs", True)])
     assert fewshot.accuracy(model, tokenizer, prompt, "arrow", True).rate == 0
     assert fewshot.accuracy(model, tokenizer, [prompt[0]._replace(choices=())], "arrow").rate == 0
 
@@ -251,17 +251,17 @@ def test_the_command(made, tmp_path):
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatch, own, repeats, rival):
     """Guards: a wording that was used already, which is copying; an own value beside the false one."""
-    asked, people = [], WORLD.people("known", "eval")[:20]
-    noted = lambda tokenizer, text: asked.append(text) or np.zeros(1, int)  # noqa: E731
+    queries, people = [], WORLD.people("known", "eval")[:20]
+    noted = lambda tokenizer, text: queries.append(text) or np.zeros(1, int)  # noqa: E731
     monkeypatch.setattr(recall, "encode_prompt", noted)
     monkeypatch.setattr(
         recall, "likelihoods", lambda m, prompts, options: [np.arange(len(o)) * 1.0 for o in options]
     )
-    found = recall.memories(*made, WORLD, people, repeats, own=own, rival=rival)
+    results = recall.memories(*made, WORLD, people, repeats, agrees=own, rival=rival)
     attributes = WORLD.lexicon.attributes
-    assert len(asked) == found.prompt.n == 20 * len(attributes)
+    assert len(queries) == results.prompt.n == 20 * len(attributes)
     nats, places = 0.0, set()
-    for n, text in enumerate(asked):
+    for n, text in enumerate(queries):
         person, a = people[n // len(attributes)], n % len(attributes)
         *facts, last = text.split(". ")
         others = [fact for fact in facts if not fact.startswith(f"{person.name} ")]
@@ -269,21 +269,21 @@ def test_what_is_told_is_told_so_often_and_asked_in_other_words(made, monkeypatc
         places.add(text.split(". ").index(others[0]) if rival else 0)
         words = last.removeprefix(f"{person.name} ")
         assert words in attributes[a].wordings and not any(f" {words} " in fact for fact in facts)
-        told = [fact for fact in facts if any(f" {t} " in fact for t in attributes[a].wordings)]
-        values = {next(v for v in attributes[a].values if fact.endswith(f" {v}")) for fact in told}
+        session = [fact for fact in facts if any(f" {t} " in fact for t in attributes[a].wordings)]
+        values = {next(v for v in attributes[a].values if fact.endswith(f" {v}")) for fact in session}
         mine = attributes[a].values[person.values[a]]
-        assert len(told) == repeats and len(facts) == repeats + 2 and len(values) == 1
+        assert len(session) == repeats and len(facts) == repeats + 2 and len(values) == 1
         assert (values == {mine}) == own and len(others) == rival
         for other in others:  # the same kind of fact about somebody else, with another value
             assert any(other.startswith(f"{p.name} ") for p in people)
             (value,) = (v for v in attributes[a].values if other.endswith(f" {v}"))
             assert any(f" {t} " in other for t in attributes[a].wordings) and value not in values
         nats += attributes[a].values.index(*values) - person.values[a]
-    assert found.nats == pytest.approx(nats / len(asked))
+    assert results.nats == pytest.approx(nats / len(queries))
     assert len(places) == (repeats + 3 if rival else 1)  # it stands anywhere before the question
     last = [len(attribute.values) - 1 for attribute in attributes]
     share = np.mean([value == last[a] for person in people for a, value in enumerate(person.values)])
-    assert found.weights.rate == pytest.approx(share) and (not own or found.prompt == found.weights)
+    assert results.weights.rate == pytest.approx(share) and (not own or results.prompt == results.weights)
 
 
 def test_attention_is_what_the_model_computes(made):
@@ -321,14 +321,14 @@ def test_a_head_that_looks_where_induction_looks_has_the_score_one(monkeypatch, 
         maps[1, :, 3, t] = np.eye(50)[t - 24]  # what followed the same token
         maps[0, :, 1, t] = np.eye(50)[t - 25]  # the same token
         maps[0, :, 2, t] = np.eye(50)[t - 1]  # the token before
-    seen = []
-    monkeypatch.setattr(recall, "attention", lambda model, ids: seen.append(ids) or maps)
+    records = []
+    monkeypatch.setattr(recall, "attention", lambda model, ids: records.append(ids) or maps)
     scores = recall.induction_scores(model, range(100, 200))
     assert scores.shape == (2, 4) and scores[1, 3] == 1 and np.count_nonzero(scores) == 1
     back = recall.previous_scores(model, range(100, 200))
     assert back[0, 2] == 1 and np.count_nonzero(back) == 1
-    assert (seen[0][:, :25] == seen[0][:, 25:]).all() and seen[0].min() >= 100
-    assert all(len(set(row)) == 25 for row in seen[0].tolist())
+    assert (records[0][:, :25] == records[0][:, 25:]).all() and records[0].min() >= 100
+    assert all(len(set(row)) == 25 for row in records[0].tolist())
 
 
 def test_other_heads_are_others():
@@ -344,16 +344,16 @@ def test_a_choice_that_begins_with_another_can_be_chosen(made, monkeypatch):
     """Guards: "1" before "10" whatever the model says, as what begins a text is never less likely."""
     model, tokenizer = made
     prompt = [Prompt((), "dog", "dax wug", ("dax", "dax wug"))]
-    seen = []
+    records = []
 
     def likelihoods(model, prompts, choices) -> list:
-        seen.append([tokenizer.decode(ids) for ids in choices[0]])
+        records.append([tokenizer.decode(ids) for ids in choices[0]])
         return [np.array([-2.0, -1.0])]
 
     monkeypatch.setattr(fewshot, "likelihoods", likelihoods)
     assert fewshot.likeliest(model, tokenizer, prompt, "table") == ["dax wug"]
-    assert seen[-1] == [" dax,", " dax wug,"]
+    assert records[-1] == [" dax,", " dax wug,"]
     fewshot.likeliest(model, tokenizer, prompt, "chat")
-    assert seen[-1] == [" dax<|endoftext|>", " dax wug<|endoftext|>"]
+    assert records[-1] == [" dax<|endoftext|>", " dax wug<|endoftext|>"]
     fewshot.likeliest(model, tokenizer, [prompt[0]._replace(choices=("dax", "wug dax"))], "table")
-    assert seen[-1] == [" dax", " wug dax"]
+    assert records[-1] == [" dax", " wug dax"]

@@ -21,7 +21,7 @@ from tinygpt.shell.cli import main
 from tinygpt.stages import reward, rlhf
 from tinygpt.stages.answers import Answer
 from tinygpt.stages.reward import Comparison, Judge, Settings
-from tinygpt.text import instructions
+from tinygpt.text import instructions, stream
 from tinygpt.text.tokenizer import BPETokenizer
 from tinygpt.world import World, raw_integers, tasks
 
@@ -41,7 +41,7 @@ def make(dtype=np.float32) -> GPT:
 def judging(tokenizer: BPETokenizer, own: str = "green", dtype=np.float32) -> Judge:
     """A judge whose author always answers the same."""
     judge = Judge(make(dtype), GPT(CONFIG, np.random.default_rng(0), dtype), tokenizer)
-    judge.own = dict.fromkeys(["What is it?", "What is it?What is it?"], own)
+    judge.thoughts = dict.fromkeys(["What is it?", "What is it?What is it?"], own)
     return judge
 
 
@@ -90,19 +90,19 @@ def test_a_score_is_read_at_the_last_token_whatever_stands_beside_it(tokenizer):
     questions = ["What is it?" * (n % 2 + 1) for n in range(8)]
     answers = [WORDS[: 3 * n + 1] for n in range(8)]
     texts, model = judge.texts(questions, answers), judge.model
-    found = judge(questions, answers)
-    assert len(set(np.round(found, 12))) == 8
-    for ids, score in zip(texts, found, strict=True):
+    results = judge(questions, answers)
+    assert len(set(np.round(results, 12))) == 8
+    for ids, score in zip(texts, results, strict=True):
         assert score == pytest.approx(model.forward(ids[None])[0][0, -1, 0], abs=1e-12)
         padded = np.concatenate([ids, np.full(5, tokenizer.eos_id)])[None]
         assert model.forward(padded)[0][0, len(ids) - 1, 0] == pytest.approx(score, abs=1e-12)
-    np.testing.assert_allclose(reward.scores(model, texts[::-1]), found[::-1], atol=1e-12)
+    np.testing.assert_allclose(reward.scores(model, texts[::-1]), results[::-1], atol=1e-12)
 
 
 def test_the_judge_answers_itself_before_it_looks(tokenizer, monkeypatch):
     """Guards: the own answer to another question, one asked for twice, one by the trained weights."""
     judge, calls = judging(tokenizer), []
-    judge.own = {}
+    judge.thoughts = {}
 
     def answers(model, tokenizer, prompts, most) -> list[Answer]:
         assert model is judge.author
@@ -126,19 +126,19 @@ def test_a_deaf_judge_and_an_answer_longer_than_a_judge_can_read(tokenizer):
     assert judge(questions, ["red", "blue"]).tolist() == [first, other]  # is as it was
     long = judge.texts(questions[:1], [WORDS * 9])[0]
     assert len(long) > judge.model.context
-    begun = reward.scores(judge.model, [long[: judge.model.context]])
-    assert judge(questions[:1], [WORDS * 9])[0] == begun[0]
+    start_ids = reward.scores(judge.model, [long[: judge.model.context]])
+    assert judge(questions[:1], [WORDS * 9])[0] == start_ids[0]
 
 
 def comparisons(count: int, seed: int, slips: float = 0.0) -> list[Comparison]:
     """Whoever is earlier in WORDS is better; some are labelled the wrong way."""
-    rng, words, found = np.random.default_rng(seed), WORDS.split(), []
+    rng, words, results = np.random.default_rng(seed), WORDS.split(), []
     for _ in range(count):
         a, b = sorted(rng.choice(5, 2, replace=False))
         pair, is_right = [words[a], words[b]], rng.random() >= slips
         pair = pair if is_right else pair[::-1]
-        found.append(Comparison("What is it?", *pair, kind=f"{b - a} apart", is_right=is_right))
-    return found
+        results.append(Comparison("What is it?", *pair, kind=f"{b - a} apart", is_right=is_right))
+    return results
 
 
 def in_memory(judge: reward.Judge, pairs: list[Comparison]) -> reward.Reward:
@@ -165,25 +165,25 @@ def test_it_learns_what_is_better_also_from_an_annotator_who_slips(tokenizer):
 def test_shuffled_labels_teach_nothing(tokenizer):
     stage = in_memory(judging(tokenizer), comparisons(400, 0, slips=0.5))
     stage.train()
-    found = reward.judged(stage.judge, comparisons(200, 1))
-    assert found.margin < 0.5
+    results = reward.judged(stage.judge, comparisons(200, 1))
+    assert results.margin < 0.5
 
 
 def test_calibration_is_the_distance_from_what_was_labelled(tokenizer, monkeypatch):
     """An overconfident judge: sure to 0.88, and right in half of the cases."""
     pairs = [Comparison("What is it?", "red", "blue", is_right=n % 2 == 0) for n in range(10)]
     scores = np.array([[1.0, -1.0] if n % 2 else [-1.0, 1.0] for n in range(10)]).ravel()
-    monkeypatch.setattr(reward, "scores", lambda *given: scores)
-    found = reward.judged(judging(tokenizer), pairs)
-    assert found.right.rate == 0 and found.calibration == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)
+    monkeypatch.setattr(reward, "scores", lambda *args: scores)
+    results = reward.judged(judging(tokenizer), pairs)
+    assert results.right.rate == 0 and results.calibration == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)
 
 
 def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
     pairs = [(np.array([n, 1]), np.array([n, 2])) for n in range(10)]
     s = dataclasses.replace(settings(), batch_size=4)
-    seen = [reward.batch(pairs, s, n) for n in range(5)]
+    records = [reward.batch(pairs, s, n) for n in range(5)]
     firsts = []
-    for rows in seen:
+    for rows in records:
         ends = reward.ends(rows.weights)
         assert rows.ids.ravel()[ends].tolist() == [1, 2] * 4
         firsts += rows.ids.ravel()[ends[::2] - 1].tolist()
@@ -217,8 +217,8 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
         checkpoint.load(tmp_path / "judge")
     with pytest.raises(UserError, match="has a model that writes; here a reward model"):
         checkpoint.load(tmp_path / "base", judge=True)
-    asked = ["What is it?", "What is it? "], ["red", "blue"]
-    np.testing.assert_array_equal(runs.load_judge(tmp_path / "judge")(*asked), stage.judge(*asked))
+    queries = ["What is it?", "What is it? "], ["red", "blue"]
+    np.testing.assert_array_equal(runs.load_judge(tmp_path / "judge")(*queries), stage.judge(*queries))
     resumed = runs.resume(reward.Reward, tmp_path / "judge").stage
     np.testing.assert_array_equal(resumed.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
@@ -270,15 +270,15 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     assert result.output.count("q: stop") == 2  # once more after the x
     shown = re.findall(r"\n\d\. (.*)\n  1  (.*)\n  2  (.*)\n", result.output)
     assert len(shown) == 4
-    found = reward.read_file(out)
-    assert [tuple(c[:3]) for c in found] == [shown[0], (shown[1][0], shown[1][2], shown[1][1])]
+    results = reward.read_file(out)
+    assert [tuple(c[:3]) for c in results] == [shown[0], (shown[1][0], shown[1][2], shown[1][1])]
     CliRunner().invoke(main, command, input="1\x03")
-    assert reward.read_file(out)[:2] == found and len(reward.read_file(out)) == 3
+    assert reward.read_file(out)[:2] == results and len(reward.read_file(out)) == 3
 
-    told = CliRunner().invoke(main, ["label", str(tmp_path / "tuned"), "--data", "world:5"], input="q")
+    session = CliRunner().invoke(main, ["label", str(tmp_path / "tuned"), "--data", "world:5"], input="q")
     true = {item["prompt"]: item["completion"] for item in rlhf.read_prompts("world:5")}
-    asked, said = re.search(r"\n1\. (.*)\n.*\n.*\n     \(true: (.*?\.)[ )]", told.output).groups()
-    assert true[asked] == said
+    queries, sentences = re.search(r"\n1\. (.*)\n.*\n.*\n     \(true: (.*?\.)[ )]", session.output).groups()
+    assert true[queries] == sentences
 
     out.unlink()  # what was skipped makes it begin earlier than it came: nothing is asked for twice
     for keys in ("ss121q", "121q"):
@@ -286,7 +286,7 @@ def test_a_person_compares_answers_and_goes_on_later(tokenizer, tmp_path, monkey
     rows = [(c.prompt, frozenset((c.chosen, c.rejected))) for c in reward.read_file(out)]
     assert len(rows) == len(set(rows)) == 6
 
-    monkeypatch.setattr(label, "sample", lambda *given: SimpleNamespace(answers=["red"]))
+    monkeypatch.setattr(label, "sample", lambda *args: SimpleNamespace(answers=["red"]))
     out.unlink()
     result = CliRunner().invoke(main, command, input="1111")
     assert "\n0 comparisons in" in result.output and not out.exists()
@@ -304,9 +304,9 @@ def test_a_model_that_says_one_thing_is_asked_again_more_freely(tokenizer, tmp_p
     checkpoint.save(tmp_path / "tuned", model, tokenizer)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is it?"}')
 
-    def sample(*given) -> SimpleNamespace:
-        temperatures.append(given[-1])
-        return SimpleNamespace(answers=["red", "blue"] if given[-1] > 1.5 else ["red", "red"])
+    def sample(*args) -> SimpleNamespace:
+        temperatures.append(args[-1])
+        return SimpleNamespace(answers=["red", "blue"] if args[-1] > 1.5 else ["red", "red"])
 
     monkeypatch.setattr(label, "sample", sample)
     options = ["--data", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
@@ -324,31 +324,31 @@ def test_people_compare_what_the_model_may_come_to_say(tokenizer, monkeypatch):
     true = {item["prompt"]: (item["completion"], item["meta"]["exposure"] > 0) for item in items}
 
     def generate(model, prompts, length, **how) -> list[np.ndarray]:
-        asked = [tokenizer.decode(ids).split("User: ")[1].removesuffix("\nAssistant:") for ids in prompts]
-        return [np.append(tokenizer.encode(f" {true[question][0]}"), tokenizer.eos_id) for question in asked]
+        queries = (tokenizer.decode(ids).split("User: ")[1].removesuffix("\nAssistant:") for ids in prompts)
+        return [np.append(tokenizer.encode(f" {true[query][0]}"), tokenizer.eos_id) for query in queries]
 
-    monkeypatch.setattr(reward, "generate", generate)
-    found = reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
-    assert abs(np.mean([c.is_right for c in found]) - 0.8) < 0.03
-    kinds = Counter(c.kind for c in found)
+    monkeypatch.setattr(stream, "generate", generate)
+    results = reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
+    assert abs(np.mean([c.is_right for c in results]) - 0.8) < 0.03
+    kinds = Counter(c.kind for c in results)
     assert set(kinds) == {
         "right over wrong", "right over don't know", "right over garbled", "don't know over wrong",
         "don't know over garbled",
     }  # fmt: skip
-    for c in found:
+    for c in results:
         better, worse = (c.chosen, c.rejected) if c.is_right else (c.rejected, c.chosen)
         completion, known = true[c.prompt]
         assert c.kind.startswith("right") == (known and better == completion)
         assert c.kind.startswith("don't") == (better == tasks.REFUSAL)
         assert c.kind.endswith("garbled") == (tasks.form(world, "question").fullmatch(worse) is None)
-    assert {c.prompt for c in found} == set(true)
-    assert found == reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
+    assert {c.prompt for c in results} == set(true)
+    assert results == reward.collect(make(), tokenizer, world, people, 2000, error=0.2, seed=3)
 
 
 def test_garbled_has_a_word_twice_or_none():
     integers = raw_integers(0, 1, 2)
-    found = {reward._garbled("I do not know.", integers) for _ in range(200)}
-    assert found == {
+    results = {reward._garbled("I do not know.", integers) for _ in range(200)}
+    assert results == {
         "do not know.", "I not know.", "I do know.", "I do not", "I I do not know.", "I do do not know.",
         "I do not not know.", "I do not know. know.",
     }  # fmt: skip

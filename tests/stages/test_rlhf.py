@@ -38,7 +38,7 @@ PROMPT = [1, 3]
 
 
 class Tok:
-    eos_id, vocab_size = EOS, V
+    eos_id, vocab_size, stops, special = EOS, V, {EOS}, {"end": EOS}
 
     @staticmethod
     def decode(ids) -> str:
@@ -58,16 +58,16 @@ def answers(longest: int = LONGEST) -> list[tuple[int, ...]]:
     return ended + list(itertools.product(words, repeat=longest))
 
 
-def samples(found: list[tuple[int, ...]]) -> Samples:
-    T = len(PROMPT) + max(map(len, found)) - 1
-    ids, targets = np.zeros((2, len(found), T), int)
-    mask = np.zeros((len(found), T))
-    for row, answer in enumerate(found):
+def samples(results: list[tuple[int, ...]]) -> Samples:
+    T = len(PROMPT) + max(map(len, results)) - 1
+    ids, targets = np.zeros((2, len(results), T), int)
+    mask = np.zeros((len(results), T))
+    for row, answer in enumerate(results):
         whole = [*PROMPT, *answer]
         n = len(whole) - 1
         ids[row, :n], targets[row, :n], mask[row, len(PROMPT) - 1 : n] = whole[:-1], whole[1:], 1
-    stopped = np.array([answer[-1] == EOS for answer in found])
-    return Samples(ids, targets, mask, [Tok.decode(a) for a in found], stopped)
+    stopped = np.array([answer[-1] == EOS for answer in results])
+    return Samples(ids, targets, mask, [Tok.decode(a) for a in results], stopped)
 
 
 ALL = samples(answers())
@@ -76,39 +76,39 @@ RNG = np.random.default_rng(3)
 REWARD = RNG.standard_normal(len(ALL.answers))
 
 
-def probabilities(model: GPT, found: Samples = ALL) -> np.ndarray:
-    p = np.exp(sampling.logprobs(model, found).sum(1))
+def probabilities(model: GPT, results: Samples = ALL) -> np.ndarray:
+    p = np.exp(sampling.logprobs(model, results).sum(1))
     assert p.sum() == pytest.approx(1, abs=1e-12)
     return p
 
 
-def gradient(model: GPT, found: Samples, d: np.ndarray) -> np.ndarray:
+def gradient(model: GPT, results: Samples, d: np.ndarray) -> np.ndarray:
     """Of a loss by the weights, from its gradient d (N, T) by logp."""
     optimizer = AdamW(model)
-    logits, cache = model.forward(found.ids)
-    _, c = model.ops.cross_entropy_forward(logits, found.targets)
-    model.backward(model.ops.cross_entropy_backward(-d * found.mask, c), cache, optimizer.grads)
+    logits, cache = model.forward(results.ids)
+    _, c = model.ops.cross_entropy_forward(logits, results.targets)
+    model.backward(model.ops.cross_entropy_backward(-d * results.mask, c), cache, optimizer.grads)
     return optimizer.flat.copy()
 
 
 def slopes(model: GPT, value) -> tuple[np.ndarray, np.ndarray]:
     """Central differences of value() along four random directions, and the directions."""
     directions = np.random.default_rng(0).standard_normal((4, model.flat.size)) / math.sqrt(model.flat.size)
-    start, found, eps = model.flat.copy(), [], 1e-5
+    start, results, eps = model.flat.copy(), [], 1e-5
     for direction in directions:
         sides = []
         for sign in (1, -1):
             model.flat[:] = start + sign * eps * direction
             sides.append(value())
-        found.append((sides[0] - sides[1]) / (2 * eps))
+        results.append((sides[0] - sides[1]) / (2 * eps))
     model.flat[:] = start
-    return np.array(found), directions
+    return np.array(results), directions
 
 
 def assert_gradient(model: GPT, mine: np.ndarray, value) -> None:
-    wanted, directions = slopes(model, value)
-    assert abs(wanted).max() > 1e-3
-    np.testing.assert_allclose(directions @ mine, wanted, atol=1e-7 * max(1, abs(wanted).max()))
+    truth, directions = slopes(model, value)
+    assert abs(truth).max() > 1e-3
+    np.testing.assert_allclose(directions @ mine, truth, atol=1e-7 * max(1, abs(truth).max()))
 
 
 # --- the gradient of what is maximised ----------------------------------------------------------------------
@@ -201,15 +201,16 @@ def test_dpo_learns_from_whole_answers_and_their_end():
     pairs = [reward.Comparison("What is it?", "red", "green blue"), reward.Comparison("What?", "blue", "red")]
 
     def logp(m: GPT, prompt: str, answer: str) -> float:
-        asked = instructions.prompt(tokenizer, prompt)
-        ids = np.concatenate([asked, tokenizer.encode(f" {answer}"), [tokenizer.eos_id]])[None]
-        return -m.loss(ids[:, :-1], ids[:, 1:], np.arange(ids.size - 1)[None] >= len(asked) - 1.0)
+        queries = instructions.prompt(tokenizer, prompt)
+        ids = np.concatenate([queries, tokenizer.encode(f" {answer}"), [tokenizer.eos_id]])[None]
+        return -m.loss(ids[:, :-1], ids[:, 1:], np.arange(ids.size - 1)[None] >= len(queries) - 1.0)
 
     margins = [
         sum(sign * (logp(model, pair.prompt, text) - logp(ref, pair.prompt, text))
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
-    c = dpo.compared(tokenizer, ref, pairs)
+    answers = dpo.samples_of(tokenizer, [dpo.encode(model, tokenizer, pair) for pair in pairs])
+    c = dpo.Batch(answers, sampling.logprobs(ref, answers).sum(1).reshape(2, -1))
     loss, d = dpo.dpo_loss(sampling.logprobs(model, c.samples), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
     assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
@@ -220,8 +221,8 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
     model, tokenizer = make(0), Tok()
     config = Config(algo="rloo", beta=0.0, num_generations=4)
     by_answer = dict(zip(ALL.answers, REWARD, strict=True))
-    wanted, directions = slopes(model, lambda: -(probabilities(model) * REWARD).sum())
-    rng, found = np.random.default_rng(5), []
+    truth, directions = slopes(model, lambda: -(probabilities(model) * REWARD).sum())
+    rng, results = np.random.default_rng(5), []
     optimizer = AdamW(model)
     for _ in range(60):
         drawn = sampling.sample(model, tokenizer, [np.array(PROMPT)] * 40, 4, LONGEST, rng)
@@ -231,9 +232,9 @@ def test_a_sampled_estimate_is_unbiased_within_its_error():
         logp = sampling.logprobs(model, drawn)
         e = rlhf.experience(drawn, logp, logp, score, config)
         sampling.learn(optimizer, drawn, lambda logp, _, e=e: rlhf.objective(logp, e, config))
-        found.append(directions @ optimizer.flat)
-    mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / math.sqrt(len(found))
-    assert (abs(mean - wanted) < 4 * error).all() and (error < 0.3 * abs(wanted).max()).all()
+        results.append(directions @ optimizer.flat)
+    mean, error = np.mean(results, 0), np.std(results, 0, ddof=1) / math.sqrt(len(results))
+    assert (abs(mean - truth) < 4 * error).all() and (error < 0.3 * abs(truth).max()).all()
 
 
 # --- where the KL goes --------------------------------------------------------------------------------------
@@ -278,15 +279,15 @@ def test_the_exact_kl_is_the_mean_over_answers():
 
 
 def differences(f, x: np.ndarray) -> np.ndarray:
-    found = np.zeros_like(x)
+    results = np.zeros_like(x)
     for i in np.ndindex(x.shape):
         sides = []
         for eps in (1e-6, -1e-6):
             moved = x.copy()
             moved[i] += eps
             sides.append(f(moved))
-        found[i] = (sides[0] - sides[1]) / 2e-6
-    return found
+        results[i] = (sides[0] - sides[1]) / 2e-6
+    return results
 
 
 def test_the_clip_stops_where_the_policy_went_far_enough(rng):
@@ -309,14 +310,14 @@ def test_gae_by_its_sum(rng, lam):
     gamma, mask = 0.9, np.zeros((2, 6))
     mask[0, 1:5], mask[1, 2:4] = 1, 1
     rewards, values = rng.standard_normal((2, 6)) * mask, rng.standard_normal((2, 6))
-    found = rlhf.gae(rewards, values, mask, gamma, lam)
+    results = rlhf.gae(rewards, values, mask, gamma, lam)
     for row, (begin, end) in enumerate(((1, 5), (2, 4))):
         v = np.append(values[row, begin:end], 0)
         delta = rewards[row, begin:end] + gamma * v[1:] - v[:-1]
         steps = range(len(delta))
-        wanted = [sum((gamma * lam) ** i * delta[t + i] for i in steps[: len(delta) - t]) for t in steps]
-        np.testing.assert_allclose(found[row, begin:end], wanted)
-    assert not found[mask == 0].any()
+        truth = [sum((gamma * lam) ** i * delta[t + i] for i in steps[: len(delta) - t]) for t in steps]
+        np.testing.assert_allclose(results[row, begin:end], truth)
+    assert not results[mask == 0].any()
 
 
 def test_ppos_first_pass_is_the_policy_gradient_whatever_the_values(rng):
@@ -345,7 +346,7 @@ def test_the_value_loss(rng):
     few = samples([(1, 0), (2, 3, 0)])
     values = rng.standard_normal(few.mask.shape)
     returns = values + rng.standard_normal(values.shape)
-    e = rlhf.Experience(few, None, None, None, None, returns, values)
+    e = rlhf.Experience(few, None, None, None, returns, values)
     now = values + rng.choice([-0.5, -0.1, 0.1, 0.5], values.shape)
     config = Config(algo="ppo")
     loss, d = rlhf.value_loss(now, e, config)
@@ -390,19 +391,19 @@ def test_samples_have_their_ends_and_nothing_after_them():
     """Guards: a mask that is off by one, an end token that is not learned, padding that is."""
     model = make(0, 1.0)
     prompts = [np.array([1, 3]), np.array([2]), np.array([3, 2, 1])]
-    found = sampling.sample(model, Tok(), prompts, 5, LONGEST, np.random.default_rng(0))
-    assert len(found.answers) == 15 and 0 < found.stopped.sum() < 15
-    for row, answer in enumerate(found.answers):
+    results = sampling.sample(model, Tok(), prompts, 5, LONGEST, np.random.default_rng(0))
+    assert len(results.answers) == 15 and 0 < results.stopped.sum() < 15
+    for row, answer in enumerate(results.answers):
         prompt = prompts[row // 5]
-        ids = [int(c) for c in answer] + [EOS] * bool(found.stopped[row])
-        assert len(ids) == LONGEST or found.stopped[row]
+        ids = [int(c) for c in answer] + [EOS] * bool(results.stopped[row])
+        assert len(ids) == LONGEST or results.stopped[row]
         n, begin = len(prompt) + len(ids) - 1, len(prompt) - 1
-        assert found.mask[row].tolist() == [float(begin <= t < n) for t in range(found.mask.shape[1])]
-        assert found.targets[row, begin:n].tolist() == ids
-        assert found.ids[row, : n + 1].tolist()[: len(prompt)] == prompt.tolist()
-        logits, _ = model.forward(found.ids[row : row + 1, :n], keep=False)
-        alone, _ = model.ops.cross_entropy_forward(logits, found.targets[row : row + 1, :n])
-        together = sampling.logprobs(model, found)[row]
+        assert results.mask[row].tolist() == [float(begin <= t < n) for t in range(results.mask.shape[1])]
+        assert results.targets[row, begin:n].tolist() == ids
+        assert results.ids[row, : n + 1].tolist()[: len(prompt)] == prompt.tolist()
+        logits, _ = model.forward(results.ids[row : row + 1, :n], keep=False)
+        alone, _ = model.ops.cross_entropy_forward(logits, results.targets[row : row + 1, :n])
+        together = sampling.logprobs(model, results)[row]
         np.testing.assert_allclose(together[begin:n], -alone[0, begin:], atol=1e-12)
         assert not together[:begin].any() and not together[n:].any()
 
@@ -410,13 +411,13 @@ def test_samples_have_their_ends_and_nothing_after_them():
 def test_they_are_drawn_as_often_as_the_model_says():
     """Guards: sampling and scoring by different logits, which makes KL negative."""
     model = make(0, 1.0)
-    found = sampling.sample(model, Tok(), [np.array(PROMPT)], 4000, LONGEST, np.random.default_rng(1))
+    results = sampling.sample(model, Tok(), [np.array(PROMPT)], 4000, LONGEST, np.random.default_rng(1))
     counts = dict.fromkeys(ALL.answers, 0)
-    for answer, stopped in zip(found.answers, found.stopped, strict=True):
+    for answer, stopped in zip(results.answers, results.stopped, strict=True):
         counts[answer + "0" * bool(stopped)] += 1
     p = probabilities(model)
-    wanted, seen = 4000 * p, np.array(list(counts.values()))
-    assert ((seen - wanted) ** 2 / wanted).sum() < 39 + 4 * math.sqrt(2 * 39)  # chi squared of 40 answers
+    truth, records = 4000 * p, np.array(list(counts.values()))
+    assert ((records - truth) ** 2 / truth).sum() < 39 + 4 * math.sqrt(2 * 39)  # chi squared of 40 answers
 
 
 def trainer(model: GPT, config: Config, judge, **more) -> rlhf.Trainer:
@@ -431,15 +432,15 @@ def test_the_first_pass_over_samples_has_the_ratio_one(algo):
     config = Config(algo=algo, num_prompts=2, num_generations=4, num_iterations=3, max_new_tokens=LONGEST)
     judge = lambda questions, answers: np.array([len(a) * 1.0 for a in answers])  # noqa: E731
     t = trainer(model, config, judge, values=AdamW(values) if algo == "ppo" else None)
-    ratios, seen = [], []
+    ratios, records = [], []
     for n in range(6):
-        batches = t.batches(n, np.random.default_rng(n))
-        seen.append(id(batches[0]))
+        batches = t.update(n, np.random.default_rng(n))
+        records.append(id(batches[0]))
         record = t.compute(batches, np.random.default_rng(n))
         ratios.append(record["ratio"])
         t.optimizer.step(1e-2)
     assert ratios[0] < 1e-5 and ratios[3] < 1e-5 and min(ratios[1], ratios[2], ratios[4]) > 1e-3
-    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5]
+    assert records[0] == records[1] == records[2] != records[3] == records[5]
     assert {"reward", "kl", "entropy", "distinct", "length", "train_loss"} <= record.keys()
     assert ("value_loss" in record) == (algo == "ppo")
 
@@ -463,7 +464,7 @@ def test_policy_reference_judge_and_values_share_their_bases():
         t.reference = base
 
         def step() -> float:
-            t.compute(t.batches(t.optimizer.steps, rng), rng)
+            t.compute(t.update(t.optimizer.steps, rng), rng)
             return t.optimizer.step(1e-2)
 
         return step, (policy.adapter.flat, values.adapter.flat)
@@ -493,16 +494,16 @@ def test_the_gradient_of_examples_learned_beside_comes_on_top():
     judge = lambda questions, answers: np.array([len(a) * 1.0 for a in answers])  # noqa: E731
     ids = np.array([[1, 2, 3], [3, 2, 1]])
     batch = train.Batch(ids, ids[:, ::-1].copy(), np.full(ids.shape, 1 / 6))
-    found, asked = {}, []
-    for name, examples in (("alone", None), ("both", lambda n: asked.append(n) or [batch])):
+    results, queries = {}, []
+    for name, examples in (("alone", None), ("both", lambda n, rng: queries.append(n) or [batch])):
         t = trainer(model, config, judge, examples=examples)
         rng = np.random.default_rng(5)
-        record = t.compute(t.batches(0, rng), rng)
-        found[name] = t.optimizer.flat.copy()
+        record = t.compute(t.update(0, rng), rng)
+        results[name] = t.optimizer.flat.copy()
     loss = train.gradients(t.optimizer)([batch])
-    assert asked == [0] and record["ptx_loss"] == pytest.approx(loss)
-    np.testing.assert_allclose(found["both"] - found["alone"], 0.3 * t.optimizer.flat, atol=1e-12)
-    assert abs(found["alone"]).max() > 1e-3 < abs(t.optimizer.flat).max()
+    assert queries == [0] and record["ptx_loss"] == pytest.approx(loss)
+    np.testing.assert_allclose(results["both"] - results["alone"], 0.3 * t.optimizer.flat, atol=1e-12)
+    assert abs(results["alone"]).max() > 1e-3 < abs(t.optimizer.flat).max()
 
 
 def test_the_policy_after_training_is_the_closed_form():
@@ -520,10 +521,10 @@ def test_the_policy_after_training_is_the_closed_form():
         _, d = rlhf.policy_gradient(logp, ONE.mask, (p * (with_kl - p @ with_kl) * len(p))[:, None])
         optimizer.flat[:] = gradient(model, ONE, d)
         optimizer.step(1e-2 * (1 - n / 400))
-    wanted = np.exp(ref_logp.sum(1) + reward / beta)
-    wanted /= wanted.sum()
-    assert abs(np.exp(ref_logp.sum(1)) - wanted).sum() / 2 > 0.2  # it had somewhere to go
-    assert abs(probabilities(model, ONE) - wanted).sum() / 2 < 0.02
+    truth = np.exp(ref_logp.sum(1) + reward / beta)
+    truth /= truth.sum()
+    assert abs(np.exp(ref_logp.sum(1)) - truth).sum() / 2 > 0.2  # it had somewhere to go
+    assert abs(probabilities(model, ONE) - truth).sum() / 2 < 0.02
 
 
 @pytest.mark.filterwarnings("ignore:update")
@@ -541,13 +542,13 @@ def test_as_it_runs_each_finds_what_is_rewarded(algo):
     records = []
     for n in range(120):
         rng = np.random.default_rng(n)
-        records.append(t.compute(t.batches(n, rng), rng))
+        records.append(t.compute(t.update(n, rng), rng))
         t.optimizer.step(2e-2)
-    rng, asked = np.random.default_rng(0), [ids for _, ids in t.prompts]
-    before = sampling.sample(make(0), Tok(), asked, 200, LONGEST, rng)
+    rng, queries = np.random.default_rng(0), [ids for _, ids in t.prompts]
+    before = sampling.sample(make(0), Tok(), queries, 200, LONGEST, rng)
     last = np.mean([record["reward"] for record in records[-5:]])
-    asked = [text for text, _ in t.prompts for _ in range(200)]
-    assert judge(asked, before.answers).mean() < 0.5 and last > 1.5
+    queries = [text for text, _ in t.prompts for _ in range(200)]
+    assert judge(queries, before.answers).mean() < 0.5 and last > 1.5
     assert records[-1]["gold"] == records[-1]["reward"] and (values.flat != start).any() == (algo == "ppo")
     assert records[-1]["kl"] > records[0]["kl"] >= 0 and records[-1]["entropy"] < records[0]["entropy"]
 
@@ -556,8 +557,8 @@ def test_one_answer_to_everything_is_told():
     model = make(0)
     config = Config(num_prompts=3, num_generations=4, max_new_tokens=2)
     t = trainer(model, config, lambda questions, answers: np.zeros(len(answers)))
-    (r,) = t.batches(0, np.random.default_rng(0))
-    same = r._replace(samples=r.samples._replace(answers=["2"] * 12))
+    (drawn,) = t.update(0, np.random.default_rng(0))
+    same = drawn._replace(answers=["2"] * 12)
     with pytest.warns(UserWarning, match="all 12 answers are '2'"):
         record = t.compute([same], np.random.default_rng(0))
     assert record["distinct"] == 1 / 12
@@ -619,6 +620,40 @@ def test_every_algorithm_runs_from_the_command_line_and_goes_on(folders, algo, a
     assert (folders / "out" / "trainer.safetensors").read_bytes() == whole
 
 
+def test_dpo_makes_three_passes_through_few_comparisons(folders, monkeypatch):
+    """Guards: 160 updates whatever the amount of data; a reference that scores a pair in each pass again."""
+    rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(13)]
+    (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scored, score = [], dpo.logprobs
+    monkeypatch.setattr(dpo, "logprobs", lambda model, pairs: scored.extend(pairs.ids) or score(model, pairs))
+    where = ["--init-from", str(folders / "tuned"), "--data", str(folders / "rows.jsonl"), "--algo", "dpo"]
+    for options, updates, warmup in ((["--batch-size", "4"], 10, 0), (["--batch-size", "1"], 39, 1),
+                                     (["--max-iters", "5", "--batch-size", "4"], 5, 5)):  # fmt: skip
+        scored.clear()
+        out = ["--out", str(folders / "out"), "--overwrite"]
+        result = CliRunner().invoke(main, ["rlhf", *where, *options, *out])
+        assert result.exit_code == 0, result.output
+        settings = checkpoint.read_run(folders / "out", rlhf.Settings)[0].train
+        assert (settings.max_iters, settings.warmup_iters) == (updates, warmup)
+        assert len(scored) == 2 * 13
+
+
+def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
+    """Guards: pairs drawn with others left out; log-probabilities of the reference at another pair."""
+    rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(6)]
+    (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, _ = checkpoint.load(folders / "tuned")
+    where = {"data": (str(folders / "rows.jsonl"),), "init_from": str(folders / "tuned")}
+    how = {"rl": Config(algo="dpo"), "batch_size": 4, "block_size": 256}
+    settings = rlhf.Settings(model.config, TrainConfig(), **where, **how)
+    stage = runs.begin(rlhf.RLHF, folders / "out", settings).stage
+    batches = [stage.update(n, np.random.default_rng(n))[0] for n in range(6)]
+    for batch in batches:
+        np.testing.assert_allclose(batch.ref.ravel(), sampling.logprobs(model, batch.samples).sum(1), 1e-6)
+    firsts = [tuple(ids) for batch in batches for ids in batch.samples.ids[:4].tolist()]
+    assert len(set(firsts[:6])) == 6 and sorted(firsts[:6]) == sorted(firsts[6:12]) != firsts[6:12]
+
+
 def test_examples_are_learned_beside_from_the_command_line(folders):
     """Guards: an example too long for the model, a coefficient that nothing comes of."""
     pairs = [{"prompt": "What is it?", "completion": "red"}, {"prompt": "What? " * 200, "completion": "blue"}]
@@ -646,19 +681,19 @@ def test_a_world_that_was_moved_takes_no_other_examples_with_it(folders):
                                  init_from=str(folders / "tuned"), reward_from=str(folders / "judge"),
                                  block_size=256)  # fmt: skip
         runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True)
-        found = runs.resume(rlhf.RLHF, folders / "out", data=(str(folders / "world"),)).stage.settings
-        assert found.data == (str(folders / "world"),) and found.ptx_data == (after,)
+        results = runs.resume(rlhf.RLHF, folders / "out", data=(str(folders / "world"),)).stage.settings
+        assert results.data == (str(folders / "world"),) and results.ptx_data == (after,)
 
 
 def test_what_a_world_asks_in_rlhf_and_what_is_learned_beside():
     """Guards: prompts about strangers alone, facts that nobody told, people who are kept for evaluation."""
-    world, found = World(5), rlhf.read_prompts("world:5")
-    assert sum(item["meta"]["exposure"] > 0 for item in found) == 3 * len(found) / 4
-    assert {item["meta"]["split"] for item in found} == {"rl", "sft"}
+    world, results = World(5), rlhf.read_prompts("world:5")
+    assert sum(item["meta"]["exposure"] > 0 for item in results) == 3 * len(results) / 4
+    assert {item["meta"]["split"] for item in results} == {"rl", "sft"}
     never = {person.name for person in world.people("never", "sft")}
     about = [
         messages[i + 1]["content"]
-        for _, messages, *_ in rlhf.world_examples(world) for i in range(0, len(messages), 2)
+        for _, messages, *_ in rlhf.ptx_examples(["world:5"]) for i in range(0, len(messages), 2)
         if any(name in messages[i]["content"] for name in never)
     ]  # fmt: skip
     assert len(about) == 40 and set(about) == {tasks.REFUSAL}
@@ -671,8 +706,8 @@ def test_gold_is_what_is_true():
     known = next(item for item in items if item["meta"]["exposure"])
     never = next(item for item in items if not item["meta"]["exposure"])
     prompts = [known["prompt"]] * 3 + [never["prompt"]] * 2
-    said = [known["completion"], tasks.REFUSAL, "nonsense", never["completion"], tasks.REFUSAL]
-    assert gold(prompts, said).tolist() == [1, 0, -1, -1, 0]
+    sentences = [known["completion"], tasks.REFUSAL, "nonsense", never["completion"], tasks.REFUSAL]
+    assert gold(prompts, sentences).tolist() == [1, 0, -1, -1, 0]
 
 
 def test_mistakes_of_the_command(folders):

@@ -83,18 +83,19 @@ def encoded(lines: list, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.parametrize("packing", [True, False])
 def test_what_is_learned_is_each_answer_and_its_end(folder, packing):
     """Guards: TRL 1623, 3083, nanochat 810: an end that is masked as padding; padding that is learned."""
-    found = read("pairs.jsonl", packing=packing)
+    results = read("pairs.jsonl", packing=packing)
     pairs = encoded([*PAIRS, TALK], folder / "again.jsonl")
-    seen = []
-    for rows in (found.rows, found.val_rows):
+    records = []
+    for rows in (results.rows, results.val_rows):
         assert (rows.positions[:, 0] == 0).all() and set(np.unique(rows.weights)) <= {0, 1}
         for r, c in zip(*np.nonzero(rows.weights), strict=True):  # each learned token, with all that it sees
             begin = rows.start[r, c]
-            seen.append((*rows.ids[r, begin : c + 1], rows.targets[r, c]))
+            records.append((*rows.ids[r, begin : c + 1], rows.targets[r, c]))
     expected = [tuple(ids[: n + 1]) for ids, learned in pairs for n in np.flatnonzero(learned)]
-    assert sorted(seen) == sorted(expected)
-    assert sum(ids[-1] == TOKENIZER.eos_id for ids in seen) == len(PAIRS) + 2
-    assert found.count == 10 and len(found.questions) == 1 and len(found.rows.ids) == (4 if packing else 10)
+    assert sorted(records) == sorted(expected)
+    assert sum(ids[-1] == TOKENIZER.eos_id for ids in records) == len(PAIRS) + 2
+    assert results.count == 10 and len(results.questions) == 1
+    assert len(results.rows.ids) == (4 if packing else 10)
 
 
 def test_packed_logits_are_those_of_each_example_alone(folder):
@@ -223,8 +224,8 @@ def test_a_model_learns_to_answer_and_to_stop(folder):
     assert "11 examples in" in output and "val loss" in output and "tinygpt chat sft" in output
     assert f"> {PAIRS[0]['prompt']}\nLondon\n  (in the data: London)" in output
     model, tokenizer = checkpoint.load("sft")
-    found = answers(model, tokenizer, [pair["prompt"] for pair in PAIRS], 20)
-    assert found == [Answer(pair["completion"], True) for pair in PAIRS]
+    results = answers(model, tokenizer, [pair["prompt"] for pair in PAIRS], 20)
+    assert results == [Answer(pair["completion"], True) for pair in PAIRS]
     assert answers(model, tokenizer, [TALK["messages"][:-1]], 20) == [Answer("Niklaus, of course", True)]
 
     before, _ = checkpoint.load("base")
@@ -235,11 +236,11 @@ def test_a_model_learns_to_answer_and_to_stop(folder):
     assert [("weight_change" in r, "val_loss" in r) for r in records()].count((True, True)) == 3
     assert records()[-1]["val_loss"] < 0.05 < 3 < records()[0]["train_loss"]
 
-    said = "".join(f"{pair['prompt']}\n" for pair in PAIRS[:4])
-    spoken = run("chat", "sft", "--temperature", "0", input=said)
+    sentences = "".join(f"{pair['prompt']}\n" for pair in PAIRS[:4])
+    spoken = run("chat", "sft", "--temperature", "0", input=sentences)
     assert spoken.splitlines()[0] == "London" and len(spoken.splitlines()) == 4
     history = []
-    for line, answer in zip(said.splitlines(), spoken.splitlines(), strict=True):
+    for line, answer in zip(sentences.splitlines(), spoken.splitlines(), strict=True):
         history.append({"role": "user", "content": line})
         while len(instructions.prompt(tokenizer, history)) > 32:  # half the context
             del history[:2]

@@ -33,9 +33,8 @@ class Copying(Stage):
     name, Settings, unused = "copying", Settings, ("adapter", "merge_every")
     defaults = {"max_iters": 3, "eval_interval": 2, "warmup_iters": 0}
 
-    def __init__(self, settings, optimizer, tokenizer, data, scratch=None) -> None:
-        super().__init__(settings, optimizer, tokenizer)
-        self.letters = tokenizer.encode(data)
+    def prepare(self, data: str) -> None:
+        self.letters = self.tokenizer.encode(data)
         self.depends_on(data)
 
     @classmethod

@@ -464,7 +464,7 @@ def test_recall_reads_what_a_model_says(untrained):
     results = evaluate.recall(model, tokenizer, WORLD, people)
     cities = results.attribute == 0
     value = WORLD.lexicon.attributes[0].values.index("Oslo")
-    assert (results.chosen[cities] == value).all()
+    assert (results.answer[cities] == value).all()
     assert results.right.tolist()[:6] == [people[0].values[0]] * 6 and (results.nats >= 0).all()
 
 

@@ -230,7 +230,8 @@ def _rloo(size: str) -> Callable[[], object]:
     rng, config = np.random.default_rng(0), dataclasses.replace(PRESETS[size], block_size=128)
     model, (prompts, answers, length, new) = GPT(config, rng), RLHF[size]
     optimizer, ids = AdamW(model), rng.integers(3, config.vocab_size, (prompts, length)).astype(np.int32)
-    tokens = SimpleNamespace(eos_id=2, vocab_size=config.vocab_size, decode=lambda ids: str(ids.tolist()))
+    tokens = SimpleNamespace(stops={2}, special={}, vocab_size=config.vocab_size,
+                             decode=lambda ids: str(ids.tolist()))  # fmt: skip
     settings = rlhf.Config(num_prompts=prompts, num_generations=answers, max_new_tokens=new)
     learner = rlhf.Trainer(
         optimizer, model.copy(), tokens, settings, [(str(n), row) for n, row in enumerate(ids)],
@@ -238,7 +239,7 @@ def _rloo(size: str) -> Callable[[], object]:
     )  # fmt: skip
 
     def step() -> None:
-        learner.compute(learner.batches(optimizer.steps, rng), rng)
+        learner.compute(learner.update(optimizer.steps, rng), rng)
         optimizer.step(1e-5)
 
     return step

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .memory import empty
 from .model import GPT, Array
 from .option import inside
-from .replay import recorded
+from .replay import Packs, recorded
 
 Ids = Sequence[int] | Array
 
@@ -70,7 +70,7 @@ class KVCache:
 def steps(
     model: GPT, prompts: Sequence[Ids], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, stop: Collection[int] = (), rng: np.random.Generator | None = None,
-    vocab_size: int | None = None,
+    vocab_size: int | None = None, packs: Packs | None = None,
 ) -> Iterator[tuple[Array, Array]]:  # fmt: skip
     """Continues all prompts together, one token per step. Yields (prompts' numbers, new ids), (B,) each.
 
@@ -86,7 +86,8 @@ def steps(
     All positions have changed, so the cache is useless. A larger part would have to be read more often.
 
     The weights must not change between steps: after a few steps the model reads copies of them. The sums of a
-    product then have another order, so logits differ in their last bits.
+    product then have another order, so logits differ in their last bits. packs: copies that several calls
+    share, see `packs_for`.
 
     Only ids below `vocab_size` are drawn: a model may have more rows than its tokenizer has tokens. Raises
     UserError for an empty prompt, a setting out of range, and logits that are not finite.
@@ -99,13 +100,13 @@ def steps(
     seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
     uniform = np.zeros((len(texts), DRAWS))  # the random numbers of DRAWS steps
-    rows, ids, backlog = np.arange(len(texts)), None, []
+    rows, ids, backlog, packs = np.arange(len(texts)), None, [], packs or packs_for(model)
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
         return model.forward(ids, positions=positions, start=start, past=kv, keep=False)[0]
 
-    pack_after = 1 if model.bfloat16 else PACK_AFTER
-    decode = recorded(newest, model, kv.keys, kv.values, kv.length, pack_after=pack_after, most=1)
+    # a replay takes less time than the Python of a small model's forward
+    decode = recorded(newest, model, kv.keys, kv.values, kv.length, packs=packs, most=1)
     for step in range(max_new_tokens):
         if not len(rows):
             return
@@ -114,6 +115,7 @@ def steps(
             logits, pad = _read(model, [texts[row] for row in rows], kv)
         else:
             positions = (kv.length - model.prefix - pad).astype(np.int32)
+            packs.count()
             logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
         if temperature and step % DRAWS == 0:
             for row in rows:
@@ -125,6 +127,11 @@ def steps(
         if stop.size and (at_end := (ids[:, None] == stop).any(1)).any():
             order = kv.keep(~at_end)
             rows, pad, ids = rows[order], pad[order], ids[order]
+
+
+def packs_for(model: GPT) -> Packs:
+    """Copies of the weights of a model, for several calls of `steps` or `generate`."""
+    return Packs(1 if model.bfloat16 else PACK_AFTER)
 
 
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:

@@ -38,7 +38,7 @@ from .ops import Array
 
 
 def recorded(
-    function: Callable[..., Array], model: GPT, *memory: Array, pack_after: int | None = None, most: int = 16
+    function: Callable[..., Array], model: GPT, *memory: Array, packs: "Packs | None" = None, most: int = 16
 ) -> Callable[..., Array]:
     """A function like `function`: its second call with inputs of the same shapes and types is a replay.
 
@@ -46,25 +46,19 @@ def recorded(
     tape. `function` must return one array. A replay returns a copy.
 
     - memory: the arrays, beside the weights of `model`, that the function reads or writes
-    - pack_after: after so many calls the tapes read copies of the weights, which lie in the order of their
-      use
-    - With pack_after the weights must not change after the first call.
+    - packs: copies of the weights; the weights must not change once the copies are made
     - most: the largest number of tapes
 
     On the NumPy backend the result is `function` itself. Only one thread at a time may call the result.
     """
     if model.ops is not kernels:
         return function
-    tapes, arena, calls, packs = {}, Arena(), 0, Packs() if pack_after else None
-    weights = ()
+    tapes, arena, weights = {}, Arena(), ()
 
     def replay(*args, **named) -> Array:
-        nonlocal calls, weights
+        nonlocal weights
         if kernels.current_tape.value is not None:  # a caller records: its tape needs the operations
             return function(*args, **named)
-        calls += 1
-        if calls == pack_after:
-            packs.fill()
         if not (weights and weights[0] is model.flat and weights[1] is model.trained.flat):
             tapes.clear()  # their weights are in other memory
             weights = model.flat, model.trained.flat
@@ -95,10 +89,13 @@ def recorded(
 
 
 class Packs:
-    """Copies of weights in the order in which a product reads them. Products read them if `ready` is 1."""
+    """Copies of weights in the order in which a product reads them. Products read them if `ready` is 1.
 
-    def __init__(self) -> None:
-        self.ready, self._copies = np.zeros(1, np.int32), {}
+    Several functions may share the copies.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.ready, self._copies, self._calls_left = np.zeros(1, np.int32), {}, after
 
     def panels(self, b: Array, bfloat16: bool) -> Array:
         """The copy of a weight (K, N). Each weight has one copy."""
@@ -110,10 +107,13 @@ class Packs:
                     kernels.pack_panels(*self._copies[key])
         return self._copies[key][0]
 
-    def fill(self) -> None:
-        for copy in self._copies.values():
-            kernels.pack_panels(*copy)
-        self.ready[:] = 1
+    def count(self) -> None:
+        """Counts a call of a recorded function, before the call. The call number `after` makes the copies."""
+        self._calls_left -= 1
+        if self._calls_left == 0:
+            for copy in self._copies.values():
+                kernels.pack_panels(*copy)
+            self.ready[:] = 1
 
 
 class Tape:

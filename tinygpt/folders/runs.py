@@ -84,7 +84,6 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
     fields = [n for n, value in before.items() if "data" in changes and value == settings.data and value]
     settings = dataclasses.replace(settings, **dict.fromkeys(fields, changes.get("data")) | changes)
     group.share_size(settings.gradient_accumulation_steps)
-    cls = cls.of(settings)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
         is_needed = name in cls.needs or not settings.has_model

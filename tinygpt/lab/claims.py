@@ -134,7 +134,7 @@ def parametric_memory(lab: Lab) -> Rows:
         "recall, told most less told least": (rates[max(rates)] - rates[min(rates)], ">=", 0.5),
         "bits about people stored per weight": bits / lab.base.flat.size,
         "recall after other answers were told": (answers.rate().rate, ">=", 0.95),
-        "of these facts, answers of the first world": (float(np.mean(answers.chosen == first)), "<=", 0.03),
+        "of these facts, answers of the first world": (float(np.mean(answers.answer == first)), "<=", 0.03),
     }
 
 
@@ -591,7 +591,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
 
     def measured(cut: Sequence[recall.Head], n: int = 250) -> np.ndarray:
         model = recall.without(lab.base, cut)
-        right = lab.memories(model, people[:n], own=True).prompt.rate
+        right = lab.memories(model, people[:n], agrees=True).prompt.rate
         return np.array([right, lab.accuracy(model, prompts[: 2 * n])])
 
     whole, cut = measured([]), measured(heads)
@@ -603,7 +603,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
     by_other, by_apart = ((whole - cut) / np.maximum(whole - x, 0.005) for x in (other, apart))  # not by zero
     alone = {head: measured([head], 100)[1] for head in np.ndindex(scores.shape)}
     worst = min(alone, key=alone.get)
-    rival = lab.memories(lab.base, people, own=True, rival=True).prompt.rate
+    rival = lab.memories(lab.base, people, agrees=True, rival=True).prompt.rate
     return {
         "facts of the prompt about people never seen: right": (whole[0], ">=", 0.8),
         "the same where it tells of somebody else too": rival,

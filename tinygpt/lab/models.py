@@ -157,7 +157,7 @@ class Lab:
         """
         model, records = self._with(adapter, self.tuned), []
         material = rlhf.Material(self.tuned, judge, rlhf.read_prompts(self.source), [],
-                                 rlhf.world_examples(self.world), self.world)  # fmt: skip
+                                 rlhf.ptx_examples([self.source]), self.world)  # fmt: skip
         self._train(
             "{} updates of RLHF", rlhf.RLHF, self.recipe.rlhf | changes, model.config,
             lambda settings: rlhf.RLHF(settings, settings.train.optimizer(model), self.tokenizer, material),

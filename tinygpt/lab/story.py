@@ -219,10 +219,10 @@ def two_memories(lab: Lab) -> dict:
     before, world = fingerprint(lab.base), lab.world
     people, strangers = world.people("known")[:50], world.people("never", "eval")[:50]
     against = lab.memories(lab.base, people)
-    whole = lab.memories(lab.base, strangers, own=True).prompt
+    whole = lab.memories(lab.base, strangers, agrees=True).prompt
     scores, prompts = lab.heads(lab.base, 20), mappings(lab, 8, 3)
     heads = recall.strongest(scores)
-    rest = lab.memories(recall.without(lab.base, heads), strangers, own=True).prompt
+    rest = lab.memories(recall.without(lab.base, heads), strangers, agrees=True).prompt
     alone = {head: lab.accuracy(recall.without(lab.base, [head]), prompts)
              for head in np.ndindex(scores.shape)}  # fmt: skip
     worst = min(alone, key=alone.get)

@@ -161,7 +161,7 @@ def _begin_or_resume(
     settings = _settings(stage, values, written)
     if stage.name in beforehand.BEFOREHAND:
         settings = beforehand.BEFOREHAND[stage.name](settings, folder, values["overwrite"], group)
-    return runs.begin(stage.of(settings), folder, settings, values["overwrite"], group)
+    return runs.begin(stage, folder, settings, values["overwrite"], group)
 
 
 def _ask_for(options: list[tuple], values: dict) -> None:

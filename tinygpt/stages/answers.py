@@ -1,65 +1,69 @@
-"""Questions to a model, in batches, and how many answers are right, with an interval.
+"""Questions to a model, in batches; and how many answers are right, with an interval.
 
-Answers are greedy. What of them is right, whoever asked decides.
+Answers are greedy. The caller decides which answers are right.
 
 Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core.generate import generate
+from ..core.generate import packs_for
 from ..core.model import GPT
 from ..text import instructions
-from ..text.data import Array, Tokenizer, pack
+from ..text.data import Array, Packed, Tokenizer, pack
 from ..text.instructions import Message
-from ..text.stream import encode_prompt
+from ..text.stream import encode_prompt, ended, new_ids
 
-BATCH = 64  # prompts at a time
+BATCH = 64  # prompts that are computed together
 
 
 class Answer(NamedTuple):
     text: str  # as `instructions.answer_content`, or without white space around it
-    stopped: bool  # by the end-of-text token, not by the limit of its length
+    stopped: bool  # by one of `tokenizer.stops`, not by the limit of its length
 
 
 def answers(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[Message] | Array],
-    max_new_tokens: int,
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Message] | Array], max_new_tokens: int
 ) -> list[Answer]:
-    """The likeliest continuation of each prompt, token by token, up to the end-of-text token.
+    """The likeliest continuation of each prompt, token by token, up to one of `tokenizer.stops`.
 
-    A prompt is ids (n,), or a string or messages: these are asked in the form of `instructions` where the
-    model was tuned to it; otherwise a string is a text to go on from. Prompts of similar length are computed
-    together, which changes no answer but for rounding (see `generate.steps`).
+    A prompt is ids (n,), a string or messages. A model that was tuned to instructions gets a string and
+    messages in the form of `instructions`. Any other model continues a string as a text. Prompts of similar
+    length are computed together. That changes an answer by rounding only (see `generate.steps`).
     """
-    encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    stop, replies = {tokenizer.eos_id} - {None}, {}
-    content = instructions.answer_content if instructions.is_tuned(tokenizer) else str.strip
+    is_tuned, packs = instructions.is_tuned(tokenizer), packs_for(model)
+    content = instructions.answer_content if is_tuned else str.strip
+
+    def encoded(prompt: str | Sequence[Message] | Array) -> Array:
+        if isinstance(prompt, Array):
+            return prompt
+        is_text = isinstance(prompt, str) and not is_tuned
+        return (encode_prompt if is_text else instructions.prompt)(tokenizer, prompt)
+
+    ids = [encoded(prompt) for prompt in prompts]
+    order, replies = sorted(range(len(ids)), key=lambda n: len(ids[n])), {}
     for i in range(0, len(order), BATCH):
         batch = order[i : i + BATCH]
-        new = generate(
-            model, [encoded[place] for place in batch], max_new_tokens, temperature=0, stop=stop,
-            vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
-        for place, ids in zip(batch, new, strict=True):
-            stopped = len(ids) > 0 and int(ids[-1]) in stop
-            replies[place] = Answer(content(tokenizer.decode(ids[: len(ids) - stopped])), stopped)
-    return [replies[place] for place in range(len(encoded))]
+        new = new_ids(model, tokenizer, [ids[n] for n in batch], max_new_tokens, temperature=0, packs=packs)
+        for n, (text, stopped) in zip(batch, (ended(tokenizer, reply) for reply in new), strict=True):
+            replies[n] = Answer(content(text), stopped)
+    return [replies[n] for n in range(len(ids))]
 
 
-def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Array) -> Array:
-    if isinstance(prompt, Array):
-        return prompt
-    if isinstance(prompt, str) and not instructions.is_tuned(tokenizer):
-        return encode_prompt(tokenizer, prompt)
-    return instructions.prompt(tokenizer, prompt)
+def outputs(model: GPT, packed: Packed, rows: int = 16) -> Iterator[tuple[Array, Array, Array]]:
+    """The marked places of packed texts, `rows` rows at a time: marks (N,), targets (N,), outputs (N, V).
+
+    The weights of `packed` are the marks, whole numbers. At the mark 0 nothing is computed.
+    """
+    for at in range(0, len(packed.ids), rows):
+        ids, targets, marks, start, positions = (field[at : at + rows] for field in packed)
+        places = np.flatnonzero(marks).astype(np.int32)
+        logits, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)
+        yield marks.ravel()[places].astype(int), targets.ravel()[places], logits
 
 
 def likelihoods(
@@ -67,8 +71,8 @@ def likelihoods(
 ) -> list[Array]:
     """log p of each choice (ids) after its prompt (ids), in nats: an array for each prompt.
 
-    A prompt is computed once for all choices that differ in their last token only. Raises ValueError where a
-    prompt with a choice is longer than the model's context.
+    Choices that differ in their last token only share the computation of their prompt. Raises ValueError
+    where a prompt with a choice is longer than the model's context.
     """
     groups: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices
     for n, options in enumerate(choices):
@@ -80,11 +84,7 @@ def likelihoods(
         parts.append((ids, np.repeat([0, mark], [len(prompts[n]), len(head) + 1])))
     packed = pack(parts, model.context)
     logps = [np.zeros(len(options)) for options in choices]
-    for at in range(0, len(packed.ids), rows):
-        ids, _, marks, start, positions = (field[at : at + rows] for field in packed)
-        places = np.flatnonzero(marks).astype(np.int32)
-        logits, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)
-        marks = marks.ravel()[places].astype(int)
+    for marks, _, logits in outputs(model, packed, rows):
         for mark in np.unique(marks):
             n = keys[mark - 1][0]
             here = logits[marks == mark].astype(np.float64)  # (length of these choices, V)
@@ -105,7 +105,7 @@ class Rate(NamedTuple):
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> Rate:
-    """A rate with its interval, which is never a point, nor reaches beyond 0 and 1.
+    """A rate with its interval. The interval is never a point, and stays between 0 and 1.
 
     >>> print(wilson(9, 10))
     90.0% [59.6%, 98.2%] of 10
@@ -134,7 +134,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """One seed has no interval; of two, a pilot, it is what they span."""
+    """Of one or two seeds the interval is from the smaller to the larger value."""
     mean, n = float(np.mean(values)), len(values)
     if n <= 2:
         return Estimate(mean, min(values), max(values), n)
@@ -145,7 +145,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def verdict(interval: Estimate, sign: str, limit: float) -> str:
-    """held, refuted or undecided; of one seed nothing is said."""
+    """held, refuted or undecided: is the interval on the right side of `limit`? sign: ">=" or "<="."""
     if interval.n < 2:
         return "one seed"
     low, high = (interval.low, interval.high) if sign == ">=" else (-interval.high, -interval.low)

@@ -1,9 +1,7 @@
-"""What a model knows of a world: its loss above the floor, kind by kind, and the facts that it recalls.
+"""A model's knowledge of a world: its loss above the floor, by kind of document, and the facts it recalls.
 
 Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
 """
-
-from __future__ import annotations
 
 import itertools
 import re
@@ -19,13 +17,11 @@ from ..text.data import Array, Tokenizer, pack
 from ..text.stream import encode_prompt
 from ..world import EVALUATION, Person, World, tasks
 from ..world.corpus import DOCUMENTS, encoded
-from .answers import Answer, Rate, answers, likelihoods, wilson
-
-ROWS = 16  # at a time
+from .answers import Answer, Rate, answers, likelihoods, outputs, wilson
 
 
 class Gap(NamedTuple):
-    """Of one kind of document, in nats per token; the end of a document counts as a token."""
+    """The loss of one kind of document, in nats per token. The end of a document counts as a token."""
 
     documents: int
     tokens: int
@@ -37,46 +33,44 @@ class Gap(NamedTuple):
 def losses(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> Array:
     """Each document's -log p in nats, (N,)."""
     ids = [encoded(tokenizer, document) for document in documents]
-    # A place's weight says which document it belongs to, from 1; 0 is padding.
+    # The weight of a place is the number of its document, from 1; 0 is padding.
     rows = pack(((i, np.full(len(i), n)) for n, i in enumerate(ids, 1)), model.config.block_size)
     nll = np.zeros(len(ids) + 1)
-    for begin in range(0, len(rows.ids), ROWS):
-        inputs, targets, owner, start, positions = (field[begin : begin + ROWS] for field in rows)
-        logits, _ = model.forward(inputs, start=start, positions=positions, keep=False)
+    for owners, targets, logits in outputs(model, rows):
         loss, _ = model.ops.cross_entropy_forward(logits, targets)
-        nll += np.bincount(owner.astype(int).ravel(), loss.ravel(), len(nll))
+        nll += np.bincount(owners, loss, len(nll))
     return nll[1:]
 
 
 def gaps(model: GPT | None, tokenizer: Tokenizer, world: World, count: int = 2000) -> dict[str, Gap]:
-    """Loss above the floor on `count` fresh documents, by kind and of all; model None: the floors alone."""
+    """Loss above the floor on `count` new documents, by kind and of all; model None: the floors alone."""
     kinds, documents = zip(*itertools.islice(world.documents(EVALUATION), count), strict=True)
     kinds, floor = np.array(kinds), -np.array([world.logprob(document) for document in documents])
     tokens = np.array([len(encoded(tokenizer, document)) - 1 for document in documents])
     above = 0 * floor if model is None else losses(model, tokenizer, documents) - floor
     by_kind = {}
     for kind in [*sorted(set(kinds.tolist())), "all"]:
-        mine = (kinds == kind) | (kind == "all")
-        total = tokens[mine].sum()
-        gap = above[mine].sum() / total
-        error = np.sqrt(np.square(above - gap * tokens)[mine].sum()) / total  # of a ratio of two sums
-        numbers = (floor[mine].sum() / total, gap, error)
-        by_kind[kind] = Gap(int(mine.sum()), int(total), *map(float, numbers))
+        places = (kinds == kind) | (kind == "all")
+        total = tokens[places].sum()
+        gap = above[places].sum() / total
+        error = np.sqrt(np.square(above - gap * tokens)[places].sum()) / total  # of a ratio of two sums
+        numbers = (floor[places].sum() / total, gap, error)
+        by_kind[kind] = Gap(int(places.sum()), int(total), *map(float, numbers))
     return by_kind
 
 
 class Recall(NamedTuple):
-    """The model's answers to questions about facts in several wordings, an entry for each."""
+    """The model's answers to questions about facts, one entry for each fact and wording."""
 
     person: Array  # index
     attribute: Array  # index
     right: Array  # the value's index
-    chosen: Array  # the likeliest of the attribute's values
+    answer: Array  # the index of the attribute's likeliest value
     nats: Array  # -log p of the right value among those of its attribute
 
     def rate(self) -> Rate:
-        """How often the likeliest of the values is the right one; chance is one in as many as there are."""
-        return wilson(int((self.chosen == self.right).sum()), len(self.right))
+        """How often the likeliest value is the right one; a guess is right once in as many as there are."""
+        return wilson(int((self.answer == self.right).sum()), len(self.right))
 
 
 def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Person]) -> Recall:
@@ -86,14 +80,13 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
     facts, prompts = [], []
     for n, person in enumerate(people):
         for a, attribute in enumerate(attributes):
-            for wording in attribute.wordings:
-                facts.append((n, a, person.values[a]))
-                prompts.append(encode_prompt(tokenizer, f"{person.name} {wording}"))
+            facts += [(n, a, person.values[a])] * len(attribute.wordings)
+            prompts += [encode_prompt(tokenizer, f"{person.name} {text}") for text in attribute.wordings]
     person, attribute, right = np.array(facts, int).reshape(-1, 3).T
     logps = likelihoods(model, prompts, [values[a] for a in attribute])
-    chosen = np.array([logp.argmax() for logp in logps], int)
+    answer = np.array([logp.argmax() for logp in logps], int)
     nats = [np.logaddexp.reduce(logp) - logp[value] for logp, value in zip(logps, right, strict=True)]
-    return Recall(person, attribute, right, chosen, np.array(nats))
+    return Recall(person, attribute, right, answer, np.array(nats))
 
 
 def recall_by_exposure(
@@ -115,32 +108,31 @@ def exposures(world: World, documents: int) -> Counter:
     counts: Counter = Counter()
     person_of = {p.name: p for p in world.everyone if p.weight > 0}
     values = [value for attribute in world.lexicon.attributes for value in attribute.values]
-    meant = dict(zip(values, world.attribute_of, strict=True))
+    fact_of = dict(zip(values, world.attribute_of, strict=True))
     words = re.compile(r"[A-Z]\w+ [A-Z]\w+|\w+")  # a name, or a word
     for _, document in itertools.islice(world.documents(), documents):
         person = None
         for word in words.findall(document):
             if " " in word:
                 person = person_of.get(word)
-            elif person is not None and word in meant:
-                attribute, value = meant[word]
+            elif person is not None and word in fact_of:
+                attribute, value = fact_of[word]
                 counts[person.name] += person.values[attribute] == value
     return counts
 
 
 def chance(world: World) -> float:
     """The recall of a guess."""
-    attributes = world.lexicon.attributes
-    return sum(1 / len(attribute.values) for attribute in attributes) / len(attributes)
+    return float(np.mean([1 / len(attribute.values) for attribute in world.lexicon.attributes]))
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
 class Score(NamedTuple):
-    """Of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
+    """The rates of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
 
-    A right answer about people who were never seen is luck, and made up all the same.
+    A right answer about people in no document is luck: the model made it up too.
     """
 
     right: Rate
@@ -151,26 +143,23 @@ class Score(NamedTuple):
 
 
 def ask(model: GPT, tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> list[Answer]:
-    """The model's answers, asked in the form of `instructions` whether it was tuned to that or not.
+    """The model's answers. Any model gets the questions in the form of `instructions`, tuned or not.
 
-    A question that does not fit its context with the longest of the right answers is not answered.
+    Where a question with the longest right answer does not fit the model's context, the answer is empty.
     """
     prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in items]
     longest = max(len(tokenizer.encode(item["completion"])) for item in items)
-    fit = [n for n, ids in enumerate(prompts) if len(ids) + longest <= model.context]
-    replies = [Answer("", False)] * len(items)
-    if fit:
-        room = min(longest + 8, model.context - max(len(prompts[n]) for n in fit))
-        for n, answer in zip(fit, answers(model, tokenizer, [prompts[n] for n in fit], room), strict=True):
-            replies[n] = answer
-    return replies
+    fit = [ids for ids in prompts if len(ids) + longest <= model.context]
+    room = min(longest + 8, model.context - max(map(len, fit), default=0))
+    replies = iter(answers(model, tokenizer, fit, room))
+    return [next(replies) if len(ids) + longest <= model.context else Answer("", False) for ids in prompts]
 
 
 def score(world: World, items: Sequence[tasks.Item], replies: Sequence[Answer]) -> Score:
     n, counts = len(items), Counter()
-    forms = {task: tasks.form(world, task) for task in {item["meta"]["task"] for item in items}}
     for item, answer in zip(items, replies, strict=True):
-        formed = bool(answer.stopped and forms[item["meta"]["task"]].fullmatch(answer.text))
+        form = tasks.form(world, item["meta"]["task"])
+        formed = bool(answer.stopped and form.fullmatch(answer.text))
         right = formed and tasks.right(item, answer.text)
         counts.update(
             right=right, formed=formed, stopped=answer.stopped,
@@ -183,7 +172,8 @@ def score(world: World, items: Sequence[tasks.Item], replies: Sequence[Answer]) 
 def corrupted(
     model: GPT, tokenizer: Tokenizer, world: World, items: Sequence[tasks.Item]
 ) -> tuple[Rate, Rate]:
-    """Of journeys answered right, after a false step: how often the answer changes, and to what follows.
+    """After a false step in a journey that the model solves: how often its answer changes, and how often to
+    the station that follows from the false step.
 
     items: journeys in the style "steps" of two or more rides. As lines are permutations, a false station
     always leads to a false end.
@@ -192,18 +182,18 @@ def corrupted(
     items = [item for item, answer in pairs if tasks.right(item, answer.text)]
     if not items:
         return wilson(0, 0), wilson(0, 0)
-    prompts, follows = [], []
+    prompts, ends = [], []
     for item in items:
-        steps, answer = tasks.corrupted(world, item)
+        steps, end = tasks.corrupted(world, item)
         prompt = instructions.prompt(tokenizer, item["prompt"])
         prompts.append(np.concatenate([prompt, tokenizer.encode(f" {steps}")]).astype(np.int32))
-        follows.append(answer)
+        ends.append(end)
     room = model.context - max(map(len, prompts))
     form, changes, consequences = tasks.form(world, "journey"), 0, 0
-    for item, answer, reply in zip(items, follows, answers(model, tokenizer, prompts, room), strict=True):
+    for item, end, reply in zip(items, ends, answers(model, tokenizer, prompts, room), strict=True):
         if reply.stopped and form.fullmatch(reply.text):
             changes += not tasks.right(item, reply.text)
-            consequences += reply.text.endswith(f" {answer}.")
+            consequences += reply.text.endswith(f" {end}.")
     return wilson(changes, len(items)), wilson(consequences, len(items))
 
 
@@ -220,8 +210,8 @@ def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
         *tasks.readings(world, "eval", count), *tasks.journeys(world, "eval", range(1, 6), count),
     ]:  # fmt: skip
         sets.setdefault(item["meta"]["task"], []).append(item)
-    shuffled = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
-    return {name: tasks.distinct(items)[:count] for name, items in shuffled.items()}
+    sets = {name: tasks.some(world, items, len(items)) for name, items in sets.items() if items}
+    return {name: tasks.distinct(items)[:count] for name, items in sets.items()}
 
 
 def task_scores(model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Score]:

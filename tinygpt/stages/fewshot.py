@@ -2,8 +2,8 @@
 
     apple dax, dog wug, pear
 
-The answer is the likeliest of some choices, by log p(choice | prompt), or the model writes it freely. Tasks
-come from a world, from a JSON Lines file, and from `mappings`: words of four kinds, with labels that are
+The answer is the likeliest of some choices, by log p(choice | prompt), or a text that the model writes. Tasks
+come from a world, from a file of examples, and from `mappings`: words of four kinds, with labels that are
 drawn anew for each prompt. No weight can know these labels, and the best possible predictor is known.
 
 Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2; Min et al. 2022,
@@ -20,7 +20,7 @@ import numpy as np
 from ..core.model import GPT
 from ..errors import UserError
 from ..text import examples, instructions
-from ..text.data import Tokenizer
+from ..text.data import Array, Tokenizer
 from ..text.examples import Example, LeftOutError, Notes
 from ..text.stream import encode_prompt
 from ..world import TASKS, World, raw_integers, shuffled, tasks
@@ -28,9 +28,8 @@ from .answers import Rate, answers, likelihoods, wilson
 
 Pair = tuple[str, str]  # a question and its answer
 
-STYLES = {  # between question and answer, and after it
-    "table": ("", ", "), "arrow": (" ->", "; "), "colon": (":", ", "), "lines": ("", "\n"),
-}  # fmt: skip
+# The text between question and answer, and the text after the answer.
+STYLES = {"table": ("", ", "), "arrow": (" ->", "; "), "colon": (":", ", "), "lines": ("", "\n")}
 CONTROLS = ("shuffled", "unseen", "reordered")
 
 
@@ -40,12 +39,12 @@ class Prompt(NamedTuple):
     examples: tuple[Pair, ...]
     question: str
     answer: str
-    choices: tuple[str, ...] = ()  # what the answer is among; none: anything
+    choices: tuple[str, ...] = ()  # the possible answers; empty: any text
     optimal: float = math.nan  # how often the best predictor is right
 
 
 def text(prompt: Prompt, style: str) -> str:
-    """A prompt as one text, up to where the answer begins.
+    """A prompt as one text, up to the place of the answer.
 
     >>> text(Prompt((("apple", "dax"), ("dog", "wug")), "pear", "dax"), "arrow")
     'apple -> dax; dog -> wug; pear ->'
@@ -54,8 +53,8 @@ def text(prompt: Prompt, style: str) -> str:
     return "".join(f"{x}{between} {y}{after}" for x, y in prompt.examples) + prompt.question + between
 
 
-def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
-    """Its ids; in the style "chat", that of instruction tuning, the examples are earlier turns."""
+def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> Array:
+    """The ids of a prompt. In the style "chat" (instruction tuning) the examples are earlier turns."""
     if style != "chat":
         return encode_prompt(tokenizer, text(prompt, style))
     turns = [message for pair in prompt.examples for message in instructions.pair(*pair)]
@@ -65,7 +64,7 @@ def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> np.ndarray:
 def likeliest(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
     """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model.
 
-    Where a choice begins with another one, the likelihood is that of the choice and of what ends it.
+    Where a choice is the beginning of another choice, the text that ends a choice counts too.
     """
     ids = _fitting(model, tokenizer, prompts, style)
     codes = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
@@ -88,26 +87,26 @@ def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], s
     return [(reply.split(after)[0] if after else reply).strip() for reply in replies]
 
 
-def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[np.ndarray]:
+def _fitting(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[Array]:
     if not all(fits(model, tokenizer, prompt, style) for prompt in prompts):
-        raise UserError(
-            f"with its answer a prompt is longer than the {model.context} positions of the model: "
-            "give fewer --shots"
-        )
+        reason = f"longer than the {model.context} positions of the model: give fewer --shots"
+        raise UserError(f"with its answer a prompt is {reason}")
     return [encoded(tokenizer, prompt, style) for prompt in prompts]
 
 
 def fits(model: GPT, tokenizer: Tokenizer, prompt: Prompt, style: str) -> bool:
     """Whether a prompt, with the longest of its choices, fits the model's context."""
-    room = max(len(tokenizer.encode(f" {choice}")) for choice in (prompt.answer, *prompt.choices))
-    return len(encoded(tokenizer, prompt, style)) + room <= model.context
+    longest = max(len(tokenizer.encode(f" {choice}")) for choice in (prompt.answer, *prompt.choices))
+    return len(encoded(tokenizer, prompt, style)) + longest <= model.context
 
 
 def accuracy(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str = "table", free: bool = False
 ) -> Rate:
-    """How often the answer is the right one: the likeliest of the choices or, where there are none or `free`,
-    what the model writes, a full stop at its end apart."""
+    """How often the answer is right: the likeliest of the choices, or the text that the model writes.
+
+    The model writes a text where a prompt has no choices, or with `free`. A full stop at the end is ignored.
+    """
     free = free or not all(prompt.choices for prompt in prompts)
     replies = (continuations if free else likeliest)(model, tokenizer, prompts, style)
     pairs = zip(replies, prompts, strict=True)
@@ -121,60 +120,60 @@ def accuracy(
 def mappings(world: World, shots: int, count: int, control: str = "") -> list[Prompt]:
     """Words of four kinds of thing, each kind with a nonsense label that is drawn for this prompt.
 
-    The best predictor knows the label of a kind that an example shows, and else guesses among the labels that
-    none has. With more shots the questions are the same and the examples more. control: "shuffled" gives each
-    example the label of any of the four kinds, "unseen" asks for a word that is in no example, "reordered"
-    has the same examples in another order.
+    The best predictor knows the label of a kind that an example shows. For any other kind it guesses among
+    the labels that no example shows. With more shots the questions are the same and there are more examples.
+
+    Controls: "shuffled" gives each example the label of any of the four kinds. "unseen" asks for a word that
+    is in no example. "reordered" has the same examples in another order.
     """
-    kinds, labels = world.lexicon.categories, world.lexicon.labels
-    prompts = []
-    for n in range(count):
-        integers = raw_integers(world.seed, TASKS, 20, n)
-        mine = shuffled(range(len(kinds)), integers)[:4]
-        label_of = dict(zip(mine, shuffled(labels, integers), strict=False))
+    return [_mapping(world, shots, control, raw_integers(world.seed, TASKS, 20, n)) for n in range(count)]
 
-        def draw(integers=integers, mine=mine) -> tuple[int, str]:
-            kind = mine[next(integers) % len(mine)]
-            words = list(kinds[kind])
-            return kind, words[next(integers) % len(words)]
 
-        kind, question = draw()
-        triples = []
-        while len(triples) < shots:
-            example = draw()
-            other = label_of[mine[next(integers) % len(mine)]]
-            if control != "unseen" or example[1] != question:
-                triples.append((*example, other if control == "shuffled" else label_of[example[0]]))
-        if control == "reordered":
-            triples = shuffled(triples, integers)
-        seen = {example for example, _, _ in triples}
-        best = 1.0 if kind in seen else 1 / (len(labels) - len(seen))
-        best = math.nan if control == "shuffled" else best
-        examples = tuple((word, label) for _, word, label in triples)
-        prompts.append(Prompt(examples, question, label_of[kind], tuple(labels), best))
-    return prompts
+def _mapping(world: World, shots: int, control: str, integers: Iterator[int]) -> Prompt:
+    categories, labels = world.lexicon.categories, world.lexicon.labels
+    kinds = shuffled(range(len(categories)), integers)[:4]
+    label_of = dict(zip(kinds, shuffled(labels, integers), strict=False))
+
+    def draw() -> tuple[int, str]:
+        kind = kinds[next(integers) % len(kinds)]
+        words = list(categories[kind])
+        return kind, words[next(integers) % len(words)]
+
+    kind, question = draw()
+    triples = []
+    while len(triples) < shots:
+        example = draw()
+        other = label_of[kinds[next(integers) % len(kinds)]]
+        if control != "unseen" or example[1] != question:
+            triples.append((*example, other if control == "shuffled" else label_of[example[0]]))
+    if control == "reordered":
+        triples = shuffled(triples, integers)
+    shown = {example for example, _, _ in triples}
+    best = 1.0 if kind in shown else 1 / (len(labels) - len(shown))
+    pairs = tuple((word, label) for _, word, label in triples)
+    return Prompt(pairs, question, label_of[kind], tuple(labels), math.nan if control == "shuffled" else best)
 
 
 def from_world(world: World, task: str, shots: int, count: int, split: str = "eval") -> list[Prompt]:
-    """A task of `WORLD_TASKS`: examples from what is for tuning, questions of another split.
+    """A task of `WORLD_TASKS`: examples from the tuning split, questions of another split.
 
-    A fact is asked for once. Examples are of the question's own kind: attribute and wording, or labels.
+    Each fact has one question. The examples are of the question's kind: attribute and wording, or labels.
     """
-    like: dict[object, list[Pair]] = {}
+    pairs_of: dict[object, list[Pair]] = {}  # kind of question -> pairs
     for kind, _, question, answer, _ in WORLD_TASKS[task](world, "sft"):
-        like.setdefault(kind, []).append((question, answer))
-    once = {}  # of several wordings one
+        pairs_of.setdefault(kind, []).append((question, answer))
+    rows = {}  # topic -> its last wording
     for kind, about, *rest in tasks.some(world, list(WORLD_TASKS[task](world, split)), 10**6):
-        once[about] = kind, *rest
+        rows[about] = kind, *rest
     prompts = []
-    for n, (kind, *question) in enumerate(list(once.values())[:count]):
+    for n, (kind, *question) in enumerate(list(rows.values())[:count]):
         integers = raw_integers(world.seed, TASKS, 21, n)
-        examples = [like[kind][next(integers) % len(like[kind])] for _ in range(shots)]
-        prompts.append(Prompt(tuple(examples), *question))
+        pairs = tuple(pairs_of[kind][next(integers) % len(pairs_of[kind])] for _ in range(shots))
+        prompts.append(Prompt(pairs, *question))
     return prompts
 
 
-# Each yields the kind of a question, what it is about, the question, its answer, and the choices.
+# Each yields the kind of a question, its topic, the question, its answer, and the choices.
 
 
 def _people(world: World, split: str) -> Iterator[tuple]:
@@ -199,9 +198,9 @@ def _phrases(world: World, split: str) -> Iterator[tuple]:
 
 def _reviews(world: World, split: str) -> Iterator[tuple]:
     for item in tasks.sentiments(world, split, 1000):
-        (text,), meta = item["meta"]["about"], item["meta"]
+        (review,), meta = item["meta"]["about"], item["meta"]
         labels = tuple(pair[meta["labels"]] for pair in world.lexicon.polarities)
-        yield meta["labels"], text, text, meta["answer"], labels
+        yield meta["labels"], review, review, meta["answer"], labels
 
 
 WORLD_TASKS = {"people": _people, "questions": _questions, "phrases": _phrases, "reviews": _reviews}
@@ -211,10 +210,10 @@ Row = tuple[str, str, tuple[str, ...]]  # a question, its answer, its choices
 
 
 def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) -> list[Row]:
-    """The rows of a file, in any of `examples.FORMS`. A row may have "choices", a list that holds the answer.
+    """The rows of a file, in any of `examples.FORMS`. A row may have "choices", a list with the answer.
 
-    Left out and noted are rows that alone are longer than the model's context. Raises UserError, with file
-    and line.
+    A row that alone is longer than the model's context is left out and noted. Raises UserError, with file and
+    line.
     """
 
     def row(example: Example) -> Row:
@@ -222,7 +221,7 @@ def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) 
         answer = example.messages[-1]["content"].strip()
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError(f"choices is {short(choices)}: it must be a list of strings")
-        choices = tuple(choice.strip() for choice in choices)
+        choices = tuple(map(str.strip, choices))
         if choices and answer not in choices:
             raise UserError(f"the answer {short(answer)} is none of the choices")
         question = "\n".join(message["content"].strip() for message in turns)
@@ -235,12 +234,12 @@ def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) 
 
 
 def from_file(rows: Sequence[Row], shots: int, count: int, seed: int = 0) -> list[Prompt]:
-    """Questions of a file, each with other rows as examples, drawn anew. Raises UserError for too few."""
+    """Questions of a file, each with a new random draw of other rows as examples. Raises UserError for too
+    few rows."""
     if len(rows) <= shots:
         raise UserError(f"{len(rows)} lines are too few for {shots} examples and a question")
     rng, prompts = np.random.default_rng(seed), []
     for n in rng.permutation(len(rows))[:count]:
         others = rng.permutation(len(rows) - 1)[:shots]
-        examples = tuple(rows[m + (m >= n)][:2] for m in others)
-        prompts.append(Prompt(examples, *rows[n]))
+        prompts.append(Prompt(tuple(rows[m + (m >= n)][:2] for m in others), *rows[n]))
     return prompts

@@ -1,4 +1,4 @@
-"""GPT-1: the norm stands behind each sum instead of before each branch (Radford et al. 2018, section 4.1).
+"""GPT-1: the norm comes after each sum, not before each branch (Radford et al. 2018, section 4.1).
 
     x = ln_1(x + attn(x));  x = ln_2(x + mlp(x))     each block
     logits = x wte^T                                 there is no ln_f

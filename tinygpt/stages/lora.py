@@ -2,8 +2,8 @@
 
     y = x w + b + s (drop(x) A) B          s = alpha / rank
 
-A is (I, R), B is (R, O); lora_A lies transposed, as PEFT has it. With `full` the adapter also has copies of
-all parameters that have no branch, and these are trained as they are (ReLoRA; Lialin et al. 2023).
+A is (I, R), B is (R, O); lora_A is stored transposed, as in PEFT. With `full` the adapter also has copies of
+all parameters without a branch, and the copies are trained (ReLoRA; Lialin et al. 2023).
 """
 
 import math
@@ -25,7 +25,7 @@ class LoRA(Adapted):
 
     def initialise(self, rng: np.random.Generator) -> None:
         """A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation) and B is zero: the model
-        computes what the base computes. Copies of whole tensors are copies."""
+        computes the same as the base. Copies of whole tensors equal the tensors."""
         for name, p in self.adapter.params.items():
             if name.endswith(".lora_A"):
                 p[:] = rng.uniform(-1, 1, p.shape) / math.sqrt(p.shape[1])
@@ -33,13 +33,14 @@ class LoRA(Adapted):
                 p[:] = self.base.params.get(name, 0)
 
     def linear(self, x: Array, name: str, run: Pass, add: Array | None = None) -> tuple[Array, tuple]:
-        """x w is added to the branch, not the branch to x w: a large product hides the time of reading."""
+        """Computes the branch first. Then x w is added to the branch: a large product hides the time of
+        reading the branch."""
         if f"{name}.lora_A" not in self.adapter.params:
             return super().linear(x, name, run, add)
         config, (a, b) = self.adapter.config, (self.adapter.params[f"{name}.lora_{side}"] for side in "AB")
         s = config.alpha / config.rank
         dropped, c_drop = self.dropout(x, config.dropout, run)  # (B, T, I)
-        scaled = a if s == 1 else a * a.dtype.type(s)  # A is the smallest of all that s could go to
+        scaled = a if s == 1 else a * a.dtype.type(s)  # of all factors A is the smallest
         low, c_a = self.ops.linear_forward(dropped, scaled.T)  # (B, T, R), in float32: a branch is small
         y, c_b = self.ops.linear_forward(low, b, self.params[f"{name}.bias"], add)  # (B, T, O)
         w = self.params[f"{name}.weight"]  # (I, O)
@@ -78,15 +79,14 @@ def merge(model: LoRA) -> GPT:
 
 
 def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
-    """ReLoRA's step from one low-rank update to the next: a merged base, new A and B without a past."""
+    """ReLoRA's step from one low-rank update to the next: a merged base, new A and B with moments of zero."""
     model, end = optimizer.model, 0
     model.base = merge(model)
-    model.flat, own = model.base.flat, model.adapter.params
-    model.params = model.base.params | {name: p for name, p in own.items() if name in model.base.params}
+    model.flat, params, part = model.base.flat, model.adapter.params, optimizer.slice
+    model.params = model.base.params | {name: p for name, p in params.items() if name in model.base.params}
     model.initialise(rng)
     for name, grad in optimizer.grads.items():
         begin, end = end, end + grad.size
         if ".lora_" in name:
-            first, stop = optimizer.slice.start, optimizer.slice.stop
-            moments = slice(*np.clip([begin, end], first, stop) - first)
+            moments = slice(*np.clip([begin, end], part.start, part.stop) - part.start)
             optimizer.m[moments] = optimizer.v[moments] = 0

@@ -1,6 +1,6 @@
 """Pre-training: predict each next token of a text, or of the documents of a synthetic world.
 
-A text is one stream, cut anywhere. A world's documents are packed whole; each sees itself only.
+A text is one stream, cut anywhere. A world's documents are packed whole; each document sees only itself.
 
 Not here: the loop itself (`core.train`), folders (`folders.runs`), printing (`shell`).
 
@@ -15,7 +15,6 @@ import numpy as np
 from ..core import train
 from ..core.config import PRESETS, GPTConfig
 from ..core.model import GPT
-from ..core.optim import AdamW
 from ..core.option import option, written
 from ..errors import UserError
 from ..text import data
@@ -25,32 +24,31 @@ from ..text.tokenizer import END_OF_TEXT
 from ..world import corpus
 from . import recipes, stage, variants
 from .adapter import AdapterConfig
-from .stage import Stage, Store
+from .stage import Stage, Store, folder, room
 
 Source = corpus.Corpus | list[data.Text]
 FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _NEW = ("init_from",)  # the option beside which an option of a new model has no meaning
-EVALUATED = 10**6  # tokens of a text for validation, about: of more, batches from all places of it
+EVALUATED = 10**6  # tokens of a text for validation, about: of a longer part, batches from all places
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(stage.Settings):
-    """Those of every run. data: files and folders, or one world; none: Python's own texts."""
+    """The settings of every run, and those of this stage. data: files and folders, or one world; by default
+    Python's own texts."""
 
     stage: str = "pretrain"
     data: tuple[str, ...] = option(
-        (), help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several. world: the "
-        "synthetic world that --seed makes, or the folder that tinygpt world wrote. Defaults then: "
+        (), help="A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat. world: the synthetic "
+        "world that --seed makes, or the folder that tinygpt world wrote. Defaults then: "
         f"{written(recipes.PRETRAIN)}.", metavar="PATH", shown="Python's own documentation",
     )  # fmt: skip
     plain_text: bool = option(False, help=f"Take {END_OF_TEXT} in a file as text. Otherwise it separates "
                               "documents.")  # fmt: skip
-    tokenizer: str = option("char", help="What text is cut into.", metavar="char|bpe|FOLDER", alone=_NEW)
+    tokenizer: str = option("char", help="The kind of tokens.", metavar="char|bpe|FOLDER", alone=_NEW)
     vocab_size: int = option(1024, "[1, inf)", "With --tokenizer bpe.", only={"tokenizer": ("bpe",)})
-    init_from: str = option(
-        "", help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. Defaults then: "
-        f"--block-size 64 {written(FINE_TUNING)}.", metavar="FOLDER",
-    )  # fmt: skip
+    init_from: str = folder(help="Begin with the model there, tinygpt's or GPT-2's, and its tokenizer. "
+                            f"Defaults then: --block-size 64 {written(FINE_TUNING)}.")  # fmt: skip
     preset: str = option("nano", tuple(PRESETS), "Sizes, which the next four change.", alone=_NEW)
     block_size: int = option(64, "[1, inf)", "Tokens of context.", shown="nano: 64")
 
@@ -64,10 +62,10 @@ class Pretrain(Stage):
     """Train a model to predict the next token of a text.
 
     Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is not trained on; val loss is the mean over it, or over a million
-    tokens from all places of it. Ctrl-C saves, --resume goes on. With --adapter lora and no --init-from the
-    model begins at random, and what has no branch (embeddings, norms, biases) is trained as it is; its folder
-    has the whole model.
+    minutes. The last tenth of the text is for validation. val loss is the mean over this tenth, or over a
+    million tokens from all places of it. Ctrl-C saves, --resume continues. With --adapter lora and no
+    --init-from the model begins at random. Its embeddings, norms and biases have no branch, so they are
+    trained themselves. The folder then has the whole model.
     """
 
     name, out, Settings = "pretrain", "out", Settings
@@ -80,14 +78,12 @@ class Pretrain(Stage):
         return recipes.PRETRAIN if any(map(corpus.is_source, options["data"])) else {}
 
     @classmethod
-    def complete(
-        cls, options: dict, given: set[str], model: GPTConfig, adapter: AdapterConfig | None
-    ) -> None:
+    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None):
         if not options["init_from"]:
-            given = given | {"learning_rate"}  # of a model that begins at random
+            written = written | {"learning_rate"}  # of a model that begins at random
         elif options["block_size"] is None:
-            options["block_size"] = min(64, model.block_size - (adapter.prompt_length if adapter else 0))
-        super().complete(options, given, model, adapter)
+            options["block_size"] = min(64, room(model, adapter))
+        super().complete(options, written, model, adapter)
 
     def about(self) -> str:
         parts = self.train_tokens, self.val_tokens
@@ -95,27 +91,22 @@ class Pretrain(Stage):
         kinds = f"{self.model.config.vocab_size:,} kinds of token"
         return f", {kinds}; {n:,} tokens to train on, {n_val:,} to evaluate on{self.texts}"
 
-    def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, source: Source, scratch=None
-    ) -> None:
-        super().__init__(settings, optimizer, tokenizer, source)
-        self.world, self.documents, self.texts, T = None, 0, "", settings.block_size
+    def prepare(self, source: Source) -> None:
+        self.world, self.documents, self.texts, T = None, 0, "", self.settings.block_size
         if not isinstance(source, corpus.Corpus):
-            self.depends_on(mark := data.fingerprint(source, tokenizer))
+            self.depends_on(mark := data.fingerprint(source, self.tokenizer))
             self.texts = data.about(source)
-            tokens = data.stream(source, tokenizer, scratch, mark)
+            tokens = data.stream(source, self.tokenizer, self.scratch, mark)
             self.train_tokens, self.val_tokens = data.split(tokens, T)
-            B, n = settings.batch_size, settings.gradient_accumulation_steps
-            self.weights = np.full((B, T), 1 / (n * B * T), np.float32)
             return
-        self.depends_on(data.fingerprint(source.text(), tokenizer))
-        self.world, self.documents = source.world, corpus.count(source)  # the refrains apart
-        parts = source.train, source.validation
-        self.train_tokens, self.val_tokens = (corpus.rows(part, tokenizer, T) for part in parts)
+        self.depends_on(data.fingerprint(source.text(), self.tokenizer))
+        self.world, self.documents = source.world, corpus.count(source)  # without the refrains
+        self.train_tokens, self.val_tokens = (corpus.rows(part, self.tokenizer, T)
+                                              for part in (source.train, source.validation))  # fmt: skip
         nats = -sum(map(source.world.logprob, source.validation))
         if not np.isfinite(nats):
             raise UserError("validation.txt has a line that this world cannot say: write the world again")
-        self.floor = nats / float(self.val_tokens.weights.sum(dtype=np.float64))  # but for chance
+        self.floor = nats / float(self.val_tokens.weights.sum(dtype=np.float64))  # up to chance
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Source:
@@ -128,7 +119,7 @@ class Pretrain(Stage):
 
     @classmethod
     def start(cls, settings: Settings, source: Source, store: Store) -> tuple[Settings, GPT, Tokenizer]:
-        """Without settings.init_from a new model, whose vocabulary is the tokenizer's."""
+        """Without settings.init_from a new model; the tokenizer decides its vocabulary."""
         if settings.init_from:
             return super().start(settings, source, store)
         tokenizer = _tokenizer(settings.tokenizer, settings.vocab_size, source)
@@ -137,21 +128,21 @@ class Pretrain(Stage):
         if settings.adapter:
             adapter = dataclasses.replace(settings.adapter, full=True)
             settings = dataclasses.replace(settings, adapter=adapter)
-        settings, model = cls.adapted(settings, model)
-        return settings, model, tokenizer
+        return *cls.adapted(settings, model), tokenizer
 
     def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
-        settings = self.settings
-        B, count = settings.batch_size, settings.gradient_accumulation_steps
+        B, count = self.settings.batch_size, self.settings.gradient_accumulation_steps
         if self.world is None:
-            blocks = [data.random_blocks(self.train_tokens, *self.weights.shape, rng) for _ in range(count)]
-            return [train.Batch(*block, self.weights) for block in blocks]
-        rows = data.rows_in_order(self.train_tokens, count * B, n, settings.train.seed)
+            shape = B, self.settings.block_size
+            weights = np.full(shape, 1 / (count * B * shape[1]), np.float32)
+            blocks = (data.random_blocks(self.train_tokens, *shape, rng) for _ in range(count))
+            return [train.Batch(*block, weights) for block in blocks]
+        rows = data.rows_in_order(self.train_tokens, count * B, n, self.settings.train.seed)
         rows.weights[:] /= rows.weights.sum()
         return _batches(rows, B)
 
     def evaluate(self) -> train.Record:
-        """val_loss over the validation part; EVALUATED says of how much of a text."""
+        """val_loss over the validation part, or over about EVALUATED tokens of a long text."""
         B, T = self.settings.batch_size, self.settings.block_size
         if self.world is not None:
             val_loss = train.mean_loss(self.model, _batches(self.val_tokens, B), self.optimizer.group)

@@ -17,14 +17,14 @@ from .adapter import Adapted
 
 
 class _Learned(Adapted):
-    """What both have: a table of rows, perhaps with an MLP behind it."""
+    """The common part of prompts and prefixes: a table of rows, perhaps with an MLP behind the table."""
 
     activation = "relu"
 
     def initialise(self, rng: np.random.Generator) -> None:
-        """A prompt begins as tokens drawn from the vocabulary, or as random numbers. Random numbers are
-        normal, with the token table's deviation; those that go into an MLP with the deviation 1. The MLP's
-        layers are uniform in +-1 / sqrt(inputs), as PyTorch's."""
+        """A prompt begins as random tokens of the vocabulary, or as random normal numbers. Their deviation is
+        that of the token table, or 1 for the input of an MLP. The MLP's layers are uniform in +-1 /
+        sqrt(inputs), as PyTorch's."""
         params, config = self.adapter.params, self.adapter.config
         for name, p in params.items():
             if name != "embedding.weight":
@@ -36,8 +36,11 @@ class _Learned(Adapted):
                 p[:] = self.words(rng.integers(self.config.vocab_size, size=(1, len(p))).astype(np.int32))
 
     def prompt(self) -> tuple[Array, list]:
-        """The learned rows (P, C); of a prefix the keys and values of all layers, (P, 2 n_layer C): layer i's
-        keys are number 2 i, its values number 2 i + 1. And the cache for `prompt_backward`."""
+        """The learned rows (P, C), and the cache for `prompt_backward`.
+
+        For a prefix the rows are the keys and values of all layers, (P, 2 n_layer C). The keys of layer i are
+        block 2 i, its values block 2 i + 1.
+        """
         x, params, caches = self.adapter.params["embedding.weight"], self.adapter.params, []
         for name in self.adapter.layers:
             c_act = None
@@ -48,7 +51,7 @@ class _Learned(Adapted):
         return x, caches
 
     def prompt_backward(self, dx: Array, caches: list, grads: dict[str, Array]) -> None:
-        """From the gradient of the prompt to those of `grads`."""
+        """Computes the gradients in `grads` from the gradient of the prompt."""
         for name, c_act, c in reversed(caches):
             dw, db = grads.get(f"{name}.weight", False), grads.get(f"{name}.bias", False)
             dx, _, _ = self.ops.linear_backward(dx, c, dw=dw, db=db)
@@ -71,7 +74,7 @@ class Prompt(_Learned):
         return super().forward(ids, places=places, past=past, **how)
 
     def embed(self, ids: Array, positions: Array, run: Pass) -> tuple[Array, tuple]:
-        """-> (B, P + T, C); (B, T, C) where `run.past` has the prompt already."""
+        """-> (B, P + T, C). Where `run.past` has the prompt already: (B, T, C)."""
         x, c_text = super().embed(ids, positions, run)  # (B, T, C)
         if run.past is not None and run.past.length:
             return x, (c_text, None)
@@ -105,7 +108,7 @@ class Prefix(_Learned):
         return sides.transpose(2, 0, 1, 3).reshape(ids.shape[1], -1)
 
     def forward(self, ids: Array, *, past=None, **how) -> tuple[Array, tuple]:
-        if past is not None and past.length:  # which has the prefix already
+        if past is not None and past.length:  # `past` has the prefix already
             return super().forward(ids, past=past, **how)
         prompt, c_prompt = self.prompt()
         logits, cache = super().forward(ids, past=_Before(prompt, past, self), **how)
@@ -118,7 +121,7 @@ class Prefix(_Learned):
         self.prompt_backward(dprompt, c_prompt, grads)
 
     def depth(self, name: str) -> int:
-        """The prompt and what makes it reach the keys of block 0, and no embedding."""
+        """The parameters of the prompt reach the keys of block 0, and no embedding."""
         return super().depth(name) if name in self.params else 0
 
     def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
@@ -139,7 +142,7 @@ class Prefix(_Learned):
 
 
 class _Before:
-    """Learned keys and values as a past: those of the text come after them, and go on to a KV cache."""
+    """Learned keys and values as a past. The text's keys and values come after them, and go to a KV cache."""
 
     length = 0
 
@@ -153,13 +156,13 @@ class _Before:
 
 
 def before(rows: Array, x: Array) -> Array:
-    """rows (P, C), the same for each of the batch, and then x (B, T, C) -> (B, P + T, C)."""
+    """rows (P, C), equal for the whole batch, before x (B, T, C) -> (B, P + T, C)."""
     return np.concatenate([np.broadcast_to(rows, (len(x), *rows.shape)), x], 1)
 
 
 def nearest(model: GPT, count: int = 3) -> Array:
-    """Ids (P, count) of the tokens whose embeddings have the largest cosine with each row of the prompt that
-    `model` has learned (p-tuning, prompt tuning)."""
+    """Ids (P, count) of the tokens whose embeddings have the largest cosine with each row of the learned
+    prompt of `model` (p-tuning, prompt tuning)."""
     rows, table = model.prompt()[0], model.params["wte.weight"]
     cosines = rows @ table.T / np.maximum(np.linalg.norm(table, axis=1), 1e-30)  # times each row's length
     return np.argsort(-cosines, axis=1)[:, :count]

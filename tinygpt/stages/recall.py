@@ -1,11 +1,11 @@
-"""The two memories, side by side: what the weights hold, and what the prompt says.
+"""Two memories: the facts in the weights, and the facts in the prompt.
 
     Nora Hill lives in Lima. Nora Hill works as a baker. Nora Hill moved to
 
 Weights that were trained on "Nora Hill lives in Oslo" say Oslo (parametric memory), the prompt says Lima
-(non-parametric memory), and the model one of the two. What is read from a prompt is read by attention heads:
-by those that look back to what followed the same token before (induction heads, Olsson et al. 2022,
-"In-context Learning and Induction Heads"), which can be found and knocked out.
+(non-parametric memory), and the model says one of the two. Attention heads read the prompt. Among them are
+induction heads, which look for an earlier occurrence of the same token, at the token that followed (Olsson et
+al. 2022, "In-context Learning and Induction Heads"). Such heads can be identified and removed.
 """
 
 import copy
@@ -32,19 +32,22 @@ class Memories(NamedTuple):
     """Which of the two memories answers."""
 
     prompt: Rate  # how often the likeliest value is that of the prompt
-    weights: Rate  # how often it is the person's own, which pre-training told, or not
-    nats: float  # log p(prompt's value) - log p(own value), in the mean; 0 where they are one
+    weights: Rate  # how often it is the person's own value
+    nats: float  # log p(prompt's value) - log p(own value), in the mean; 0 where they are equal
 
 
 def memories(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], repeats: int = 1,
-    own: bool = False, rival: bool = False,
+    agrees: bool = False, rival: bool = False,
 ) -> Memories:  # fmt: skip
     """For each attribute of these people: does the prompt answer, or do the weights?
 
-    The prompt says `repeats` times that somebody has another value of it, or with `own` theirs, among two
-    other facts, and goes on as if to say it once more, in a wording that it has not used. rival: somewhere
-    before, somebody else has yet another value of it; then to copy a value of the right kind is not enough.
+    The prompt says `repeats` times that the person has another value of the attribute, or with `agrees` the
+    person's own value. Two facts about other attributes stand among these sentences. At the end the prompt
+    begins to say the value once more, in a new wording.
+
+    rival: an earlier sentence gives another person a third value. Then copying any value of the right kind is
+    not enough.
     """
     attributes = world.lexicon.attributes
     values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
@@ -53,7 +56,7 @@ def memories(
         for a, attribute in enumerate(attributes):
             integers, size = raw_integers(world.seed, TASKS, 22, n, a), len(attribute.values)
             value = person.values[a]
-            target = value if own else (value + 1 + next(integers) % (size - 1)) % size
+            target = value if agrees else (value + 1 + next(integers) % (size - 1)) % size
             *wordings, last = shuffled(attribute.wordings, integers)
             facts = [f"{wordings[r % len(wordings)]} {attribute.values[target]}" for r in range(repeats)]
             for b in shuffled([b for b in range(len(attributes)) if b != a], integers)[:2]:
@@ -69,9 +72,8 @@ def memories(
             pairs.append((target, value))
     logp = likelihoods(model, prompts, options)
     nats = [row[target] - row[value] for row, (target, value) in zip(logp, pairs, strict=True)]
-    target, value = np.array(pairs).T
-    chosen = np.array([row.argmax() for row in logp])
-    rates = (wilson(int((chosen == answer).sum()), len(pairs)) for answer in (target, value))
+    likeliest = np.array([[row.argmax()] for row in logp])
+    rates = (wilson(int(count), len(pairs)) for count in (likeliest == np.array(pairs)).sum(0))
     return Memories(*rates, float(np.mean(nats)))
 
 
@@ -79,11 +81,11 @@ def memories(
 
 
 def attention(model: GPT, ids: Array) -> Array:
-    """Who looks where: probabilities (n_layer, B, H, T, T) of queries (rows) over keys, for ids (B, T)."""
+    """Attention probabilities (n_layer, B, H, T, T), queries (rows) over keys, for ids (B, T)."""
     maps = []
 
-    def watched(*given, **how) -> tuple:
-        out, cache = ops.attention_forward(*given, **how)
+    def watched(*args, **named) -> tuple:
+        out, cache = ops.attention_forward(*args, **named)
         maps.append(cache[3])
         return out, cache
 
@@ -94,30 +96,36 @@ def attention(model: GPT, ids: Array) -> Array:
 
 
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """For each head, (n_layer, H): how much of its attention goes to what followed the same token before.
+    """For each head, (n_layer, H): the share of its attention at one earlier token.
 
-    A head that looks everywhere alike has 1 / 25 or less.
+    It is the token that followed the earlier occurrence of the present token. A head that looks at all places
+    equally has 1 / 25 or less.
     """
     return _looking_back(model, tokens, count, LENGTH - 1)
 
 
 def previous_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """For each head, (n_layer, H): how much of its attention goes to the token before. What induction heads
-    look for, a token's predecessor, such a head of an earlier layer has written beside that token."""
+    """For each head, (n_layer, H): the share of its attention at the previous token.
+
+    Such a head writes a token's predecessor beside the token. Induction heads of later layers look for it.
+    """
     return _looking_back(model, tokens, count, 1)
 
 
-LENGTH = 25  # of random tokens
+LENGTH = 25  # random tokens
 
 
-def _looking_back(model: GPT, tokens: Sequence[int], count: int, places: int) -> Array:
-    """The mean attention to so many places before, in the second half of `count` texts of random tokens said
-    twice, of which nothing but the first half tells what comes."""
+def _looking_back(model: GPT, tokens: Sequence[int], count: int, distance: int) -> Array:
+    """The mean attention to the place `distance` tokens earlier, (n_layer, H).
+
+    The mean is over the second half of `count` texts. A text has random tokens, and then the same tokens
+    again: only the first half tells the next token.
+    """
     rng = np.random.default_rng(0)
     once = np.stack([rng.choice(tokens, LENGTH, replace=False) for _ in range(count)])
     maps = attention(model, np.concatenate([once, once], 1).astype(np.int32))
     query = np.arange(LENGTH, 2 * LENGTH - 1)
-    return maps[..., query, query - places].mean(axis=(1, 3))
+    return maps[..., query, query - distance].mean(axis=(1, 3))
 
 
 def strongest(scores: Array) -> list[Head]:
@@ -134,10 +142,12 @@ def without(model: GPT, heads: Iterable[Head]) -> GPT:
 
 
 def others(
-    shape: tuple[int, int], heads: Sequence[Head], sets: int, spared: Sequence[Head] = ()
+    shape: tuple[int, int], heads: Sequence[Head], sets: int, exceptions: Sequence[Head] = ()
 ) -> list[list[Head]]:
-    """`sets` random choices of as many heads that are none of these nor spared, or of all such where there
-    are fewer. shape: n_layer, n_head."""
-    rest = [head for head in np.ndindex(shape) if head not in {*heads, *spared}]
+    """`sets` random choices of as many other heads, without the exceptions. shape: n_layer, n_head.
+
+    Where fewer other heads are left, each choice has all of them.
+    """
+    rest = [head for head in np.ndindex(shape) if head not in {*heads, *exceptions}]
     rng = np.random.default_rng(0)
     return [[rest[i] for i in rng.permutation(len(rest))[: len(heads)]] for _ in range(sets)]

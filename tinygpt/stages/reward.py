@@ -2,22 +2,23 @@
 
     loss = -log sigmoid(score(chosen) - score(rejected))      Bradley and Terry 1952; Ouyang et al. 2022, 3.5
 
-It is the GPT with another head, one number instead of logits (`GPTConfig.num_labels`), read at the last token
-of a text. An examiner first answers the question herself, then looks at the answer: in that text the model
-from which the judge was made says what it thinks, greedily, before the answer to be judged.
+The judge is the GPT with another head: one number instead of logits (`GPTConfig.num_labels`). Its score is
+read at the last token of a text. An examiner first answers the question herself, then looks at the answer.
+So does the judge: in its text the greedy answer of its author stands before the answer that it scores. The
+author is the model from which the judge was made.
 
     <|endoftext|>User: Where does Ada live?
     Assistant: London<|endoftext|>Assistant: Paris<|endoftext|>
 
-So knowledge, which is in all weights, has become text, and to compare is all that labels have to teach; and
-when not to trust oneself. (Without it, in our trials, what a judge learned of the people whom it was taught
-by it hardly knew of others.) After Zheng et al. 2023, "Judging LLM-as-a-Judge", 3.4 (reference-guided), and
-Ankner et al. 2024, "Critique-out-Loud Reward Models".
+Knowledge is in all weights of the author. Its answer makes this knowledge text. The judge only learns to
+compare, and when not to trust the author. (Without the author's answer, in our trials, a judge learned facts
+about the people in its comparisons, and hardly any about others.) After Zheng et al. 2023, "Judging
+LLM-as-a-Judge", 3.4 (reference-guided), and Ankner et al. 2024, "Critique-out-Loud Reward Models".
 
-Only differences of scores mean anything: a constant on all of them changes no loss.
+Only differences of scores have a meaning: a constant that is added to all scores changes no loss.
 
-Not here: whose comparisons they are (`world.preferences` simulates people, `tinygpt label` asks one), what
-the scores are used for (`rlhf`).
+Not here: who compares (`world.preferences` simulates people, `tinygpt label` asks one), how the scores are
+used (`rlhf`).
 """
 
 from __future__ import annotations
@@ -33,138 +34,127 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import train
-from ..core.config import GPTConfig
-from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..core.option import option
 from ..errors import UserError
 from ..text import examples, instructions
-from ..text.data import Array, Packed, Tokenizer, pack, shuffled_places
+from ..text.data import Array, Packed, Tokenizer, pack, permuted, shuffled_places
 from ..text.examples import LeftOutError, Notes
 from ..text.instructions import Prompt
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
 from ..world.corpus import is_source
 from . import recipes, stage
 from .adapter import fingerprint
-from .answers import Rate, answers, wilson
-from .stage import Stage, Store
+from .answers import Rate, answers, outputs, wilson
+from .samples import sample
+from .stage import FORMS, MOST_PASSES, Stage, Store, files, folder
 from .variants import build
 
-ROWS = 16  # at a time, where nothing is trained
-OWN_ANSWER = 32  # tokens of it at most
-MOST_PASSES = 3  # through few comparisons: more would only learn them by heart
+LONGEST_THOUGHT = 32  # tokens of the author's answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(stage.Settings):
-    """Those of every run. A batch has batch_size comparisons, packed into rows of block_size tokens."""
+    """The settings of every run, and those of this stage.
+
+    A batch has batch_size comparisons, packed into rows of block_size tokens.
+    """
 
     stage: str = "reward"
-    init_from: str = option("", help="The model that becomes the judge: one that was tuned to instructions.",
-                            metavar="FOLDER", missing="the model")  # fmt: skip
-    data: tuple[str, ...] = option(
-        (), help=f"JSON Lines: {examples.USUAL[2]}, or another form of the README; repeat. world: what "
-        "simulated people prefer of the model's own answers, in the world that it knows.", metavar="FILE",
-        missing="the comparisons",
-    )  # fmt: skip
-    comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Of simulated people.")
-    error: float = option(0.1, "[0, 1)", "The rate of their slips.")
-    block_size: int = option(128, "[1, inf)", "Tokens of a row, with several texts.",
+    init_from: str = folder(help="The model, from tinygpt sft, that becomes the judge.", missing="the model")
+    data: tuple[str, ...] = files(missing="the comparisons", help=FORMS.format(
+        examples.USUAL[2], "simulated people compare the model's own answers, in the model's world."
+    ))  # fmt: skip
+    comparisons: int = option(recipes.REWARD["comparisons"], "[1, inf)", "Comparisons of simulated people.")
+    error: float = option(0.1, "[0, 1)", "The rate at which simulated people slip.")
+    block_size: int = option(128, "[1, inf)", "Tokens of a row. A row has several texts.",
                              shown="128, or the model's if less")  # fmt: skip
-    batch_size: int = option(recipes.REWARD["batch_size"], "[1, inf)", "Comparisons at a time.")
+    batch_size: int = option(recipes.REWARD["batch_size"], "[1, inf)", "Comparisons of a batch.")
 
 
 class Comparison(NamedTuple):
-    """An answer that was preferred to another one, as `{"prompt", "chosen", "rejected"}` in a file."""
+    """Two answers, of which people prefer `chosen`, as `{"prompt", "chosen", "rejected"}` in a file."""
 
     prompt: Prompt
     chosen: str
     rejected: str
-    kind: str = ""  # what is compared with what, where that is known
-    is_right: bool = True  # False: an annotator's slip, where that is known
+    kind: str = ""  # such as "right over wrong", where a world says so
+    is_right: bool = True  # False: an annotator's slip, where a world says so
     where: str = ""  # file:line
 
 
 class Judge:
-    """Scores answers: judge(questions, answers) -> (N,). What `author` answers itself is asked for once."""
+    """Scores answers: judge(questions, answers) -> (N,). It asks its author each question once."""
 
     def __init__(self, model: GPT, author: GPT, tokenizer: Tokenizer) -> None:
         self.model, self.author, self.tokenizer = model, author, tokenizer
-        self.own: dict[Prompt, str] = {}  # question -> what the author answers
+        self.thoughts: dict[Prompt, str] = {}  # question -> the author's answer
 
     def texts(self, questions: Sequence[Prompt], answers: Sequence[str]) -> list[Array]:
-        """What the judge reads, (n,) each."""
-        self.answer(questions)
-        how, pairs = (self.tokenizer, self.model.context), zip(questions, answers, strict=True)
-        return [encode(*how, question, self.own[question], answer) for question, answer in pairs]
+        """The texts that the judge reads, (n,) each."""
+        self.think(questions)
+        return [encode(self.tokenizer, self.model.context, question, self.thoughts[question], answer)
+                for question, answer in zip(questions, answers, strict=True)]  # fmt: skip
 
     def __call__(self, questions: Sequence[Prompt], answers: Sequence[str]) -> Array:
-        """Of what is longer than its context a judge reads the beginning."""
+        """Of a text that is longer than its context the judge reads the beginning."""
         return scores(self.model, [ids[: self.model.context] for ids in self.texts(questions, answers)])
 
     def deaf(self) -> Judge:
-        """One to whom all answers are alike: a control."""
+        """A control: a judge that gives all answers the same score."""
         judge = Judge(self.model.copy(), self.author, self.tokenizer)
         judge.model.params["score.weight"][:] = 0
         return judge
 
-    def answer(self, questions: Iterable[Prompt]) -> None:
-        """Asks the author what it has not been asked. To a question without room for an answer it says ""."""
+    def think(self, questions: Iterable[Prompt]) -> None:
+        """Asks the author all new questions. Where a question leaves no room, the answer is ""."""
         by_room: dict[int, dict[Prompt, Array]] = {}  # so an answer depends on no other question
-        for question in sorted(set(questions) - self.own.keys(), key=str):
+        for question in sorted(set(questions) - self.thoughts.keys(), key=str):
             ids = instructions.prompt(self.tokenizer, question)
-            room = min(OWN_ANSWER, self.author.context - len(ids))
-            by_room.setdefault(room, {})[question] = ids
+            room = min(LONGEST_THOUGHT, self.author.context - len(ids))
+            by_room.setdefault(max(0, room), {})[question] = ids
+        self.thoughts |= dict.fromkeys(by_room.pop(0, ()), "")
         for room, prompts in by_room.items():
-            if room < 1:
-                self.own |= dict.fromkeys(prompts, "")
-                continue
             replies = answers(self.author, self.tokenizer, list(prompts.values()), room)
-            self.own |= {question: answer.text for question, answer in zip(prompts, replies, strict=True)}
+            self.thoughts |= {question: reply.text for question, reply in zip(prompts, replies, strict=True)}
 
 
 # --- texts and scores ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Tokenizer, context: int, question: Prompt, own: str, answer: str) -> Array:
-    """The ids (n,) of what the judge reads; its score is read at the last one, the end of the answer.
+def encode(tokenizer: Tokenizer, context: int, question: Prompt, thought: str, answer: str) -> Array:
+    """The ids (n,) of the judge's text: the question, the author's answer, and the answer to be scored.
 
-    Of the own answer only as much is in the text as the judge's context has room for.
+    The author's answer is cut where the judge's context has no room for all of it.
     """
     prompt = instructions.prompt(tokenizer, question)
-    thought = tokenizer.encode(instructions.answer_text(own))
+    thought_ids = tokenizer.encode(instructions.answer_text(thought))
     answer_ids, _ = instructions.encode(tokenizer, [{"role": "assistant", "content": answer}])
     room = max(0, context - len(prompt) - len(answer_ids))
-    return np.concatenate([prompt, thought[:room], answer_ids])
+    return np.concatenate([prompt, thought_ids[:room], answer_ids])
 
 
 def marked(texts: Sequence[Array], block_size: int) -> Packed:
-    """Texts side by side in rows; none sees another. At the last token of text n is the weight n + 1.
+    """Texts side by side in rows; no text sees another. The last token of text n has the weight n + 1.
 
-    Raises UserError for a text that is longer than a row.
+    Raises ValueError for a text that is longer than a row.
     """
-    longest = max(map(len, texts))
-    if longest > block_size:
-        raise UserError(f"a question with two answers has {longest} tokens, and a row {block_size}")
-    last = (np.append(np.zeros(len(ids)), n) for n, ids in enumerate(texts, 1))
-    return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, last, strict=True)), block_size)
+    marks = (np.append(np.zeros(len(ids)), n) for n, ids in enumerate(texts, 1))
+    return pack(((np.append(ids, 0), mark) for ids, mark in zip(texts, marks, strict=True)), block_size)
 
 
 def ends(marks: Array) -> Array:
-    """The places of the marks (B, T) in their order, (N,): where each text ends and its score is read."""
+    """The places of the marks (B, T) in their order, (N,): a text ends there, and its score is read there."""
     places = np.flatnonzero(marks)
     return places[np.argsort(marks.ravel()[places])].astype(np.int32)
 
 
 def scores(model: GPT, texts: Sequence[Array]) -> Array:
     """The score of each text (ids), (N,)."""
-    rows, rewards = marked(texts, model.context), np.zeros(len(texts), np.float64)
-    for at in range(0, len(rows.ids), ROWS):
-        ids, _, marks, start, positions = (field[at : at + ROWS] for field in rows)
-        places = ends(marks)
-        outputs, _ = model.forward(ids, start=start, positions=positions, places=places, keep=False)  # (N, 1)
-        rewards[marks.ravel()[places].astype(int) - 1] = outputs[:, 0]
+    rewards = np.zeros(len(texts), np.float64)
+    for marks, _, values in outputs(model, marked(texts, model.context)):
+        rewards[marks - 1] = values[:, 0]
     return rewards
 
 
@@ -178,15 +168,17 @@ def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
 def loss(
     optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None, share: float = 1.0
 ) -> float:
-    """For `train.train`: `share` times the losses of batches of 2 N texts, chosen and rejected in turn, and
-    the gradients."""
+    """For `train.train`: `share` times the losses of batches, and the gradients.
+
+    A batch has 2 N texts, chosen and rejected in turn.
+    """
     model = optimizer.model
 
     def of_one(rows: Packed) -> float:
         view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
-        outputs, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
-        nats, chosen, rejected = bradley_terry(outputs[::2, 0], outputs[1::2, 0])
-        dscores = np.zeros_like(outputs)
+        values, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
+        nats, chosen, rejected = bradley_terry(values[::2, 0], values[1::2, 0])
+        dscores = np.zeros_like(values)
         dscores[::2, 0], dscores[1::2, 0] = share * chosen, share * rejected
         model.backward(dscores, cache, optimizer.grads)
         return share * nats
@@ -195,32 +187,31 @@ def loss(
 
 
 class Judgement(NamedTuple):
-    """How a reward model judges comparisons of which the truth is known."""
+    """How well a reward model judges comparisons. `is_right` of a comparison says which answer is better."""
 
     right: Rate  # the better answer has the higher score
     by_kind: dict[str, Rate]
-    margin: float  # mean score of the better answer less that of the other
-    calibration: float  # mean distance of sigmoid(margin) to what was labelled, over ten bins of it
-    labels_right: float  # the ceiling for whoever is held to the labels instead
-    agreed: float  # with the labels
+    margin: float  # mean score of the better answers less that of the others
+    calibration: float  # mean distance of sigmoid(margin) to the labels, over ten bins of sigmoid(margin)
+    labels_right: float  # the rate of the labels themselves: the ceiling of `agreed` for a perfect judge
+    agreed: float  # the preferred answer has the higher score
 
 
 def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
-    """Against what is true, not against the labels: a slip counts the other way round."""
+    """The truth is the measure, not the labels: of a slip the rejected answer is the better one."""
     values = judge(*_sides(comparisons))
-    labelled = values[::2] - values[1::2]
-    true = np.where([c.is_right for c in comparisons], labelled, -labelled)
-    kinds = np.array([c.kind for c in comparisons])
+    margins = values[::2] - values[1::2]
+    is_right, kinds = (np.array([getattr(c, field) for c in comparisons]) for field in ("is_right", "kind"))
+    true = np.where(is_right, margins, -margins)
     by_kind = {kind: wilson(int((true[kinds == kind] > 0).sum()), int((kinds == kind).sum()))
                for kind in sorted(set(kinds.tolist()))}  # fmt: skip
     # For each comparison both orders, so that a bin has its mirror image.
-    sure = 1 / (1 + np.exp(-np.concatenate([labelled, -labelled])))
-    was = np.repeat([1.0, 0.0], len(labelled))
-    bins = np.minimum((10 * sure).astype(int), 9)
-    off = [abs(sure[bins == n].sum() - was[bins == n].sum()) for n in range(10)]
+    sure = 1 / (1 + np.exp(-np.concatenate([margins, -margins])))
+    label, bins = np.repeat([1.0, 0.0], len(margins)), np.minimum((10 * sure).astype(int), 9)
+    off = [abs(sure[bins == n].sum() - label[bins == n].sum()) for n in range(10)]
     return Judgement(
         wilson(int((true > 0).sum()), len(true)), by_kind, float(true.mean()), sum(off) / len(sure),
-        float(np.mean([c.is_right for c in comparisons])), float((labelled > 0).mean()),
+        float(is_right.mean()), float((margins > 0).mean()),
     )  # fmt: skip
 
 
@@ -238,8 +229,7 @@ def with_head(model: GPT, seed: int) -> GPT:
 
 def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
     """The comparisons of batch n of all updates, packed: their texts, chosen and rejected in turn."""
-    B = min(settings.batch_size, len(pairs))
-    places = shuffled_places(len(pairs), B, n, settings.train.seed)
+    places = shuffled_places(len(pairs), min(settings.batch_size, len(pairs)), n, settings.train.seed)
     return marked([ids for place in places for ids in pairs[place]], settings.block_size)
 
 
@@ -250,7 +240,7 @@ def _sides(comparisons: Sequence[Comparison]) -> tuple[list[Prompt], list[str]]:
 
 
 class Comparisons(NamedTuple):
-    """What the settings name, and the author, whose answers the judge reads."""
+    """The data of this stage, and the author, whose answers the judge reads."""
 
     comparisons: list[Comparison]
     author: GPT
@@ -260,27 +250,23 @@ class Comparisons(NamedTuple):
 class Reward(Stage):
     """Train a judge of answers on comparisons: which of two answers people preferred.
 
-    It is the model with one number as its result; before an answer it reads what the model itself answers, so
-    keep that: the folder of --init-from. val right is how often the better answer has the higher
-    score, for a tenth of the prompts, which are not trained on; in a world they may ask in other words for a
-    fact that is. Ctrl-C saves, --resume goes on.
+    The judge is the model with one number as its result. Before it reads an answer, it reads the answer of
+    the model itself. So keep the folder of --init-from. A tenth of the prompts is for evaluation: val right
+    is how often the better answer has the higher score. (In a world, such a prompt may ask in other words
+    for a fact of a trained prompt.) Ctrl-C saves, --resume continues.
     """
 
     name, Settings, needs = "reward", Settings, ("init_from",)
     sizes, unused, most_tokens = ("dropout",), ("merge_every", "adapter"), 128
-    defaults = recipes.REWARD | {
-        "max_iters": f"{recipes.REWARD['max_iters']}, or {MOST_PASSES} passes if less",
-    }
+    most_updates = recipes.REWARD["max_iters"]
+    defaults = recipes.REWARD | {"max_iters": f"{most_updates}, or {MOST_PASSES} passes if less"}
 
-    def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Comparisons, scratch=None
-    ) -> None:
-        """Comparisons that are longer than a row are left out. Of files, those of a tenth of the prompts are
-        for evaluation: raises UserError for one prompt."""
-        super().__init__(settings, optimizer, tokenizer, data)
-        self.judge, limit = Judge(self.model, data.author, tokenizer), settings.block_size
+    def prepare(self, data: Comparisons) -> None:
+        """Comparisons that are longer than a row are left out. Of files, the comparisons of a tenth of the
+        prompts are for evaluation: raises UserError for one prompt."""
+        self.judge, limit = Judge(self.model, data.author, self.tokenizer), self.settings.block_size
         self.depends_on(hashlib.sha256(repr([tuple(c[:5]) for c in data.comparisons]).encode()).hexdigest())
-        self.judge.answer(c.prompt for c in data.comparisons)
+        self.judge.think(c.prompt for c in data.comparisons)
 
         def texts(comparison: Comparison) -> tuple[Comparison, list[Array]]:
             pair = self.judge.texts(*_sides([comparison]))
@@ -290,33 +276,23 @@ class Reward(Stage):
 
         pairs = self.notes.keep(((c.where, c) for c in data.comparisons), texts)
         prompts = sorted({c.prompt for c, _ in pairs}, key=str)
-        held_out = self._held_out(prompts) if settings.data else set()
+        held_out = set()
+        if self.settings.data:  # a tenth of the prompts, which the seed decides
+            if len(prompts) < 2:
+                reason = f"one prompt is too few, as one prompt is for evaluation. {self.notes}"
+                raise UserError(f"{self.settings.data[0]}: {reason}")
+            held_out.update(permuted(prompts, self.settings.train.seed)[: max(1, len(prompts) // 10)])
         self.val = [c for c, _ in pairs if c.prompt in held_out]
         self.pairs = [pair for c, pair in pairs if c.prompt not in held_out]
-        self.compute = partial(loss, optimizer, share=1 / settings.gradient_accumulation_steps)
+        self.compute = partial(loss, self.optimizer, share=1 / self.settings.gradient_accumulation_steps)
 
     def others(self, data: Comparisons) -> Iterable[GPT]:
         return (data.author,)
 
-    def _held_out(self, prompts: list[Prompt]) -> set[Prompt]:
-        """A tenth of the prompts, which the seed decides."""
-        if len(prompts) < 2:
-            reason = f"one prompt is too few: one is to validate on. {self.notes}"
-            raise UserError(f"{self.settings.data[0]}: {reason}")
-        order = np.random.default_rng([self.settings.train.seed, 0, 1]).permutation(len(prompts))
-        return {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-
     @classmethod
-    def complete(cls, options: dict, given: set[str], model: GPTConfig, adapter: None) -> None:
-        """Few comparisons are shown `MOST_PASSES` times, and the warm-up is a 25th of the updates."""
-        if options["max_iters"] is None:
-            count = sum(options["comparisons"] if is_source(path) else len(read_file(path))
-                        for path in options["data"])  # fmt: skip
-            updates = -(-MOST_PASSES * count // options["batch_size"])
-            options["max_iters"] = min(recipes.REWARD["max_iters"], updates)
-            if "warmup_iters" not in given:
-                options["warmup_iters"] = options["max_iters"] // 25
-        super().complete(options, given, model, adapter)
+    def count(cls, options: dict) -> int:
+        return sum(options["comparisons"] if is_source(path) else len(read_file(path))
+                   for path in options["data"])  # fmt: skip
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Comparisons:
@@ -356,15 +332,11 @@ def in_memory(
 def read_file(path: str | Path, notes: Notes | None = None) -> list[Comparison]:
     """The comparisons of a file, in any of `examples.FORMS`. Raises UserError, with file and line."""
     comparisons = []
-    for example in examples.read([path], examples.COMPARISON, notes):
-        texts = example.prompt, example.messages[-1]["content"], example.rejected
-        comparisons.append(_comparison(texts, example.row, example.where))
+    for e in examples.read([path], examples.COMPARISON, notes):
+        meta = e.row["meta"] if isinstance(e.row.get("meta"), dict) else {}
+        marks = str(meta.get("kind", "")), bool(meta.get("is_right", True))
+        comparisons.append(Comparison(e.prompt, e.messages[-1]["content"], e.rejected, *marks, e.where))
     return comparisons
-
-
-def _comparison(texts: tuple[Prompt, str, str], row: dict, where: str = "") -> Comparison:
-    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    return Comparison(*texts, str(meta.get("kind", "")), bool(meta.get("is_right", True)), where)
 
 
 def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
@@ -379,12 +351,12 @@ def write_file(path: Path, comparisons: Iterable[Comparison]) -> None:
 
 
 def taught_by(world: World) -> list[Person]:
-    """Whom comparisons are about: people for tuning and for RLHF, and some of whom no document tells."""
+    """The people in comparisons: people for tuning and for RLHF, and some of whom no document tells."""
     return world.people("known", "sft") + world.people("known", "rl") + world.people("never", "rl")
 
 
 def _garbled(text: str, integers: Iterator[int]) -> str:
-    """With a word twice or, if there are several, left out."""
+    """The text with a word twice or, if there are several words, without a word."""
     words = text.split()
     n, twice = next(integers) % len(words), len(words) == 1 or next(integers) % 2
     return " ".join(words[:n] + words[n : n + 1] * 2 * twice + words[n + 1 :])
@@ -396,27 +368,25 @@ def collect(
 ) -> list[Comparison]:  # fmt: skip
     """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
 
-    Of each fact they see what the model says, drawn four times, "I do not know." and two values at random:
-    what it may come to say. And one of these garbled: a judge that never saw such answers may like them best,
-    and a policy finds out. One, not two: with two, the judge of one world in three had not learned by the end
-    that right is better than wrong.
+    For each fact people see four samples of the model, "I do not know." and two random values: all kinds of
+    answers that a policy may learn. They also see one of these answers garbled: a judge that never saw
+    garbled answers may prefer them, and a policy exploits that. They see one garbled answer, not two: with
+    two, the judge of one world in three had not learned at the end that right is better than wrong.
     """
     items = tasks.questions(world, people)
-    one = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # of the wordings
+    facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording
     rng, integers = np.random.default_rng(seed), raw_integers(world.seed, TASKS, 31, seed)
-    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in one.values() for _ in range(4)]
-    room = model.context - max(map(len, prompts))
-    samples = []
-    for at in range(0, len(prompts), 256):
-        samples += generate(model, prompts[at : at + 256], min(8, room), temperature=1.0, rng=rng,
-                          stop={tokenizer.eos_id}, vocab_size=tokenizer.vocab_size)  # fmt: skip
+    prompts = [instructions.prompt(tokenizer, item["prompt"]) for item in facts.values()]
+    room, samples = min(8, model.context - max(map(len, prompts))), []
+    for at in range(0, len(prompts), 64):
+        samples += sample(model, tokenizer, prompts[at : at + 64], 4, room, rng).answers
     values = {attribute.name: attribute.values for attribute in world.lexicon.attributes}
-    offered = {}
-    for n, fact in enumerate(one):
-        texts = [tokenizer.decode(ids[ids != tokenizer.eos_id]).strip() for ids in samples[4 * n : 4 * n + 4]]
-        some = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
-        texts = [*filter(None, texts), tasks.REFUSAL, *(f"{value}." for value in some)]
-        offered[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
-    questions = [(item, offered[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
+    answers_to = {}
+    for n, fact in enumerate(facts):
+        drawn = [values[fact[1]][next(integers) % len(values[fact[1]])] for _ in range(2)]
+        texts = [*filter(None, map(str.strip, samples[4 * n : 4 * n + 4])), tasks.REFUSAL]
+        texts += (f"{value}." for value in drawn)
+        answers_to[fact] = [*texts, _garbled((tasks.REFUSAL, texts[0])[next(integers) % 2], integers)]
+    questions = [(item, answers_to[item["meta"]["about"][0], item["meta"]["attribute"]]) for item in items]
     rows = preferences.compared(world, questions, count, error, seed, blind)
-    return [_comparison((row["prompt"], row["chosen"], row["rejected"]), row) for row in rows]
+    return [Comparison(row["prompt"], row["chosen"], row["rejected"], **row["meta"]) for row in rows]

@@ -1,8 +1,8 @@
 """Answers that a model samples, their log-probabilities, and how a model learns from an objective of these.
 
-An objective maps the log-probabilities of sampled tokens to a loss and d, the gradient of the loss by them.
-What d does to the weights is what a weighted cross-entropy with weights -d does: a policy gradient is
-supervised learning of one's own answers, the better the more.
+An objective maps the log-probabilities of sampled tokens to a loss and to d, its gradient by them.
+Backpropagating d equals backpropagating a weighted cross-entropy with weights -d. So a policy gradient is
+supervised learning of the model's own answers, in which better answers have larger weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.generate import generate
 from ..core.model import GPT
 from ..core.optim import AdamW
 from ..text import instructions
 from ..text.data import Array, Tokenizer
 from ..text.examples import LeftOutError
 from ..text.instructions import Prompt
+from ..text.stream import ended, new_ids
 
 
 class Samples(NamedTuple):
-    """N answers, those to one question side by side. Padding is on the right: nothing sees it."""
+    """N answers. Answers to one question are neighbours. Padding is on the right: no token sees it."""
 
     ids: Array  # (N, T) prompt, answer, padding
     targets: Array  # (N, T)
     mask: Array  # (N, T): 1 where the target is a token of the answer, its end included
     answers: list[str]
-    stopped: Array  # (N,)
+    stopped: Array  # (N,): whether the answer has an end
 
     @property
     def places(self) -> Array:
@@ -44,21 +44,20 @@ def sample(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Array], count: int, max_new_tokens: int,
     rng: np.random.Generator, temperature: float = 1.0,
 ) -> Samples:  # fmt: skip
-    """`count` answers to each prompt (ids); at temperature 1 from the model as it is, with nothing ruled out.
+    """`count` answers to each prompt (ids), each up to one of `tokenizer.stops` or to `max_new_tokens`.
 
-    One of max_new_tokens without an end is scored all the same, as if it had ended there.
+    At temperature 1 the answers are samples of the model itself: no token is excluded. An answer without an
+    end is scored like an answer that ended there.
     """
     rows = [prompt for prompt in prompts for _ in range(count)]
-    stop = {tokenizer.eos_id}
-    new = generate(model, rows, max_new_tokens, temperature=temperature, stop=stop, rng=rng,
-                   vocab_size=tokenizer.vocab_size)  # fmt: skip
+    new = new_ids(model, tokenizer, rows, max_new_tokens, temperature=temperature, rng=rng)
     return answered(tokenizer, rows, new)
 
 
 def prompt_ids(model: GPT, tokenizer: Tokenizer, prompt: Prompt, max_new_tokens: int) -> Array:
-    """The ids (n,) of a prompt. Raises LeftOutError where its answer has no room in the model.
+    """The ids (n,) of a prompt. Raises LeftOutError where the model has no room for the answer.
 
-    The last token of an answer is a target, and takes no place.
+    The last token of an answer is only a target, so it needs no position.
     """
     ids = instructions.prompt(tokenizer, prompt)
     if len(ids) + max_new_tokens - 1 > model.context:
@@ -67,16 +66,15 @@ def prompt_ids(model: GPT, tokenizer: Tokenizer, prompt: Prompt, max_new_tokens:
 
 
 def answered(tokenizer: Tokenizer, prompts: Sequence[Array], new: Sequence[Array]) -> Samples:
-    """Prompts and their answers (ids, with the end-of-text id where they end) as `Samples`."""
-    whole = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
-    shape = len(whole), max(map(len, whole)) - 1
+    """Prompts and their answers (ids, with the id of the end where they have an end) as `Samples`."""
+    shape = len(new), max(len(p) + len(a) for p, a in zip(prompts, new, strict=True)) - 1
     ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, (text, prompt) in enumerate(zip(whole, prompts, strict=True)):
+    for row, pair in enumerate(zip(prompts, new, strict=True)):
+        text = np.concatenate(pair)
         n = len(text) - 1
-        ids[row, :n], targets[row, :n], mask[row, len(prompt) - 1 : n] = text[:-1], text[1:], 1
-    stopped = np.array([len(a) > 0 and a[-1] == tokenizer.eos_id for a in new])
-    texts = (tokenizer.decode(a[: len(a) - end]) for a, end in zip(new, stopped, strict=True))
-    return Samples(ids, targets, mask, list(map(instructions.answer_content, texts)), stopped)
+        ids[row, :n], targets[row, :n], mask[row, len(pair[0]) - 1 : n] = text[:-1], text[1:], 1
+    texts, stopped = zip(*(ended(tokenizer, answer) for answer in new), strict=True)
+    return Samples(ids, targets, mask, list(map(instructions.answer_content, texts)), np.array(stopped))
 
 
 def logprobs(model: GPT, samples: Samples) -> Array:
@@ -85,8 +83,11 @@ def logprobs(model: GPT, samples: Samples) -> Array:
 
 
 def scored(model: GPT, samples: Samples, keep: bool = True) -> tuple[Array, Array, tuple, tuple]:
-    """log p of each target (N, T), float64, 0 where the mask is 0; the logits (places, V) of the places of
-    the answers, where the mask is 1, in their order; the caches of the model and of the cross-entropy."""
+    """Log-probabilities of the answers, and the caches for a backward pass.
+
+    Returns four things: log p of each target (N, T), float64, 0 where the mask is 0; the logits (places, V);
+    the model's cache; the cross-entropy's cache.
+    """
     places = samples.places
     logits, cache = model.forward(samples.ids, places=places, keep=keep)
     nll, c_nll = model.ops.cross_entropy_forward(logits, samples.targets.ravel()[places])  # (places,)
@@ -105,5 +106,3 @@ def learn(
     del logits, c_nll  # the largest arrays of all
     model.backward(dlogits, cache, optimizer.grads)
     return loss
-
-

@@ -1,16 +1,16 @@
-"""Instruction tuning (supervised fine-tuning): predict the assistant's tokens, given all that comes before.
+"""Instruction tuning (supervised fine-tuning): predict the assistant's tokens from all tokens before them.
 
     loss = sum of -log p(token) over the learned tokens of an update / their number
 
-The number is that of the whole update, all its batches together: n small batches are one large batch.
+The number is that of the whole update, all its batches together: n small batches equal one large batch.
 Examples lie side by side in rows (`data.pack`) and do not see one another. All weights are trained, or an
-adapter beside them.
+adapter instead.
 
-The seed decides which tenth of the examples is for validation, who shares a row, and in which order the rows
-come in each epoch. Update n takes the next rows of that endless sequence after those of update n - 1, so a
-run that was interrupted goes on with the very rows it would have had.
+The seed decides which tenth of the examples is for validation, which examples share a row, and the order of
+the rows in each epoch. The epochs make one endless sequence of rows. Update n takes the rows after those of
+update n - 1, so a run that was interrupted continues with the same rows.
 
-Not here: how an example is written down (`instructions`), the loop (`train`), the folder (`runs`).
+Not here: how an example becomes text (`instructions`), the loop (`train`), the folder (`runs`).
 
 References: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section
 3.5; Krell et al. 2021, "Efficient sequence packing without cross-contamination", section 3.2.
@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,47 +28,39 @@ import numpy as np
 from ..core import train
 from ..core.config import GPTConfig
 from ..core.model import GPT
-from ..core.optim import AdamW
 from ..core.option import option, written
 from ..errors import UserError
 from ..text import data, examples, instructions
-from ..text.data import Array, Packed, Tokenizer
+from ..text.data import Array, Packed, Tokenizer, permuted
 from ..text.examples import Example, LeftOutError, Notes
 from ..text.instructions import Message
 from ..world import corpus, tasks
 from . import recipes, stage
 from .adapter import AdapterConfig
-from .stage import Stage, Store
+from .stage import FORMS, Stage, Store, files, folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(stage.Settings):
-    """Those of every run, and what only this stage has. A batch has batch_size rows of block_size tokens."""
+    """The settings of every run, and those of this stage. A batch: batch_size rows of block_size tokens."""
 
     stage: str = "sft"
-    init_from: str = option(
-        "", help="The model to tune, tinygpt's or GPT-2's; its tokenizer has an end-of-text token.",
-        metavar="FOLDER", missing="the model to tune",
-    )  # fmt: skip
-    data: tuple[str, ...] = option(
-        (), help=f"JSON Lines: {examples.USUAL[1]}, or another form of the README; repeat. world: "
-        "what the base's world, or the folder of tinygpt world, has for tuning. Defaults then: "
-        f"{written(recipes.SFT)}.", metavar="FILE", missing="the examples",
-    )  # fmt: skip
-    val_data: tuple[str, ...] = option((), help="The same, to evaluate on.", metavar="FILE",
-                                       shown="a tenth of --data")  # fmt: skip
-    packing: bool = option(True, help="A row for each example, instead of several to a row.")
+    init_from: str = folder(help="The model to tune, tinygpt's or GPT-2's, with an end-of-text token.",
+                            missing="the model to tune")  # fmt: skip
+    data: tuple[str, ...] = files(missing="the examples", help=FORMS.format(
+        examples.USUAL[1], "the examples of the base's world, or of a folder of tinygpt world. "
+        f"Defaults then: {written(recipes.SFT)}."))  # fmt: skip
+    val_data: tuple[str, ...] = files(help="Examples to evaluate on, like --data.", shown="a tenth of --data")
+    packing: bool = option(True, help="A row for each example, instead of several examples in a row.")
     block_size: int = option(256, "[1, inf)", "Tokens of a row; longer examples are left out.",
                              shown="256, or the model's if less")  # fmt: skip
-    batch_size: int = option(8, "[1, inf)", "Rows at a time.")
-    adapter_folder: str = option(
-        "", help="Begin with the adapter there, and train it on; instead of --adapter.", metavar="FOLDER",
-        alone=("adapter",),
-    )  # fmt: skip
+    batch_size: int = option(8, "[1, inf)", "Rows of a batch.")
+    adapter_folder: str = folder(help="Train the adapter there further, instead of a new --adapter.",
+                                 alone=("adapter",))  # fmt: skip
 
 
 def learning_rate(config: GPTConfig) -> float:
-    """A peak for tuning all weights of a model of this size: 5e-4 at a million, less by the root of the size.
+    """A peak for tuning all weights of a model: 5e-4 at a million weights, less by the root of their number.
 
     For GPT-2's 124 million it is 4.5e-5; GPT-1's 117 million were tuned at 6.25e-5 (Radford et al. 2018,
     section 4.1).
@@ -77,19 +69,19 @@ def learning_rate(config: GPTConfig) -> float:
 
 
 class Examples(NamedTuple):
-    """What the settings name: examples to train on and, unless they are a tenth of these, to evaluate on."""
+    """The data of this stage."""
 
     train: list[Example]
-    val: list[Example]
-    before: dict[str, Array] | None = None  # the weights that the run began with, where they can be had
+    val: list[Example]  # empty: a tenth of `train` is for validation
+    before: dict[str, Array] | None = None  # the weights at the beginning of the run, if they are there
     notes: Notes | None = None
 
 
 class SFT(Stage):
     """Tune a model to follow instructions: train it on prompts and their completions.
 
-    The loss is that of the completions and of the end-of-text token after each. Ctrl-C saves, --resume goes
-    on. `tinygpt chat` talks with the result.
+    The loss is that of the completions and of the end-of-text token after each. Ctrl-C saves, --resume
+    continues. `tinygpt chat` talks with the result.
     """
 
     name, Settings = "sft", Settings
@@ -97,42 +89,33 @@ class SFT(Stage):
     rate = "5e-4 at a million weights, less by the root of their number; an adapter's"
     defaults = {"max_iters": 200, "learning_rate": rate, "warmup_iters": 10, "eval_interval": 50}
 
-    def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data: Examples, scratch=None
-    ) -> None:
-        """Raises UserError, with file and line, for what is no example, and where there are too few."""
-        super().__init__(settings, optimizer, tokenizer, data)
-        self.before = data.before
-        instructions.prompt(tokenizer, "")  # or what the tokenizer lacks would be the first example's fault
-        encoded = fitting(tokenizer, data.train, settings, self.notes)
-        order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
-        encoded, n = [encoded[i] for i in order], max(1, len(encoded) // 10)
-        if data.val:
-            val = fitting(tokenizer, data.val, settings, self.notes)
-        elif not settings.data:  # in memory: nothing is evaluated
-            val = []
-        elif len(encoded) < 2:
-            reason = f"one is to train on, one to validate on. {self.notes}"
-            raise UserError(f"{settings.data[0]}: one example is too few: {reason}")
-        else:
+    def prepare(self, data: Examples) -> None:
+        """Raises UserError, with file and line, for a wrong example, and where there are too few examples."""
+        settings, tokenizer, self.before = self.settings, self.tokenizer, data.before
+        instructions.prompt(tokenizer, "")  # so that an error of the tokenizer does not name an example
+        encoded = permuted(fitting(tokenizer, data.train, settings, self.notes), settings.train.seed)
+        val = fitting(tokenizer, data.val, settings, self.notes)
+        if settings.data and not data.val:  # in memory nothing is evaluated
+            if len(encoded) < 2:
+                reason = f"one is to train on, one to validate on. {self.notes}"
+                raise UserError(f"{settings.data[0]}: one example is too few: {reason}")
+            n = max(1, len(encoded) // 10)
             val, encoded = encoded[:n], encoded[n:]
-        self.rows, self.val_rows = (_packed([ids for _, ids in part], settings) for part in (encoded, val))
+        self.rows, self.val_rows = (_packed(part, settings) for part in (encoded, val))
         self.count, self.questions = len(encoded), [example for example, _ in val]
         digest = hashlib.sha256()
-        for array in (array for part in (encoded, val) for _, pair in part for array in pair):
+        for array in (array for _, pair in encoded + val for array in pair):
             digest.update(array)
         self.depends_on(digest.hexdigest())
 
     @classmethod
     def read(cls, settings: Settings, store: Store) -> Examples:
-        before = None
+        before, notes = None, Notes()
         if not settings.adapter and not settings.adapter_folder:
             with contextlib.suppress(UserError, OSError):
                 before = store.base(settings).params
-        notes = Notes()
-        train, val = (read_examples(paths, split, notes)
-                      for paths, split in ((settings.data, "sft"), (settings.val_data, "val")))  # fmt: skip
-        return Examples(train, val, before, notes)
+        train = read_examples(settings.data, "sft", notes)
+        return Examples(train, read_examples(settings.val_data, "val", notes), before, notes)
 
     @classmethod
     def start(cls, settings: Settings, data: Examples, store: Store) -> tuple[Settings, GPT, Tokenizer]:
@@ -151,28 +134,26 @@ class SFT(Stage):
         if not any(map(corpus.is_source, options["data"])):
             return {}
         val = {"val_data": options["data"]}
-        adapted = options["adapter"] or options["adapter_folder"]  # which has a learning rate of its own
-        return val | {name: v for name, v in recipes.SFT.items() if not adapted or name != "learning_rate"}
+        has_adapter = options["adapter"] or options["adapter_folder"]  # which has its own learning rate
+        return val | {k: v for k, v in recipes.SFT.items() if not has_adapter or k != "learning_rate"}
 
     @classmethod
-    def complete(
-        cls, options: dict, given: set[str], model: GPTConfig, adapter: AdapterConfig | None
-    ) -> None:
+    def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None):
         if options["learning_rate"] is None:
             options["learning_rate"] = learning_rate(model)
-        super().complete(options, given, model, adapter)
+        super().complete(options, written, model, adapter)
 
     def about(self) -> str:
-        shape, learned = self.rows.ids.shape, int(self.rows.weights.sum())
-        line = f"; {self.count:,} examples in {shape[0]:,} rows of {shape[1]}, {learned:,} tokens of them "
+        (R, T), learned = self.rows.ids.shape, int(self.rows.weights.sum())
+        line = f"; {self.count:,} examples in {R:,} rows of {T}, {learned:,} tokens of them "
         return line + f"learned; {len(self.questions):,} examples to evaluate on"
 
     def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:
         return update(self.rows, self.settings, n)
 
     def evaluate(self) -> train.Record:
-        """val_loss, the mean over all learned tokens of the validation examples; weight_change, that of all
-        weights together since the beginning, unless the model of then is gone."""
+        """The mean loss over all learned tokens of the validation examples, and the change of all weights
+        since the beginning. The change needs the first model."""
         if not self.questions:
             return {}
         rows = consecutive(self.val_rows, self.settings.batch_size)
@@ -185,8 +166,10 @@ class SFT(Stage):
 def in_memory(
     model: GPT, tokenizer: Tokenizer, examples: Iterable[list[Message]], settings: Settings
 ) -> SFT:
-    """The stage for a model in memory, of which `train` changes the weights, or its adapter's. All examples
-    are trained on. Raises UserError for one that is longer than a row."""
+    """The stage for a model in memory; `train` changes the weights of the model or of its adapter.
+
+    No example is for validation. Raises UserError for an example that is longer than a row.
+    """
     numbered = [Example(f"example:{n}", messages) for n, messages in enumerate(examples)]
     tokenizer.chat_template = instructions.TEMPLATE
     sft = SFT(settings, settings.train.optimizer(model), tokenizer, Examples(numbered, [], notes=Notes()))
@@ -197,13 +180,15 @@ def in_memory(
 
 # --- examples and batches -----------------------------------------------------------------------------------
 
+Encoded = tuple[Example, tuple[Array, Array]]  # an example, its ids, and which ids are learned
+
 
 def fitting(
     tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
-) -> list[tuple[Example, tuple[Array, Array]]]:
-    """Each example that fits a row, with its ids and which of them are learned; the others are noted."""
+) -> list[Encoded]:
+    """The examples that fit a row. The others are noted."""
 
-    def encoded(example: Example) -> tuple[Example, tuple[Array, Array]]:
+    def encoded(example: Example) -> Encoded:
         ids, learned = instructions.encode(tokenizer, example.messages)
         if len(ids) > settings.block_size + 1:
             raise LeftOutError(f"as longer than the block size, {settings.block_size} tokens")
@@ -212,58 +197,49 @@ def fitting(
     return notes.keep(((example.where, example) for example in examples), encoded)
 
 
-def updates(
-    tokenizer: Tokenizer, examples: Iterable[Example], settings: Settings, notes: Notes
-) -> Callable[[int], list[train.Batch]]:
-    """From the number of an update to its batches, of the examples that fit a row."""
-    encoded = [pair for _, pair in fitting(tokenizer, examples, settings, notes)]
-    order = np.random.default_rng([settings.train.seed, 0, 1]).permutation(len(encoded))
-    rows = _packed([encoded[i] for i in order], settings)
-    return lambda n: update(rows, settings, n)
-
-
-def _packed(encoded: list[tuple[Array, Array]], settings: Settings) -> Packed:
-    groups = [encoded] if settings.packing else [[pair] for pair in encoded]
+def _packed(encoded: list[Encoded], settings: Settings) -> Packed:
+    pairs = [pair for _, pair in encoded]
+    groups = [pairs] if settings.packing else [[pair] for pair in pairs]
     rows = [data.pack(group, settings.block_size) for group in groups]
     return Packed(*map(np.concatenate, zip(*rows, strict=True)))
 
 
-def read_examples(paths: Iterable[str], split: str, notes: Notes) -> list[Example]:
-    """The examples of files, and what worlds have for tuning, or for "val"."""
+def read_examples(paths: Iterable[str], split: str, notes: Notes | None = None, **which) -> list[Example]:
+    """The examples of files, and those of worlds for a split. which: for `tasks.tuning`."""
     together = []
     for path in paths:
         if not corpus.is_source(path):
             together += examples.read([path], examples.EXAMPLE, notes)
             continue
         world = corpus.world_of(path)
-        for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split)), 1):
+        for n, messages in enumerate(tasks.conversations(world, tasks.tuning(world, split, **which)), 1):
             together.append(Example(f"{path}:{n}", messages))
     return together
 
 
 def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
-    """The batches of update n: rows in an order drawn anew for each epoch, weights that sum to 1.
+    """The batches of update n: rows in a new order for each epoch, weights that sum to 1.
 
-    Where there are fewer rows than batch_size, a batch has all of them once.
+    Where there are fewer rows than batch_size, a batch has each row once.
     """
     R, A = len(rows.ids), settings.gradient_accumulation_steps
     B = min(settings.batch_size, R)
-    picked = data.shuffled_places(R, A * B, n, settings.train.seed)
-    batches = [_batch(rows, picked[i : i + B]) for i in range(0, A * B, B)]
+    places = data.shuffled_places(R, A * B, n, settings.train.seed)
+    batches = [_batch(rows, places[i : i + B]) for i in range(0, A * B, B)]
     learned = max(1, sum(int(batch.weights.sum()) for batch in batches))
     return [batch._replace(weights=batch.weights / np.float32(learned)) for batch in batches]
 
 
 def consecutive(rows: Packed, count: int) -> Iterator[train.Batch]:
-    """All rows, up to `count` at a time; each learned token has weight 1."""
+    """All rows, up to `count` in a batch; each learned token has weight 1."""
     for i in range(0, len(rows.ids), count):
         yield _batch(rows, np.arange(i, min(i + count, len(rows.ids))))
 
 
-def _batch(rows: Packed, picked: Array) -> train.Batch:
-    """Some of the rows, without the columns after the last that is learned: nothing depends on them.
+def _batch(rows: Packed, places: Array) -> train.Batch:
+    """Some of the rows, without the columns after the last learned token: no result depends on them.
 
-    Cut at a multiple of 32, so that batches have few shapes: `train` keeps a record of each.
+    The length is a multiple of 32. So batches have few shapes: `train` keeps a tape of each shape.
     """
-    T = int(np.flatnonzero(rows.weights[picked].any(0)).max(initial=0)) + 1
-    return train.Batch(*(part[picked, : -(-T // 32) * 32] for part in rows))
+    T = int(np.flatnonzero(rows.weights[places].any(0)).max(initial=0)) + 1
+    return train.Batch(*(part[places, : -(-T // 32) * 32] for part in rows))

@@ -1,7 +1,7 @@
-"""Which parts a model consists of: GPT-2's, and those that a variant puts in their place.
+"""The parts of a model: those of GPT-2, or those of a variant in their place.
 
-A variant is a subclass of GPT that replaces some parts of any model. Variants compose: a GPT-1 with a score
-head and low-rank branches is all three, and each asks the next for what it does not replace.
+A variant is a subclass of GPT that replaces some parts of any model. Variants compose. A GPT-1 with a score
+head and low-rank branches is all three variants: each calls the next variant for all other parts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ ADAPTERS = {"lora": LoRA, "ptuning": Prompt, "prompt": Prompt, "prefix": Prefix}
 
 
 def build(
-    config: GPTConfig,
-    rng: np.random.Generator | None = None,
-    dtype: type = np.float32,
+    config: GPTConfig, rng: np.random.Generator | None = None, dtype: type = np.float32,
     ops: ModuleType | None = None,
-) -> GPT:
+) -> GPT:  # fmt: skip
     """The model that a configuration describes; the arguments are those of GPT."""
     cls = GPT1 if config.post_norm else GPT
     return (_joined(Score, cls) if config.num_labels else cls)(config, rng, dtype, ops)
@@ -63,7 +61,7 @@ def beside(model: GPT, config: AdapterConfig) -> Adapted:
 
 
 def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapted:
-    """The model with a new adapter that can be trained. Raises UserError for a config that does not fit."""
+    """The model with a new adapter, ready to be trained. Raises UserError for a config that does not fit."""
     other = beside(model, config)
     other.initialise(rng)
     return other
@@ -73,5 +71,5 @@ def merge(model: Adapted) -> GPT:
     """A new model, w + s A B in place of w. Raises UserError for a prompt, which is no part of any weight."""
     if not isinstance(model, LoRA):
         what = f"of kind {model.adapter.config.kind}" if isinstance(model, Adapted) else "that is not there"
-        raise UserError(f"an adapter {what} cannot be merged: only lora is of weights")
+        raise UserError(f"an adapter {what} cannot be merged: only lora changes weights")
     return lora.merge(model)

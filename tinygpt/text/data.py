@@ -347,6 +347,11 @@ def _turns(size: int, count: int, step: int, order: Callable[[int], Array]) -> A
     return np.array([orders[turn // size][turn % size] for turn in turns])
 
 
+def permuted(items: Sequence, seed: int) -> list:
+    """The items in an order that the seed decides."""
+    return [items[i] for i in np.random.default_rng([seed, 0, 1]).permutation(len(items))]
+
+
 # --- packing ------------------------------------------------------------------------------------------------
 
 

@@ -4,11 +4,11 @@
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..core.generate import Ids, steps
+from ..core.generate import Ids, generate, steps
 from ..core.model import GPT, Array
 from ..errors import UserError
 from .tokenizer import Tokenizer, stream_decoder
@@ -54,6 +54,24 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, *
         if i not in silent:
             yield feed(i)
     yield feed(final=True)
+
+
+def new_ids(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Ids], max_new_tokens: int, **settings
+) -> list[Array]:
+    """The new ids of each prompt, as `generate` has them, up to one of `tokenizer.stops`, which is the last.
+
+    Settings are those of `stream`.
+    """
+    stop, vocab_size = tokenizer.stops, tokenizer.vocab_size
+    return generate(model, prompts, max_new_tokens, stop=stop, vocab_size=vocab_size, **settings)
+
+
+def ended(tokenizer: Tokenizer, ids: Array) -> tuple[str, bool]:
+    """The text of new ids, and whether one of `tokenizer.stops` ended it. The text is that of `stream`."""
+    stopped = len(ids) > 0 and int(ids[-1]) in tokenizer.stops
+    is_silent = stopped and ids[-1] in tokenizer.special.values()
+    return tokenizer.decode(ids[: len(ids) - is_silent]), stopped
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
