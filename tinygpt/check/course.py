@@ -95,7 +95,7 @@ def _run(path: Path, function: str, calls: str, limit: float) -> list[dict]:
         request.write(calls)
         request.seek(0)
         process = subprocess.Popen(
-            [sys.executable, submission.__file__, path, function], stdin=request, stdout=answers,
+            [sys.executable, submission.__file__, path, function, str(limit)], stdin=request, stdout=answers,
             stderr=subprocess.DEVNULL, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip

@@ -1,11 +1,13 @@
-"""Runs a function of a student's file: `python submission.py FILE FUNCTION`, the process of `course.py`.
+"""Runs a function of a student's file: `python submission.py FILE FUNCTION SECONDS`, started by `course.py`.
 
 Standard input has the arguments of each call, standard output gets the answers, both in JSON. Prints of the
 file go to standard error. Nothing here decides whether an answer is right.
 """
 
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import traceback
@@ -29,7 +31,13 @@ def decode(value: dict) -> object:
     return np.array(value["array"], value["dtype"]).reshape([int(n) for n in value["shape"]])
 
 
-def main(path: str, function: str) -> None:
+def main(path: str, function: str, limit: str) -> None:
+    with contextlib.suppress(ImportError):  # on Windows there is no limit
+        import resource
+
+        # an endless loop must end even when the grader was killed
+        seconds = math.ceil(float(limit)) * (os.cpu_count() or 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     calls, results = json.load(sys.stdin, object_hook=decode), os.dup(1)
     os.dup2(2, 1)
     sys.path[0] = os.path.dirname(path)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from html import escape
 
+from .figure import figure
 from .report import COLUMNS, HEADS, cells, legend
 from .story import compared
 from .texts import LANGUAGES, narrow, spoken, text, wide
@@ -35,6 +36,7 @@ def html(story: dict, language: str = LANGUAGES[0]) -> str:
     parts = [f"<h1>{say('page heading', seed=story['seed'])}{quick}</h1>", _table(story["stages"], language)]
     rows = "".join(f"<tr><td>{name}</td><td>{escape(about)}</td></tr>" for name, about in legend(language))
     parts.append(f"<p></p><table>{rows}</table><p>{escape(say('rates'))}</p>")
+    parts.append(figure(story["stages"], language))
     for name, result in story["stages"].items():
         parts.append(f"<h2>{say(name)} <small>{say(f'{name}, term')}</small></h2>")
         parts.append(f"<p>{escape(say(f'{name}, says'))}</p>")
