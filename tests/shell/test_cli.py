@@ -132,7 +132,7 @@ def test_the_operations_of_a_token_grow_with_its_context_by_attention_alone():
     config = GPTConfig(50, 128, n_layer=2, n_head=2, n_embd=32)
     for adapter in (None, AdapterConfig("lora", rank=2)):
         short, long = (ops / tokens for _, tokens, ops in (
-            bench._training(config, 3, T, adapter=adapter) for T in (64, 128)
+            bench._training("float32", config, 3, T, adapter=adapter) for T in (64, 128)
         ))  # fmt: skip
         assert long - short == 6 * 2 * 32 * 64
 

@@ -6,9 +6,9 @@ registers, and the bandwidth of the memory. The operations of a training step ar
 
     6 x parameters x tokens  +  6 x layers x channels x T x tokens
 
-(the tied table once; attention's causal half). A token's generation is counted as one read of all weights.
-A generation is timed as a whole, with its prompt, and divided by the new tokens. In bfloat16 the peak is
-still the peak of float32.
+(the tied table once; attention's causal half). A token's generation is counted as one read of all weights, of
+4 bytes each, or 2 in bfloat16. A generation is timed as a whole, with its prompt, and divided by the new
+tokens. In bfloat16 the peak is still the peak of float32.
 
 `numpy/nano` is nano's training step on the NumPy backend. `lora/SIZE` is a training step of LoRA, rank 8 at
 all projections. The base is frozen, so such a step has 4 x parameters x tokens. `rlhf/small` is an update of
@@ -67,7 +67,7 @@ Row = dict[str, object]
 
 
 def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterator[Row]:
-    """A row for each measurement of the jobs, in order; without names, of all jobs but the slowest.
+    """A row for each measurement of the jobs, in order. Without names: of all jobs except those in SLOW.
 
     `seconds` is the time of a job. `scaling` takes a quarter of this time for each size. dtype: see
     GPT.compute_in. A row has these fields, each None where it has no meaning:
@@ -82,7 +82,7 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
     Raises UserError for a name that is not a job.
     """
     if not 0 < seconds < math.inf:
-        raise UserError(f"seconds is {seconds}: it must be more than 0")
+        raise UserError(f"seconds is {seconds}: it must be more than 0 and finite")
     for job in jobs:
         if job not in JOBS:
             raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")
@@ -133,13 +133,12 @@ def machine(seconds: float) -> tuple[float, float]:
 
 
 def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> Row:
-    """The row of one job. It changes the whole process, which must be of this job alone."""
+    """The row of one job."""
     import resource  # not on Windows, where there is no C core
 
-    GPT.bfloat16 = dtype == "bfloat16"
     ms, tokens, flops, read = None, None, peak, bandwidth  # per second; this is the row of the job "peak"
     if job != "peak":
-        step, steps, *amounts = _work(*job.split("/"))
+        step, steps, *amounts = _work(dtype, *job.split("/"))
         ms = median_ms(step, seconds) / steps
         tokens, flops, read = (amount and amount / ms * 1e3 for amount in amounts)
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
@@ -156,7 +155,8 @@ def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float
 
 
 def median_ms(step: Callable[[], object], seconds: float) -> float:
-    """The median time of `step` in ms: of as many calls as take `seconds`, at least three, after two more."""
+    """The median time of `step` in ms. Two calls warm up. Then the calls of `seconds` seconds are timed, at
+    least three."""
     times = []
     for _ in range(2):
         step()
@@ -168,19 +168,20 @@ def median_ms(step: Callable[[], object], seconds: float) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def _work(kind: str, size: str, number: str = "") -> tuple[Callable[[], object], int, object, object, object]:
-    """A function to time, and its number of steps; a step's tokens, operations, and bytes that it reads."""
+def _work(dtype: str, kind: str, size: str, number: str = "") -> tuple:
+    """(a function to time, its number of steps; a step's tokens, operations, and bytes that it reads)."""
     if kind == "gemm":
         M, N, K = map(int, size.split("x"))
         a, b, out = (memory.empty(shape, np.float32) for shape in ((M, K), (K, N), (M, N)))
         a[:], b[:] = (np.random.default_rng(0).standard_normal(x.shape) for x in (a, b))
-        return lambda: kernels.gemm(a, b, out=out, bfloat16=GPT.bfloat16), 1, None, 2 * M * N * K, None
+        near = dtype == "bfloat16"
+        return lambda: kernels.gemm(a, b, out=out, bfloat16=near), 1, None, 2 * M * N * K, None
     if kind == "generate":
-        step, weights = _generation(size, batch := int(number))
-        return step, NEW, batch, 2 * weights * batch, 4 * weights
+        step, weights = _generation(dtype, size, batch := int(number))
+        return step, NEW, batch, 2 * weights * batch, (2 if dtype == "bfloat16" else 4) * weights
     if kind == "rlhf":
         prompts, answers, _, new = RLHF[size]
-        return _rloo(size), 1, prompts * answers * new, None, None
+        return _rloo(dtype, size), 1, prompts * answers * new, None, None
     if kind == "scaling":
         axis, n = size.split("=")
         T, C, B = (BASE | {axis: int(n)}).values()
@@ -188,12 +189,12 @@ def _work(kind: str, size: str, number: str = "") -> tuple[Callable[[], object],
     else:
         config, (B, T) = PRESETS[size], TRAIN[size]
     adapter = AdapterConfig("lora") if kind == "lora" else None
-    step, tokens, flops = _training(config, B, T, ops if kind == "numpy" else None, adapter)
+    step, tokens, flops = _training(dtype, config, B, T, ops if kind == "numpy" else None, adapter)
     return step, 1, tokens, flops, None
 
 
 def _training(
-    config: GPTConfig, B: int, T: int, backend: ModuleType | None = None,
+    dtype: str, config: GPTConfig, B: int, T: int, backend: ModuleType | None = None,
     adapter: AdapterConfig | None = None,
 ) -> tuple[Callable[[], object], int, int]:  # fmt: skip
     """A training step, its tokens, its operations."""
@@ -201,6 +202,7 @@ def _training(
     rng = np.random.default_rng(0)
     model = GPT(config, rng, ops=backend)
     model = create(model, adapter, rng) if adapter else model
+    model.compute_in(dtype)
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
     compute = gradients(optimizer)
@@ -216,19 +218,21 @@ def _training(
     return step, B * T, (weights + attention) * B * T
 
 
-def _generation(size: str, batch: int) -> tuple[Callable[[], object], int]:
+def _generation(dtype: str, size: str, batch: int) -> tuple[Callable[[], object], int]:
     """A function that samples NEW tokens for each of `batch` prompts; the number of weights a step reads."""
     rng = np.random.default_rng(0)
     model = GPT(dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size)), rng)
+    model.compute_in(dtype)
     prompts = list(rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32))
     weights = model.flat.size - model.params["wpe.weight"].size
     return lambda: generate(model, prompts, NEW, rng=rng), weights
 
 
-def _rloo(size: str) -> Callable[[], object]:
+def _rloo(dtype: str, size: str) -> Callable[[], object]:
     """A whole update of RLOO, with the exact KL that it reports."""
     rng, config = np.random.default_rng(0), dataclasses.replace(PRESETS[size], block_size=128)
     model, (prompts, answers, length, new) = GPT(config, rng), RLHF[size]
+    model.compute_in(dtype)
     optimizer, ids = AdamW(model), rng.integers(3, config.vocab_size, (prompts, length)).astype(np.int32)
     tokens = SimpleNamespace(stops={2}, special={}, vocab_size=config.vocab_size,
                              decode=lambda ids: str(ids.tolist()))  # fmt: skip

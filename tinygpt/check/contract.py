@@ -19,7 +19,7 @@ Array = np.ndarray
 Inputs = dict | list | tuple | Array  # by name, in order, or a single one; each may be a nest of arrays
 MakeInputs = Callable[[np.random.Generator], Inputs]
 DOUTS = 4  # upstream gradients at each point; each costs one backward
-FACTORS = (1024, 2**-20)  # of a multiple of dout; powers of 2, which multiply rounding errors too
+FACTORS = (1024, 2**-20)  # of a multiple of dout; powers of 2: a product with them does not round
 FIRST_ONLY = "it is right at the first call only"
 
 
@@ -188,7 +188,8 @@ def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, 
     """The upstream gradients (DOUTS, N), and the answer for each input.
 
     Backward is called with each dout, with the first one twice, and with multiples of it. Raises BrokenError
-    if forward or backward writes to its arguments: differences would be taken with what was written.
+    if forward or backward writes to its arguments, if forward gives two answers, or if backward raises an
+    exception when it is called again.
     """
     if not values:
         raise UserError(f"no input is a float array: there is nothing to differentiate{pair.advice()}")

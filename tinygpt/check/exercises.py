@@ -28,7 +28,7 @@ EXERCISES = {  # in the order of learning: the lesson; the project's own solutio
     "cross_entropy": ("softmax and logarithm are simpler together", "cross_entropy_backward, core/ops.py"),
     "attention": ("two products in reverse, a softmax between them", "attention_backward, core/ops.py"),
     "block": ("a stream with two branches, whose gradients add up", "block_backward, core/model.py"),
-    "adamw": ("averages of all gradients so far, in the memory of two", "adamw, core/ops.py"),
+    "adamw": ("two running averages replace all earlier gradients", "adamw, core/ops.py"),
     "kv_cache": ("keys and values of earlier tokens are kept", "attention_forward, core/ops.py"),
     "lora": ("a small branch beside a map that is frozen", "linear_backward, stages/lora.py"),
     "policy_gradient": ("rewards become a gradient (REINFORCE)", "policy_gradient, stages/rlhf.py"),
@@ -385,8 +385,9 @@ def policy_gradient_backward(dloss, cache):
 
     Hint: -log p(ids[t]) is the nll of exercise `cross_entropy`, and the loss is a weighted sum of all nll.
     Which weights? So a model learns answers as it learns texts: good answers get likelier, bad ones less
-    likely. ids and advantages depend on the model, but count as constants. The theorem says that the mean
-    of this gradient is right.
+    likely. ids and advantages depend on the model, but count as constants. The policy
+    gradient theorem (Williams 1992): the mean of this gradient over sampled answers is the gradient of
+    minus the expected reward.
     """
     logp, ids, advantages = cache
     # write dlogits here
@@ -458,7 +459,10 @@ def dpo_inputs(rng):
 
 
 def solution(name: str) -> Callable:
-    """The function for the blank: an operation, or a function below, which calls the project's own code."""
+    """The function for the blank: an operation, or a function below.
+
+    `_lora` and `_kv_cache` write the project's code again, without its model.
+    """
     return getattr(ops, f"{name}_backward", None) or globals()[f"_{name}"]
 
 

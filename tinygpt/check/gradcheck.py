@@ -11,13 +11,14 @@ large tensor it compares along random directions. If G is the largest |g| of the
     not judged    else, if u exceeds 1e-3 |D| and 1e-6 G and atol, and g and D are not both 0
     ok            else
 
-This is done for four `dout`, so that no mistake fits them all, and at two points. No `dout` equals an input:
-their random streams differ. An element is wrong if one `dout` says so with steps of three sizes. It is not
-judged if no `dout` can judge it. Otherwise a large constant that is added to the outputs would make every
-gradient ok. In a tensor whose gradients are all rounding, as for a bias before a batch norm, every |g| <= u.
-There G is the largest |g| of the other inputs, each times the size of its input. At a kink, such as relu at
-0, the left and the right slope stay apart as the steps shrink. The checker accepts a gradient between the
-two. Another gradient is not judged if several outputs have the kink.
+This is done for four `dout`, because a mistake that one `dout` hides shows with another, and at two points.
+No `dout` equals an input: their random streams differ. An element is wrong if one `dout` says so with steps
+of three sizes. It is not judged if no `dout` can judge it. Otherwise a large constant that is added to the
+outputs would make every gradient ok. A tensor may have gradients that are all rounding (every |g| <= u), as
+for a bias before a batch norm. There G is the largest |g| of another input, times the size of that input,
+divided by the size of this tensor. At a kink, such as relu at 0, the left and the right slope stay apart as
+the steps shrink. The checker accepts a gradient between the two. Another gradient is not judged if several
+outputs have the kink.
 
 What this does not do: second derivatives; float32, whose rounding hides bugs. Inputs are converted to
 float64, and a forward that returns float32 is refused.

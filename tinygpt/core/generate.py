@@ -137,12 +137,12 @@ def packs_for(model: GPT) -> Packs:
 def _check(temperature: float, top_k: int, top_p: float, max_new_tokens: int, rng: object) -> None:
     for name, value, interval, hint in (
         ("temperature", temperature, "[0, inf]", "; 0 is greedy"),
-        ("top_k", top_k, "[0, inf]", "; 0 is off"),
+        ("top_k", top_k, "[0, inf)", "; 0 is off"),
         ("top_p", top_p, "(0, 1]", "; 1 is off"),
-        ("max_new_tokens", max_new_tokens, "[0, inf]", ""),
+        ("max_new_tokens", max_new_tokens, "[0, inf)", ""),
     ):
-        right, rule = inside(value, interval)
-        if not right:
+        is_inside, rule = inside(value, interval)
+        if not is_inside:
             raise UserError(f"{name} is {value}: it must be {rule}{hint}")
     if temperature and rng is None:
         raise UserError("sampling needs rng, for example np.random.default_rng(seed); temperature=0 does not")

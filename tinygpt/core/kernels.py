@@ -223,6 +223,8 @@ def gemm(
     rounded to bfloat16. Raises ValueError for shapes or strides that do not fit, TypeError for bfloat16 of
     float64.
     """
+    if bfloat16 and a.dtype != np.float32:
+        raise TypeError(f"bfloat16: the operands are float32, not {a.dtype}")
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(f"shapes {a.shape} and {b.shape} do not multiply")
@@ -241,14 +243,12 @@ def gemm(
     add = None if add is None else _like(add, a.dtype, (M, N))
     tape = current_tape.value if a.strides[1] == size else None
     panels, packed = tape.panels(b, bfloat16) if tape is not None else (None, None)
-    if bfloat16 and a.dtype != np.float32:
-        raise TypeError(f"bfloat16: the operands are float32, not {a.dtype}")
     _run("gemm", a.dtype, out, a, b, bias, add, panels, packed, M, N, K, *strides, int(bfloat16))
     return out
 
 
 def panels_size(b: Array, bfloat16: bool = False) -> int:
-    """The number of elements of `panels`: N rounded up to 32, times K or, in bfloat16, K / 2."""
+    """The number of elements of `panels`: N rounded up to 32, times K or, in bfloat16, K / 2 rounded up."""
     K, N = b.shape
     return -(-N // 32) * 32 * (-(-K // 2) if bfloat16 else K)
 
@@ -335,7 +335,7 @@ def attention_forward(
         raise ValueError(f"attention: prefix is {prefix}: it must be 0 to {S}, the number of keys")
     q, k, v = _rows(q, q.dtype), _rows(k, q.dtype), _rows(v, q.dtype)
     if start is not None:
-        start = _ids(_like(start, np.int32, (B, min(T, S - prefix))), (1 << 31) - 1, "start")
+        start = _like(_ids(start, (1 << 31) - 1, "start"), np.int32, (B, min(T, S - prefix)))
     out, length = memory.empty(q.shape, q.dtype), None if length is None else np.asarray(length, np.int64)
     sizes = B, T, S, int(n_head), C // int(n_head), int(prefix)
     _run("attention_forward", q.dtype, out, q, k, v, start, length, *sizes, *_strides(q, k, v))
@@ -344,6 +344,7 @@ def attention_forward(
 
 def attention_backward(dout: Array, cache: tuple, packed: bool = False) -> tuple[Array, Array, Array] | Array:
     q, k, v, start, sizes = cache
+    k, v = k[:, : sizes[2]], v[:, : sizes[2]]  # of a KV cache that is not full: the keys that forward read
     if packed and k.shape != q.shape:
         raise ValueError("attention: packed gradients need as many keys as queries")
     dout = _like(dout, q.dtype, q.shape)

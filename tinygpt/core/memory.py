@@ -62,7 +62,8 @@ class Arena:
         else:
             with current_arena.use(None):
                 block = empty(size, np.uint8)
-        # An array and its views keep a ctypes object alive. Of a memoryview they would keep only the block.
+        # The base of an array and of its views is this ctypes object, so the loan lives as long as they do.
+        # If the array came from a memoryview, its base would be the block, and the loan would end at once.
         loan = (ctypes.c_char * size).from_buffer(block)
         weakref.finalize(loan, self.free.append, block).atexit = False
         self._loans[id(loan)] = loan

@@ -128,7 +128,8 @@ class GPT(memory.Parameters):
     ) -> tuple[Array, tuple]:  # fmt: skip
         """ids (B, T) -> logits (B, T, V), and the cache for `backward`.
 
-        - positions (T,) or (B, T): rows of wpe; None: the positions after `past`
+        - positions (T,) or (B, T): the position of each token, row `prefix` + position of wpe; None: those
+          after `past`
         - start (B, T): the first key that each query sees, see `ops.visible_keys`; None: key 0
         - past: a `generate.KVCache` with the keys and values before `ids`; the forward appends its own
         - rng: draws dropout; None: no dropout
@@ -136,7 +137,8 @@ class GPT(memory.Parameters):
           attention no other place is computed
         - keep=False: the cache is empty, which saves its memory
 
-        Raises UserError for a sequence longer than `context`.
+        Raises UserError for a sequence longer than `context`, IndexError for an id outside the vocabulary,
+        and ValueError for a filled `past` without keep=False.
         """
         if keep and past is not None and past.length:
             raise ValueError("forward: a text after `past` has no backward: call with keep=False")
@@ -198,7 +200,10 @@ class GPT(memory.Parameters):
         self.ops.embedding_backward(dx, c_tok, grads.get("wte.weight", False), add=tied)
 
     def block(self, x: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
-        """x (B, T, C) -> x (B, T, C): attention, then the MLP. Each is a branch whose result joins x."""
+        """x (B, T, C) -> x (B, T, C): attention, then the MLP. Each is a branch whose result joins x.
+
+        With `run.places` the result of the last block is (N, C).
+        """
         h = f"h.{layer}"
         a, c1 = self.norm(x, f"{h}.ln_1")  # (B, T, C)
         qkv, c2 = self.linear(a, f"{h}.attn.c_attn", run)  # (B, T, 3C)
@@ -255,7 +260,7 @@ class GPT(memory.Parameters):
         return qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
 
     def join(self, x: Array, y: Array, name: str, run: Pass) -> tuple[Array, tuple]:
-        """The end of a branch: x + dropout(y w + b), (B, T, C), where x is the residual stream."""
+        """The end of a branch: x + dropout(y w + b). y (..., I), the stream x (..., C) -> (..., C)."""
         if run.rng is None or not self.config.dropout:  # one operation
             x, c_linear = self.linear(y, name, run, add=x)  # (B, T, C)
             return x, (c_linear, None)
@@ -264,6 +269,7 @@ class GPT(memory.Parameters):
         return self.ops.residual_forward(x, y)[0], (c_linear, c_drop)
 
     def join_backward(self, dx: Array, cache: tuple, grads: Grads) -> Array:
+        """dx (..., C) -> dy (..., I). The gradient of the stream x is dx itself."""
         c_linear, c_drop = cache
         dy = self.dropout_backward(dx, c_drop)  # (B, T, C)
         return self.linear_backward(dy, c_linear, grads)

@@ -230,7 +230,8 @@ def visible_keys(B: int, T: int, S: int, start: Array | None = None, prefix: int
 
     The queries are the last T of S positions: query i of row b stands at key S - T + i. It sees its own key
     always, the first `prefix` keys, and the keys from start[b, i] to its own. start counts keys after the
-    prefix. It is (B, T), less the queries that stand in the prefix; None is 0 for all.
+    prefix. Its shape is (B, min(T, S - prefix)): a query that stands in the prefix has no start. None is 0
+    for all.
 
     This one rule covers causality, the KV cache (T < S), and a learned prompt (prefix). It covers packed
     documents (start: where the document begins) and padding on the left (start: where the text begins).
@@ -371,7 +372,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """nll = -log softmax(logits)[target], in nats, for each target.
 
     logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights
-    1/N give the mean, weight 0 is a mask, and weights -advantage/N give a policy gradient. So `dout` of the
+    1/N give the mean, weight 0 is a mask, and weights advantage/N give a policy gradient. So `dout` of the
     backward is the weight of each target. Raises IndexError for a target outside the vocabulary: mask a
     target by weight 0, not by an id such as -100.
     """
@@ -383,7 +384,9 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 
 def cross_entropy_backward(dnll: Array, cache: tuple) -> Array:
-    """dlogits = weight (softmax(logits) - onehot(target)): a step against it makes the target likelier.
+    """dlogits = weight (softmax(logits) - onehot(target)).
+
+    A step against dlogits makes a target of positive weight likelier, and of negative weight less likely.
 
     dnll (...), the weight of each target -> dlogits (..., V). Weight 0 gives zeros, even for infinite logits.
     """

@@ -12,10 +12,11 @@ References: Loshchilov and Hutter 2019 (AdamW), 2017, section 3 (cosine); Pascan
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 
+from ..errors import UserError
 from . import memory
 from .memory import Parameters
 from .model import GPT
@@ -48,11 +49,13 @@ class AdamW:
     """
 
     def __init__(
-        self, model: GPT, names: Iterable[str] | None = None, *, beta1: float = 0.9, beta2: float = 0.99,
+        self, model: GPT, names: Collection[str] | None = None, *, beta1: float = 0.9, beta2: float = 0.99,
         eps: float = 1e-8, weight_decay: float = 0.1, grad_clip: float = 1.0, group: Group = ALONE,
     ) -> None:  # fmt: skip
         """grad_clip: the largest norm of all gradients together, to which an update scales them; 0: no limit.
         group: the processes that train the model. With several processes names must be None."""
+        if group.size > 1 and names is not None:
+            raise UserError("several processes train all parameters: names must be None")
         self.model, self.grad_clip, self.weight_decay = model, grad_clip, weight_decay
         self.betas_eps = {"beta1": beta1, "beta2": beta2, "eps": eps}
         self.trained = model.trained
@@ -92,7 +95,11 @@ class AdamW:
         return float(np.cumsum(self.group.combine(parts))[-1])  # np.sum adds in another order
 
     def whole(self, moment: Array) -> Array:
-        """A moment, `m` or `v`, of all weights. Several processes must call this together; `flat` has it."""
+        """A moment, `m` or `v`, of all weights. All processes of a group must call this together.
+
+        With several processes the result is `flat`: its gradients are lost, and the next call overwrites the
+        result.
+        """
         if self.group.size == 1:
             return moment
         self.flat[self.slice] = moment
@@ -100,7 +107,7 @@ class AdamW:
         return self.flat
 
 
-def _spans(model: Parameters, names: Iterable[str], part: slice) -> list[tuple[slice, slice, bool]]:
+def _spans(model: Parameters, names: Collection[str], part: slice) -> list[tuple[slice, slice, bool]]:
     """The calls of an update: (slice of model.flat, the same weights in the moments, whether they decay).
 
     A call is an unbroken stretch of trained weights that lies in `part`, a slice of the gradients.

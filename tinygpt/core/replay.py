@@ -10,9 +10,10 @@ copy. An arena lends all other memory of a tape, and lends a block again within 
 
 Some functions cannot be replayed; `recorded` then calls them as they are:
 
-- An operation has dropout, which draws other numbers in each call.
+- An operation is dropout or AdamW. Their numbers (the seed, the step) differ in each call.
 - An operation reads or writes an array that is no input, no weight and no result of an operation. An example
   is a copy of an input.
+- The function has no operation.
 
 A tape does not record three things. The function must not do them:
 

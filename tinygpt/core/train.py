@@ -107,7 +107,8 @@ def train(
     OSError or a UserError of `report` is raised after `save`, too. In a group all processes do so at the same
     update, even if only one process has the signal or the error.
 
-    Raises NonFiniteError before an update with such numbers, and before a save of them.
+    Raises NonFiniteError if the loss, the norm of the gradient or an evaluation is not finite. Such a loss or
+    gradient changes no weight, and after such an evaluation nothing is saved.
     """
     compute, group = compute or gradients(optimizer), optimizer.group
     origin, last_save = time.perf_counter() - elapsed_s, optimizer.steps
