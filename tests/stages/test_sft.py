@@ -94,7 +94,7 @@ def test_what_is_learned_is_each_answer_and_its_end(folder, packing):
     expected = [tuple(ids[: n + 1]) for ids, learned in pairs for n in np.flatnonzero(learned)]
     assert sorted(records) == sorted(expected)
     assert sum(ids[-1] == TOKENIZER.eos_id for ids in records) == len(PAIRS) + 2
-    assert results.count == 10 and len(results.questions) == 1
+    assert results.example_count == 10 and len(results.questions) == 1
     assert len(results.rows.ids) == (4 if packing else 10)
 
 
@@ -180,7 +180,7 @@ def test_long_examples_are_left_out_and_counted(folder):
     stage = read("some.jsonl")
     reason = "Left out, as longer than the block size, 64 tokens"
     assert str(stage.notes) == f"{reason}: 2, the first is some.jsonl:11"
-    assert stage.count == 9 and left_out(val_data=("some.jsonl",)) == 4
+    assert stage.example_count == 9 and left_out(val_data=("some.jsonl",)) == 4
     longest = max(len(ids) for ids, _ in encoded(PAIRS, folder / "x.jsonl"))
     assert left_out(block_size=longest - 1) == 2 < left_out(block_size=longest - 2)
     with pytest.raises(UserError, match=f"no example can be used. {reason}: 3, the first is none.jsonl:1"):

@@ -160,8 +160,8 @@ def lock(folder: Path) -> None:
         os.close(descriptor)
         text = "another process is writing there; wait for it, or take another folder"
         raise UserError(f"{folder}: {text}") from None
-    except OSError:  # the file system has no locks
-        os.close(descriptor)
+    except OSError:  # the file system has no locks; `holds` still sees whether the folder is the same one
+        _locks[folder] = descriptor
         return
     _locks[folder] = descriptor
     finish(folder)

@@ -31,8 +31,9 @@ from ..files.tensorfile import Tensor
 from ..stages.adapter import Adapted, AdapterConfig, fingerprint
 from ..stages.variants import beside
 from ..text import tokenizer as tokenizers
+from ..text.tokenizer import Tokenizer
 from . import checkpoint
-from .checkpoint import ADAPTER_CONFIG, Tokenizer
+from .checkpoint import ADAPTER_CONFIG
 
 WEIGHTS, ENCODER = "adapter_model.safetensors", "encoder.safetensors"
 FILES = (ADAPTER_CONFIG, WEIGHTS, ENCODER)

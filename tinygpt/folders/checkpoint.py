@@ -36,10 +36,11 @@ from ..files import tensorfile
 from ..files.atomic import finish, remove, replacing, together
 from ..files.jsonfile import parse, read_object
 from ..files.tensorfile import Tensor
+from ..stages.stage import names_data
 from ..stages.variants import build
 from ..text import tokenizer as tokenizers
+from ..text.tokenizer import Tokenizer
 
-Tokenizer = tokenizers.CharTokenizer | tokenizers.BPETokenizer
 T = TypeVar("T")
 
 CONFIG, WEIGHTS, TRAINER = "config.json", "model.safetensors", "trainer.safetensors"
@@ -326,7 +327,7 @@ def with_paths(settings: T, change: Callable[[str], str]) -> T:
 
     fields = {}
     for name, value in vars(settings).items():
-        if name == "data" or name.endswith("_data"):
+        if names_data(name):
             fields[name] = tuple(map(new, value))
         elif name in ("init_from", "reward_from", "adapter_folder"):
             fields[name] = new(value)

@@ -28,8 +28,8 @@ from ..files.jsonfile import parse
 from ..stages import reward, variants
 from ..stages.adapter import fingerprint
 from ..stages.stage import Settings, Stage, Store
+from ..text.tokenizer import Tokenizer
 from . import adapters, checkpoint
-from .checkpoint import Tokenizer
 
 METRICS = "metrics.jsonl"
 MODELS = {"init_from": "--init-from", "reward_from": "--reward-model"}  # fields with paths of models

@@ -20,7 +20,7 @@ from ..core.train import TrainConfig
 from ..errors import UserError
 from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
-from ..stages.stage import Settings, Stage
+from ..stages.stage import Settings, Stage, names_data
 from . import afterwards, beforehand, registry
 from .options import COUNT, check, chosen, fields, flag, from_fields, out, refuse, together, written_options
 from .progress import command, data_options, progress
@@ -74,7 +74,7 @@ def _options(stage: type[Stage]) -> Iterator[tuple]:
 
 def _data(stage: type[Stage]) -> list[str]:
     """The options that name data."""
-    return [name for name, *_ in fields(stage.Settings) if name == "data" or name.endswith("_data")]
+    return [name for name, *_ in fields(stage.Settings) if names_data(name)]
 
 
 def _moved(stage: type[Stage]) -> dict[str, str]:

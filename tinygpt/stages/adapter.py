@@ -15,7 +15,7 @@ from ..core.model import GPT
 from ..core.option import check_options, option
 from ..errors import UserError
 
-LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # peaks to begin with
+LEARNING_RATES = {"lora": 1e-3, "ptuning": 1e-3, "prompt": 1e-2, "prefix": 1e-2}  # the default peaks
 KINDS = tuple(LEARNING_RATES)
 _LORA, _PROMPT = {"adapter": KINDS[:1]}, {"adapter": KINDS[1:]}  # the kinds that have an option
 

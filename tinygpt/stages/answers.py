@@ -71,7 +71,7 @@ def likelihoods(
 ) -> list[Array]:
     """log p of each choice (ids) after its prompt (ids), in nats: an array for each prompt.
 
-    Choices that differ in their last token only share the computation of their prompt. Raises ValueError
+    Choices that differ only in their last token share one computation. Raises ValueError
     where a prompt with a choice is longer than the model's context.
     """
     groups: dict[tuple, list[int]] = {}  # prompt, all of a choice but its last token -> which choices

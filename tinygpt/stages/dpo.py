@@ -17,19 +17,19 @@ from ..core.optim import AdamW
 from ..text import instructions
 from ..text.data import Array, Tokenizer, shuffled_places
 from ..text.examples import LeftOutError
-from .reward import Comparison
+from .reward import Comparison, bradley_terry
 from .samples import Samples, answered, learn, logprobs
 
 
 def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float):
     """-log sigmoid(beta (log-ratio of the chosen - that of the rejected)), the mean over N pairs.
 
+    This is the loss of a reward model whose score is beta times the log-ratio.
     The arguments are log-probabilities of whole answers (N,). Returns the loss and its gradients by the first
     two. Rafailov et al. 2023, equation 7.
     """
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    d = -beta / (1 + np.exp(margin)) / len(margin)
-    return float(np.logaddexp(0, -margin).mean()), d, -d
+    loss, d, _ = bradley_terry(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
+    return loss, beta * d, -beta * d
 
 
 Pair = tuple[Array, Array, Array]  # the ids of a prompt, of the chosen and of the rejected answer
@@ -75,7 +75,8 @@ def learning(
 ) -> tuple[Callable, Callable]:  # fmt: skip
     """`batches` and `compute` of `train.train`, for updates from `size` pairs each.
 
-    All pairs have their turn once in each pass. The reference scores each pair once, at its first turn.
+    All pairs have their turn once in each pass. The reference scores each pair once, always beside the
+    same pairs: so a resumed run has the same bytes.
     """
     ref, size = np.full((2, len(pairs)), np.nan), min(size, len(pairs))  # log p of the reference
 
@@ -84,8 +85,9 @@ def learning(
 
     def batches(n: int, rng: np.random.Generator) -> list[Batch]:
         places = shuffled_places(len(pairs), size, n, seed)
-        if len(new := np.unique(places[np.isnan(ref[0, places])])):
-            ref[:, new] = logprobs(reference, samples(new)).sum(1).reshape(2, -1)
+        for group in np.unique(places[np.isnan(ref[0, places])] // size):
+            some = np.arange(group * size, min((group + 1) * size, len(pairs)))
+            ref[:, some] = logprobs(reference, samples(some)).sum(1).reshape(2, -1)
         return [Batch(samples(places), ref[:, places])]
 
     def compute(batches: list[Batch], rng: np.random.Generator) -> float:

@@ -1,6 +1,6 @@
-"""A model's knowledge of a world: its loss above the floor, by kind of document, and the facts it recalls.
+"""A model's knowledge of a world: its loss above the floor, the facts that it recalls, its scores.
 
-Both are exact up to sampling, and come with their standard error or interval. Nothing here trains or prints.
+All are measured on samples, so each has a standard error or an interval. Nothing here trains or prints.
 """
 
 import itertools
@@ -69,7 +69,7 @@ class Recall(NamedTuple):
     nats: Array  # -log p of the right value among those of its attribute
 
     def rate(self) -> Rate:
-        """How often the likeliest value is the right one; a guess is right once in as many as there are."""
+        """How often the likeliest value is the right one. A guess among n values: 1 / n."""
         return wilson(int((self.answer == self.right).sum()), len(self.right))
 
 

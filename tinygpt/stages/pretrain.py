@@ -29,7 +29,7 @@ from .stage import Stage, Store, folder, room
 Source = corpus.Corpus | list[data.Text]
 FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
 _NEW = ("init_from",)  # the option beside which an option of a new model has no meaning
-EVALUATED = 10**6  # tokens of a text for validation, about: of a longer part, batches from all places
+EVALUATED = 10**6  # about so many tokens of a text are for validation
 
 
 @dataclasses.dataclass(frozen=True)

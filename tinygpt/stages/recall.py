@@ -144,7 +144,9 @@ def without(model: GPT, heads: Iterable[Head]) -> GPT:
 def others(
     shape: tuple[int, int], heads: Sequence[Head], sets: int, exceptions: Sequence[Head] = ()
 ) -> list[list[Head]]:
-    """`sets` random choices of as many other heads, without the exceptions. shape: n_layer, n_head.
+    """`sets` random choices of heads. Each has as many heads as `heads`, and none of `heads` or `exceptions`.
+
+    shape: n_layer, n_head.
 
     Where fewer other heads are left, each choice has all of them.
     """

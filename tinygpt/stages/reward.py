@@ -3,9 +3,9 @@
     loss = -log sigmoid(score(chosen) - score(rejected))      Bradley and Terry 1952; Ouyang et al. 2022, 3.5
 
 The judge is the GPT with another head: one number instead of logits (`GPTConfig.num_labels`). Its score is
-read at the last token of a text. An examiner first answers the question herself, then looks at the answer.
-So does the judge: in its text the greedy answer of its author stands before the answer that it scores. The
-author is the model from which the judge was made.
+read at the last token of a text. An examiner first answers the question herself, then reads the candidate's
+answer. So does the judge: in its text the greedy answer of its author stands before the answer that it
+scores. The author is the model from which the judge was made.
 
     <|endoftext|>User: Where does Ada live?
     Assistant: London<|endoftext|>Assistant: Paris<|endoftext|>
@@ -109,7 +109,7 @@ class Judge:
 
     def think(self, questions: Iterable[Prompt]) -> None:
         """Asks the author all new questions. Where a question leaves no room, the answer is ""."""
-        by_room: dict[int, dict[Prompt, Array]] = {}  # so an answer depends on no other question
+        by_room: dict[int, dict[Prompt, Array]] = {}  # so no other question limits the length of an answer
         for question in sorted(set(questions) - self.thoughts.keys(), key=str):
             ids = instructions.prompt(self.tokenizer, question)
             room = min(LONGEST_THOUGHT, self.author.context - len(ids))
@@ -198,7 +198,7 @@ class Judgement(NamedTuple):
 
 
 def judged(judge: Judge, comparisons: Sequence[Comparison]) -> Judgement:
-    """The truth is the measure, not the labels: of a slip the rejected answer is the better one."""
+    """The truth decides, not the label. Where the label is a slip, the rejected answer is the better one."""
     values = judge(*_sides(comparisons))
     margins = values[::2] - values[1::2]
     is_right, kinds = (np.array([getattr(c, field) for c in comparisons]) for field in ("is_right", "kind"))
@@ -302,6 +302,8 @@ class Reward(Stage):
 
     @classmethod
     def start(cls, settings: Settings, data: Comparisons, store: Store) -> tuple[Settings, GPT, Tokenizer]:
+        if data.author.config.post_norm:
+            raise UserError(f"{settings.init_from}: has GPT-1's blocks; a reward model has GPT-2's")
         _, tokenizer = store.model(settings.init_from)
         tokenizer.chat_template = instructions.TEMPLATE
         settings, model = cls.adapted(settings, with_head(data.author, settings.train.seed))
@@ -371,7 +373,7 @@ def collect(
     For each fact people see four samples of the model, "I do not know." and two random values: all kinds of
     answers that a policy may learn. They also see one of these answers garbled: a judge that never saw
     garbled answers may prefer them, and a policy exploits that. They see one garbled answer, not two: with
-    two, the judge of one world in three had not learned at the end that right is better than wrong.
+    two, the judge of one world in three did not learn that a right answer is better than a wrong one.
     """
     items = tasks.questions(world, people)
     facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording

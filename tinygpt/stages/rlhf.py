@@ -403,7 +403,9 @@ class RLHF(Stage):
         return (data.reference, *((data.judge.model, data.judge.author) if data.judge else ()))
 
     def about(self) -> str:
-        return f"; {len(self.prompts):,} prompts"
+        if self.settings.rl.algo == "dpo":
+            return f"; {len(self.prompts):,} comparisons"
+        return f"; {len(set(self.prompts)):,} different prompts"
 
     def prepare(self, data: Material) -> None:
         """A question that leaves no room for its answer is left out, and so is a comparison."""
@@ -417,8 +419,8 @@ class RLHF(Stage):
         encode = partial(dpo.encode, self.model, self.tokenizer)
         pairs = self.notes.keep(((c.where, c) for c in data.comparisons), lambda c: (c.prompt, encode(c)))
         self.prompts, pairs = zip(*pairs, strict=True)
-        sizes = settings.rl.beta, settings.batch_size, how.seed
-        return dpo.learning(self.optimizer, data.reference, self.tokenizer, pairs, *sizes)
+        return dpo.learning(self.optimizer, data.reference, self.tokenizer, pairs, settings.rl.beta,
+                            settings.batch_size, how.seed)  # fmt: skip
 
     def _from_samples(self, data: Material, settings: Settings, how: train.TrainConfig) -> tuple:
         if data.judge.tokenizer.spec != self.tokenizer.spec:
@@ -428,8 +430,8 @@ class RLHF(Stage):
             raise UserError(f"{settings.reward_from}: is another judge than the one that the run began with")
         self.settings = dataclasses.replace(settings, reward_hash=mark)
         items = ((item.get("where", ""), item["prompt"]) for item in data.prompts)
-        room = self.model, self.tokenizer
-        pairs = self.notes.keep(items, lambda p: (p, prompt_ids(*room, p, settings.rl.max_new_tokens)))
+        encode = partial(prompt_ids, self.model, self.tokenizer)
+        pairs = self.notes.keep(items, lambda p: (p, encode(p, settings.rl.max_new_tokens)))
         self.prompts, ptx = [prompt for prompt, _ in pairs], None
         if data.examples and settings.rl.ptx_coef:
             rows = sft.Settings(data.reference.config, how, block_size=self.model.context, batch_size=4)

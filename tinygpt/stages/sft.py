@@ -102,7 +102,7 @@ class SFT(Stage):
             n = max(1, len(encoded) // 10)
             val, encoded = encoded[:n], encoded[n:]
         self.rows, self.val_rows = (_packed(part, settings) for part in (encoded, val))
-        self.count, self.questions = len(encoded), [example for example, _ in val]
+        self.example_count, self.questions = len(encoded), [example for example, _ in val]
         digest = hashlib.sha256()
         for array in (array for _, pair in encoded + val for array in pair):
             digest.update(array)
@@ -121,7 +121,7 @@ class SFT(Stage):
     def start(cls, settings: Settings, data: Examples, store: Store) -> tuple[Settings, GPT, Tokenizer]:
         if settings.adapter_folder:
             model, tokenizer = store.model(settings.init_from, settings.adapter_folder)
-            settings, base = cls.adapted(settings, model.base)
+            settings, base = cls.adapted(dataclasses.replace(settings, adapter=None), model.base)
             model.config = base.config
             settings = dataclasses.replace(settings, adapter=model.adapter.config)
         else:
@@ -145,7 +145,7 @@ class SFT(Stage):
 
     def about(self) -> str:
         (R, T), learned = self.rows.ids.shape, int(self.rows.weights.sum())
-        line = f"; {self.count:,} examples in {R:,} rows of {T}, {learned:,} tokens of them "
+        line = f"; {self.example_count:,} examples in {R:,} rows of {T}, {learned:,} tokens of them "
         return line + f"learned; {len(self.questions):,} examples to evaluate on"
 
     def update(self, n: int, rng: np.random.Generator) -> list[train.Batch]:

@@ -37,15 +37,20 @@ from . import lora, variants
 from .adapter import LEARNING_RATES, AdapterConfig, fingerprint
 
 MOST_TOKENS = 10**9  # of a batch: no memory holds more
-MOST_PASSES = 3  # through comparisons: in more passes a model would learn few comparisons by heart
+MOST_PASSES = 3  # through comparisons: with more passes a model would learn a small file by heart
 folder = partial(option, "", metavar="FOLDER")  # an option that names a folder
 files = partial(option, (), metavar="FILE")  # an option that names files
 FORMS = "JSON Lines: {}, or another form of the README; repeat. world: {}"  # help of such an option
 
 
+def names_data(field: str) -> bool:
+    """Whether a field of `Settings` has paths of data."""
+    return field == "data" or field.endswith("_data")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that a run depends on, except its tokenizer. Saved with the run: a resume needs no more."""
+    """All that a run depends on, except its tokenizer. The file of the run has both."""
 
     model: GPTConfig
     train: train.TrainConfig
@@ -117,7 +122,7 @@ class Stage:
     unused: tuple[str, ...] = ()  # options of the settings' parts that have no meaning here
     defaults: dict[str, object] = {}  # of options, where they differ from those of the dataclasses
     most_tokens = 1 << 30  # the default of block_size, where the model has as many positions
-    most_updates = 0  # the default of max_iters, where `MOST_PASSES` through the data are as many updates
+    most_updates = 0  # the default of max_iters; fewer, if `MOST_PASSES` passes through the data need fewer
     needs: tuple[str, ...] = ()  # fields of the settings that name folders which must stay unchanged
 
     def __init__(
@@ -152,8 +157,8 @@ class Stage:
         """
         if options["max_iters"] is None:
             count, most = cls.count(options), cls.most_updates
-            passes = most if count is None else -(-MOST_PASSES * count // options["batch_size"])
-            options["max_iters"] = min(most, passes)
+            each = options["batch_size"] * options.get("gradient_accumulation_steps", 1)
+            options["max_iters"] = most if count is None else min(most, -(-MOST_PASSES * count // each))
             if "warmup_iters" not in written:
                 options["warmup_iters"] = min(options["warmup_iters"], options["max_iters"] // 25)
         if adapter and "learning_rate" not in written:
@@ -174,10 +179,10 @@ class Stage:
     def depends_on(self, mark: str) -> None:
         """Stores the hash of all data. Raises UserError where the run began with other data."""
         if self.settings.fingerprint not in ("", mark):
-            fields = (value for name, value in vars(self.settings).items() if f"_{name}".endswith("_data"))
+            fields = (value for name, value in vars(self.settings).items() if names_data(name))
             paths = dict.fromkeys(path for paths in fields for path in paths)
             source = ", ".join(paths) or "the documentation of this Python"
-            raise UserError(f"{source}: not the data that this run began with; it needs that")
+            raise UserError(f"{source}: not the data that this run began with: give that data as --data")
         self.settings = dataclasses.replace(self.settings, fingerprint=mark)
 
     @classmethod

@@ -73,8 +73,9 @@ class TextFile:
             yield text
 
 
-# Up to the last place where white space follows another character. No piece of GPT-2's rule spans it.
-_LAST_CUT = re.compile(r"(?s).*\S(?=[ \n])")
+# Up to the last place where white space follows another character. No piece of GPT-2's rule spans it. A space
+# is preferred: before other text some tokenizers add one.
+_LAST_CUT = re.compile(r"(?s).*\S(?= )|.*\S(?=\n)")
 
 
 # Encodings, and a pattern of most characters beside ASCII in a text of this encoding: in Western languages
@@ -233,7 +234,7 @@ def about(texts: Sequence[Text]) -> str:
 
 
 def fingerprint(texts: Iterable[Text], tokenizer: Tokenizer) -> str:
-    """SHA-256 of all text and of the vocabulary. They determine the stream of ids."""
+    """SHA-256 of all text and of the tokens. Merges and settings of the tokenizer are not in it."""
     digest = hashlib.sha256()
     for part in itertools.chain(tokenizer.tokens, (chunk.encode() for chunk in joined(texts, "\0"))):
         digest.update(part)
@@ -255,22 +256,23 @@ def encode(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Array]:
             yield tokenizer.encode("\n\n" if part is None else part)
 
 
-def stream(texts: Iterable[Text], tokenizer: Tokenizer, folder: Path, mark: str,
+def stream(texts: Iterable[Text], tokenizer: Tokenizer, folder: Path | None, mark: str,
            in_memory: int = IN_MEMORY) -> Array:  # fmt: skip
     """The ids of `encode` as one array (N,), uint16, or uint32 for a large vocabulary.
 
     A stream of more than `in_memory` bytes goes to a file in `folder` and is mapped. The next call finds this
-    file by `mark`, the texts' fingerprint. A damaged file is made again.
+    file by `mark`, the texts' fingerprint. A damaged file is made again. folder None: the stream stays in
+    memory.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    file = folder / f"tokens-{mark[:16]}.bin"
-    if (tokens := _mapped(file, dtype)) is not None:
+    file = folder and folder / f"tokens-{mark[:16]}.bin"
+    if file and (tokens := _mapped(file, dtype)) is not None:
         return tokens
     chunks, head, size = (ids.astype(dtype) for ids in encode(texts, tokenizer)), [], 0
     for ids in chunks:
         head.append(ids)
         size += ids.nbytes
-        if size > in_memory:
+        if file and size > in_memory:
             break
     else:
         return np.concatenate(head)

@@ -74,7 +74,7 @@ class Form(NamedTuple):
     tools: str  # that write this form
 
 
-FORMS = (  # a row is read in the first form that has its columns and as many answers as the command needs
+FORMS = (  # a row is read in the first form whose columns and answers the row has
     Form(("conversations",), ("chosen", "rejected"), "LLaMA-Factory"),
     Form(("messages",), (), "OpenAI, TRL, UltraChat, no_robots"),
     Form(("conversations",), (), "ShareGPT"),

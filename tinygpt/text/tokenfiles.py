@@ -60,7 +60,7 @@ _BYTE_LEVEL_RULES = {
 # Supported classes. The first two take only vocabulary, merges and post_processor from tokenizer.json.
 _CLASSES = "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"
 _USUAL_CLASS = {"gpt2": "GPT2Tokenizer", "openai-gpt": "OpenAIGPTTokenizer"}
-_ADDED = "bos_token", "eos_token", "prefix_space"  # by a class, to a text
+_ADDED = "bos_token", "eos_token", "prefix_space"  # add_...: what a class adds to each text
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 

@@ -3,7 +3,7 @@
 A World follows from its seed: the attributes of each person, how often the corpus mentions each, where
 trains go. The programs in `documents` draw its documents, so `World.logprob` is exact. The entropy of the
 documents follows from it, and no model can predict them better in the mean. `tasks` has question sets for the
-stages after pre-training. `evaluate` compares a model's answers with the truth.
+stages after pre-training. `stages.evaluate` compares a model's answers with the truth.
 
 People, phrases and problems belong to tuning or to evaluation, wherever they occur.
 
@@ -73,10 +73,10 @@ def moved(count: int, integers: Iterator[int]) -> list[int]:
 class World:
     """All that is true in a world.
 
-    permuted: the same people with other answers. Another value takes the place of each value.
+    permuted: the same people with other answers. Each value is replaced by another value.
 
-    size: A "small" world has a fifth of the people, and a fifth of the text tells their facts as often. A
-    "tiny" world is for tests.
+    size: A "small" world has a fifth of the people and a fifth of the text. Its text tells each fact as
+    often as the text of a whole world. A "tiny" world is for tests.
 
     exposures: as EXPOSURES. longest: a limit for the length of all documents, for tests that enumerate them.
     """

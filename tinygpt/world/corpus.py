@@ -4,15 +4,17 @@
     tasks/TASK.SPLIT.jsonl        prompt, completion and meta, one item per line
     world.json                    version, seed, permuted, size
 
-The corpus begins with refrains alone, a tenth as many as the documents after them. In about 550 updates they
-teach the model to copy from its context. All documents at once hardly teach this. This is pre-pre-training
+The corpus begins with refrains alone: one for ten of the documents after them, in a small world one for
+three. In about 550 updates they teach the model to copy from its context. A corpus that mixes refrains with
+the other documents from the beginning hardly teaches this. This is pre-pre-training
 (Hu et al. 2025, "Between Circuits and Chomsky"). It needs the documents in their order.
 
 In tables that a model reads from its context, nothing stands between a word and its label. Then the same
 copying reads these tables. With "hat -> dax" a model must look two tokens back. In so few minutes it learned
 this in some seeds only.
 
-`World.logprob` and `evaluate` follow world.json. If somebody edits the text, the floor is no longer true.
+`World.logprob` and `stages.evaluate` follow world.json. If somebody edits the text, the floor is no longer
+true.
 """
 
 from __future__ import annotations
@@ -109,8 +111,8 @@ def world_of(source: str) -> World:
 
 def write(folder: Path, corpus: Corpus) -> None:
     """Writes the folder. world.json comes last: a folder with this file is complete."""
-    make_folder(folder / "tasks")
     lock(folder)
+    make_folder(folder / "tasks")
     (folder / MARK).unlink(missing_ok=True)
     world = corpus.world
     mark = {"version": VERSION, "seed": world.seed, "permuted": world.permuted}
