@@ -149,6 +149,30 @@ def test_attention_against_loops(ops, rng, T, S, start, prefix):
     np.testing.assert_allclose(out, slowly(q, k, v, 2, start, prefix), rtol=1e-12, atol=1e-14)
 
 
+def test_a_cache_with_room_left_has_the_gradients_of_its_keys(ops, rng):
+    """Guards: gradients of keys that forward did not read, with the numbers that memory happens to have."""
+    q, k, v, dout = rng.standard_normal((4, 2, 3, 6))
+    room = rng.standard_normal((2, 2, 5, 6))
+    room[:, :, :3] = k, v
+    expected = ops.attention_backward(dout, ops.attention_forward(q, k, v, 2)[1])
+    cache = ops.attention_forward(q, *room, 2, length=np.array(3))[1]
+    for result, right in zip(ops.attention_backward(dout, cache), expected, strict=True):
+        np.testing.assert_allclose(result, right, rtol=1e-12)
+    packed = ops.attention_backward(dout, cache, packed=True)
+    np.testing.assert_allclose(packed, np.concatenate(expected, -1), rtol=1e-12)
+
+
+def test_a_view_begins_at_an_id_that_fits(ops, rng):
+    """Guards: 2**32, which is 0 in 32 bits."""
+    q = rng.standard_normal((1, 3, 6))
+    start = np.full((1, 3), 1 << 32)
+    out = ops.attention_forward(q, q, q, 2, np.full((1, 3), 3))[0]  # each query sees its own key only
+    try:
+        np.testing.assert_allclose(ops.attention_forward(q, q, q, 2, start)[0], out)
+    except IndexError as error:
+        assert "start" in str(error)
+
+
 def test_packed_documents_do_not_see_each_other(ops, rng):
     """TRL 1230, 3067: outputs and gradients of two documents in one row equal those of each alone."""
     q, k, v, dout = rng.standard_normal((4, 1, 7, 6))

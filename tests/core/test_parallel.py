@@ -34,6 +34,12 @@ def test_a_tree_has_the_order_that_the_page_says():
     }  # fmt: skip
 
 
+def test_several_processes_train_all_weights():
+    """Guards: slices of some gradients, taken as slices of all weights."""
+    with pytest.raises(UserError, match="names must be None"):
+        AdamW(build(CONFIG), ["wte.weight"], group=Share(0, 2))
+
+
 class Term:
     def __init__(self, text: str) -> None:
         self.text = text

@@ -25,7 +25,7 @@ from tinygpt.core.model import GPT
 from tinygpt.core.optim import AdamW
 from tinygpt.core.train import TrainConfig
 from tinygpt.errors import UserError
-from tinygpt.files import tensorfile
+from tinygpt.files import atomic, tensorfile
 from tinygpt.files.atomic import finish, lock, make_folder, replacing, together, unlock
 from tinygpt.folders import adapters, checkpoint, runs
 from tinygpt.stages import variants
@@ -558,6 +558,20 @@ def test_a_folder_has_one_writer(tmp_path):
     lock(tmp_path)  # this process has it
     unlock()
     assert subprocess.run(command, input="", capture_output=True, text=True).stdout == "locked\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's here")
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Guards: a folder on such a disk that seems to be another one after each update."""
+    def refuse(*_):
+        raise OSError("no locks")
+
+    monkeypatch.setattr("tinygpt.files.atomic.fcntl.flock", refuse)
+    lock(tmp_path / "run")
+    assert atomic.holds(tmp_path / "run")
+    (tmp_path / "run").rmdir()
+    assert not atomic.holds(tmp_path / "run")
+    unlock()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(folder):

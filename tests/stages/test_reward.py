@@ -21,6 +21,7 @@ from tinygpt.shell.cli import main
 from tinygpt.stages import reward, rlhf
 from tinygpt.stages.answers import Answer
 from tinygpt.stages.reward import Comparison, Judge, Settings
+from tinygpt.stages.variants import build
 from tinygpt.text import instructions, stream
 from tinygpt.text.tokenizer import BPETokenizer
 from tinygpt.world import World, raw_integers, tasks
@@ -200,6 +201,10 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     records = []
     with pytest.raises(UserError, match="has a model that this run needs as it is"):
         runs.begin(reward.Reward, tmp_path / "base", s, overwrite=True)
+    old = build(dataclasses.replace(CONFIG, post_norm=True))
+    checkpoint.save(tmp_path / "old", old, tokenizer)
+    with pytest.raises(UserError, match="has GPT-1's blocks; a reward model has GPT-2's"):
+        runs.begin(reward.Reward, tmp_path / "new", dataclasses.replace(s, init_from=str(tmp_path / "old")))
     run = runs.begin(reward.Reward, tmp_path / "judge", s)
     stage = run.stage
     assert len(stage.val) == 6 and len(stage.pairs) == 54
@@ -230,6 +235,17 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="this judge needs the model with which"):
         runs.load_judge(tmp_path / "judge")
+
+
+def test_accumulated_batches_count_for_three_passes(tmp_path):
+    """Guards: 15 passes through the comparisons with five batches an update."""
+    rows = [{"prompt": f"{n}", "chosen": "red", "rejected": "blue"} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"max_iters": None, "batch_size": 4, "gradient_accumulation_steps": 5, "warmup_iters": 100,
+               "data": [str(tmp_path / "pairs.jsonl")], "learning_rate": 1e-3, "min_lr": None,
+               "block_size": 8}  # fmt: skip
+    reward.Reward.complete(options, set(), CONFIG, None)
+    assert options["max_iters"] == 3 * 60 / (4 * 5)
 
 
 @pytest.mark.parametrize(

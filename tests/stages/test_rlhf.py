@@ -654,6 +654,27 @@ def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
     assert len(set(firsts[:6])) == 6 and sorted(firsts[:6]) == sorted(firsts[6:12]) != firsts[6:12]
 
 
+def test_dpo_scores_a_pair_beside_the_same_pairs_after_a_resume(folders, monkeypatch):
+    """Guards: a pair that is scored alone in one run and beside others in the other: products of few rows add
+    up in another order."""
+    rows = [{"prompt": f"What {n}?", "chosen": "red", "rejected": "blue"} for n in range(10)]
+    (folders / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, _ = checkpoint.load(folders / "tuned")
+    where = {"data": (str(folders / "rows.jsonl"),), "init_from": str(folders / "tuned")}
+    settings = rlhf.Settings(model.config, TrainConfig(), rl=Config(algo="dpo"), batch_size=3, **where)
+    neighbours, score = [], dpo.logprobs
+    monkeypatch.setattr(dpo, "logprobs", lambda model, pairs: neighbours.append(pairs.ids.tolist())
+                        or score(model, pairs))  # fmt: skip
+    sets = []
+    for first in (0, 2):
+        neighbours.clear()
+        stage = runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True).stage
+        for n in range(first, 8):
+            stage.update(n, np.random.default_rng(n))
+        sets.append(sorted(neighbours))
+    assert sets[0] == sets[1] and len(sets[0]) == 4
+
+
 def test_examples_are_learned_beside_from_the_command_line(folders):
     """Guards: an example too long for the model, a coefficient that nothing comes of."""
     pairs = [{"prompt": "What is it?", "completion": "red"}, {"prompt": "What? " * 200, "completion": "blue"}]

@@ -134,6 +134,14 @@ def test_reading_in_chunks_changes_no_token(tmp_path, monkeypatch, chunk):
     )
 
 
+def test_a_chunk_begins_with_a_space_where_it_can(tmp_path, monkeypatch):
+    """Guards: a tokenizer that puts a space before each text puts one before a line within a document."""
+    monkeypatch.setattr(data, "CHUNK", 8)
+    (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\n", encoding="utf-8")
+    chunks = list(data.TextFile(tmp_path / "a.txt"))
+    assert len(chunks) > 2 and all(chunk.startswith(" ") for chunk in chunks[1:])
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_the_mark_at_a_files_beginning_is_no_text(tmp_path, monkeypatch, chunk):
     """Guards: U+FEFF as a character of the vocabulary; but only the first is a mark."""
@@ -161,6 +169,7 @@ def test_documents_are_kept_apart(tmp_path):
     documents = [["ab", "c"], ["a"]]
     char = CharTokenizer.train(data.joined(documents))
     assert char.decode(data.stream(documents, char, tmp_path, "mark")) == "abc\n\na"
+    assert char.decode(data.stream(documents, char, None, "mark", in_memory=0)) == "abc\n\na"  # no folder
     bpe = BPETokenizer.train("abc", 257)
     assert bpe.decode(data.stream(documents, bpe, tmp_path, "mark")) == "abc<|endoftext|>a"
 
