@@ -7,7 +7,7 @@
    In this order the softmax over the keys goes down the strip, with one query in each lane. All six products
    use the tile of gemm.c, with one operand broadcast and the other read along its rows:
 
-       forward     scores  = k q^T       out = scores^T v
+       forward     scores  = k q^T       out = probs^T v
        backward    dprobs  = v dout^T    dv += probs dout     dk += dscores q     dq = dscores^T k
 
    Keys and values are first copied into rows padded with zeros, so that every tile is whole. tinygpt.h has
@@ -74,7 +74,7 @@ static struct view look(const int32_t *start, size_t b, size_t T, size_t S, size
         first = least(first, own);
         w.own[q / LANES][q % LANES] = own;
         w.first[q / LANES][q % LANES] = first;
-        w.begin = first < w.begin ? first : w.begin;
+        w.begin = least(first, w.begin);
         w.open = first > w.open ? first : w.open;
     }
     w.begin = prefix ? 0 : w.begin / LINES * LINES;
@@ -125,7 +125,7 @@ static void attention_forward_heads(const void *args, size_t begin, size_t end)
         copy_rows(k, a->k + b * a->k_batch + h * D, S, a->k_row, D, Sp, Dp);
         copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp);
         for (size_t i = 0; i < T; i += QUERIES) {
-            const size_t n = T - i < QUERIES ? T - i : QUERIES;
+            const size_t n = least(T - i, QUERIES);
             const struct view w = look(a->start, b, T, S, a->prefix, i, n);
             pack(q_t, a->q + b * a->q_batch + i * a->q_row + h * D, n, QUERIES, D, a->q_row, 1);
             keys_by_queries(strip, k, q_t, D, Dp, w.begin, w.end);
@@ -239,7 +239,7 @@ static void attention_backward_heads(const void *args, size_t begin, size_t end)
         copy_rows(v, a->v + b * a->v_batch + h * D, S, a->v_row, D, Sp, Dp);
         memset(dk, 0, 2 * Sp * Dp * sizeof(real));
         for (size_t i = 0; i < T; i += QUERIES) {
-            const size_t n = T - i < QUERIES ? T - i : QUERIES, at = (b * T + i) * a->H * D + h * D;
+            const size_t n = least(T - i, QUERIES), at = (b * T + i) * a->H * D + h * D;
             const struct view w = look(a->start, b, T, S, a->prefix, i, n);
             copy_rows(q, a->q + b * a->q_batch + i * a->q_row + h * D, n, a->q_row, D, QUERIES, Dp);
             copy_rows(dout, a->dout + at, n, a->H * D, D, QUERIES, Dp);

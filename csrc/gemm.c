@@ -236,7 +236,7 @@ INLINE void pieces(const int is_cells, const void *args, size_t begin, size_t en
 {
     const struct grid *t = args;
     const struct gemm *g = t->g;
-    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
+    const size_t row_tiles = up(g->M, ROWS) / ROWS, panels = up(g->N, COLS) / COLS;
     const size_t length = is_cells ? (g->K + 1) / 2 : g->K, slices = (length + DEPTH - 1) / DEPTH;
     const size_t depth = (length + slices - 1) / slices, room = (WIDTH + HEIGHT) * depth * (1 + is_cells);
     real *packed_b = scratch(SCRATCH_PRIVATE, room * sizeof(real));
@@ -267,9 +267,9 @@ static void pieces_by_cells(const void *args, size_t begin, size_t end) { pieces
 /* With a few rows of a, as in generation, each element of b is used a few times, and reading b takes most of
    the time. So b is not packed for one multiply, but read once, in place. Memory is slower where the rows of
    a panel are far apart: if b is the same in every step, `pack_panels` packs it once for all steps. */
-enum { FEW = 8, GROUP = 4, FEW_ROWS = 4 * ROWS };
+enum { FEW = 8, GROUP = 4, BLOCK_ROWS = 4 * ROWS };
 
-/* An item is a block of FEW_ROWS rows of a, and one panel of b. The row blocks are the outer loop: with many
+/* An item is a block of BLOCK_ROWS rows of a, and one panel of b. The row blocks are the outer loop: with many
    rows a thread has its own rows, as in the kernels before and after, and finds their results in its cache.
    Rows that do not fill a tile of ROWS go to smaller tiles. */
 INLINE void panels_by_tiles(const int is_cells, const void *args, size_t begin, size_t end)
@@ -278,7 +278,7 @@ INLINE void panels_by_tiles(const int is_cells, const void *args, size_t begin, 
     const size_t panels = up(g->N, COLS) / COLS;
     for (size_t item = begin; item < end; item++) {
         const size_t j = item % panels * COLS, width = least(g->N - j, COLS);
-        const size_t first = item / panels * FEW_ROWS, stop = least(first + FEW_ROWS, g->M);
+        const size_t first = item / panels * BLOCK_ROWS, stop = least(first + BLOCK_ROWS, g->M);
         const struct slice k = {0, g->K};
         const real *b = g->panels ? g->panels + j * g->K : g->b + j;
         size_t b_row = g->panels ? COLS : g->b_row;
@@ -336,13 +336,13 @@ static void pack_panels(const void *args)
 INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_t columns)
 {
     const real *b[GROUP];
-    vec sums[GROUP][GROUP];
+    vec acc[GROUP][GROUP];
     UNROLL
     for (size_t l = 0; l < GROUP; l++) {
         b[l] = g->b + (j + least(l, columns - 1)) * g->b_col;
         UNROLL
         for (int r = 0; r < rows; r++)
-            sums[r][l] = all(0);
+            acc[r][l] = all(0);
     }
     for (size_t p = 0; p < g->K; p += LANES) {
         vec x[GROUP];
@@ -354,12 +354,12 @@ INLINE void dots(const int rows, const struct gemm *g, size_t i, size_t j, size_
             vec y = load_n(b[l] + p, g->K - p, 0);
             UNROLL
             for (int r = 0; r < rows; r++)
-                sums[r][l] += x[r] * y;
+                acc[r][l] += x[r] * y;
         }
     }
     for (int r = 0; r < rows; r++)
         for (size_t l = 0, at = (i + r) * g->c_row + j; l < columns; l++)
-            g->c[at + l] = sum(sums[r][l]) + (g->bias ? g->bias[j + l] : 0) + (g->add ? g->add[at + l] : 0);
+            g->c[at + l] = sum(acc[r][l]) + (g->bias ? g->bias[j + l] : 0) + (g->add ? g->add[at + l] : 0);
 }
 
 /* For contiguous columns of b, as in the tied head. */
@@ -393,8 +393,8 @@ static void gemm(const void *args)
         g->a = a.at, g->a_row = g->K = a.across; /* a_col is 1: rows of a become rows of cells */
     }
     if (g->panels || (is_few && g->b_col == 1)) {
-        const size_t pieces = up(g->M, FEW_ROWS) / FEW_ROWS, rows = least(g->M, FEW_ROWS);
-        parallel(g->is_bfloat16 ? panels_by_cells : panels_of_c, g, up(g->N, COLS) / COLS * pieces,
+        const size_t blocks = up(g->M, BLOCK_ROWS) / BLOCK_ROWS, rows = least(g->M, BLOCK_ROWS);
+        parallel(g->is_bfloat16 ? panels_by_cells : panels_of_c, g, up(g->N, COLS) / COLS * blocks,
                  1 + 65536 / (g->K * COLS * rows + 1));
         return;
     }
@@ -406,7 +406,7 @@ static void gemm(const void *args)
         by_three_loops(g);
         return;
     }
-    const size_t row_tiles = (g->M + ROWS - 1) / ROWS, panels = (g->N + COLS - 1) / COLS;
+    const size_t row_tiles = up(g->M, ROWS) / ROWS, panels = up(g->N, COLS) / COLS;
     const size_t workers = g->M * g->N * g->K < SMALL ? 1 : thread_count();
     struct grid t = {g, 1, 1}; /* one piece for each thread: each piece packs its b, so four cost 4 % more */
     if (g->M >= g->N) { /* cut the longer side */

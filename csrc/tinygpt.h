@@ -89,7 +89,8 @@ struct gelu_backward {
 
 /* q, out (B, T, C); k, v (B, S, C): each with the stride of a batch row and of a position.
    Query i of row b stands at key S - T + i. It sees its own key, and of the keys before it those with
-   j < prefix or j >= prefix + start[b][i]. start is NULL, or (B, T) without the queries in the prefix.
+   j < prefix or j >= prefix + start[b][i]. start is NULL, or (B, min(T, S - prefix)): a query in the prefix
+   has no start.
    Where length is not NULL, S is *length: the call reads it, so a replay sees the keys of that moment. */
 struct attention_forward {
     real *out;
