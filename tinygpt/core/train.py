@@ -52,7 +52,7 @@ class TrainConfig:
 
     max_iters: int = option(4000, "[1, inf)", "Updates of weights.")
     learning_rate: float = option(1e-3, "(0, inf)", "The highest learning rate.")
-    min_lr: float = option(1e-4, "[0, inf)", "The learning rate at the end.", shown="a tenth of it")
+    min_lr: float = option(1e-4, "[0, inf)", "The learning rate at the end.", shown="a tenth of the highest")
     warmup_iters: int = option(100, "[0, inf)", "Updates in which the learning rate rises.")
     weight_decay: float = option(0.1, "[0, inf)", "Weight decay of matrices.")
     beta1: float = option(0.9, "[0, 1)", "Decay of the mean of gradients (AdamW).")
