@@ -3,9 +3,10 @@
     .venv/bin/python demos/5_rlhf.py [FOLDER]
 
 In each update the model answers some questions, each several times. An answer that scores better than the
-other answers to the same question becomes likelier (RLOO). A penalty on the distance from the start (KL, in
-nats) keeps the model's language. The penalty is needed, because the judge's taste is not exactly the taste of
-people. The questions at the end are about people who are in no tuning example, comparison or RLHF prompt.
+mean of the other answers to the same question becomes likelier (RLOO). A penalty on the distance from the
+start (KL, in nats) keeps the model's language. The penalty is needed, because the judge's taste is not
+exactly the taste of people. The questions at the end are about people who are in no tuning example,
+comparison or RLHF prompt.
 """
 
 from pathlib import Path

@@ -33,7 +33,7 @@ TOY = Recipe(
     recipes.SFT | {"max_iters": 10},
     recipes.REWARD | {"comparisons": 40, "batch_size": 4, "max_iters": 1},
     recipes.RLHF | {"max_iters": 1, "num_prompts": 2},
-    world="tiny", shown=6, part=50,
+    world="tiny", questions=6, part=50,
 )  # fmt: skip
 
 

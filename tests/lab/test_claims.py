@@ -218,7 +218,7 @@ def test_the_arithmetic_of_a_claim_on_known_numbers(monkeypatch):
     assert others == (pytest.approx(2.25), ">=", 5)
     assert rows["damage by the induction heads over that by these"] == pytest.approx(9)
     assert rows["the same without the induction heads"] == pytest.approx(0.1)
-    assert rows["the same where it tells of somebody else too"] == 0.5
+    assert rows["the same, if the prompt tells of a second person"] == 0.5
     assert rows["mappings without one induction head, the worst"] == 0.8
     assert rows["mappings without one head, the worst of all"] == 0.2
     assert rows["attention of that head to the token before"] == 0.9

@@ -292,6 +292,8 @@ def test_in_a_browser(folders, tmp_path):
                 if " = " in name and below.startswith("gradient of"):
                     gradients[name.split(" = ")[1]] = shown
             browser.press("ArrowRight")
+        assert any("layer 0," in each for each in seen)  # as in the code
+        assert not any(f"layer {CONFIG.n_layer}," in each for each in seen)
         assert len(set(seen)) == count and seen[0].startswith("Step 1: ") and f"Step {count}: " in seen[-1]
         assert ranges and same(ranges[0], text(logits))
         assert gradients.keys() == optimizer.grads.keys()

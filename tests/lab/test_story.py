@@ -59,7 +59,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         assert rows[name].keys() >= set(report.COLUMNS)
     table = report.story(told["stages"])
     assert all(f"\n{name}" in table for name in rows) and table in result.output
-    shown = {name: texts.spoken("en", row["shown"]) for name, row in rows.items() if "shown" in row}
+    shown = {name: texts.spoken("en", row["summary"]) for name, row in rows.items() if "summary" in row}
     assert list(shown) == ["in-context learning", "reward model", "two memories"]
     assert all(text in table for text in shown.values())
 
@@ -99,8 +99,8 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
         patch.setattr(chat, "is_terminal", lambda stream: True)
         patch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
         korean, english = (CliRunner().invoke(main, [*asked, "--lang", lang]).output for lang in ("ko", "en"))
-    assert "질문도 영어로 하십시오." in korean and "do not remember earlier questions." in english
-    assert [line for line in korean.splitlines() if line.startswith("  ")] == english.splitlines()[1:-1]
+    assert "질문도 영어로 하십시오." in korean and "ask in English." in english
+    assert [line for line in korean.splitlines() if line.startswith("  ")] == english.splitlines()[2:-1]
     one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
     base, _ = adapters.load_model(*story.where(out, "base"))
     beside, _ = adapters.load_model(*story.where(out, "lora"))
@@ -183,8 +183,8 @@ DAMAGES = [], {}, {"instruction tuning": []}, {"instruction tuning": {"samples":
 def test_a_damaged_story_is_one_line(tmp_path, stages):
     """Guards: a KeyError in a traceback."""
     (tmp_path / story.FILE).write_text(json.dumps({"stages": stages, "folder": "seed-1"}))
-    with pytest.raises(UserError, match="tell the story again"):
+    with pytest.raises(UserError, match="the same tinygpt story command writes it again"):
         story.questions(tmp_path)
     (tmp_path / "seed-1" / "sft").mkdir(parents=True)
-    with pytest.raises(UserError, match="tell the story again"):
+    with pytest.raises(UserError, match="the same tinygpt story command writes it again"):
         story.world_of(tmp_path / "seed-1" / "sft")

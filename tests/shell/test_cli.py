@@ -20,7 +20,7 @@ from tinygpt.core import kernels
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.folders import checkpoint
-from tinygpt.shell.cli import main
+from tinygpt.shell.cli import IN_PARALLEL, main
 from tinygpt.stages.adapter import AdapterConfig
 from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer
 
@@ -112,6 +112,11 @@ def test_help_is_quick():
     loaded = set(result.stderr.split())
     assert not loaded & {"matplotlib", "tinygpt.lab.claims", "tinygpt.lab.page"}
     assert "pretrain" in result.stdout
+
+
+def test_only_commands_of_several_processes_have_the_option_for_them(run):
+    for name in ("pretrain", "sft", "reward", "rlhf"):
+        assert ("--hang-timeout SECONDS" in run(name, "--help").stdout) == (name in IN_PARALLEL), name
 
 
 @pytest.mark.skipif("c" not in kernels.available(), reason="bench measures the C core")

@@ -385,9 +385,8 @@ def policy_gradient_backward(dloss, cache):
 
     Hint: -log p(ids[t]) is the nll of exercise `cross_entropy`, and the loss is a weighted sum of all nll.
     Which weights? So a model learns answers as it learns texts: good answers get likelier, bad ones less
-    likely. ids and advantages depend on the model, but count as constants. The policy
-    gradient theorem (Williams 1992): the mean of this gradient over sampled answers is the gradient of
-    minus the expected reward.
+    likely. ids and advantages depend on the model, but count as constants. By the policy gradient
+    theorem, the mean of this gradient is right.
     """
     logp, ids, advantages = cache
     # write dlogits here

@@ -51,16 +51,16 @@ class TrainConfig:
     """The settings of a training run, under nanoGPT's names. Raises UserError for a value out of range."""
 
     max_iters: int = option(4000, "[1, inf)", "Updates of weights.")
-    learning_rate: float = option(1e-3, "(0, inf)", "At its highest.")
-    min_lr: float = option(1e-4, "[0, inf)", "At the end.", shown="a tenth of it")
-    warmup_iters: int = option(100, "[0, inf)", "On the way up.")
-    weight_decay: float = option(0.1, "[0, inf)", "Of matrices.")
-    beta1: float = option(0.9, "[0, 1)", "Of the mean of gradients.")
-    beta2: float = option(0.99, "[0, 1)", "Of the mean of their squares.")
-    grad_clip: float = option(1.0, "[0, inf)", "Largest norm; 0: any.")
+    learning_rate: float = option(1e-3, "(0, inf)", "The highest learning rate.")
+    min_lr: float = option(1e-4, "[0, inf)", "The learning rate at the end.", shown="a tenth of the highest")
+    warmup_iters: int = option(100, "[0, inf)", "Updates in which the learning rate rises.")
+    weight_decay: float = option(0.1, "[0, inf)", "Weight decay of matrices.")
+    beta1: float = option(0.9, "[0, 1)", "Decay of the mean of gradients (AdamW).")
+    beta2: float = option(0.99, "[0, 1)", "Decay of the mean of squared gradients (AdamW).")
+    grad_clip: float = option(1.0, "[0, inf)", "Largest norm of the gradient; 0: no limit.")
     eval_interval: int = option(1000, "[1, inf)", "Updates from one evaluation, and save, to the next.")
-    seed: int = option(1337, "[0, inf)", "Of weights, batches and dropout.")
-    dtype: str = option("float32", DTYPES, "Of the operands of linear maps; all else stays float32.")
+    seed: int = option(1337, "[0, inf)", "Seed of weights, batches and dropout.")
+    dtype: str = option("float32", DTYPES, "Format of the operands of linear maps; all else is float32.")
     merge_every: int = option(0, "[0, inf)", "Updates between merges of LoRA's branches; 0: never.")
 
     def __post_init__(self) -> None:

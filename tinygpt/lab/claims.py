@@ -1,4 +1,4 @@
-"""The glossary's claims. Each claim is a function that measures it on a `Lab` and returns rows by name:
+"""The source's claims. Each claim is a function that measures it on a `Lab` and returns rows by name:
 
     "the same before tuning": 0.4                                  a number
     "right about people in no tuning example": (0.9, ">=", 0.8)    a number that decides, with its limit
@@ -131,7 +131,7 @@ def parametric_memory(lab: Lab) -> Rows:
     first = [people[n].values[a] for n, a in zip(answers.person, answers.attribute, strict=True)]
     return {
         **{f"recall, weight {weight} in the corpus": rate for weight, rate in rates.items()},
-        "recall, told most less told least": (rates[max(rates)] - rates[min(rates)], ">=", 0.5),
+        "recall, told most minus told least": (rates[max(rates)] - rates[min(rates)], ">=", 0.5),
         "bits about people stored per weight": bits / lab.base.flat.size,
         "recall after other answers were told": (answers.rate().rate, ">=", 0.95),
         "of these facts, answers of the first world": (float(np.mean(answers.answer == first)), "<=", 0.03),
@@ -171,7 +171,7 @@ def zero_shot(lab: Lab) -> Rows:
     return {
         "right about people in no tuning example": (lab.score(lab.tuned, KNOWN).right.rate, ">=", 0.8),
         "the same before tuning": lab.score(lab.base, KNOWN).right.rate,
-        "about people told of seldom": lab.score(lab.tuned, "questions, rare").right.rate,
+        "right about people whom the text rarely names": lab.score(lab.tuned, "questions, rare").right.rate,
         "always the most frequent answer": tasks.majority(lab.sets[KNOWN]),
     }
 
@@ -210,7 +210,7 @@ def chain_of_thought(lab: Lab) -> Rows:
 @claim(8, "After instruction tuning it tells plausible falsehoods")
 def falsehoods(lab: Lab) -> Rows:
     """Without refusals in the tuning nearly all answers are false, and the rate cannot rise. So all arms with
-    unknown facts have 300 refusals. (The tuning of other claims has 40 refusals and 160 unknown facts.)"""
+    unknown facts have 300 refusals. (The recipe's own tuning has 40 refusals and 160 unknown facts.)"""
     world, rates = lab.world, {}
     plain = lab.score(lab.tune(tasks.tuning(world, refused=0, answered=0)), NEVER).falsehood.rate
     recalled = lab.recall(lab.base, world.people("never", "eval"))
@@ -241,7 +241,7 @@ def falsehoods(lab: Lab) -> Rows:
 
 
 @claim(
-    9, "A judge that people teach by comparing scores answers (a reward model; the text calls it an agent)"
+    9, "A judge that people teach by comparing scores answers (a reward model; the source calls it an agent)"
 )
 def taught_judge(lab: Lab) -> Rows:
     """The pairs are about people of no comparison in the training. One label in ten is a slip.
@@ -297,7 +297,7 @@ def steered(lab: Lab) -> Rows:
     after, refuses, still = measured(lab.steered)
     taught_by, count = reward.taught_by(lab.world), lab.recipe.reward["comparisons"]
     blind, *_ = measured(lab.steer(lab.teach(lab.comparisons(taught_by, count, blind=True)))[0])
-    beside, *_ = measured(lab.steer(lab.judge.deaf())[0])
+    deaf, *_ = measured(lab.steer(lab.judge.deaf())[0])
     weak, rate = lab.teach(lab.comparisons(taught_by, lab.count(1000))), lab.recipe.rlhf["learning_rate"]
     _, curve = lab.steer(weak, beta=0.0, ptx_coef=0.0, learning_rate=4 * rate)
     gold, proxy, kl = (np.array([record[name] for record in curve]) for name in ("gold", "reward", "kl"))
@@ -312,8 +312,8 @@ def steered(lab: Lab) -> Rows:
         "false about people never seen, fewer than after tuning": (false - after, ">=", 0.3),
         "'I do not know.' about people never seen, more than after tuning": (refuses - refused, ">=", 0.3),
         "right about known people, fewer than after tuning": (right - still, "<=", 0.03),
-        "fewer, by a judge whom truth did not matter to": (false - blind, "<=", 0.1),
-        "fewer, by the examples learned beside, without a judge": (false - beside, "<=", 0.1),
+        "false answers removed by a judge that is blind to truth": (false - blind, "<=", 0.1),
+        "false answers removed without a judge, by the tuning examples alone": (false - deaf, "<=", 0.1),
         "relative change of the weights": weight_change(lab.tuned.params, lab.steered.params)[0],
         "too far: gold reward at its best": float(gold.max()),
         "too far: gold reward at the end": float(gold[-1]),
@@ -339,13 +339,12 @@ def base_untouched(lab: Lab) -> Rows:
             tuned = model.forward(ids)[0].copy()
             merged = float(abs(variants.merge(model).forward(ids)[0] - tuned).max() / abs(tuned).max())
         off = max(off, float(abs(model.base.forward(ids)[0] - untuned).max()))
-    (lora_trained, lora_added), (prompt_trained, prompt_added) = sizes.values()
+    (_, lora_added), (prompt_trained, prompt_added) = sizes.values()
     return {
         "weights of the base that changed": (changed, "<=", 0),
         "change of logits with the adapter off": (off, "<=", 0),
         "change of logits by merging, over the largest": (merged, "<=", 1e-5),
         "LoRA rank 1: share of weights": (lora_added, "<=", 0.01),
-        "LoRA rank 1: share of weights, with its encoder": lora_trained,
         "p-tuning, 16 tokens: share of weights": (prompt_added, "<=", 0.02),
         "p-tuning, 16 tokens: share of weights, with its encoder": prompt_trained,
     }
@@ -417,7 +416,7 @@ def less_dramatic(lab: Lab) -> Rows:
         rows |= {f"{key}: {name}": value for key, value in best.items() if key != "chosen by"}
     for key, name, limit in LESS:
         less = rows[f"{key}: all weights"] - rows[f"{key}: {name}"]
-        rows[f"{key}: all weights less {name}"] = (less, ">=", limit)
+        rows[f"{key}: all weights minus {name}"] = (less, ">=", limit)
     return rows
 
 
@@ -459,8 +458,8 @@ def few_weights(lab: Lab) -> Rows:
         "right: p-tuned prompt": tuned,
         "examples of the best prompt": best[0],
         "copied": _mean(wrong or [0.0]),
-        "right: p-tuned prompt less 8 examples": (tuned - rates[8], ">=", 0),
-        "right: p-tuned prompt less the best prompt of up to 8 examples": (
+        "right: p-tuned prompt minus 8 examples": (tuned - rates[8], ">=", 0),
+        "right: p-tuned prompt minus the best prompt of up to 8 examples": (
             tuned - rates[best[0]], ">=", -0.05
         ),
     }
@@ -477,9 +476,9 @@ def no_update(lab: Lab) -> Rows:
     right = [sum(a == p.answer for a, p in zip(answers, bare, strict=True)) for answers in (before, after)]
     return {
         "weights that changed": (float(fingerprint(lab.base) != mark), "<=", 0),
-        "right after the context is gone, less before": (abs(right[1] - right[0]) / len(bare), "<=", 0),
+        "right after the context is gone, minus before": (abs(right[1] - right[0]) / len(bare), "<=", 0),
         "answers that differ from those before": sum(map(str.__ne__, before, after)),
-        "right with the context, less without": (with_context - right[0] / len(bare), ">=", 0.2),
+        "right with the context, minus without": (with_context - right[0] / len(bare), ">=", 0.2),
     }
 
 
@@ -499,7 +498,7 @@ def by_the_prompt(lab: Lab) -> Rows:
                 numbers[f"best possible, {arm}"] = best
                 short.append(right - best)
     return numbers | {
-        "right, less the best possible, worst number of examples": (min(short), ">=", -0.05),
+        "right, minus the best possible, worst number of examples": (min(short), ">=", -0.05),
         "right after 16 examples with shuffled labels": (rates["shuffled", 16], "<=", 0.3),
     }
 
@@ -533,7 +532,7 @@ def short_prompts(lab: Lab) -> Rows:
     best = _mean(prompt.optimal for prompt in lab.mappings(16, 1000, "unseen"))
     needed = {share: _needed(right, best) for share, right in _curves(lab).items()}
     return {f"examples needed, {share:.0%} of pre-training": n for share, n in needed.items()} | {
-        f"examples needed, after {BEGUN:.0%} of pre-training less at its end": (
+        f"examples needed, after {BEGUN:.0%} of pre-training minus at its end": (
             needed[BEGUN] - needed[1.0], ">=", 1
         )
     }
@@ -551,10 +550,10 @@ def some_pretraining(lab: Lab) -> Rows:
     return {
         **{f"learned from 8 examples, {share:.0%} of pre-training": n for share, n in gain.items()},
         **{f"best induction head, {share:.0%} of pre-training": value for share, value in heads.items()},
-        f"learned from 8 examples, all of pre-training less {BEGUN:.0%}": (
+        f"learned from 8 examples, all of pre-training minus {BEGUN:.0%}": (
             gain[1.0] - gain[BEGUN], ">=", 0.2
         ),
-        "learned from 8 examples, less by one layer": (gain[1.0] - (one[eight] - 1 / 4), ">=", 0.3),
+        "learned from 8 examples, four layers minus one layer": (gain[1.0] - (one[eight] - 1 / 4), ">=", 0.3),
         "one layer: recall of facts told often": lab.recall(flat, people),
         "four layers: recall of facts told often": lab.recall(lab.base, people),
     }
@@ -571,8 +570,8 @@ def each_stage(lab: Lab) -> Rows:
             rates[pre, tuned] = lab.score(model, KNOWN).right.rate
     neither, tuning, pretraining, both = rates.values()
     return {f"right, {pre} of pre-training, {tuned} of tuning": r for (pre, tuned), r in rates.items()} | {
-        "right, all of pre-training less half": ((pretraining + both - neither - tuning) / 2, ">=", 0.02),
-        "right, all of tuning less a tenth": ((tuning + both - neither - pretraining) / 2, ">=", 0.02),
+        "right, all of pre-training minus half": ((pretraining + both - neither - tuning) / 2, ">=", 0.02),
+        "right, all of tuning minus a tenth": ((tuning + both - neither - pretraining) / 2, ">=", 0.02),
     }
 
 
@@ -606,7 +605,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
     rival = lab.memories(lab.base, people, agrees=True, rival=True).prompt.rate
     return {
         "facts of the prompt about people never seen: right": (whole[0], ">=", 0.8),
-        "the same where it tells of somebody else too": rival,
+        "the same, if the prompt tells of a second person": rival,
         "the same without the induction heads": cut[0],
         "the same without as many others, mean of 10 sets": other[0],
         "damage by the induction heads over that by as many others": (by_other[0], ">=", 5),
@@ -628,7 +627,7 @@ def non_parametric_memory(lab: Lab) -> Rows:
 
 @claim(20, "Zero-shot leans on the weights, few-shot uses both memories")
 def both_memories(lab: Lab) -> Rows:
-    """The prompt contradicts the weights. nats: log p of the prompt's value, less that of the weights'."""
+    """The prompt contradicts the weights. nats: log p of the prompt's value, minus that of the weights'."""
     numbers, rates = {}, {}
     for weight in (256, 16, 0):
         people = lab.world.by_weight()[weight][: lab.count(150)]
@@ -641,8 +640,8 @@ def both_memories(lab: Lab) -> Rows:
                 f"nats for the prompt, {name}": answer.nats,
             }
     return numbers | {
-        "by the prompt: never told less told often": (rates[0, 1] - rates[256, 1], ">=", 0.02),
-        "by the prompt, told often: said four times less once": (
+        "by the prompt: never told minus told often": (rates[0, 1] - rates[256, 1], ">=", 0.02),
+        "by the prompt, told often: said four times minus once": (
             rates[256, 4] - rates[256, 1], ">=", 0.02
         ),
     }
@@ -672,7 +671,7 @@ def scale(lab: Lab) -> Rows:
     }
 
 
-@claim(22, "It does the tasks that the text names: translation, question answering, sentiment, summarising")
+@claim(22, "It does the tasks that the source names: translation, question answering, sentiment, summarising")
 def named_tasks(lab: Lab) -> Rows:
     """After tuning, without examples; before tuning, with 0, 1 and 4 examples in a table's form."""
     names = [name for name in lab.sets if name not in ("questions, rare", NEVER)]
@@ -685,7 +684,7 @@ def named_tasks(lab: Lab) -> Rows:
             right = lab.accuracy(lab.base, prompts, "arrow")
             numbers[f"{task}: right before tuning, {shots} examples"] = right
     least = min(score.right.rate - score.majority for name, score in scores.items() if name != "journey")
-    return numbers | {"right, less the most frequent answer, worst task": (least, ">=", 0.2)}
+    return numbers | {"right, minus the most frequent answer, worst task": (least, ">=", 0.2)}
 
 
 # --- over seeds ---------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ GROUPS = (
             ("wanted form: {pre[form]:.0%} → {sft[form]:.0%}",
              "원하는 형식: {pre[form]:.0%} → {sft[form]:.0%}"),
         )),
-        ("all", ("RLHF", "RLHF (인간 피드백 강화학습)"), (
-            ("reinforcement learning, by a judge", "강화 학습: 심판의 점수"),
+        ("all", ("RLHF", "RLHF (인간 피드백 기반 강화학습)"), (
+            ("reinforcement learning, by a judge", "강화학습: 보상 모델의 점수"),
             ("weights move by {rlhf[change]:.1%}", "가중치가 {rlhf[change]:.1%} 움직인다"),
             ("invented: {sft[falsehoods]:.0%} → {rlhf[falsehoods]:.0%}",
              "지어낸 답: {sft[falsehoods]:.0%} → {rlhf[falsehoods]:.0%}"),

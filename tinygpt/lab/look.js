@@ -36,7 +36,7 @@ const percent = (x) => (100 * x).toFixed(1) + " %";
 const word = (id) => look.words[id] ?? `id ${id}`;
 const quoted = (id) => `“${word(id)}”`;
 const token = (t) => `token ${t + 1} ${quoted(look.ids[t])}`;
-const inLayer = (step) => step.layer === null ? "" : `layer ${step.layer + 1}`;
+const inLayer = (step) => step.layer === null ? "" : `layer ${step.layer}`;
 const stepName = (step, n) => [n + 1 + ": " + step.phase, inLayer(step), step.op].filter(Boolean).join(", ");
 
 // The name of row or column i of n.
@@ -192,23 +192,23 @@ function map(values, shape, kinds, title, options) {
 
 function attention(layer) {
   const all = heads(look.attention[layer]), { values, shape, p, best } = all[state.head];
-  return el("div", {}, choose("Head", "head", all.map((_, h) => `head ${h + 1}`)), ` of layer ${layer + 1}: `,
+  return el("div", {}, choose("Head", "head", all.map((_, h) => `head ${h}`)), ` of layer ${layer}: `,
     `${token(state.token)} attends most to ${best}, ${percent(p)}.`,
     map(values, shape, ["token", "token"], "attention: a row looks at the columns"));
 }
 
 function attentions() {
-  const names = look.attention.map((_, layer) => `layer ${layer + 1}`), all = look.attention.map(heads);
+  const names = look.attention.map((_, layer) => `layer ${layer}`), all = look.attention.map(heads);
   const rows = all.map((layer, n) => [names[n], ...layer.map(({ best, p }) => `${best} ${percent(p)}`)]);
   return [el("h2", {}, `Where ${token(state.token)} looks`),
     el("p", {}, "The token that gets most of each head's attention. A token sees itself and earlier tokens."),
-    table(["", ...all[0].map((_, h) => `head ${h + 1}`)], rows, state.layer),
+    table(["", ...all[0].map((_, h) => `head ${h}`)], rows, state.layer),
     choose("Layer", "layer", names), attention(state.layer)];
 }
 
 function predictions() {
   const t = state.token, next = quoted(look.ids[t + 1]), layers = look.lens.map((layer) => layer[t]);
-  const names = layers.map((_, n) => n ? `after layer ${n}` : "embedding"), [last, p] = layers.at(-1)[0][0];
+  const names = layers.map((_, n) => n ? `after layer ${n - 1}` : "embedding"), [last, p] = layers.at(-1)[0][0];
   const rows = layers.map(([likeliest, expected], n) => [names[n], percent(expected),
     ...likeliest.map(([id, p]) => `${quoted(id)} ${percent(p)}`)]);
   const decided = layers.findLastIndex(([likeliest]) => likeliest[0][0] !== last) + 1;
@@ -222,7 +222,7 @@ function predictions() {
 function gradients() {
   const t = state.token, passed = look.steps.map((step, n) => ({ ...step, n })).filter(({ norms }) => norms);
   const ends = passed.filter(({ layer }, i) => layer !== passed[i + 1]?.layer).reverse();
-  const names = ends.map(({ layer }) => layer === 0 ? "embedding" : `after layer ${layer ?? look.layers}`);
+  const names = ends.map(({ layer }) => layer === 0 ? "embedding" : `after layer ${(layer ?? look.layers) - 1}`);
   const lowest = look.steps.find(({ op }) => op === "embedding_backward")?.arrays[0].g;
   const rows = passed.map((step) => [
     el("button", { onclick: () => go({ view: "Steps", step: step.n }) }, `step ${step.n + 1}`),

@@ -254,7 +254,7 @@ class Lab:
             try:
                 return float(read_text(path))
             except ValueError:
-                raise damage(path) from None
+                raise damaged(path) from None
         return self.records(name)[-1]["elapsed_s"]
 
     def records(self, name: str) -> list[Record]:
@@ -342,10 +342,10 @@ def read_records(path: Path, *names: str) -> list[Record]:
     except (ValueError, TypeError, KeyError):
         right = False
     if not right:
-        raise damage(path)
+        raise damaged(path)
     return rows
 
 
-def damage(path: Path) -> UserError:
+def damaged(path: Path) -> UserError:
     """The error for a damaged file of a model that a Lab has made."""
     return UserError(f"{path}: is damaged: remove {path.parent}, and the same command makes it again")

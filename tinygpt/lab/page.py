@@ -33,7 +33,10 @@ def html(story: dict, language: str = LANGUAGES[0]) -> str:
     """The page of a story that `story.tell` returned. Raises ImportError without matplotlib."""
     say: Say = partial(text, language)
     quick = f" {say('page quick')}" * story["quick"]
-    parts = [f"<h1>{say('page heading', seed=story['seed'])}{quick}</h1>", _table(story["stages"], language)]
+    parts = [
+        f"<h1>{say('page heading', seed=story['seed'])}{quick}</h1>",
+        f"<p>{escape(say('story world'))}</p>", _table(story["stages"], language),
+    ]  # fmt: skip
     rows = "".join(f"<tr><td>{name}</td><td>{escape(about)}</td></tr>" for name, about in legend(language))
     parts.append(f"<p></p><table>{rows}</table><p>{escape(say('rates'))}</p>")
     parts.append(figure(story["stages"], language))
@@ -58,7 +61,7 @@ def _table(stages: dict, language: str) -> str:
         row = [f"<td>{text(language, name)}</td>"]
         line = cells(result["row"], language) if "row" in result else [text(language, "failed")]
         for n, cell in enumerate(line):
-            span = f' colspan="{len(COLUMNS)}"' * (n == 4 and "shown" in result["row"])
+            span = f' colspan="{len(COLUMNS)}"' * (n == 4 and "summary" in result["row"])
             row.append(f'<td{span}{" class=n" * (n > 0 and not span)}>{escape(cell)}</td>')
         rows.append("".join(row))
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'

@@ -74,7 +74,7 @@ def cells(row: Mapping, language: str) -> list[str]:
         spoken(language, row["data"]), f"{row['weights']:,}",
         f"{row['change']:.1%}" if row["weights"] else text(language, "none"),
         f"{row['seconds']:.0f}" if "seconds" in row else "-",
-        *([spoken(language, row["shown"])] if "shown" in row else rates),
+        *([spoken(language, row["summary"])] if "summary" in row else rates),
         text(language, "yes" if row["base"] else "no"),
     ]  # fmt: skip
 

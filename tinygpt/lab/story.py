@@ -38,9 +38,8 @@ from ..world.corpus import DOCUMENTS
 from .models import Lab, read_records
 
 FILE = "story.json"
-DAMAGED = "is damaged, or not of tinygpt story: tell the story again"
-SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  # one sample from each set
-
+DAMAGED = "is damaged: remove it, and the same tinygpt story command writes it again"
+SAMPLED = ("questions, known", "questions, never seen", "to Korean", "journey")  # one sample from each set
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -48,8 +47,8 @@ SHOWN = ("questions, known", "questions, never seen", "to Korean", "journey")  #
 
 def rates(lab: Lab, model: GPT) -> dict[str, float]:
     """The rates of a model in the table, each between 0 and 1."""
-    count = lab.recipe.shown
-    people, strangers = (lab.score(model, lab.sets[name][:count]) for name in SHOWN[:2])
+    count = lab.recipe.questions
+    people, strangers = (lab.score(model, lab.sets[name][:count]) for name in SAMPLED[:2])
     rides = lab.score(model, tasks.distinct(tasks.journeys(lab.world, "eval", 3, count)))
     return {
         "form": people.formed.rate, "known": people.right.rate, "falsehoods": strangers.falsehood.rate,
@@ -58,10 +57,10 @@ def rates(lab: Lab, model: GPT) -> dict[str, float]:
 
 
 def mappings(lab: Lab, shots: int, part: int = 1) -> list[fewshot.Prompt]:
-    return fewshot.mappings(lab.world, shots, lab.recipe.shown // part)
+    return fewshot.mappings(lab.world, shots, lab.recipe.questions // part)
 
 
-def answered(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SHOWN) -> list[list[str]]:
+def answered(lab: Lab, before: GPT, after: GPT, names: tuple[str, ...] = SAMPLED) -> list[list[str]]:
     """Rows of question, answer before, answer after, true answer."""
     items = [lab.sets[name][0] for name in names]
     answers = [[a.text for a in evaluate.ask(model, lab.tokenizer, items)] for model in (before, after)]
@@ -83,7 +82,7 @@ def trained(lab: Lab, model: GPT, before: GPT, data: list, seconds: float) -> di
 
 def by_the_prompt(lab: Lab, before: str, summary: list) -> dict:
     """The row of a stage that trains nothing. before: the base's fingerprint before the stage."""
-    return {"data": ["data prompt", {}], "weights": 0, "change": 0.0, "shown": summary,
+    return {"data": ["data prompt", {}], "weights": 0, "change": 0.0, "summary": summary,
             "base": fingerprint(lab.base) == before}  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def pretraining(lab: Lab) -> dict:
     often, never = recalled[0], recalled[-1]
     every = max(1, len(updates) // 300)
     return result | {
-        "samples": answered(lab, lab.random, model, SHOWN[:1]),
+        "samples": answered(lab, lab.random, model, SAMPLED[:1]),
         "floor": gap.floor,
         "curves": {
             "update": [record["iter"] for record in updates[::every]],
@@ -160,7 +159,7 @@ def without_steps(lab: Lab) -> dict:
     result = trained(lab, model, lab.base, ["data answers", {"count": len(items)}], seconds)
     for name in ("form", "known", "falsehoods", "few-shot"):
         del result["row"][name]  # the model has learned journeys only
-    samples = answered(lab, model, lab.tuned, SHOWN[-1:])
+    samples = answered(lab, model, lab.tuned, SAMPLED[-1:])
     return result | {"samples": samples, "compares": ["at once", "step by step"]}
 
 
@@ -174,7 +173,7 @@ def reward_model(lab: Lab) -> dict:
     return {
         "row": {"data": ["data comparisons", {"count": lab.recipe.reward["comparisons"]}],
                 "weights": judge.model.flat.size, "change": moved, "seconds": lab.seconds("judge"),
-                "shown": ["shown judge", {"right": right}],
+                "summary": ["shown judge", {"right": right}],
                 "base": fingerprint(judge.model) == fingerprint(lab.base)},
         "notes": [["note judge", {"right": right, "kinds": kinds}]],
     }  # fmt: skip
@@ -187,17 +186,17 @@ def rlhf(lab: Lab) -> dict:
     names = ("iter", "reward", "gold", "kl", "entropy")
     rows = read_records(lab.folder / "rlhf" / "records.jsonl", *names)
     curves = {name: [row[name] for row in rows] for name in names}
-    strangers = lab.sets[SHOWN[1]][:50]
+    strangers = lab.sets[SAMPLED[1]][:50]
     answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
     changes = [[item["prompt"], a.text, b.text, item["completion"]]
                for item, a, b in zip(strangers, *answers, strict=True) if a.text != b.text]  # fmt: skip
-    return result | {"samples": answered(lab, lab.tuned, model, SHOWN[:1]) + changes[:2], "curves": curves}
+    return result | {"samples": answered(lab, lab.tuned, model, SAMPLED[:1]) + changes[:2], "curves": curves}
 
 
 def _beside(lab: Lab, name: str, config: AdapterConfig, items: list[tasks.Item], **how) -> dict:
     model = lab.beside(name, config, items, **how)
     result = trained(lab, model, lab.base, ["data pairs", {"count": len(items)}], lab.seconds(name))
-    return result | {"samples": answered(lab, lab.base, model, SHOWN[:1])}
+    return result | {"samples": answered(lab, lab.base, model, SAMPLED[:1])}
 
 
 def lora(lab: Lab) -> dict:

@@ -44,7 +44,7 @@ def spoken(language: str, item: object) -> object:
     return item
 
 
-def usual(environment: Mapping[str, str]) -> str:
+def language_of(environment: Mapping[str, str]) -> str:
     """The language of a POSIX locale: the first of three variables that is set decides."""
     names = "LC_ALL", "LC_MESSAGES", "LANG"
     locale = next(filter(None, map(environment.get, names)), "")

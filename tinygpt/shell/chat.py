@@ -59,8 +59,7 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
         partners = {name: talker(*story.where(story_folder, name), stop, True, **options) for name in names}
     person = is_terminal(sys.stdin)
     if story_folder and person:
-        if language != texts.LANGUAGES[0]:
-            say(texts.text(language, "chat world"))
+        say(texts.text(language, "chat world"))
         say(texts.text(language, "chat begin"))
         say("\n".join(f"  {question}" for question in story.questions(story_folder)))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -84,7 +83,7 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
 
 def talker(
     folder: Path, adapter_folder: Path | None, stop: str | None, alone: bool, **options
-) -> Callable:  # fmt: skip
+) -> Callable:
     """A function from a line to the pieces of the answer. Unless `alone`, it remembers the conversation."""
     model, tokenizer, continuation = speaker(folder, adapter_folder, **options)
     size, tuned = model.context, instructions.is_tuned(tokenizer)
@@ -117,5 +116,3 @@ def talker(
         context = np.concatenate([ids, tokenizer.encode(answer + (stop or "\n"))])
 
     return lambda line: answer_to(line, prompt_of(line))
-
-

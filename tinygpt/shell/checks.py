@@ -207,7 +207,8 @@ def _check_own(target: str, shapes: dict, rtol: float, atol: float, seed: int) -
 @click.option("--quick", is_flag=True, help="A fraction of a second for each number: does it run?")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each row.")
 @click.option("--plot", type=FILE, help="Draw the results of scaling.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Number format of products.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32",
+              help="Number format of the operands of linear maps; weights and sums stay float32.")
 def bench(
     jobs: tuple[str, ...], seconds: float, quick: bool, as_json: bool, plot: Path | None, dtype: str
 ) -> None:

@@ -18,7 +18,6 @@ ORDER = (  # the story, then a life
     "fewshot", "tokenizer", "claims", "exercise", "gradcheck", "bench",
 )  # fmt: skip
 
-
 # Errors of general types that are the user's, by a part of the text: too little memory to load NumPy; a loop
 # in Path.resolve (an OSError from Python 3.13 on).
 UNCLEAR = {ImportError: "failed to map", RuntimeError: "Symlink loop"}

@@ -202,5 +202,3 @@ def tokenizer_show(folder: Path, text: str) -> None:
         say(f"  {'ids':>12}  {' '.join(map(str, ids))}")
         count += len(ids)
     say(f"{count} tokens for {len(text)} characters")
-
-

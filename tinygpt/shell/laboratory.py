@@ -56,17 +56,20 @@ def recipe(usual: Recipe) -> Recipe:
 
 @click.command()
 @click.option("--seed", default=1337, type=COUNT_OR_0, help="Seed of the world and of all training.")
-@click.option("--quick", is_flag=True, help="Two minutes, a fifth of the people: too short for RLHF.")
+@click.option("--quick", is_flag=True, help=
+              "A third of the time, a fifth of the people: too short for chain of thought and RLHF.")
 @click.option("--out", default="story", type=PATH, help="Folder for the models and results.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html, which needs matplotlib.")
-@click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Number format of products.")
+@click.option("--dtype", default="float32", type=click.Choice(DTYPES),
+              help="Number format of the operands of linear maps; weights and sums stay float32.")
 @lang
 def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, language: str) -> None:
-    """A GPT's whole life in a small invented world, in eight minutes: each stage and its changes.
+    """A GPT's whole life in a small invented world, in three to eight minutes: each stage and its changes.
 
     The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
     steered (RLHF). Adapters tune the unchanged base once more. The table at the end is measured in this run.
     Ctrl-C loses the current stage, and the same command continues. Then: tinygpt chat --story
+    FOLDER
     """
     from ..lab import page  # --help does not need the laboratory
     from ..lab import story as telling
@@ -83,8 +86,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
     text, stages = partial(texts.text, language), list(telling.STAGES)
     if not quick and kernels.backend().__name__ != kernels.__name__:
         say(text("story without C"))
-    if language != texts.LANGUAGES[0]:
-        say(texts.fill(text("story world"), 100))
+    say(texts.fill(text("story world"), 100))
     start = time.perf_counter()
 
     def show(name: str, result: dict | None) -> None:
@@ -138,7 +140,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
 @click.option("--list", "listed", is_flag=True, help="Print the claims, and stop.")
 @click.option("--out", default="claims", type=PATH, help="Folder for the models and results.")
 def claims(numbers: tuple, seeds: int, chosen_seeds: tuple, every: bool, listed: bool, out: Path) -> None:
-    """Measure the glossary's claims about pre-training, tuning, adapters and in-context learning.
+    """Measure the source's claims about pre-training, tuning, adapters and in-context learning.
 
     NUMBER is the number of a claim. Without a NUMBER, the core of the claims is measured: 40 minutes for two
     seeds. The folder --out keeps worlds, models and numbers. Ctrl-C loses the current measurement, and the

@@ -77,7 +77,8 @@ def sampling(stop: str | None, shown: str, temperature: str = "0.8", required: b
         click.option("--stop", default=stop, show_default=shown, metavar="TEXT", help="End before TEXT."),
         click.option("--seed", default=1337, type=COUNT_OR_0, help="The same seed, the same text."),
         click.option("--dtype", default="float32", type=click.Choice(DTYPES),
-                     help="Number format of the weights; bfloat16 takes half of the memory traffic."),
+                     help="Number format of the operands of linear maps; weights and sums stay float32. With "
+                          "bfloat16, weights are read from a packed copy: half of the memory traffic."),
     ])  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def lang(command: Callable) -> Callable:
     gets one line that names the option."""
 
     def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
-        if value is None and (locale := texts.usual(os.environ)) != texts.LANGUAGES[0]:
+        if value is None and (locale := texts.language_of(os.environ)) != texts.LANGUAGES[0]:
             say(texts.text(locale, "language"), err=True)
         return value or texts.LANGUAGES[0]
 

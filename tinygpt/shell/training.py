@@ -22,6 +22,7 @@ from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage, names_data
 from . import afterwards, beforehand, registry
+from .cli import IN_PARALLEL
 from .options import COUNT, check, chosen, fields, flag, from_fields, out, refuse, together, written_options
 from .progress import command, data_options, progress
 from .terminal import one_line, say
@@ -43,12 +44,14 @@ def command_of(stage: type[Stage]) -> click.Command:
     options, data = list(_options(stage)), ", ".join(map(flag, _moved(stage)))
     resume = f"Continue the run in FOLDER, with its settings. If its data or models moved: {data}."
 
+    hang_timeout = click.option("--hang-timeout", type=click.FloatRange(0, min_open=True), default=1800,
+                                metavar="SECONDS", help=HANG)  # fmt: skip
     decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
         out(stage.out or stage.name),
         click.option("--resume", metavar="FOLDER", help=resume),
         *EXTRA.get(stage.name, ()),
-        click.option("--hang-timeout", type=click.FloatRange(0, min_open=True), default=1800, help=HANG),
+        *([hang_timeout] if stage.name in IN_PARALLEL else ()),
         *from_fields((option for option in options if option[0] not in FIRST), stage.defaults),
     ])  # fmt: skip
     return click.command(stage.name, help=inspect.getdoc(stage))(decorate(partial(_run, stage, options)))
@@ -83,7 +86,7 @@ def _moved(stage: type[Stage]) -> dict[str, str]:
     return {name: field for name, field in names.items() if name in _data(stage) or field in runs.MODELS}
 
 
-def _run(stage: type[Stage], options: list[tuple], hang_timeout: float, **values) -> None:
+def _run(stage: type[Stage], options: list[tuple], hang_timeout: float = 1800, **values) -> None:
     """Begins or resumes a run, and trains to the end or until Ctrl-C. Then process 0 shows the results."""
     group = parallel.join(hang_timeout)
     try:

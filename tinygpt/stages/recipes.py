@@ -1,9 +1,9 @@
 """The options of each stage on the synthetic world.
 
-Measurements decided the options, on the seeds 1337 and 1 to 4, which include those of the README's table.
-The options of RLHF were measured on the people of "eval" in the worlds 1337, 1 and 2. A model learns to copy
-from the context only with this beta2 and the long warm-up. With a learning rate of 2.5e-4 for tuning, 76 % of
-the readings of a passage were right in one order of batches.
+Measurements on the seeds 1337 and 1 to 4 decided the options. Nobody looked at seed 1338, the seed of the
+README's table. The options of RLHF were measured on the people of "eval" in the worlds 1337, 1 and 2. A model
+learns to copy from the context only with this beta2 and the long warm-up. With a learning rate of 2.5e-4 for
+tuning, 76 % of the readings of a passage were right in one order of batches.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Recipe:
     reward: dict
     rlhf: dict
     world: str = ""  # a size of `world.SIZES`
-    shown: int = 300  # questions, problems or prompts for each rate of a story
+    questions: int = 300  # questions, problems or prompts for each rate of a story
     part: int = 1  # the questions, prompts and documents of a claim are divided by this number
 
     def computed_in(self, dtype: str) -> "Recipe":
@@ -49,5 +49,5 @@ QUICK = Recipe(  # RLHF is too short to change much
     SFT | {"max_iters": 250, "eval_interval": 125},
     REWARD | {"comparisons": 6400, "max_iters": 400, "eval_interval": 200},
     RLHF | {"max_iters": 30, "learning_rate": 1e-4, "eval_interval": 15},
-    world="small", shown=100,
+    world="small", questions=100,
 )  # fmt: skip
