@@ -110,7 +110,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert result.exit_code == 2 and "dpo: the story's models are base, sft" in result.output
 
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 7 and page.count("<table") > 5 and page.endswith("</html>\n")
+    assert page.count("<svg") == 8 and page.count("<table") > 5 and page.endswith("</html>\n")
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")  # names, and nothing that is fetched
