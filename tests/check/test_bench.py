@@ -40,7 +40,7 @@ def test_the_operations_of_a_part():
     """Guards: a share of the peak that counts each multiply-add once, or another size."""
     step, steps, tokens, flops, read = bench._work("float32", "gemm", "8x4x2")
     assert (steps, tokens, flops, read) == (1, None, 2 * 8 * 4 * 2, None) and callable(step)
-    _, _, tokens, flops, _ = bench._work("scaling", "B=1", "1")
+    _, _, tokens, flops, _ = bench._work("float32", "scaling", "B=1", "1")
     assert tokens == bench.BASE["T"] and flops > 6 * 12 * 4 * bench.BASE["C"] ** 2 * tokens
 
 

@@ -144,7 +144,7 @@ def slowly(q, k, v, n_head, start=None, prefix=0):
 ])  # fmt: skip
 def test_attention_against_loops(ops, rng, T, S, start, prefix):
     q, k, v = rng.standard_normal((2, T, 6)), rng.standard_normal((2, S, 6)), rng.standard_normal((2, S, 6))
-    start = None if start is None else np.array(start)
+    start = None if start is None else np.array(start, np.int64)
     out, _ = ops.attention_forward(q, k, v, 2, start, prefix)
     np.testing.assert_allclose(out, slowly(q, k, v, 2, start, prefix), rtol=1e-12, atol=1e-14)
 

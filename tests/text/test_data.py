@@ -136,7 +136,7 @@ def test_reading_in_chunks_changes_no_token(tmp_path, monkeypatch, chunk):
 
 def test_a_chunk_begins_with_a_space_where_it_can(tmp_path, monkeypatch):
     """Guards: a tokenizer that puts a space before each text puts one before a line within a document."""
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(data, "CHUNK", 14)
     (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\n", encoding="utf-8")
     chunks = list(data.TextFile(tmp_path / "a.txt"))
     assert len(chunks) > 2 and all(chunk.startswith(" ") for chunk in chunks[1:])

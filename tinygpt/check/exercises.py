@@ -458,7 +458,7 @@ def dpo_inputs(rng):
 
 
 def solution(name: str) -> Callable:
-    """The function for the blank: an operation, or a function below.
+    """The function for the blank: an operation, or a function of this file.
 
     `_lora` and `_kv_cache` write the project's code again, without its model.
     """

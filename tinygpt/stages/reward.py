@@ -372,8 +372,8 @@ def collect(
 
     For each fact people see four samples of the model, "I do not know." and two random values: all kinds of
     answers that a policy may learn. They also see one of these answers garbled: a judge that never saw
-    garbled answers may prefer them, and a policy exploits that. They see one garbled answer, not two: with
-    two, the judge of one world in three did not learn that a right answer is better than a wrong one.
+    garbled answers may prefer them, and a policy exploits that. They see one garbled answer, not two.
+    With two, the judge of one world in three did not learn that right is better than wrong.
     """
     items = tasks.questions(world, people)
     facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording
