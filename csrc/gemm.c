@@ -269,9 +269,9 @@ static void pieces_by_cells(const void *args, size_t begin, size_t end) { pieces
    a panel are far apart: if b is the same in every step, `pack_panels` packs it once for all steps. */
 enum { FEW = 8, GROUP = 4, BLOCK_ROWS = 4 * ROWS };
 
-/* An item is a block of BLOCK_ROWS rows of a, and one panel of b. The row blocks are the outer loop: with many
-   rows a thread has its own rows, as in the kernels before and after, and finds their results in its cache.
-   Rows that do not fill a tile of ROWS go to smaller tiles. */
+/* An item is a block of BLOCK_ROWS rows of a, and one panel of b. The row blocks are the outer loop: with
+   many rows a thread has its own rows, as in the kernels before and after, and finds their results in its
+   cache. Rows that do not fill a tile of ROWS go to smaller tiles. */
 INLINE void panels_by_tiles(const int is_cells, const void *args, size_t begin, size_t end)
 {
     const struct gemm *g = args;
