@@ -11,6 +11,8 @@ from tinygpt.stages import recipes
 from tinygpt.stages.recipes import Recipe
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup the signal is ignored, in children too
+for name in ("LC_ALL", "LC_MESSAGES", "LANG"):  # a Korean locale adds its line about --lang
+    os.environ.pop(name, None)
 if "c" not in kernels.available():  # or each command would say so, where tests expect one line
     os.environ.setdefault("TINYGPT_BACKEND", "numpy")
 

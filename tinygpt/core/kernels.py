@@ -57,6 +57,8 @@ def _remedy() -> str:
     try:
         compiler = (Path(__file__).parent.parent / "_build_error.txt").read_text(encoding="utf-8")
     except OSError:
+        if (Path(__file__).parents[2] / "setup.py").exists():
+            return "this is the source folder: pip install -e . builds the core here"
         return "install a C compiler, then tinygpt again"
     return f"{compiler} failed to build it; install tinygpt again with pip install -v, which shows why"
 

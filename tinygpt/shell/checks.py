@@ -41,6 +41,8 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     one row.
     """
     if name is None:
+        if submissions or out:
+            raise click.UsageError("name the exercise: tinygpt exercise NAME --check FILE")
         for each, (about, _) in exercises.EXERCISES.items():
             say(f"{each:16} {about if language == 'en' else texts.text(language, f'exercise {each}')}")
         say("\n" + texts.text(language, "exercise next", command=command("exercise", "linear")))

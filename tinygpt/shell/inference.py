@@ -103,8 +103,8 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
 @click.argument("folder", type=FOLDER)
 @adapter_folder_option
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of the README; '
-                   "or the folder of tinygpt world, or world:SEED.")  # fmt: skip
+              help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of '
+                   "demos/formats.md; or the folder of tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--task", default="mappings",
               type=click.Choice(("mappings", "people", "questions", "phrases", "reviews")),
               help="Of the world. mappings: words whose labels are new in each prompt.")  # fmt: skip

@@ -26,8 +26,8 @@ TEMPERATURES = (1.0, 1.5, 2.0)  # the next one is tried where all answers are eq
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
-              help=f"JSON Lines: {USUAL[0]}, or another form of the README; or a folder of tinygpt world, or "
-                   "world:SEED.")  # fmt: skip
+              help=f"JSON Lines: {USUAL[0]}, or another form of demos/formats.md; or a folder of "
+                   "tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")
 @click.option("--max-new-tokens", default=16, type=COUNT, help="Length of an answer.")
 @click.option("--refusal", metavar="TEXT", help="A second answer where all answers are equal, such as "

@@ -40,7 +40,7 @@ MOST_TOKENS = 10**9  # of a batch: no memory holds more
 MOST_PASSES = 3  # through comparisons: with more passes a model would learn a small file by heart
 folder = partial(option, "", metavar="FOLDER")  # an option that names a folder
 files = partial(option, (), metavar="FILE")  # an option that names files
-FORMS = "JSON Lines: {}, or another form of the README; repeat. world: {}"  # help of such an option
+FORMS = "JSON Lines: {}, or another form of demos/formats.md; repeat. world: {}"  # help of such an option
 
 
 def names_data(field: str) -> bool:

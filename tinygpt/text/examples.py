@@ -125,7 +125,7 @@ def read(paths: Iterable[Path | str], needs: int = EXAMPLE, notes: Notes | None 
 
 def _example(where: str, row: object, needs: int, notes: Notes) -> Example:
     """Raises LeftOutError, and UserError without the place."""
-    usual = f"a line is {USUAL[needs]} or in another form of the README"
+    usual = f"a line is {USUAL[needs]} or in another form of demos/formats.md"
     if not isinstance(row, dict):
         raise UserError(f"is {short(row)}, not an object: {usual}")
     forms = [form for form in FORMS if _serves(form, row, needs)]
