@@ -242,6 +242,13 @@ def test_the_command(folders, tmp_path):
     assert result.exit_code == 0 and f"Saved {out}, " in result.output, result.output
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert run(folders, TEXT, "--out", str(out)).exit_code == 2  # it is there
+    weights = folders / "full" / "model.safetensors"
+    for wrong in ("", str(tmp_path / "page.txt"), str(weights)):
+        result = run(folders, TEXT, "--overwrite", "--out", wrong)
+        assert result.exit_code == 2 and "the name of a page ends in .html" in result.output
+    result = run(folders, TEXT, "--lr", "1e30", "--out", str(tmp_path / "large.html"))
+    assert result.exit_code == 2 and "choose a smaller learning rate than 1e+30" in result.output
+    assert not (tmp_path / "large.html").exists()
     answer = ["--answer", "고양이", "--adapter-folder", str(folders / "lora"), "--overwrite"]
     assert run(folders, "the cat", *answer, "--out", str(out)).exit_code == 0
     data = json.loads(re.search('id="look">(.*?)</script>', out.read_text(encoding="utf-8"))[1])

@@ -16,6 +16,7 @@ import base64
 import copy
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
@@ -118,7 +119,8 @@ class Trace:
         is_head = call.op == "linear_forward" and _within(call.arguments["w"], self.params[self.model.table])
         kinds = "token", "channel"
         if param and a.size == self.params[param].size:
-            kinds = kinds_of(param, a) if a.flags.c_contiguous else kinds_of(param, a)[::-1]
+            p, kinds = self.params[param], kinds_of(param, a)
+            kinds = kinds if (a.shape, a.strides) == (p.shape, p.strides) else kinds[::-1]
         elif a is not None and a.ndim < 3:
             kinds = ("", "token") if a.shape == (1, self.T) else ("row", "column")
         elif name == "logits" or (name == "out" and is_head):
@@ -234,11 +236,14 @@ def observe(
     about = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, a vocabulary of {c.vocab_size:,}"
     if model.trained is not model:
         about += f"; an adapter is trained, kind {model.trained.config.kind}"
+    check = differences(wide, optimizer.grads, *batch[:2], weights.astype(np.float64))
+    update = _update(trace, optimizer, lr)
+    if not math.isfinite(after := float(model.loss(*batch))):
+        raise UserError(f"the loss after the update is {after}: choose a smaller learning rate than {lr:g}")
     return {
         "about": about, "ids": ids.tolist(), "weights": weights[0].tolist(), "nll": nll[0].tolist(),
         "lr": lr, "loss": loss,
-        "check": differences(wide, optimizer.grads, *batch[:2], weights.astype(np.float64)),
-        "update": _update(trace, optimizer, lr), "after": float(model.loss(*batch)),
+        "check": check, "update": update, "after": after,
         "token": token - 1, "prefix": model.prefix, "layers": c.n_layer, "lens": lens, "steps": trace.steps,
         "arrays": trace.arrays, "sources": trace.sources, "words": {i: label(i) for i in sorted(trace.words)},
         "attention": [{"shape": p.shape[1:], "data": _packed(p)} for p in maps],
@@ -316,6 +321,7 @@ def differences(model: GPT, grads: dict[str, Array], *batch: Array) -> list[dict
 def html(data: dict) -> str:
     """The page, as one file that needs no other file."""
     page, script = (Path(__file__).with_suffix(s).read_text(encoding="utf-8") for s in (".html", ".js"))
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")
     before, between, after = re.split(r"/\* look\.js(?:on)? \*/", page)
     return before + text + between + script + after

@@ -40,12 +40,16 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         self._load()
+        return self.commands.get(name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        name, command, args = super().resolve_command(ctx, args)
         rank, size = _launched()
-        if size > 1 and name in self.commands and name not in IN_PARALLEL:
+        if size > 1 and name not in IN_PARALLEL:
             if rank:
                 sys.exit(2)
             raise UserError(f"{name} is one process: mpiexec is for {', '.join(IN_PARALLEL)}")
-        return self.commands.get(name)
+        return name, command, args
 
     def _load(self) -> None:
         """Imports all commands, and NumPy and the C core with them."""

@@ -22,7 +22,17 @@ from ..text.stream import encode_prompt
 from ..text.tokenizer import BPETokenizer
 from ..world import corpus
 from .chat import speaker
-from .options import COUNT, COUNT_OR_0, FILE, FOLDER, REAL, adapter_folder_option, check_out, out, sampling
+from .options import (
+    COUNT,
+    COUNT_OR_0,
+    FILE,
+    FOLDER,
+    MORE_THAN_0,
+    adapter_folder_option,
+    check_out,
+    out,
+    sampling,
+)
 from .progress import command, shown_token
 from .terminal import from_stdin, say
 from .worlds import world_of
@@ -70,7 +80,7 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 @adapter_folder_option
 @click.option("--answer", default="", show_default="none", help="The answer to TEXT; only it is learned.")
 @click.option("--token", type=COUNT, show_default="the third", help="Show all numbers of its rows.")
-@click.option("--lr", default=1e-3, type=REAL, help="The learning rate of the update.")
+@click.option("--lr", default=1e-3, type=MORE_THAN_0, help="The learning rate of the update.")
 @click.option("--out", default="look.html", type=FILE, help="The page.")
 @click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, token: int | None, lr: float,
@@ -81,6 +91,8 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
     Other views show the attention of each head, the prediction after each layer, and the gradient. The
     model's files do not change.
     """
+    if out.suffix != ".html":
+        raise UserError(f"--out is '{out}': the name of a page ends in .html")
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists; --overwrite replaces it, --out names another file")
     model, tokenizer = adapters.load_model(folder, adapter_folder)

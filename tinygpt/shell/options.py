@@ -92,10 +92,14 @@ def check_out(out: Path, name: str = "", what: str = "", overwrite: bool = False
 
 def lang(command: Callable) -> Callable:
     """Adds the option --lang, as the argument `language`. Without the option, a user whose locale is Korean
-    gets one line that names the option."""
+    gets one line that names the option, where the command has Korean texts."""
 
     def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
-        if value is None and (locale := texts.language_of(os.environ)) != texts.LANGUAGES[0]:
+        options = ctx.params  # click reads the options on the command line first
+        has_no_story = ctx.info_name == "chat" and not options.get("story_folder")
+        is_english = has_no_story or bool(options.get("submissions"))
+        locale = texts.language_of(os.environ)
+        if value is None and not is_english and locale != texts.LANGUAGES[0]:
             say(texts.text(locale, "language"), err=True)
         return value or texts.LANGUAGES[0]
 
