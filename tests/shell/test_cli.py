@@ -117,6 +117,8 @@ def test_help_is_quick():
 def test_only_commands_of_several_processes_have_the_option_for_them(run):
     for name in ("pretrain", "sft", "reward", "rlhf"):
         assert ("--hang-timeout SECONDS" in run(name, "--help").stdout) == (name in IN_PARALLEL), name
+    for value in ("nan", "0", "-1"):
+        assert "--hang-timeout" in run("pretrain", "--hang-timeout", value).stderr
 
 
 @pytest.mark.skipif("c" not in kernels.available(), reason="bench measures the C core")

@@ -23,7 +23,19 @@ from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage, names_data
 from . import afterwards, beforehand, registry
 from .cli import IN_PARALLEL
-from .options import COUNT, check, chosen, fields, flag, from_fields, out, refuse, together, written_options
+from .options import (
+    COUNT,
+    MORE_THAN_0,
+    check,
+    chosen,
+    fields,
+    flag,
+    from_fields,
+    out,
+    refuse,
+    together,
+    written_options,
+)
 from .progress import command, data_options, progress
 from .terminal import one_line, say
 from .worlds import name_world
@@ -44,7 +56,7 @@ def command_of(stage: type[Stage]) -> click.Command:
     options, data = list(_options(stage)), ", ".join(map(flag, _moved(stage)))
     resume = f"Continue the run in FOLDER, with its settings. If its data or models moved: {data}."
 
-    hang_timeout = click.option("--hang-timeout", type=click.FloatRange(0, min_open=True), default=1800,
+    hang_timeout = click.option("--hang-timeout", type=MORE_THAN_0, default=1800.0,
                                 metavar="SECONDS", help=HANG)  # fmt: skip
     decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
