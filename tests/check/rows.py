@@ -1,4 +1,4 @@
-"""More rows than those of `tinygpt gradcheck`: the optional arguments of operations, each alone."""
+"""More rows than those of `tinygpt gradcheck`: single optional arguments of operations."""
 
 from collections.abc import Iterator
 from types import ModuleType

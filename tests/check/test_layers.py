@@ -24,18 +24,27 @@ def weights():
 class Lists:
     """The textbook "Deep Learning from Scratch", volume 2: params and grads are lists."""
 
+    PARAMETERS, GRADIENTS = "params", "grads"
+
     def __init__(self, factor):
-        self.factor, self.params = factor, [*weights()]
-        self.grads = [np.zeros_like(p) for p in self.params]
+        self.factor = factor
+        vars(self)[self.PARAMETERS] = [*weights()]
+        vars(self)[self.GRADIENTS] = [np.zeros_like(p) for p in weights()]
 
     def forward(self, x):
         self.x = x
-        return x @ self.params[0] + self.params[1]
+        W, b = vars(self)[self.PARAMETERS]
+        return x @ W + b
 
     def backward(self, dout):
-        self.grads[0][...] = self.factor * self.x.T @ dout
-        self.grads[1][...] = dout.sum(0)
-        return dout @ self.params[0].T
+        dW, db = vars(self)[self.GRADIENTS]
+        dW[...] = self.factor * self.x.T @ dout
+        db[...] = dout.sum(0)
+        return dout @ vars(self)[self.PARAMETERS][0].T
+
+
+class MixedNames(Lists):
+    GRADIENTS = "gradients"
 
 
 class Attributes:
@@ -193,6 +202,7 @@ NAMES = {
     Stored: ["dweights", "dbiases"],
     Methods: ["grads()['W']", "grads()['b']"],
     LongNames: ["grads[0]", "grads[1]"],
+    MixedNames: ["gradients[0]", "gradients[1]"],
     Dictionaries: ["grads['fc']['W']", "grads['fc']['b']"],
     Prefixed: ["grad_w", "b_grad"],
     Objects: ["weight.grad", "bias.grad"],
@@ -267,6 +277,14 @@ def test_what_has_no_gradient_is_said():
             return super().forward(x) * self.scale
 
     assert gradcheck(Forgets(), X)[0].notes == ("no gradient is beside scale: not checked",)
+
+    class Updates(Attributes):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            self.W = self.W - 0.1 * self.dW
+            return dx
+
+    assert "backward replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
 
     class Half(Methods):
         def grads(self):

@@ -67,19 +67,21 @@ Row = dict[str, object]
 
 
 def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterator[Row]:
-    """A row for each measurement of the jobs, in order. Without names: of all jobs except those in SLOW.
+    """Measures `jobs` in their order, and yields one row for each measurement. No jobs: all except SLOW.
 
-    `seconds` is the time of a job. `scaling` takes a quarter of this time for each size. dtype: see
-    GPT.compute_in. A row has these fields, each None where it has no meaning:
+    `gemm` and `scaling` have several rows. A job is timed for `seconds`, and for three calls at least.
+    `scaling` times each size and number of threads for a quarter of `seconds`. dtype: see GPT.compute_in. A
+    row has these fields, each None where it has no meaning:
 
         job                             such as train/nano
-        ms                              the median of a step; of a generation, of a token of each prompt
+        ms                              the median time of a step; for generate, that of 100 tokens, / 100
         tokens_per_s
         gflops, share_of_peak           10^9 operations per second; their share of the multiply-add peak
         gb_per_s, share_of_bandwidth    10^9 bytes per second; their share of the memory's bandwidth
-        peak_rss_mib                    the memory of the process, in MiB
+        peak_rss_mib                    the largest memory of the process, in MiB
 
-    Raises UserError for a name that is not a job.
+    Raises UserError for an unknown job, for `seconds` that are not positive, without the C core, and if a
+    measurement fails.
     """
     if not 0 < seconds < math.inf:
         raise UserError(f"seconds is {seconds}: it must be more than 0 and finite")

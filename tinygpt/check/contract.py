@@ -43,9 +43,10 @@ def as_tuple(value) -> tuple:
 
 
 def leaves(value, name: str = "", objects: bool = False, above: tuple = ()) -> Iterator[tuple[str, object]]:
-    """Path and value of all leaves in a nest of tuples, lists and dicts. A path is such as "cache[0]['y']".
+    """Path, for example "cache[0]['y']", and value of all leaves in a nest of tuples, lists and dicts.
 
-    `objects`: the fields of dataclasses too. `above`: the nests around this one, which may contain itself.
+    `objects`: the fields of dataclasses too. `above`: the nests around `value`. A nest that contains itself
+    is not entered again.
     """
     if objects and dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -1,11 +1,12 @@
 """Grades submissions of an exercise: `tinygpt exercise NAME --check FILE`.
 
-The forward, the inputs and the upstream gradients are the project's. Each submission runs in a process of
-its own (`submission.py`), which calls the student's function and returns numbers. This process compares the
-numbers with differences. So nothing that the other process prints or changes makes a wrong number right.
+The forward, the inputs and the gradients of the outputs (`dout`) are the project's. Each submission runs in a
+process of its own (`submission.py`), which calls the student's function and returns numbers. The grader's
+process compares these numbers with finite differences. So no print of a submission, and no change of a
+variable, makes a wrong number right.
 
 This is no sandbox. A submission can read and write the grader's files, and use the network. It can start
-processes that live on, and call the project's own solution.
+processes that continue after the grading. It can also call the project's own solution.
 """
 
 import copy

@@ -127,8 +127,8 @@ def gelu_backward(dout, cache):
     """dout (...) -> dx (...).
 
     Hint: an element of out depends on one element of x, so dx is dout times a slope, element by element.
-    The formula has x twice, in x/2 and in u. So it needs the product rule, and the chain rule in the second
-    term. The slope of tanh(u) with respect to u is 1 - tanh(u)^2.
+    The formula has x twice, in x/2 and in u. So by the product rule the slope has two terms. The term with
+    the slope of tanh(u) needs the chain rule too. The slope of tanh(u) with respect to u is 1 - tanh(u)^2.
     """
     (x,) = cache
     # write dx here
@@ -266,9 +266,9 @@ def block_backward(dout, cache):
     """dout (B, T, C) -> dx (B, T, C), dp (a dict like p, with (dweight, dbias) for each name).
 
     Hint: call the backward of each operation, the last operation first: ops.linear_backward(dout, c8) gives
-    three gradients. The forward uses x twice, in the stream and in the branch. So the gradient of x is the
-    sum of both ways. There are two such places. ops.attention_backward gives dq, dk and dv: put these three
-    side by side again.
+    three gradients. The forward uses x twice: in the sum x + ..., and as the input of the LayerNorm. So the
+    gradient of x is the sum of two gradients. There are two such places. ops.attention_backward gives dq, dk
+    and dv: put these three side by side again.
     """
     c1, c2, c3, c4, c5, c6, c7, c8 = cache
     # write dx and dp here
@@ -324,12 +324,12 @@ def kv_cache_forward(q, k, v):
 
 
 def kv_cache_step(q, k, v, keys, values):
-    """One more token: q, k and v (B, 1, C) -> out (B, 1, C), and the new keys and values (B, S + 1, C).
+    """One more token: q, k and v (B, 1, C) -> out (B, 1, C), and all keys and values (B, S + 1, C).
 
-    keys and values (B, S, C) are those of the earlier tokens.
+    keys and values (B, S, C) are those of the S earlier tokens.
 
     Hint: a token's key and value do not depend on later tokens, so the earlier keys and values stay as they
-    are. The new token sees all keys, and its own key too. So its row of scores needs no mask.
+    are. The new token sees all earlier keys and its own key. So its row of scores needs no mask.
     """
     # write out, keys and values here
 
@@ -383,10 +383,11 @@ def policy_gradient_forward(logits, ids, advantages):
 def policy_gradient_backward(dloss, cache):
     """dloss, a number -> dlogits (B, T, V).
 
-    Hint: -log p(ids[t]) is the nll of exercise `cross_entropy`, and the loss is a weighted sum of all nll.
-    Which weights? So a model learns answers as it learns texts: good answers get likelier, bad ones less
-    likely. ids and advantages depend on the model, but count as constants. By the policy gradient
-    theorem, the mean of this gradient is right.
+    Hint: -log p(ids[t]) is the nll (negative log-likelihood) of exercise `cross_entropy`. The loss is the sum
+    of all nll, each times a factor. Which factor? So a model learns from answers as from texts, but good
+    answers get likelier, bad ones less likely. The numbers ids and advantages depend on the model, but count
+    as constants. The policy gradient theorem: the mean of this gradient over all answers that the model can
+    sample is the gradient of minus the expected reward.
     """
     logp, ids, advantages = cache
     # write dlogits here
@@ -401,7 +402,7 @@ def policy_gradient_inputs(rng):
 
 
 def rloo_forward(logp, rewards):
-    """Of every two answers to a question the better one becomes likelier.
+    """Of every two answers to a question, the better one becomes likelier relative to the other one.
 
         loss = -the mean of (r_i - r_j) (logp_i - logp_j) / 2, over the questions and the pairs i < j
 
@@ -415,8 +416,9 @@ def rloo_forward(logp, rewards):
 def rloo_backward(dloss, rewards):
     """dloss, a number -> dlogp (B, n).
 
-    Hint: collect the terms with logp_i. They are -1 / (B n) times RLOO's advantage, which is r_i minus the
-    mean reward of the n - 1 other answers. You need no pairs. Kool et al. 2019; Ahmadian et al. 2024.
+    Hint: collect the terms with logp_i. The factor of logp_i is -1 / (B n) times RLOO's advantage, which is
+    r_i minus the mean reward of the n - 1 other answers. You need no pairs. Kool et al. 2019; Ahmadian et al.
+    2024.
     """
     # write dlogp here
 

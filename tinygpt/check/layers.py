@@ -1,14 +1,16 @@
-"""Layers that people write, as pairs of functions of their inputs and their parameters.
+"""Makes a pair, a forward and a backward, of a layer that a reader wrote. The parameters are inputs too.
 
     what               conventions
     forward            layer.forward(x), or layer(x); it returns out, or stores layer.output
-    backward           layer.backward(dout); it returns dx, or stores layer.dinputs; or takes (dout, cache)
-    parameters         the arrays, lists or dicts in params, parameters, or any attribute such as W, b, gamma
-    their gradients    grads, gradients (or methods of this name); dW, db, dgamma; grad_W, W_grad; p.grad
-    layers in layers   found in attributes, lists and dicts; of these, too, the parameters are checked
+    backward           layer.backward(dout); it returns dx, or stores layer.dinputs
+    with a cache       layer.forward(x) returns (out, cache); layer.backward(dout, cache) returns dx
+    parameters         arrays, lists, dicts in params or parameters (or methods); W, b, gamma; p.data, p.value
+    their gradients    in the same order: grads or gradients (or methods); dW, grad_W, W_grad; p.grad
+    layers in layers   in attributes, lists and dicts; the parameters of these layers are checked too
 
-An array is a parameter if it has a gradient beside it and a forward pass does not replace it. Gradients may
-add up from call to call: gradients in place are set to 0 before each call. Parameters must be float64.
+An array is a parameter if its gradient has one of these names. An array that a forward or a backward replaces
+is no parameter. A layer may add up its gradients from call to call: the checker sets each gradient to 0
+before it calls a backward. Parameters must be float64.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ from .contract import AdviceError, Array, Pair, as_tuple, is_float, leaves, like
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
 METHODS = ("params", "parameters")  # these and their gradients may be methods without arguments
 GRADIENTS = [  # the name of a parameter, the name of its gradient
-    ("params", "grads"),
-    ("parameters", "gradients"),
+    *((parameter, gradient) for parameter in METHODS for gradient in ("grads", "gradients")),
     ("data", "grad"),
     ("value", "grad"),
     ("{}", "d{}"),
@@ -73,6 +74,7 @@ class Layer(Pair):
         """The parameters: arrays with a gradient, which a forward and a backward do not replace."""
         before, self.params = [p for _, _, p, _ in walk(self.layer)], {}
         out, cache = self(values)
+        between = {path: p for path, name, p, _ in walk(self.layer) if name and any(p is b for b in before)}
         self.run_backward(like(out, np.ones(vector(out).size)), cache)
         params, bare = {}, []
         for path, name, p, _ in walk(self.layer):
@@ -84,9 +86,11 @@ class Layer(Pair):
                 raise UserError(f"{path} is {p.dtype}: parameters must be float64 arrays")
             else:
                 params[name] = p, p.copy()
-        gradients = [g for _, _, _, g in walk(self.layer)]
+        after, gradients = {path: p for path, _, p, _ in walk(self.layer)}, [g for *_, g in walk(self.layer)]
         if bare := [path for path, p in bare if not any(p is g for g in gradients)]:
             self.notes = [f"no gradient is beside {', '.join(bare)}: not checked"]
+        if replaced := [path for path, p in between.items() if after.get(path) is not p]:
+            self.notes += [f"backward replaces {', '.join(replaced)}: not checked"]
         return params
 
     def restore(self) -> None:
@@ -153,7 +157,7 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[tup
 def _content(owner: object, name: str) -> tuple[str, object]:
     """An attribute's name and value; for a method in the table, its result."""
     value = getattr(owner, name)
-    if name in sum(GRADIENTS[:2], ()) and callable(value):
+    if name in sum(GRADIENTS[:4], ()) and callable(value):
         value = value()
         return f"{name}()", value if isinstance(value, dict | list | tuple) else list(value)
     return name, value

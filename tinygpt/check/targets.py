@@ -103,9 +103,10 @@ def check_project(rtol: float = 1e-7, atol: float = 0.0, seed: int = 0) -> Itera
 
 
 def project_pairs(ops: ModuleType, rng: np.random.Generator) -> Iterator[tuple[str, Pair]]:
-    """Name and pair of every operation and model in a backend.
+    """The name of each operation and model of a backend, with its forward, backward and inputs.
 
-    The models use optional arguments of operations, such as `add`. tests/check/rows.py checks each alone.
+    The models use optional arguments of operations, such as dw=False. tests/check/rows.py has more pairs, for
+    single optional arguments.
     """
     normal = rng.standard_normal
     x, ids = normal((2, 5, 6)), np.array([[0, 2, 2, 6], [1, 2, 0, 4]])

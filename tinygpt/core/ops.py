@@ -5,7 +5,7 @@ Shapes, here and in csrc/tinygpt.h:
     B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H    V vocabulary
     I inputs, O outputs of a linear map    N rows    P positions of a learned prompt    R rank of a branch
 
-Each operation is a pair:
+An operation with a gradient is two functions:
 
     out, cache        = layernorm_forward(x, g, b)
     dx, dg, db        = layernorm_backward(dout, cache)
@@ -17,8 +17,9 @@ writes neither to the cache nor to `dout`, so a second call gives the same answe
 Gradients of parameters. `dw=`, `db=` and `dg=` each take an array for the result, or None for a new array, or
 False. With False the gradient is not computed, and the result is False: frozen weights cost no time.
 
-Every function works in float32 and in float64. This file is not fast. `kernels.py` has the same functions in
-C. Tests compare the two files, and `tinygpt gradcheck` compares both with finite differences.
+Every function works in float32 and in float64. This file is not fast. `kernels.py` has the same functions:
+most of them call the C core. Tests compare the two files, and `tinygpt gradcheck` compares both with finite
+differences.
 """
 
 import numpy as np
@@ -336,10 +337,11 @@ def residual_backward(dout: Array, cache: None = None) -> tuple[Array, Array]:
 
 
 def dropout_forward(x: Array, rate: float, seed: int) -> tuple[Array, tuple]:
-    """Sets each element to 0 with probability `rate`, and divides the others by 1 - rate: the mean stays.
+    """Sets each element to 0 with probability `rate`. Divides the others by 1 - rate: the expectation stays.
 
-    Any shape. Srivastava et al. 2014. The mask depends on the seed and the number of the element alone. So
-    backward computes it again, and C, NumPy and any number of threads give the same mask.
+    Any shape. Srivastava et al. 2014. The mask says which elements stay. It depends only on `rate`, the seed
+    and the place of the element. So backward computes the mask again, and C, NumPy and any number of threads
+    give the same mask.
     """
     keep = dropout_mask(x.shape, rate, seed)
     return x * (keep * x.dtype.type(1 / (1 - rate))), (rate, seed)
@@ -372,8 +374,8 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """nll = -log softmax(logits)[target], in nats, for each target.
 
     logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights
-    1/N give the mean, weight 0 is a mask, and weights advantage/N give a policy gradient. So `dout` of the
-    backward is the weight of each target. Raises IndexError for a target outside the vocabulary: mask a
+    1/targets give the mean. Weight 0 is a mask. Weights advantage/answers give a policy gradient. So `dnll`
+    of backward is the weight of each target. Raises IndexError for a target outside the vocabulary: mask a
     target by weight 0, not by an id such as -100.
     """
     check_ids(targets, logits.shape[-1], "target")

@@ -27,7 +27,7 @@ from .parallel import ALONE, PARTS, Group, slices
 def learning_rate(step: int, *, peak: float, lowest: float, warmup_iters: int, max_iters: int) -> float:
     """The rate of update `step`, counted from 0: a line up to `peak`, then half a cosine down to `lowest`.
 
-    nanoGPT's formula. The line starts above 0, and the cosine would reach `lowest` at step max_iters.
+    nanoGPT's formula. The line starts above 0. The cosine reaches `lowest` one step after the last update.
     """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
@@ -95,10 +95,10 @@ class AdamW:
         return float(np.cumsum(self.group.combine(parts))[-1])  # np.sum adds in another order
 
     def whole(self, moment: Array) -> Array:
-        """A moment, `m` or `v`, of all weights. All processes of a group must call this together.
+        """The moment `m` or `v` of all trained weights. All processes of a group must call `whole` together.
 
-        With several processes the result is `flat`: its gradients are lost, and the next call overwrites the
-        result.
+        With several processes the result is the buffer `self.flat`. The call overwrites the gradients there,
+        and the next call overwrites the result.
         """
         if self.group.size == 1:
             return moment

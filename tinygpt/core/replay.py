@@ -41,16 +41,18 @@ from .ops import Array
 def recorded(
     function: Callable[..., Array], model: GPT, *memory: Array, packs: "Packs | None" = None, most: int = 16
 ) -> Callable[..., Array]:
-    """A function like `function`: its second call with inputs of the same shapes and types is a replay.
+    """A function with the same results. Its first call with some shapes records a tape, later calls run it.
 
-    An input is an argument that is an array. Other arguments must be hashable, and each value has its own
-    tape. `function` must return one array. A replay returns a copy.
+    An input is an argument that is an array. Other arguments must be hashable. There is one tape for each
+    combination of the inputs' shapes and types and the values of other arguments. `function` must return one
+    array. Each call returns a new array.
 
-    - memory: the arrays, beside the weights of `model`, that the function reads or writes
-    - packs: copies of the weights; the weights must not change once the copies are made
-    - most: the largest number of tapes
+    - memory: all arrays that the function reads or writes, except inputs and weights of `model`
+    - packs: copies of the weights (`Packs`). The weights must not change after `Packs` makes the copies.
+    - most: the number of tapes that are kept. One more tape replaces the tape that was used least recently.
 
-    On the NumPy backend the result is `function` itself. Only one thread at a time may call the result.
+    On the NumPy backend `recorded` returns `function` itself. Only one thread at a time may call the returned
+    function.
     """
     if model.ops is not kernels:
         return function

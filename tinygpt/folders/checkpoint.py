@@ -131,10 +131,11 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def from_json(cls: type[T], values: object, where: str) -> T:
-    """A dataclass from a JSON object, with fields that are dataclasses too. where: the place, for messages.
+    """Makes a dataclass from a JSON object. A field may be a dataclass too.
 
-    Raises UserError for an unknown field, a value of another type, a missing value, and a UserError of the
-    dataclass.
+    where: the file, or the place in the file, that an error message names. Raises UserError for an unknown
+    field, a value of another type, and a missing value. An error of the dataclass itself gets `where` before
+    its text.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: should be a JSON object, is {short(values)}")

@@ -67,11 +67,13 @@ def begin(
 
 
 def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequence[str] | str) -> Run:
-    """The run in `folder`, as its last save left it. Locks the folder.
+    """The run in `folder`, as its last save left it.
 
-    changes: new paths of data or models, by the field of the settings. Other fields with the same old path
-    change too. All processes of a group read the folder. Raises UserError if there is no run of this stage,
-    if another process has the lock, and if the data or a model is missing or another one.
+    Process 0 of the group locks the folder. All processes of the group read it. changes: new paths of data or
+    models, by the field of the settings. If `data` changes, a field with the same old paths changes too.
+
+    Raises UserError if the folder has no run of the stage `cls`, or another program has the lock. Raises
+    UserError, too, if the data or a needed model is missing or is not the one of the beginning.
     """
     if folder.is_dir() and group.rank == 0:
         lock(folder)
@@ -129,7 +131,7 @@ def _check_alike(stage: Stage) -> None:
 def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = ()) -> None:
     """Raises UserError if a run must not or cannot be written to `folder`. Locks the folder, if it exists.
 
-    needed: folders of models that the run, or the model that it trains, will read again.
+    needed: folders of models that the run or its result will read again. `folder` must not be one of these.
     """
     if folder.resolve() in {Path(other).resolve() for other in needed if other}:
         raise UserError(f"{folder}: has a model that this run needs as it is; --out takes another folder")

@@ -1,17 +1,17 @@
-"""The source's claims. Each claim is a function that measures it on a `Lab` and returns rows by name:
+"""The claims of the source, the Korean glossary. Each function measures a claim and returns rows by name:
 
     "the same before tuning": 0.4                                  a number
     "right about people in no tuning example": (0.9, ">=", 0.8)    a number that decides, with its limit
 
-    held        the 95% interval of the mean over seeds lies beyond the limit
-    refuted     the interval lies on the other side
-    undecided   the interval contains the limit
+    held        every value in the 95% interval of the mean over seeds meets the limit
+    refuted     no value in the interval meets the limit
+    undecided   a part of the interval meets the limit
 
-With two seeds, a pilot, the span of both values counts as the interval.
+With two seeds, a pilot, the interval goes from the smaller value to the larger. One seed gives no verdict.
 
 A Lab is a seed's world and the models that are trained in it. A folder keeps models and rows, so an
-interrupted run continues. A new limit applies to new measurements only. All arms of a claim share a seed's
-world and base.
+interrupted run continues. The limit of the last seed decides. The models that a claim compares share a seed's
+world and, except in claims 3, 4, 17, 18 and 21, the base.
 
 Not here: what is measured (`stages.evaluate`), training (`stages`), printing (`report`).
 """
@@ -244,10 +244,11 @@ def falsehoods(lab: Lab) -> Rows:
     9, "A judge that people teach by comparing scores answers (a reward model; the source calls it an agent)"
 )
 def taught_judge(lab: Lab) -> Rows:
-    """The pairs are about people of no comparison in the training. One label in ten is a slip.
+    """The test pairs are about people whom no comparison of the training names.
 
-    A judge may prefer "I do not know." to any value by chance, and then be right in most pairs. Pairs of two
-    values have no such short cut.
+    One label in ten of the training is wrong on purpose. So are the labels in `calibration` and `agreement
+    with labels`; all others are right. In most pairs "I do not know." is better than the other answer. So a
+    judge that always prefers "I do not know." is right in most pairs. In pairs of two values it is not.
     """
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
     pairs, count = lab.comparisons(people, lab.count(3000), error=0.0), lab.recipe.reward["comparisons"]
@@ -651,9 +652,9 @@ def both_memories(lab: Lab) -> Rows:
 def scale(lab: Lab) -> Rows:
     """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3).
 
-    a is the slope over three widths, in logarithms. b compares half of the updates with all updates; the
-    repeated word lists do not count as text. GPT-1's blocks have a quarter of the learning rate: with the
-    full rate they do not train.
+    a is minus the slope of log loss over log weights, at three widths. b compares a run of half the updates
+    with the full run. The repeated word lists do not count as text. The model with GPT-1's blocks has a
+    quarter of the learning rate: with the full rate it does not train.
     """
     widths = {n: lab.pretrained(f"width-{n}", n_embd=n)[0] for n in (32, 64)} | {128: lab.base}
     half, _ = lab.pretrained("half", max_iters=lab.recipe.pretrain["max_iters"] // 2)

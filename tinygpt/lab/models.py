@@ -1,7 +1,8 @@
-"""A seed's world and the models that are trained in it. A folder keeps each model.
+"""A seed's world and the models that are trained in it.
 
-A model is made at its first use. An interrupted pre-training continues. A measurement is kept under its name
-and not repeated. Claims and stories use this module to compare models of one world.
+Each stage's model is made at its first use, and saved in a folder. Variants (`tune`, `teach`, `steer`) are
+trained at each call, and not saved. An interrupted pre-training continues. A measurement is saved under its
+name and not repeated. `claims.py` and `story.py` compare models of one world with this module.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SECONDS = "seconds"  # a file beside a model: the time of its training
 
 
 class Lab:
-    """Makes a seed's models by a recipe. Each is made at its first use, and kept.
+    """Makes a seed's models by a recipe. The model of a stage is made at its first use, and kept.
 
     The folder's name depends on the seed and on the options of the recipe's stages.
 

@@ -262,10 +262,10 @@ def compared(result: dict) -> list[str]:
 
 
 def tell(lab: Lab, report: Callable[[str, dict | None], None] = lambda name, result: None) -> dict:
-    """Measures every stage in turn. `report` gets each stage's name and None before it, its result after it.
+    """Measures every stage in turn, between `report(name, None)` and `report(name, result)`.
 
-    A stage that fails has its error as "failed", and the other stages continue. Raises KeyboardInterrupt, and
-    every error of pre-training: without a base there is no story.
+    The result of a stage that fails is {"failed": its error}, and the next stage begins. Ctrl-C and an error
+    of pre-training end the story: all other stages need the base.
     """
     story = {
         "seed": lab.seed, "quick": lab.recipe.world == QUICK.world, "world": lab.source,

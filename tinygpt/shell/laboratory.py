@@ -67,9 +67,10 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
     """A GPT's whole life in a small invented world, in three to eight minutes: each stage and its changes.
 
     The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
-    steered (RLHF). Adapters tune the unchanged base once more. The table at the end is measured in this run.
-    Ctrl-C loses the current stage, and the same command continues. Then: tinygpt chat --story
-    FOLDER
+    steered (RLHF). Then adapters are trained beside the pre-trained model, which stays unchanged. The numbers
+    of the last table are measured on these models. After Ctrl-C the same command continues: pre-training at
+    its last update, another stage at its beginning. After the story, `tinygpt chat --story FOLDER` talks to
+    the models.
     """
     from ..lab import page  # --help does not need the laboratory
     from ..lab import story as telling

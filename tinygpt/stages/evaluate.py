@@ -130,9 +130,10 @@ def chance(world: World) -> float:
 
 
 class Score(NamedTuple):
-    """The rates of a question set. A falsehood is a well-formed answer that is neither right nor REFUSAL.
+    """How often the answers to a question set are right, well-formed, ended, or false.
 
-    A right answer about people in no document is luck: the model made it up too.
+    A falsehood is a well-formed answer that is neither right nor REFUSAL. Some people are in no document. A
+    right answer about such a person is a lucky guess, and does not count as a falsehood.
     """
 
     right: Rate
@@ -198,9 +199,9 @@ def corrupted(
 
 
 def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
-    """The question sets of a report: on people, phrases, reviews and problems for evaluation.
+    """The question sets of a report, by name: people, phrases, reviews, passages, journeys; for evaluation.
 
-    Each fact, phrase or problem once, in one of its wordings; at most `count`.
+    Each fact, phrase, review, passage or journey occurs once in its set. A set has at most `count` questions.
     """
     people = {"known": "known", "rare": "rare", "never seen": "never"}
     sets = {f"questions, {name}": tasks.questions(world, world.people(kind, "eval"))

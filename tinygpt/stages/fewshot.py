@@ -67,7 +67,8 @@ def likeliest(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style
     Where a choice is the beginning of another choice, the text that ends a choice counts too.
     """
     ids = _fitting(model, tokenizer, prompts, style)
-    codes = {choice: tokenizer.encode(f" {choice}") for prompt in prompts for choice in prompt.choices}
+    names = dict.fromkeys(choice for prompt in prompts for choice in prompt.choices)
+    codes = {choice: tokenizer.encode(f" {choice}") for choice in names}
     prefixes = {tuple(tokens[:n]) for tokens in codes.values() for n in range(1, len(tokens))}
     if any(tuple(tokens) in prefixes for tokens in codes.values()):
         end = "" if style == "chat" else STYLES[style][1].rstrip(" ")

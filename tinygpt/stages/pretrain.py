@@ -62,10 +62,11 @@ class Pretrain(Stage):
     """Train a model to predict the next token of a text.
 
     Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is for validation. val loss is the mean over this tenth, or over a
-    million tokens from all places of it. Ctrl-C saves, --resume continues. With --adapter lora and no
-    --init-from the model begins at random. Its embeddings, norms and biases have no branch, so they are
-    trained themselves. The folder then has the whole model.
+    minutes. The last tenth of the text is for validation. val loss is the mean over this tenth, or over about
+    a million of its tokens, evenly spread. A world has its own validation text. Ctrl-C saves, --resume
+    continues. Without --init-from the model begins at random. With --adapter lora such a model's matrices
+    stay random, and their branches are trained. All weights without a branch are trained too. The folder then
+    has the whole model.
     """
 
     name, out, Settings = "pretrain", "out", Settings

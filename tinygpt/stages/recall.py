@@ -2,10 +2,11 @@
 
     Nora Hill lives in Lima. Nora Hill works as a baker. Nora Hill moved to
 
-Weights that were trained on "Nora Hill lives in Oslo" say Oslo (parametric memory), the prompt says Lima
-(non-parametric memory), and the model says one of the two. Attention heads read the prompt. Among them are
-induction heads, which look for an earlier occurrence of the same token, at the token that followed (Olsson et
-al. 2022, "In-context Learning and Induction Heads"). Such heads can be identified and removed.
+In the world "lives in" and "moved to" mean the same. A model was trained on "Nora Hill lives in Oslo": its
+weights store Oslo (parametric memory). The prompt has Lima (non-parametric memory). The model continues with
+one of the two. Attention heads read the prompt. Some of them are induction heads (Olsson et al. 2022,
+"In-context Learning and Induction Heads"): each attends to the token that followed an earlier occurrence of
+the present token. `induction_scores` and `strongest` find these heads, and `without` removes them.
 """
 
 import copy
@@ -40,14 +41,14 @@ def memories(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], repeats: int = 1,
     agrees: bool = False, rival: bool = False,
 ) -> Memories:  # fmt: skip
-    """For each attribute of these people: does the prompt answer, or do the weights?
+    """How often the model says the prompt's value of an attribute, and how often the person's own value.
 
-    The prompt says `repeats` times that the person has another value of the attribute, or with `agrees` the
-    person's own value. Two facts about other attributes stand among these sentences. At the end the prompt
-    begins to say the value once more, in a new wording.
+    The prompt gives the person a false value, `repeats` times; with `agrees` it gives the person's own value.
+    Among these sentences the person gets random values of two other attributes. The last sentence stops
+    before the value. Its wording is a new one.
 
-    rival: an earlier sentence gives another person a third value. Then copying any value of the right kind is
-    not enough.
+    rival: a sentence before the last gives another person another value of the attribute than the prompt's.
+    Then copying any value of the right kind is not enough.
     """
     attributes = world.lexicon.attributes
     values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
@@ -96,18 +97,19 @@ def attention(model: GPT, ids: Array) -> Array:
 
 
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """For each head, (n_layer, H): the share of its attention at one earlier token.
+    """The share of each head's attention that goes to one earlier token, (n_layer, H).
 
-    It is the token that followed the earlier occurrence of the present token. A head that looks at all places
-    equally has 1 / 25 or less.
+    This token followed the earlier occurrence of the present token. A head that attends to all places equally
+    has 1 / 25 or less.
     """
     return _looking_back(model, tokens, count, LENGTH - 1)
 
 
 def previous_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """For each head, (n_layer, H): the share of its attention at the previous token.
+    """The share of each head's attention that goes to the previous token, (n_layer, H).
 
-    Such a head writes a token's predecessor beside the token. Induction heads of later layers look for it.
+    A head with a high share adds the previous token to each token's vector. Induction heads of later layers
+    need this information.
     """
     return _looking_back(model, tokens, count, 1)
 

@@ -370,10 +370,11 @@ def collect(
 ) -> list[Comparison]:  # fmt: skip
     """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
 
-    For each fact people see four samples of the model, "I do not know." and two random values: all kinds of
-    answers that a policy may learn. They also see one of these answers garbled: a judge that never saw
-    garbled answers may prefer them, and a policy exploits that. They see one garbled answer, not two.
-    With two, the judge of one world in three did not learn that right is better than wrong.
+    Each fact has a list of answers: up to four samples of the model, "I do not know." and two random values.
+    Each comparison draws two answers from a list. So the judge reads all kinds of answers that RLHF may
+    produce. One more answer of the list is garbled. A judge that never read garbled answers may prefer them,
+    and RLHF would exploit this. With two garbled answers, one judge of three (in three worlds) did not learn
+    that right is better than wrong.
     """
     items = tasks.questions(world, people)
     facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording

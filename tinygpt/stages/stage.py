@@ -1,7 +1,7 @@
 """The common part of all training stages. A stage is an object with batches, a computation, an evaluation
 and settings.
 
-A subclass says how the stage differs from next-token prediction:
+A subclass has:
 
     Settings   all that a run depends on, except its tokenizer
     read       the data that the settings name
@@ -11,8 +11,8 @@ A subclass says how the stage differs from next-token prediction:
     compute    the gradients of an update; by default those of next-token prediction
     evaluate   the numbers of an evaluation
 
-`train` trains, in memory if the caller gives no `save`. A stage knows no folder: `Store` gives a stage the
-models of older runs, and `folders.runs` saves the stage.
+`train` trains, in memory if the caller gives no `save`. A stage neither loads nor saves a model: `Store`
+loads the models of older runs, and `folders.runs` saves the stage.
 """
 
 from __future__ import annotations

@@ -304,7 +304,7 @@ def _mapped(file: Path, dtype: np.dtype) -> Array | None:
 def split(tokens: Array, block_size: int) -> tuple[Array, Array]:
     """The first nine tenths for training and the last tenth for validation, as in nanoGPT.
 
-    Raises UserError if a part is too short for one block and the target of its last token.
+    Raises UserError if a part has less than block_size + 1 tokens: a block and the target of its last token.
     """
     n = int(0.9 * len(tokens))
     for name, part in (("training", tokens[:n]), ("validation", tokens[n:])):

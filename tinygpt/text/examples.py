@@ -112,11 +112,12 @@ class Example(NamedTuple):
 
 
 def read(paths: Iterable[Path | str], needs: int = EXAMPLE, notes: Notes | None = None) -> list[Example]:
-    """The examples of files. Other columns are ignored, and so are messages after the assistant's last.
+    """The examples of files. An example ends with an answer, a prompt before the answer; the rest is ignored.
 
-    An end token at the end of an answer is removed. An example without a prompt or an answer, or with nothing
-    to learn or to compare, is left out. Raises UserError, with file and line, for a row that has the columns
-    of no form and for a wrong message, and if no example is left.
+    An <|endoftext|> at the end of an answer is removed. These examples are left out: without a prompt or a
+    needed answer; with answers of weight 0 only; with two equal answers, or answers to different prompts.
+    Raises UserError, with file and line, for a row without a form that `needs` accepts, and for a wrong
+    message. Raises UserError if no example is left.
     """
     notes = Notes() if notes is None else notes
     places = ((where, (where, row)) for path in paths for where, row in _rows(Path(path), needs))

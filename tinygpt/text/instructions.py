@@ -54,9 +54,10 @@ _OLDER_TEMPLATE = _CONVERSATION.replace(
 
 
 def segments(messages: Iterable[Message]) -> list[tuple[str, bool | None]]:
-    """The text of a conversation in pieces. (An answer, whether it is learned), and (other text, None).
+    """The text of a conversation in pieces, each a pair.
 
-    The end token stands before the first piece and after each answer.
+    An answer's pair is (text, whether training learns the answer), another text's pair is (text, None). The
+    pieces have no end token: `encode` puts it before the first piece and after each answer.
 
     >>> segments([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
     [('User: 1 + 1?\\nAssistant:', None), (' 2', True)]

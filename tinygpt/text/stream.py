@@ -42,10 +42,11 @@ def note_special(tokenizer: Tokenizer, text: str, what: str, remedy: str = "") -
 
 
 def stream(model: GPT, tokenizer: Tokenizer, prompt: Ids, max_new_tokens: int, **settings) -> Iterator[str]:
-    """The continuation of one prompt, piece by piece, in whole characters, up to one of `tokenizer.stops`.
+    """The continuation of one prompt, in pieces of whole characters, up to one of `tokenizer.stops`.
 
-    An ordinary token that stops a text is part of the text; a special token is not. settings: those of
-    `steps` except `stop` and `vocab_size`. `until` stops at a text instead.
+    The continuation has at most max_new_tokens tokens. An ordinary token that stops a text is part of the
+    text; a special token is not. settings: those of `steps` except `stop` and `vocab_size`. The function
+    `until` stops these pieces at a given text too.
     """
     feed = stream_decoder(tokenizer)
     stop, vocab_size = tokenizer.stops, tokenizer.vocab_size

@@ -1,12 +1,12 @@
-"""Text to token ids and back: byte-level BPE, as in GPT-2, and single characters.
+"""Text to token ids and back: byte-level byte-pair encoding (BPE), as in GPT-2, and single characters.
 
-Special tokens such as <|endoftext|> are ids beside the text. `encode` gives such an id only if the caller
-asks for special tokens. `special` has the ids of all special tokens. `save` writes a tokenizer in two files.
-Hugging Face's libraries read these files and give the same ids. `load` reads the files of other tools, and
-`save` keeps all settings that `load` has read.
+A special token such as <|endoftext|> has an id that no ordinary text gets. `encode` gives such an id only if
+the caller asks for special tokens. The dict `special` has the id of each special token. `save` writes a
+tokenizer in two files. Hugging Face's libraries read these files and give the same ids. `load` reads the
+files of other tools, and `save` keeps all settings that `load` has read.
 
-Not here: Unigram, WordPiece, other splitting rules, normalisation. `bpe.py` has the algorithm of BPE and its
-references. `tokenfiles.py` says which files and settings are supported.
+Not here: Unigram, WordPiece, normalisation, and rules that split a text otherwise than GPT-2's. `bpe.py` has
+the algorithm of BPE and its references. `tokenfiles.py` says which files and settings are supported.
 """
 
 import codecs
@@ -82,7 +82,7 @@ class _Tokenizer:
         return self.special.get(tokenfiles.role(self.settings, role))
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Ids (n,), int32. special: a special token that the text spells becomes its id.
+        """Ids (n,), int32. With `special`, the name of a special token in the text becomes the token's id.
 
         Raises UserError for text that the vocabulary cannot write: an unseen character, a byte that a BPE
         lacks, half a surrogate pair.
@@ -228,9 +228,9 @@ class BPETokenizer(_Tokenizer):
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
         The order of ids is that of GPT-2: bytes, merges as learned, special tokens. The first special token
-        ends a text. documents: a prompt begins with the end token and a space, like the documents in a
-        stream. Raises UserError for an empty text, and for a vocab_size that is too large, or too small for
-        the bytes.
+        is the end token. documents: a prompt begins with the end token and a space. So does each document of
+        the training data. Raises UserError for an empty text, for a wrong special token, and for a vocab_size
+        outside 256 + len(special) to MOST_TOKENS.
         """
         least = 256 + len(special)
         if not least <= vocab_size <= MOST_TOKENS:

@@ -95,9 +95,10 @@ def _table(w: World, c: Reader, key, value, least: int, most: int, formats=FORMA
 
 
 def _hidden(count: int, size: int, shown: Container[int]) -> list[int]:
-    """Weights of 0 .. size - 1 in a uniform draw from `count` of them, which are hidden until they are shown.
+    """Relative probabilities of the numbers 0 .. size - 1 in the next draw of a document.
 
-    Each shown number has the probability 1 / count; the others share the rest. A smaller `size` is the count.
+    The document draws from `count` of these numbers, or from all if `size` is smaller. The reader knows only
+    the numbers in `shown`. Each shown number has the probability 1 / count. The others share the rest.
     """
     old = [n in shown for n in range(size)]
     new = size - sum(old)
@@ -139,10 +140,10 @@ def review_table(w: World, c: Reader) -> None:
 
 
 def categories(w: World, c: Reader) -> None:
-    """Words of four kinds of thing out of eight. Each kind has a label, drawn for this document.
+    """Entries of a word and a label. The words are of four of the eight kinds of thing.
 
-    After n entries the next entry has a known label with probability 1 - (3/4)^n. Otherwise the best
-    predictor guesses among the labels that were not shown yet.
+    Each document draws a label for each kind. After n entries the next entry has a known label with
+    probability 1 - (3/4)^n. Otherwise the best predictor guesses among the labels that were not shown yet.
     """
     kinds, label_of = w.lexicon.categories, {}
 
