@@ -205,7 +205,7 @@ def test_size_and_what_is_refused():
     model, ids = GPT(PRESETS["small"], np.random.default_rng(0)), np.arange(100, 117, dtype=np.int32)
     page = look.html(look.observe(model, ids, np.ones(17, bool), lambda i: f"</script><b>{i}", 3))
     assert len(page.encode()) < 3e6 and page.count("</script>") == 2 and "http" not in page
-    for given, token, words in ((ids[:1], 1, "has 1 tokens"), (np.zeros(65, int), 1, "has 65 tokens"),
+    for given, token, words in ((ids[:1], 1, "text has 1"), (np.zeros(65, int), 1, "text has 65"),
                                 (ids[:3], 3, "token is 3")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             look.observe(model, given, np.ones(len(given), bool), str, token)
@@ -243,14 +243,16 @@ def test_the_command(folders, tmp_path):
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert run(folders, TEXT, "--out", str(out)).exit_code == 2  # it is there
     weights = folders / "full" / "model.safetensors"
-    for wrong in ("", str(tmp_path / "page.txt"), str(weights)):
+    for wrong in (str(tmp_path / "page.txt"), str(weights)):
         result = run(folders, TEXT, "--overwrite", "--out", wrong)
         assert result.exit_code == 2 and "the name of a page ends in .html" in result.output
     result = run(folders, TEXT, "--lr", "1e30", "--out", str(tmp_path / "large.html"))
     assert result.exit_code == 2 and "choose a smaller learning rate than 1e+30" in result.output
     assert not (tmp_path / "large.html").exists()
     answer = ["--answer", "고양이", "--adapter-folder", str(folders / "lora"), "--overwrite"]
-    assert run(folders, "the cat", *answer, "--out", str(out)).exit_code == 0
+    link = tmp_path / "link.html"
+    link.symlink_to(out)
+    assert run(folders, "the cat", *answer, "--out", str(link)).exit_code == 0 and link.is_symlink()
     data = json.loads(re.search('id="look">(.*?)</script>', out.read_text(encoding="utf-8"))[1])
     assert 0 in data["weights"] and sum(data["weights"]) == pytest.approx(1)
     for words in (["x", "--token", "9"], [TEXT * 9], [""]):

@@ -59,6 +59,8 @@ def test_a_tokenizer_is_trained_and_shown(run):
         (("tokenizer", "show", "nowhere", "text"), "nowhere"),
         (("bench", "train/huge"), "train/huge: not a job; there are peak, "),
         (("generate", "nowhere"), "nowhere: no such folder"),
+        (("generate", ""), "folder is an empty text"),
+        (("pretrain", "--data", "text.txt", "--out", ""), "--out is an empty text"),
         (("bench", "--seconds", "nan", "peak"), "seconds is nan"),
         (("exercise", "linear", "--out", 'a"b.py'), "this name cannot stand in the file"),
         (("exercise", "linear", "--out", "a\nb.py"), "this name cannot stand in the file"),

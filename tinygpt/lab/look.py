@@ -219,7 +219,7 @@ def observe(
     """
     T, c = len(ids) - 1, model.config
     if not 1 <= T < MOST_TOKENS:
-        raise UserError(f"the text has {T + 1} tokens: a page shows 2 to {MOST_TOKENS}")
+        raise UserError(f"a page shows 2 to {MOST_TOKENS} tokens, and the text has {T + 1}")
     if token > T:
         raise UserError(f"token is {token}: of this text's {T + 1} tokens the model reads the first {T}")
     weights = (learned[1:] / max(1, learned[1:].sum())).astype(model.flat.dtype)[None]  # (1, T)

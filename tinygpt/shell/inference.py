@@ -106,7 +106,7 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
         return shown_token(tokenizer.tokens[i]) if i < tokenizer.vocab_size else f"id {i}"
 
     page = looking.html(looking.observe(model, ids, learned, label, token or min(3, len(ids) - 1), lr))
-    with replacing(out) as path:
+    with replacing(out.resolve()) as path:  # a link stays a link
         path.write_text(page, encoding="utf-8")
     say(f"Saved {out}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser.")
 

@@ -27,23 +27,31 @@ class Number(click.ParamType):
         number = (click.INT if self.kind is int else click.FLOAT).convert(value, param, ctx)
         right, rule = inside(number, self.interval)
         if not right:
-            name = flag(param.name) if isinstance(param, click.Option) else param.name
-            raise UserError(f"{name} is {number}: it must be {rule}")
+            raise UserError(f"{_name(param)} is {number}: it must be {rule}")
         return number
+
+
+def _name(param: click.Parameter) -> str:
+    return flag(param.name) if isinstance(param, click.Option) else param.name
 
 
 COUNT, COUNT_OR_0 = Number(int, "[1, inf)"), Number(int, "[0, inf)")
 REAL, MORE_THAN_0 = Number(float, "[0, inf)"), Number(float, "(0, inf)")
 
 
-def path(name: str) -> click.Path:
-    """A type for paths that --help calls `name`."""
-    kind = click.Path(path_type=Path)
-    kind.name = name
-    return kind
+class PathType(click.ParamType):
+    """A path, which --help calls `name`. Refuses an empty text, for example of an unset shell variable."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value, param, ctx):
+        if not str(value):
+            raise UserError(f"{_name(param)} is an empty text: give a path")
+        return Path(value)
 
 
-PATH, FOLDER, FILE = map(path, ("path", "folder", "file"))
+PATH, FOLDER, FILE = map(PathType, ("path", "folder", "file"))
 
 
 def together(options: Iterable[Callable]) -> Callable:
