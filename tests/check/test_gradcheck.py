@@ -463,10 +463,13 @@ def test_caches_of_all_kinds():
     @dataclasses.dataclass(slots=True)
     class Cache:
         x: np.ndarray
+        owner: object = None
 
     nest = {"objects": np.array([np.ones(2), None], object), "nan": np.array([complex(np.nan)])}
-    nest["itself"] = nest
-    tinygpt.assert_gradients(lambda x: (x * x, [Cache(x), nest]), lambda d, c: 2 * d * c[0].x, np.ones(3))
+    nest["itself"], ring = nest, Cache(np.ones(2))
+    ring.owner = ring
+    forward = lambda x: (x * x, [Cache(x), nest, ring])  # noqa: E731
+    tinygpt.assert_gradients(forward, lambda d, c: 2 * d * c[0].x, np.ones(3))
 
 
 @pytest.mark.parametrize("out", [(), None, {"y": 1.0}, (np.ones(2), (np.ones(2), np.ones(3)))], ids=str)

@@ -274,6 +274,15 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(either, tmp_path):
         assert (tmp_path / name).read_bytes() == (tmp_path / "new" / "folder" / name).read_bytes()
 
 
+def test_a_save_that_a_crash_interrupted_is_completed(tmp_path):
+    """Guards: the old tokenizer beside a finished list of renames, without a model in the folder."""
+    CharTokenizer.train("abc").save(tmp_path)
+    CharTokenizer.train("xyz").save(tmp_path / "new")
+    (tmp_path / "new" / "tokenizer.json").rename(tmp_path / ".tokenizer.json.1.part")
+    (tmp_path / ".to-do.json").write_text('[[".tokenizer.json.1.part", "tokenizer.json"]]')
+    assert load(tmp_path).encode("xyz").size == 3 and not (tmp_path / ".to-do.json").exists()
+
+
 def test_without_special_tokens_there_is_no_end_of_text(tmp_path):
     CharTokenizer.train("abc").save(tmp_path)
     assert (load(tmp_path).special, load(tmp_path).eos_id) == ({}, None)

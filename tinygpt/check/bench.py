@@ -69,12 +69,12 @@ Row = dict[str, object]
 def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterator[Row]:
     """Measures `jobs` in their order, and yields one row for each measurement. No jobs: all except SLOW.
 
-    `gemm` and `scaling` have several rows. A job is timed for `seconds`, and for three calls at least.
-    `scaling` times each size and number of threads for a quarter of `seconds`. dtype: see GPT.compute_in. A
+    A job is timed for `seconds`, and for three calls at least. `gemm` divides `seconds` among its rows. Each
+    row of `scaling` gets a quarter of `seconds`. `peak` takes about a second. dtype: see GPT.compute_in. A
     row has these fields, each None where it has no meaning:
 
         job                             such as train/nano
-        ms                              the median time of a step; for generate, that of 100 tokens, / 100
+        ms                              the median time of a step; of generate: one token for each prompt
         tokens_per_s
         gflops, share_of_peak           10^9 operations per second; their share of the multiply-add peak
         gb_per_s, share_of_bandwidth    10^9 bytes per second; their share of the memory's bandwidth

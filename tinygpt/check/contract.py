@@ -48,12 +48,13 @@ def leaves(value, name: str = "", objects: bool = False, above: tuple = ()) -> I
     `objects`: the fields of dataclasses too. `above`: the nests around `value`. A nest that contains itself
     is not entered again.
     """
+    nest = value
     if objects and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if not isinstance(value, tuple | list | dict):
+        nest = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(nest, tuple | list | dict):
         yield name, value
     elif not any(value is other for other in above):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, child in nest.items() if isinstance(nest, dict) else enumerate(nest):
             yield from leaves(child, f"{name}[{key!r}]" if name else str(key), objects, (*above, value))
 
 

@@ -351,9 +351,10 @@ def lora_forward(x, w, A, B, alpha):
 def lora_backward(dout, cache):
     """dout (N, O) -> dx (N, I), dA (I, R), dB (R, O); w is frozen and gets none.
 
-    Hint: the branch is exercise `linear` twice. Begin with dlow, the gradient with respect to low = x A. The
-    forward uses x twice, and the two gradients add up: a frozen map passes gradients on, but does not change.
-    Training begins with B = 0. Which of dA and dB is 0 then, and why does the branch learn anyway?
+    Hint: the branch is exercise `linear` twice, without b, times s. Begin with dlow, the gradient with
+    respect to low = x A. The forward uses x twice, so dx is a sum of two gradients. The frozen w passes one
+    of them on, but does not change. Training begins with B = 0. Which of dA and dB is 0 then, and why does
+    the branch learn anyway?
     """
     x, w, A, B, low, s = cache
     # write dx, dA and dB here
@@ -384,10 +385,10 @@ def policy_gradient_backward(dloss, cache):
     """dloss, a number -> dlogits (B, T, V).
 
     Hint: -log p(ids[t]) is the nll (negative log-likelihood) of exercise `cross_entropy`. The loss is the sum
-    of all nll, each times a factor. Which factor? So a model learns from answers as from texts, but good
-    answers get likelier, bad ones less likely. The numbers ids and advantages depend on the model, but count
-    as constants. The policy gradient theorem: the mean of this gradient over all answers that the model can
-    sample is the gradient of minus the expected reward.
+    of all nll, each times a factor. Which factor? With these factors a model learns from answers as from
+    texts, but bad answers get less likely. The numbers ids and advantages depend on the model, but count as
+    constants. The policy gradient theorem: the expectation of this gradient, over answers that the model
+    samples, is minus the gradient of the expected reward.
     """
     logp, ids, advantages = cache
     # write dlogits here

@@ -5,12 +5,12 @@
     backward           layer.backward(dout); it returns dx, or stores layer.dinputs
     with a cache       layer.forward(x) returns (out, cache); layer.backward(dout, cache) returns dx
     parameters         arrays, lists, dicts in params or parameters (or methods); W, b, gamma; p.data, p.value
-    their gradients    in the same order: grads or gradients (or methods); dW, grad_W, W_grad; p.grad
+    their gradients    same order or same keys: grads or gradients (or methods); dW, grad_W, W_grad; p.grad
     layers in layers   in attributes, lists and dicts; the parameters of these layers are checked too
 
-An array is a parameter if its gradient has one of these names. An array that a forward or a backward replaces
-is no parameter. A layer may add up its gradients from call to call: the checker sets each gradient to 0
-before it calls a backward. Parameters must be float64.
+An array is a parameter if the layer has its gradient under such a name. An array that a forward or a backward
+replaces is no parameter. A layer may add up its gradients from call to call: the checker sets each gradient
+to 0 before it calls a backward. Parameters must be float64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Runs a function of a student's file: `python submission.py FILE FUNCTION SECONDS`, started by `course.py`.
 
 Standard input has the arguments of each call, standard output gets the answers, both in JSON. What the
-student's code prints goes to standard error. Nothing here decides whether an answer is right.
+student's code prints goes to standard error. The process may use SECONDS of each processor. Nothing here
+decides whether an answer is right.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
-"""Memory: flat buffers with named views, and arenas, which lend the memory of a recording.
+"""Memory: flat buffers with named views, and arenas, which lend memory to a recorded function (`replay`).
 
-Weights, gradients and both Adam moments are one contiguous array each, and a dict of views gives every tensor
-its name. Clipping, an update, a model's hash and the distance between two models are then one call each.
-Every other array is new, and stays valid as long as a Python object holds the array.
+Weights and gradients are one contiguous array each, and a dict of views gives every tensor its name. Each
+Adam moment is one array too. So the sum of squares, a model's hash and the distance between two models are
+one call each. Every other array has new memory, or a block of an arena. An arena lends a block again once no
+Python object holds the array.
 """
 
 import contextlib

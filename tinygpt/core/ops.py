@@ -3,7 +3,7 @@
 Shapes, here and in csrc/tinygpt.h:
 
     B batch    T time (queries)    S keys, S >= T    C channels    H heads    D = C / H    V vocabulary
-    I inputs, O outputs of a linear map    N rows    P positions of a learned prompt    R rank of a branch
+    I inputs, O outputs of a linear map    N rows    P positions of a learned prompt    R rank of LoRA
 
 An operation with a gradient is two functions:
 
@@ -11,15 +11,16 @@ An operation with a gradient is two functions:
     dx, dg, db        = layernorm_backward(dout, cache)
 
 `dout` is the gradient of a scalar loss L with respect to `out`. A backward returns the gradients of L with
-respect to the inputs of the forward, in the order of the inputs. The cache is an ordinary value. A backward
-writes neither to the cache nor to `dout`, so a second call gives the same answer.
+respect to the float inputs of the forward, in the order of the inputs. The cache is an ordinary value. A
+backward writes neither to the cache nor to `dout`, so a second call gives the same answer.
 
 Gradients of parameters. `dw=`, `db=` and `dg=` each take an array for the result, or None for a new array, or
-False. With False the gradient is not computed, and the result is False: frozen weights cost no time.
+False. With False the gradient is not computed, and False stands in its place: gradients of frozen weights
+cost no time.
 
-Every function works in float32 and in float64. This file is not fast. `kernels.py` has the same functions:
-most of them call the C core. Tests compare the two files, and `tinygpt gradcheck` compares both with finite
-differences.
+Every function works in float32 and in float64, except with `bfloat16`: only in float32. This file is not
+fast. `kernels.py` has the operations under the same names, and most of them call the C core. Tests compare
+the two files, and `tinygpt gradcheck` compares both with finite differences.
 """
 
 import numpy as np
@@ -373,10 +374,10 @@ def dropout_mask(shape: tuple, rate: float, seed: int) -> Array:
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """nll = -log softmax(logits)[target], in nats, for each target.
 
-    logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights
-    1/targets give the mean. Weight 0 is a mask. Weights advantage/answers give a policy gradient. So `dnll`
-    of backward is the weight of each target. Raises IndexError for a target outside the vocabulary: mask a
-    target by weight 0, not by an id such as -100.
+    logits (..., V), targets (...) integers in [0, V) -> nll (...). The loss is sum(weights * nll). Weights of
+    1 / (number of targets) give the mean. Weight 0 is a mask. Weights of advantage / (number of answers) give
+    a policy gradient. So `dnll` of backward is the weight of each target. Raises IndexError for a target
+    outside the vocabulary: mask a target by weight 0, not by an id such as -100.
     """
     check_ids(targets, logits.shape[-1], "target")
     top = logits.max(-1, keepdims=True)  # softmax does not change, and exp cannot overflow
@@ -418,10 +419,10 @@ NOT_FINITE = "the logits are not finite: the model's training diverged, or its f
 def probabilities(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
     """The distribution of the next token, for `sample`: logits (..., V) -> (..., V), of the same dtype.
 
-    softmax(logits / temperature), first cut to the `top_k` likeliest tokens, then to the likeliest that
-    together have `top_p`. top_k 0 and top_p 1 cut nothing. Temperature 0: the likeliest token has 1. A token
-    as likely as the last one of a cut stays too, so the order of the vocabulary does not matter. Raises
-    UserError for logits that are not finite.
+    softmax(logits / temperature), with two cuts. The first cut keeps the `top_k` likeliest tokens. The second
+    keeps the likeliest tokens that together have `top_p` of the rest; top_k 0 and top_p 1 cut nothing. Each
+    cut also keeps all tokens that are as likely as the last one. At temperature 0 the likeliest token, the
+    first of equals, has probability 1. Raises UserError if the largest logit is not finite, or one is NaN.
     """
     V, top = logits.shape[-1], logits.max(-1, keepdims=True)
     if not np.isfinite(top).all():

@@ -41,13 +41,15 @@ from .ops import Array
 def recorded(
     function: Callable[..., Array], model: GPT, *memory: Array, packs: "Packs | None" = None, most: int = 16
 ) -> Callable[..., Array]:
-    """A function with the same results. Its first call with some shapes records a tape, later calls run it.
+    """A function with the results of `function`. Its first call with some shapes records a tape.
+
+    A tape is the list of the operations. Later calls with these shapes run the tape.
 
     An input is an argument that is an array. Other arguments must be hashable. There is one tape for each
     combination of the inputs' shapes and types and the values of other arguments. `function` must return one
     array. Each call returns a new array.
 
-    - memory: all arrays that the function reads or writes, except inputs and weights of `model`
+    - memory: arrays, besides inputs and weights, that exist before the call and that the function uses
     - packs: copies of the weights (`Packs`). The weights must not change after `Packs` makes the copies.
     - most: the number of tapes that are kept. One more tape replaces the tape that was used least recently.
 

@@ -2,7 +2,7 @@
 
 A reader of a file sees the old content or the new content, also after a crash. `together` does the same for
 several files of a folder. It first writes a list of the renames and removals to the disk, and then does them.
-After a crash `finish` does the rest of the list: every reader of a folder calls `finish` first.
+After a crash `finish` does the rest of the list: whoever loads a folder calls `finish` first.
 """
 
 import contextlib

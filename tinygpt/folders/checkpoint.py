@@ -134,8 +134,8 @@ def from_json(cls: type[T], values: object, where: str) -> T:
     """Makes a dataclass from a JSON object. A field may be a dataclass too.
 
     where: the file, or the place in the file, that an error message names. Raises UserError for an unknown
-    field, a value of another type, and a missing value. An error of the dataclass itself gets `where` before
-    its text.
+    field, a missing value, and a value of another type; an int may stand for a float. An error of the
+    dataclass itself gets `where` before its text.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: should be a JSON object, is {short(values)}")
@@ -225,9 +225,9 @@ _SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_ne
 
 
 def _stops(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a text, from generation_config.json, else from config.json, else the end token.
+    """The ids that end a text: of generation_config.json, of config.json, or else the tokenizer's end token.
 
-    Warns of settings in generation_config.json with which transformers would choose other tokens.
+    Warns of settings in generation_config.json that tinygpt does not support.
     """
     path = folder / GENERATION
     raw = read_object(path) if path.is_file() else {}
@@ -336,9 +336,9 @@ def with_paths(settings: T, change: Callable[[str], str]) -> T:
 
 
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
-    """The settings and the tokenizer of a run. The settings are a `cls`; its field `model` is a GPTConfig.
+    """The settings, of type `cls`, and the tokenizer of a run. The field `model` of `cls` is a GPTConfig.
 
-    Raises UserError if there is no run, if the run is of another stage, and if the tensors do not fit the
+    Raises UserError if there is no run of this stage, and if the tensors or the tokenizer do not fit the
     model in the settings.
     """
     path = folder / TRAINER

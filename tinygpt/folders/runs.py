@@ -70,7 +70,7 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
     """The run in `folder`, as its last save left it.
 
     Process 0 of the group locks the folder. All processes of the group read it. changes: new paths of data or
-    models, by the field of the settings. If `data` changes, a field with the same old paths changes too.
+    models, by the field of the settings. Another field that had the old paths of `data` gets the new ones.
 
     Raises UserError if the folder has no run of the stage `cls`, or another program has the lock. Raises
     UserError, too, if the data or a needed model is missing or is not the one of the beginning.

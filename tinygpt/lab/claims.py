@@ -10,8 +10,8 @@
 With two seeds, a pilot, the interval goes from the smaller value to the larger. One seed gives no verdict.
 
 A Lab is a seed's world and the models that are trained in it. A folder keeps models and rows, so an
-interrupted run continues. The limit of the last seed decides. The models that a claim compares share a seed's
-world and, except in claims 3, 4, 17, 18 and 21, the base.
+interrupted run continues. If kept rows have different limits, the limit of the last seed decides. The models
+that a claim compares share a seed's world and base, except in claims 3, 4, 17, 18 and 21.
 
 Not here: what is measured (`stages.evaluate`), training (`stages`), printing (`report`).
 """
@@ -246,8 +246,8 @@ def falsehoods(lab: Lab) -> Rows:
 def taught_judge(lab: Lab) -> Rows:
     """The test pairs are about people whom no comparison of the training names.
 
-    One label in ten of the training is wrong on purpose. So are the labels in `calibration` and `agreement
-    with labels`; all others are right. In most pairs "I do not know." is better than the other answer. So a
+    One label in ten is wrong on purpose, in the training, in `calibration` and in `agreement with labels`. Of
+    the shuffled labels half are wrong. In most pairs "I do not know." is better than the other answer. So a
     judge that always prefers "I do not know." is right in most pairs. In pairs of two values it is not.
     """
     people = lab.world.people("known", "eval") + lab.world.people("never", "eval")
@@ -281,10 +281,10 @@ def taught_judge(lab: Lab) -> Rows:
 
 @claim(10, "RLHF steers by that judge, over all weights, and corrects falsehoods")
 def steered(lab: Lab) -> Rows:
-    """No prompt of RLHF, no comparison and no tuning example is about these people.
+    """The questions are about people in no prompt of RLHF, no comparison and no tuning example.
 
-    The last run goes too far (over-optimisation). Its judge has 1,000 labels. It has no KL, no tuning
-    examples, and four times the learning rate.
+    The last run goes too far (over-optimisation). Its judge learned from 1,000 comparisons. This run has no
+    KL penalty, no tuning examples, and four times the learning rate of the recipe.
     """
     strangers = lab.sets[NEVER]
 
@@ -652,9 +652,9 @@ def both_memories(lab: Lab) -> Rows:
 def scale(lab: Lab) -> Rows:
     """Loss above the floor ~ weights^-a, text^-b (Kaplan et al. 2020, section 3).
 
-    a is minus the slope of log loss over log weights, at three widths. b compares a run of half the updates
-    with the full run. The repeated word lists do not count as text. The model with GPT-1's blocks has a
-    quarter of the learning rate: with the full rate it does not train.
+    a is minus the slope of log(loss above the floor) over log(weights), at three widths. A second run has
+    half the updates: b compares this run with the full run. The repeated word lists do not count as text. The
+    model with GPT-1's blocks has a quarter of the learning rate: with the full rate it does not train.
     """
     widths = {n: lab.pretrained(f"width-{n}", n_embd=n)[0] for n in (32, 64)} | {128: lab.base}
     half, _ = lab.pretrained("half", max_iters=lab.recipe.pretrain["max_iters"] // 2)

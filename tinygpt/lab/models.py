@@ -2,7 +2,7 @@
 
 Each stage's model is made at its first use, and saved in a folder. Variants (`tune`, `teach`, `steer`) are
 trained at each call, and not saved. An interrupted pre-training continues. A measurement is saved under its
-name and not repeated. `claims.py` and `story.py` compare models of one world with this module.
+name and not repeated. `claims.py` and `story.py` use this module to compare models.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def language_of(environment: Mapping[str, str]) -> str:
 def wide(text: str) -> str:
     """The text with FILLER after each character that takes two columns, such as Hangul.
 
-    Its length is then its width: `format` and `textwrap` count right. `narrow` removes the FILLER.
+    The length of the result is its width in columns: `format` and `textwrap` count right. `narrow` removes
+    the FILLER.
     """
     return "".join(c + FILLER * (unicodedata.east_asian_width(c) in "WF") for c in text)
 

@@ -85,11 +85,11 @@ def generate(prompt: str, special_tokens: bool, num_samples: int, stop: str, **o
 @click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, token: int | None, lr: float,
          out: Path, overwrite: bool) -> None:  # fmt: skip
-    """See one training step of the model in FOLDER on TEXT, as a page for a browser without network.
+    """See one training step of the model in FOLDER on TEXT, as an HTML page. The page needs no internet.
 
-    The page shows each line of code beside the arrays that it computed: forward, loss, backward, update.
-    Other views show the attention of each head, the prediction after each layer, and the gradient. The
-    model's files do not change.
+    The page goes through the operations of forward, loss, backward and update. The code of each operation, in
+    NumPy, stands beside the arrays that the operation read and computed. Other views show the attention of
+    each head, the prediction after each layer, and the gradient. The model's files do not change.
     """
     if out.suffix != ".html":
         raise UserError(f"--out is '{out}': the name of a page ends in .html")

@@ -64,11 +64,11 @@ def recipe(usual: Recipe) -> Recipe:
               help="Number format of the operands of linear maps; weights and sums stay float32.")
 @lang
 def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, language: str) -> None:
-    """A GPT's whole life in a small invented world, in three to eight minutes: each stage and its changes.
+    """A GPT's whole life in a small invented world, in three to eight minutes, and what each stage changes.
 
     The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
-    steered (RLHF). Then adapters are trained beside the pre-trained model, which stays unchanged. The numbers
-    of the last table are measured on these models. After Ctrl-C the same command continues: pre-training at
+    steered (RLHF). Then adapters are trained beside the pre-trained model, which stays unchanged. The table
+    at the end has numbers of these models. After Ctrl-C the same command continues: pre-training at
     its last update, another stage at its beginning. After the story, `tinygpt chat --story FOLDER` talks to
     the models.
     """

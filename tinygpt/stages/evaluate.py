@@ -92,9 +92,10 @@ def recall(model: GPT, tokenizer: Tokenizer, world: World, people: Iterable[Pers
 def recall_by_exposure(
     model: GPT, tokenizer: Tokenizer, world: World, total: int = DOCUMENTS, documents: int = 20_000
 ) -> list[tuple[float, Rate]]:
-    """For people of each weight: how often the corpus tells a fact of theirs; how often the model recalls it.
+    """For each group of people with one frequency: how often the corpus tells a fact, and the model's recall.
 
-    The first number is counted in `documents` of the corpus and scaled to all `total`, without the refrains.
+    The first number is a mean over the facts of a group. The number is counted in `documents` documents after
+    the refrains at the beginning, and scaled to `total` documents.
     """
     counts, rates = exposures(world, documents), []
     for people in (group for weight, group in world.by_weight().items() if weight >= 0):
@@ -199,9 +200,10 @@ def corrupted(
 
 
 def named_tasks(world: World, count: int = 1000) -> dict[str, list[tasks.Item]]:
-    """The question sets of a report, by name: people, phrases, reviews, passages, journeys; for evaluation.
+    """The question sets of a report, by name: people, phrases, reviews, passages, journeys.
 
-    Each fact, phrase, review, passage or journey occurs once in its set. A set has at most `count` questions.
+    All items are of the split "eval". No fact, phrase, review, passage or journey occurs twice in its set. A
+    set has at most `count` questions.
     """
     people = {"known": "known", "rare": "rare", "never seen": "never"}
     sets = {f"questions, {name}": tasks.questions(world, world.people(kind, "eval"))

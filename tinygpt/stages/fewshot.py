@@ -2,9 +2,10 @@
 
     apple dax, dog wug, pear
 
-The answer is the likeliest of some choices, by log p(choice | prompt), or a text that the model writes. Tasks
-come from a world, from a file of examples, and from `mappings`: words of four kinds, with labels that are
-drawn anew for each prompt. No weight can know these labels, and the best possible predictor is known.
+The right answer is dax: apple and pear are of one kind. The model's answer is the likeliest of some choices,
+by log p(choice | prompt), or a text that the model writes. Tasks come from a world (`tinygpt/world`) or from
+a file of examples. One task of a world is `mappings`: words of four kinds, whose labels are random in each
+prompt. So no weight can store which label a kind has. The best possible predictor's rate can be computed.
 
 Reference: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2; Min et al. 2022,
 "Rethinking the Role of Demonstrations", for the shuffled labels.
@@ -62,9 +63,10 @@ def encoded(tokenizer: Tokenizer, prompt: Prompt, style: str) -> Array:
 
 
 def likeliest(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], style: str) -> list[str]:
-    """The likeliest of each prompt's choices. Raises UserError for a prompt that does not fit the model.
+    """The likeliest of each prompt's choices.
 
-    Where a choice is the beginning of another choice, the text that ends a choice counts too.
+    If any choice is the beginning of another, the text after an answer, such as a comma, counts for all
+    choices. Raises UserError for a prompt that is longer, with its answer, than the model's context.
     """
     ids = _fitting(model, tokenizer, prompts, style)
     names = dict.fromkeys(choice for prompt in prompts for choice in prompt.choices)
@@ -211,10 +213,10 @@ Row = tuple[str, str, tuple[str, ...]]  # a question, its answer, its choices
 
 
 def read(path: str, model: GPT, tokenizer: Tokenizer, style: str, notes: Notes) -> list[Row]:
-    """The rows of a file, in any of `examples.FORMS`. A row may have "choices", a list with the answer.
+    """The rows of a file. A row may have "choices", a list that contains the answer.
 
     A row that alone is longer than the model's context is left out and noted. Raises UserError, with file and
-    line.
+    line, for a row without an answer, of no form of `examples.FORMS`, or with wrong choices.
     """
 
     def row(example: Example) -> Row:

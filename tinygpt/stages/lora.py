@@ -25,7 +25,8 @@ class LoRA(Adapted):
 
     def initialise(self, rng: np.random.Generator) -> None:
         """A is uniform in +-1 / sqrt(inputs) (PEFT's Kaiming initialisation) and B is zero: the model
-        computes the same as the base. With `full`, copies of whole tensors begin with the base's values."""
+        computes the same as the base. With `full`, copies of tensors without a branch begin as in the base.
+        """
         for name, p in self.adapter.params.items():
             if name.endswith(".lora_A"):
                 p[:] = rng.uniform(-1, 1, p.shape) / math.sqrt(p.shape[1])

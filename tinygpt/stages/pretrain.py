@@ -62,11 +62,11 @@ class Pretrain(Stage):
     """Train a model to predict the next token of a text.
 
     Without options: a small model, one character at a time, on Python's own documentation, in about two
-    minutes. The last tenth of the text is for validation. val loss is the mean over this tenth, or over about
-    a million of its tokens, evenly spread. A world has its own validation text. Ctrl-C saves, --resume
-    continues. Without --init-from the model begins at random. With --adapter lora such a model's matrices
-    stay random, and their branches are trained. All weights without a branch are trained too. The folder then
-    has the whole model.
+    minutes. The last tenth of the text is for validation. val loss is the mean over this tenth. Of
+    more than a million tokens it takes half a million to a million, evenly spread. A world has its own
+    validation text. Ctrl-C saves, --resume continues. Without --init-from the model begins at random. With
+    --adapter lora the maps of a random model stay random, except for merges, and their branches are trained.
+    All weights without a branch are trained too. The folder then has the whole model.
     """
 
     name, out, Settings = "pretrain", "out", Settings

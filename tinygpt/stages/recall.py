@@ -3,8 +3,8 @@
     Nora Hill lives in Lima. Nora Hill works as a baker. Nora Hill moved to
 
 In the world "lives in" and "moved to" mean the same. A model was trained on "Nora Hill lives in Oslo": its
-weights store Oslo (parametric memory). The prompt has Lima (non-parametric memory). The model continues with
-one of the two. Attention heads read the prompt. Some of them are induction heads (Olsson et al. 2022,
+weights store Oslo (parametric memory). The prompt has Lima (non-parametric memory). Which of the two does
+the model say? Attention heads read the prompt. Some of them are induction heads (Olsson et al. 2022,
 "In-context Learning and Induction Heads"): each attends to the token that followed an earlier occurrence of
 the present token. `induction_scores` and `strongest` find these heads, and `without` removes them.
 """
@@ -45,10 +45,10 @@ def memories(
 
     The prompt gives the person a false value, `repeats` times; with `agrees` it gives the person's own value.
     Among these sentences the person gets random values of two other attributes. The last sentence stops
-    before the value. Its wording is a new one.
+    before the value. The person's other sentences have other wordings.
 
-    rival: a sentence before the last gives another person another value of the attribute than the prompt's.
-    Then copying any value of the right kind is not enough.
+    rival: an earlier sentence gives another person another value of the same attribute. Then copying any
+    value of the right kind is not enough.
     """
     attributes = world.lexicon.attributes
     values = [[tokenizer.encode(f" {value}") for value in a.values] for a in attributes]
@@ -97,7 +97,7 @@ def attention(model: GPT, ids: Array) -> Array:
 
 
 def induction_scores(model: GPT, tokens: Sequence[int], count: int = 50) -> Array:
-    """The share of each head's attention that goes to one earlier token, (n_layer, H).
+    """The share of each head's attention that an induction head gives to one earlier token, (n_layer, H).
 
     This token followed the earlier occurrence of the present token. A head that attends to all places equally
     has 1 / 25 or less.
@@ -120,8 +120,8 @@ LENGTH = 25  # random tokens
 def _looking_back(model: GPT, tokens: Sequence[int], count: int, distance: int) -> Array:
     """The mean attention to the place `distance` tokens earlier, (n_layer, H).
 
-    The mean is over the second half of `count` texts. A text has random tokens, and then the same tokens
-    again: only the first half tells the next token.
+    The mean is over the second half of each of `count` texts. The second half repeats the random tokens of
+    the first half: only the first half shows which token comes next.
     """
     rng = np.random.default_rng(0)
     once = np.stack([rng.choice(tokens, LENGTH, replace=False) for _ in range(count)])

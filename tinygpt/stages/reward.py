@@ -250,10 +250,10 @@ class Comparisons(NamedTuple):
 class Reward(Stage):
     """Train a judge of answers on comparisons: which of two answers people preferred.
 
-    The judge is the model with one number as its result. Before it reads an answer, it reads the answer of
-    the model itself. So keep the folder of --init-from. A tenth of the prompts is for evaluation: val right
-    is how often the better answer has the higher score. (In a world, such a prompt may ask in other words
-    for a fact of a trained prompt.) Ctrl-C saves, --resume continues.
+    The judge is a copy of the model of --init-from, with one number as its result. Before an answer the judge
+    reads the model's own answer. So the judge always needs the folder of --init-from. A tenth of the prompts
+    is for evaluation: val right is how often the better answer has the higher score. (In a world, such a
+    prompt may ask in other words for a fact of a trained prompt.) Ctrl-C saves, --resume continues.
     """
 
     name, Settings, needs = "reward", Settings, ("init_from",)
@@ -368,13 +368,13 @@ def collect(
     model: GPT, tokenizer: Tokenizer, world: World, people: Sequence[Person], count: int, error: float = 0.1,
     seed: int = 0, blind: bool = False,
 ) -> list[Comparison]:  # fmt: skip
-    """Comparisons that simulated people make (`world.preferences`) of a tuned model's answers about `people`.
+    """Comparisons by simulated people (`world.preferences`) of answers to questions about `people`.
 
     Each fact has a list of answers: up to four samples of the model, "I do not know." and two random values.
     Each comparison draws two answers from a list. So the judge reads all kinds of answers that RLHF may
-    produce. One more answer of the list is garbled. A judge that never read garbled answers may prefer them,
-    and RLHF would exploit this. With two garbled answers, one judge of three (in three worlds) did not learn
-    that right is better than wrong.
+    produce. The last answer of the list is garbled. A judge that never read garbled answers may prefer them,
+    and RLHF would exploit this. With two garbled answers in each list, the judge of one world in three did
+    not learn that right is better than wrong.
     """
     items = tasks.questions(world, people)
     facts = {(item["meta"]["about"][0], item["meta"]["attribute"]): item for item in items}  # in one wording

@@ -239,8 +239,8 @@ def consecutive(rows: Packed, count: int) -> Iterator[train.Batch]:
 def _batch(rows: Packed, places: Array) -> train.Batch:
     """The rows at `places`, cut after the last learned token of these rows. No result depends on the rest.
 
-    The number of columns is rounded up to a multiple of 32, but has no more than the rows. So batches have
-    few shapes, and `replay` records the operations once for each shape.
+    The length is rounded up to a multiple of 32, but not beyond the length of the rows. So batches have few
+    shapes, and `replay` records the operations once for each shape.
     """
     T = int(np.flatnonzero(rows.weights[places].any(0)).max(initial=0)) + 1
     return train.Batch(*(part[places, : -(-T // 32) * 32] for part in rows))

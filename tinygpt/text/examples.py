@@ -112,10 +112,11 @@ class Example(NamedTuple):
 
 
 def read(paths: Iterable[Path | str], needs: int = EXAMPLE, notes: Notes | None = None) -> list[Example]:
-    """The examples of files. An example ends with an answer, a prompt before the answer; the rest is ignored.
+    """The examples of files. Messages after the last answer are cut off; of a prompt, the answers at the end.
 
-    An <|endoftext|> at the end of an answer is removed. These examples are left out: without a prompt or a
-    needed answer; with answers of weight 0 only; with two equal answers, or answers to different prompts.
+    An <|endoftext|> at the end of an answer is removed. An example with an empty prompt or answer is left
+    out. EXAMPLE also leaves out examples whose answers all have weight 0. COMPARISON also leaves out two
+    equal answers, and answers to different prompts.
     Raises UserError, with file and line, for a row without a form that `needs` accepts, and for a wrong
     message. Raises UserError if no example is left.
     """

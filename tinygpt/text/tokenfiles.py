@@ -120,10 +120,10 @@ def gathered(path: Path) -> tuple[dict, dict]:
 
 
 def _all_added(spec: dict, settings: dict, roles: dict, ids: dict, is_gpt2: bool) -> list[dict]:
-    """The added tokens of all files, then the special tokens that are in no list, which get the next ids.
+    """The added tokens that the files list, then the special tokens that no file lists.
 
-    roles, ids: special_tokens_map.json and added_tokens.json, which older versions of transformers wrote
-    instead of added_tokens_decoder. Puts the roles into the settings.
+    A token that the vocabulary lacks gets the next id. roles, ids: the contents of special_tokens_map.json
+    and added_tokens.json. Both count only without added_tokens_decoder. Puts the roles into `settings`.
     """
     listed = {token["id"]: token for token in vocabulary(spec)[1].values()}
     if (decoder := settings.pop("added_tokens_decoder", None)) is None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files.atomic import make_folder, remove, replacing
+from ..files.atomic import finish, make_folder, remove, replacing
 from . import tokenfiles
 from .bpe import BYTE_OF, apply_merges, learn_merges, merge_steps, pieces
 from .tokenfiles import END_OF_TEXT, FILES, utf8
@@ -228,8 +228,8 @@ class BPETokenizer(_Tokenizer):
         """Learn merges until there are vocab_size tokens, or until a small text has no pair left.
 
         The order of ids is that of GPT-2: bytes, merges as learned, special tokens. The first special token
-        is the end token. documents: a prompt begins with the end token and a space. So does each document of
-        the training data. Raises UserError for an empty text, for a wrong special token, and for a vocab_size
+        is the end token. With `documents`, prompts begin with the end token and a space, as documents do in a
+        model's training. Raises UserError for an empty text, for a wrong special token, and for a vocab_size
         outside 256 + len(special) to MOST_TOKENS.
         """
         least = 256 + len(special)
@@ -331,6 +331,7 @@ def load(folder: Path | str) -> Tokenizer:
     must be byte-level BPE that splits as GPT-2, or `save`'s characters. For any other setting it raises
     UserError, which names the file.
     """
+    finish(Path(folder))
     path = Path(folder) / FILES[0]
     if not path.exists():
         path = path.with_name("vocab.json")

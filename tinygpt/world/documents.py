@@ -98,7 +98,8 @@ def _hidden(count: int, size: int, shown: Container[int]) -> list[int]:
     """Relative probabilities of the numbers 0 .. size - 1 in the next draw of a document.
 
     The document draws from `count` of these numbers, or from all if `size` is smaller. The reader knows only
-    the numbers in `shown`. Each shown number has the probability 1 / count. The others share the rest.
+    the numbers in `shown`. Each shown number has the probability 1 / min(count, size). The
+    others share the rest.
     """
     old = [n in shown for n in range(size)]
     new = size - sum(old)
@@ -142,8 +143,9 @@ def review_table(w: World, c: Reader) -> None:
 def categories(w: World, c: Reader) -> None:
     """Entries of a word and a label. The words are of four of the eight kinds of thing.
 
-    Each document draws a label for each kind. After n entries the next entry has a known label with
-    probability 1 - (3/4)^n. Otherwise the best predictor guesses among the labels that were not shown yet.
+    Each document draws a different label for each of its kinds. After n entries the next entry has a known
+    label with probability 1 - (3/4)^n. Otherwise the best predictor guesses among the labels that were not
+    shown yet.
     """
     kinds, label_of = w.lexicon.categories, {}
 

@@ -115,10 +115,10 @@ def readings(world: World, split: str, count: int) -> list[Item]:
 
 def journeys(world: World, split: str, steps: int | Sequence[int], count: int,
              style: str = "steps") -> list[Item]:  # fmt: skip
-    """Questions for the end of a journey of `steps` rides. Of several numbers each comes equally often.
+    """Questions that ask where a journey of `steps` rides ends. Several numbers are equally frequent.
 
-    style: "direct" has only the answer, "steps" has each ride before it. "shuffled" has two or more rides in
-    another order. "filler" has full stops instead of rides (Pfau et al. 2024, "Let's Think Dot by Dot").
+    style: "direct" has only the answer, "steps" has each ride and then the answer. "shuffled" has the rides
+    in another order. "filler" has full stops instead of rides (Pfau et al. 2024, "Let's Think Dot by Dot").
     """
     integers, lexicon, items = _integers(world, "journey", split), world.lexicon, []
     numbers = [steps] if isinstance(steps, int) else list(steps)
