@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tinygpt.core import parallel, train
+from tinygpt.core import launch, parallel, train
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.optim import AdamW
 from tinygpt.errors import UserError
@@ -176,9 +176,9 @@ def test_what_differs_is_named(monkeypatch):
 
 
 def test_a_launcher_says_who_one_is(monkeypatch):
-    for name in (name for pair in parallel.LAUNCHERS for name in pair):
+    for name in (name for pair in launch.LAUNCHERS for name in pair):
         monkeypatch.delenv(name, raising=False)
-    assert parallel.launched() == (0, 1) and parallel.join() is parallel.ALONE
+    assert launch.launched() == (0, 1) and parallel.join() is parallel.ALONE
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
-    assert parallel.launched() == (3, 4)
+    assert launch.launched() == (3, 4)

@@ -161,37 +161,116 @@ def test_a_process_that_hangs_is_named(home, rank):
 
 
 def failure(done: subprocess.CompletedProcess) -> str:
-    """The one line that a failed command says, without what MPI adds."""
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line and not line.startswith("Abort")]
+    """The one line that a failed command says."""
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
     return line
+
+
+def each(home: Path, *processes: list[str]) -> subprocess.CompletedProcess:
+    """One run whose processes have different commands."""
+    start = [word for words in processes for word in (":", "-n", "1", *words)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TINYGPT_")}
+    return subprocess.run(
+        [MPIEXEC, *start[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("args, says", [
     ([*STAGES["pretrain"], "--out", "new"], "an update has 1 batches, which 2 processes cannot share"),
     ([*STAGES["pretrain"], *BATCHES, "--out", "base"], "base: already has a config.json"),
     ([*STAGES["pretrain"], *BATCHES, "--data", "nowhere"], "nowhere: no such file or folder"),
-    ([*STAGES["pretrain"], *BATCHES, "--learning-rate", "1e30", "--out", "nan"], "at iteration"),
-    (["sft", "--init-from", "base"], "give the examples as --data"),
+    ([*STAGES["pretrain"], *BATCHES, "--learning-rate", "1e30", "--overwrite"], "at iteration"),
     (["rlhf", "--init-from", "base"], "rlhf is one process: mpiexec is for pretrain, sft, reward"),
     (["generate", "base"], "generate is one process"),
 ])  # fmt: skip
 def test_a_mistake_is_said_once(home, args, says):
-    """Guards: a line of each process, and a process that waits for one that has ended."""
+    """Guards: a line of each process, a line of MPI's, a process that waits for one that has ended. And the
+    status of a process that mpiexec killed, at another moment in each run."""
+    for _ in range(3):
+        line = failure(run(home, 2, *args))
+        assert line.startswith("tinygpt: ") and says in line
+
+
+@pytest.mark.parametrize("args, status, says", [
+    (["--help"], 0, "Usage: "),
+    (["--version"], 0, "version"),
+    (["sft", "--help"], 0, "Usage: "),
+    (["sft", "--init-from", "base"], 2, "give the examples as --data"),
+    (["--no-such-option"], 2, "No such option"),
+    (["pretrain", "--no-such-option"], 2, "No such option"),
+])  # fmt: skip
+def test_help_is_printed_once(home, args, status, says):
+    """Guards: the same text from every process."""
     done = run(home, 2, *args)
-    if "sft" in args:
-        assert done.returncode == 2 and done.stderr.count(says) == 1
-    else:
-        assert says in failure(done)
+    assert done.returncode == status and (done.stdout + done.stderr).count(says) == 1
 
 
-def test_processes_that_differ_are_named(home):
-    """Guards: weights that are those of no run, because a process trains with other settings or rounding."""
-    args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--out", "differ"]
-    both = [*command(1, *args), "--seed", "1", ":", "-n", "1", *command(1, *args), "--seed", "2"]
-    done = subprocess.run([MPIEXEC, "-n", "1", *both], cwd=home, capture_output=True, text=True, timeout=60)
-    assert "process 1 on" in failure(done) and failure(done).endswith("differ in: settings, model, adapter")
+BROKEN = "import sys; sys.modules['{}'] = None; import tinygpt.__main__ as main; main.run()"
+
+
+@pytest.mark.parametrize("start, more, says", [
+    ([sys.executable, "-m", "tinygpt"], ["--no-such-option"], "No such option"),
+    ([sys.executable, "-m", "tinygpt"], ["--data", "nowhere"], "nowhere: no such file or folder"),
+    (["env", "TINYGPT_ISA=none", sys.executable, "-m", "tinygpt"], [], "TINYGPT_ISA=none: not an"),
+    ([sys.executable, "-c", BROKEN.format("numpy")], [], "import of numpy halted"),
+    ([sys.executable, "-c", BROKEN.format("mpi4py")], [], "mpi4py, which mpiexec needs, is not installed"),
+])  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_ends_alone_ends_the_others(home, start, more, says, rank):
+    """Guards: processes that wait for MPI to begin, and a process that cannot begin it."""
+    args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--out", "alone"]
+    both = [command(1, *args), command(1, *args)]
+    both[rank] = [*start, *args, *more]
+    done = each(home, *both)
+    assert done.returncode in (1, 2) and done.stderr.count(says) == 1, done.stderr
+    assert ("process 1 on" in done.stderr) == (rank == 1) and not (home / "alone").exists()
+
+
+def test_the_wait_for_a_process_that_does_not_start_ends(home):
+    """Guards: processes that wait for MPI to begin, on a machine whose neighbour has no tinygpt."""
+    program = "from tinygpt import __main__ as main; main.launch.STARTING = 2; main.run()"
+    waiting, missing = [sys.executable, "-c", program, *STAGES["pretrain"]], [sys.executable, "-c", ""]
+    for processes in (waiting, missing, waiting), (missing, waiting, waiting):
+        assert "MPI has not begun for 2 seconds" in failure(each(home, *processes))
+
+
+@pytest.mark.parametrize("name, both, says", [
+    ("pretrain", [["--seed", "1"], ["--seed", "2"]], "settings, model"),
+    ("sft with lora", [["--seed", "1"], ["--seed", "2"]], "data, settings, adapter"),
+    ("pretrain", [["--data", "text.txt"], ["--data", "other.txt"]], "data"),
+])  # fmt: skip
+def test_processes_that_differ_are_named(home, name, both, says):
+    """Guards: weights that are those of no run, because a process trains with other settings or rounding. And
+    an adapter where there is none."""
+    (home / "other.txt").write_text(TEXT[::-1], encoding="utf-8")  # the same characters
+    args = [*STAGES[name], *SIZES, *BATCHES, "--out", "differ"]
+    line = failure(each(home, *(command(1, *args, *more) for more in both)))
+    assert "process 1 on" in line and line.endswith(f"differ in: {says}")
     assert not (home / "differ" / "config.json").exists()
+
+
+LIMIT = """
+import resource
+from tinygpt import __main__ as program
+program.launch.start()  # MPI's own files are longer
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+program.run()
+"""
+
+
+@needs_proc
+def test_a_full_disk_of_process_0_keeps_the_last_save(home, whole):
+    """Guards: a file that is cut, and processes that wait for the process that could not write it."""
+    process, ranks = begun(home, "full")
+    os.kill(ranks[1], signal.SIGTERM)
+    end(process, ranks)
+    before, resume = state(home / "full"), ["pretrain", "--resume", "full"]
+    room = len(before["trainer.safetensors"]) - 1000
+    line = failure(each(home, [sys.executable, "-c", LIMIT.format(room), *resume], command(1, *resume)))
+    before["metrics"] = (after := state(home / "full"))["metrics"]  # the records have more room
+    assert "File too large" in line and before == after
+    assert run(home, 2, "pretrain", "--resume", "full").returncode == 0 and state(home / "full") == whole
 
 
 PIECES = """
@@ -220,12 +299,8 @@ def test_gradients_are_exchanged_in_pieces(home):
 
 def test_one_process_may_set_its_threads(home):
     """Guards: an exchange that a process leaves out because of its environment: the others would hang."""
-    args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--hang-timeout", "20", "--out", "threads"]
-    environment = {name: value for name, value in os.environ.items() if name != "TINYGPT_THREADS"}
-    both = [*command(1, *args), ":", "-n", "1", "env", "TINYGPT_THREADS=2", *command(1, *args)]
-    done = subprocess.run(
-        [MPIEXEC, "-n", "1", *both], cwd=home, env=environment, capture_output=True, text=True, timeout=120
-    )
+    args = command(1, *STAGES["pretrain"], *SIZES, *BATCHES, "--hang-timeout", "20", "--out", "threads")
+    done = each(home, args, ["env", "TINYGPT_THREADS=2", *args])
     assert done.returncode == 0, done.stderr
 
 
@@ -235,7 +310,6 @@ def test_without_mpi4py_there_is_a_line(home):
     (home / "site" / "mpi4py" / "__init__.py").write_text("raise ModuleNotFoundError('mpi4py')")
     args = [*STAGES["pretrain"], *BATCHES, "--out", "without"]
     done = run(home, 2, *args, PYTHONPATH=str(home / "site"))
-    lines = sorted(done.stderr.splitlines())  # each process may be on another machine
-    assert done.returncode == 2 and len(lines) == 2 and lines[0].startswith("tinygpt: mpi4py, which mpiexec")
-    assert "process 1 on" in lines[1] and all("pip install" in line for line in lines)
+    line = failure(done)
+    assert line.startswith("tinygpt: mpi4py, which mpiexec needs") and "pip install" in line
     assert not (home / "without").exists()

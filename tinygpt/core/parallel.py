@@ -18,14 +18,17 @@ processes.
 A process that waits for the others sleeps between its polls: the others may need its processor. An exchange
 begins when all processes have arrived, and polls without sleep.
 
-Only processes that mpiexec started import mpi4py. Not here: slices of weights or of gradients (ZeRO, stages 2
-and 3), pipelines, an exchange that overlaps the backward.
+`launch` begins and ends the processes. Only processes that mpiexec started import mpi4py.
+
+Not here: slices of weights or of gradients (ZeRO, stages 2 and 3), pipelines, an exchange that overlaps the
+backward.
 
 Reference: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 sections 5.1 and 7.1.
 """
 
 import hashlib
+import math
 import os
 import platform
 import time
@@ -35,20 +38,14 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import UserError
-from . import kernels
+from . import kernels, launch
 from .ops import Array
 
-LAUNCHERS = ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")  # MPICH's, Open MPI's
 PARTS = 256  # parts of the gradients, each with one sum of squares; a slice begins and ends between two parts
 PIECE = 1 << 22  # numbers that a process receives at a time: the memory of `reduce`
 LINE = 4096  # bytes: the longest text that processes exchange
 AWAKE, NAP = 1.0, 5e-4  # seconds: of polls without sleep in an exchange; of the longest sleep between polls
-GRACE = 1.0  # seconds after an error in which the other processes may report an error too
-FAILURE = 1  # the tag of a message that reports an error
-
-
-class HangError(UserError):
-    """A process did not answer in time."""
+PATIENCE = 0.5  # seconds from another process's failure to the end of this process
 
 
 class Group:
@@ -125,7 +122,7 @@ class MPIGroup(Group):
     """The processes that mpiexec started."""
 
     def __init__(self, mpi, hang_timeout: float) -> None:
-        """mpi: the module mpi4py.MPI. hang_timeout: the seconds after which a wait raises HangError."""
+        """mpi: the module mpi4py.MPI. hang_timeout: the longest wait in seconds."""
         self.mpi, self.comm, self.hang_timeout = mpi, mpi.COMM_WORLD, hang_timeout
         self.rank, self.size = self.comm.rank, self.comm.size
         self.others = [rank for rank in range(self.size) if rank != self.rank]
@@ -166,65 +163,33 @@ class MPIGroup(Group):
 
     def _wait(self, requests: list, awake: float = 0.0) -> None:
         """Returns when all requests are done. After `awake` seconds it sleeps between two polls, longer and
-        longer, up to NAP seconds. Raises HangError."""
-        begin = time.monotonic()
-        while not self.mpi.Request.Testall(requests):
-            seconds = time.monotonic() - begin
-            if seconds > self.hang_timeout:
-                raise HangError(f"no answer for {self.hang_timeout:g} seconds")
-            time.sleep(min(max(0.0, seconds - awake) / 10, NAP))
+        longer, up to NAP seconds.
 
-    def last_words(self, error: Exception, text: str) -> tuple[str, bool]:
-        """Reports an error of this process to the others, and waits some seconds for their reports.
-
-        Returns the text that this process must print, and whether all processes had an error. The text is ""
-        if a process with a lower number prints its own. Processes without an error continue until `abort`.
+        Raises UserError after hang_timeout seconds. Raises PeerError PATIENCE seconds after another process
+        failed: an exchange that began before the failure can still be completed.
         """
-        reports = [self.comm.Isend(bytes(1), rank, FAILURE) for rank in self.others]
-        silent = {rank: self.comm.Irecv(bytearray(1), rank, FAILURE) for rank in self.others}
-        # processes that wait for the same hanging process do not reach their timeouts at the same moment
-        end = time.monotonic() + GRACE + (self.hang_timeout / 10 if isinstance(error, HangError) else 0)
-        while silent and time.monotonic() < end:
-            silent = {rank: request for rank, request in silent.items() if not request.Test()}
-            time.sleep(0.01)
-        if not silent:
-            self.mpi.Request.Waitall(reports)
-        if any(rank not in silent for rank in range(self.rank)):
-            return "", not silent
-        if isinstance(error, HangError):
-            text = f"no answer from process {', '.join(map(str, silent))} for {self.hang_timeout:g} seconds"
-        elif silent and self.rank:
-            text = f"process {self.rank} on {platform.node()}: {text}"
-        return text, not silent
-
-    def abort(self) -> None:
-        """Ends all processes."""
-        self.comm.Abort(2)
-
-
-def launched() -> tuple[int, int]:
-    """(number of this process, number of processes), as mpiexec says in the environment."""
-    sizes = ((os.environ.get(rank), os.environ.get(size)) for size, rank in LAUNCHERS)
-    return next(((int(rank), int(size)) for rank, size in sizes if rank and size), (0, 1))
+        begin, failure = time.monotonic(), math.inf
+        while not self.mpi.Request.Testall(requests):
+            now = time.monotonic()
+            if self.comm.Iprobe(tag=launch.FAILURE):
+                failure = min(failure, now)
+                if now - failure > PATIENCE:
+                    raise launch.PeerError(2)
+            if now - begin > self.hang_timeout:
+                silent = ", ".join(map(str, launch.answers(True)[1])) or "that has answered now"
+                raise UserError(f"no answer from process {silent} for {self.hang_timeout:g} seconds")
+            time.sleep(min(max(0.0, now - begin - awake) / 10, NAP))
 
 
 def join(hang_timeout: float = 1800.0) -> Group:
     """The group of the processes that mpiexec started, or ALONE.
 
     Processes on one machine divide its processors: each has its part of the threads. TINYGPT_THREADS sets
-    another number. Raises UserError without mpi4py, and where mpi4py uses another MPI than mpiexec.
+    another number. Raises UserError as `launch.start` does.
     """
-    rank, size = launched()
-    if size == 1:
+    if (mpi := launch.start()) is None:
         return ALONE
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails: {error}"
-        raise UserError(f"mpi4py, which mpiexec needs, {reason}; pip install mpi4py mpich") from None
-    group = MPIGroup(MPI, hang_timeout)
-    if group.size != size:
-        raise UserError(f"mpiexec has {size} processes and mpi4py {group.size}: they are of different MPIs")
+    group = MPIGroup(mpi, hang_timeout)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     place = digest(repr((platform.node(), sorted(allowed))).encode())
     _divide_processors(group.texts(place).count(place))  # an exchange: all processes come here

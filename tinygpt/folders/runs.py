@@ -123,7 +123,7 @@ def _check_alike(stage: Stage) -> None:
         "data": settings.fingerprint,
         "settings": digest(repr((*options, settings.gradient_accumulation_steps)).encode()),
         "model": digest(stage.model.flat),
-        "adapter": digest(optimizer.trained.flat),
+        "adapter": digest(optimizer.trained.flat) if settings.adapter else "",
         "update": str(optimizer.steps),
     })  # fmt: skip
 

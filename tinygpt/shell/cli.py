@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import platform
 import sys
 import warnings
 
 import click
 
 from .. import __version__
+from ..core import launch
 from ..errors import UserError
 from .terminal import one_line, printable, say
 
@@ -22,13 +22,6 @@ ORDER = (  # the story, then a life
 # in Path.resolve (an OSError from Python 3.13 on).
 UNCLEAR = {ImportError: "failed to map", RuntimeError: "Symlink loop"}
 IN_PARALLEL = "pretrain", "sft", "reward"  # commands that mpiexec can run
-
-
-def _launched() -> tuple[int, int]:
-    """See `parallel.launched`. Imports NumPy and the C core."""
-    from ..core import parallel
-
-    return parallel.launched()
 
 
 class Commands(click.Group):
@@ -44,10 +37,7 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         name, command, args = super().resolve_command(ctx, args)
-        rank, size = _launched()
-        if size > 1 and name not in IN_PARALLEL:
-            if rank:
-                sys.exit(2)
+        if launch.launched()[1] > 1 and name not in IN_PARALLEL:
             raise UserError(f"{name} is one process: mpiexec is for {', '.join(IN_PARALLEL)}")
         return name, command, args
 
@@ -64,20 +54,14 @@ class Commands(click.Group):
                 self.add_command(each)
 
     def invoke(self, ctx: click.Context):
-        """Process 0 prints everything. Any other process prints only its own error."""
-        rank = 0
-        warnings.showwarning = lambda message, *_: rank or say(f"tinygpt: {message}", err=True)
+        warnings.showwarning = lambda message, *_: say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal lacks
         try:
-            if rank := _launched()[0]:
-                sys.stdout = None
             return super().invoke(ctx)
         except BrokenPipeError:  # `tinygpt generate | head`: click ends quietly
             raise
         except click.ClickException as error:  # click prints it
-            if rank:
-                sys.exit(2)
             error.message = printable(error.message)
             raise
         except KeyboardInterrupt:  # commands that save something catch it themselves
@@ -87,8 +71,7 @@ class Commands(click.Group):
             if any(isinstance(error, kind) and text not in str(error) for kind, text in UNCLEAR.items()):
                 raise
             text = "not enough memory to load NumPy" if isinstance(error, ImportError) else one_line(error)
-            who = f"process {rank} on {platform.node()}: " if rank else ""
-            say(f"tinygpt: {who}{text}", err=True)
+            say(f"tinygpt: {text}", err=True)
             sys.exit(2)
         finally:
             if atomic := sys.modules.get("tinygpt.files.atomic"):

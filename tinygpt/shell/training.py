@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import sys
-import time
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,6 @@ import click
 from ..core import parallel
 from ..core.config import PRESETS, GPTConfig
 from ..core.train import TrainConfig
-from ..errors import UserError
 from ..folders import adapters, checkpoint, runs
 from ..stages.adapter import AdapterConfig
 from ..stages.stage import Settings, Stage, names_data
@@ -37,7 +33,7 @@ from .options import (
     written_options,
 )
 from .progress import command, data_options, progress
-from .terminal import one_line, say
+from .terminal import say
 from .worlds import name_world
 
 SHOW = "Print the first N examples, token by token, and stop."
@@ -101,34 +97,10 @@ def _moved(stage: type[Stage]) -> dict[str, str]:
 def _run(stage: type[Stage], options: list[tuple], hang_timeout: float = 1800, **values) -> None:
     """Begins or resumes a run, and trains to the end or until Ctrl-C. Then process 0 shows the results."""
     group = parallel.join(hang_timeout)
-    try:
-        run = _train(stage, options, values, group)
-    except click.UsageError:  # in all processes
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if group.size > 1:
-            _fail(group, error)
-        raise
+    run = _train(stage, options, values, group)
     group.leave()
     if group.rank == 0:
         afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
-
-
-def _fail(group: parallel.MPIGroup, error: BaseException) -> None:
-    """Ends this process, and all others, after an error."""
-    expected = isinstance(error, (UserError, OSError, MemoryError))
-    if not expected:
-        traceback.print_exception(error)
-    kind = "" if expected else f"{type(error).__name__}: "
-    text, all_end = group.last_words(error, kind + one_line(error))
-    if text:
-        say(f"tinygpt: {text}", err=True)
-    # mpiexec ends all processes when one ends, and prints no more. So this process waits: another one may
-    # have the text of the error, or mpiexec has not printed this text yet.
-    time.sleep(parallel.GRACE / 2 if text else parallel.GRACE)
-    if not all_end:
-        group.abort()
-    os._exit(2)
 
 
 def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group) -> runs.Run:
