@@ -8,8 +8,8 @@ An error of one process ends all processes. mpiexec prints one error and returns
 - A process without an error answers at its next exchange. A process that hangs, or computes for longer than
   GRACE seconds, does not answer.
 
-With an error no process simply exits. Before MPI has begun, MPICH's mpiexec would not end the others. Later it
-would kill them, and would return the status of the error or of the kill.
+With an error no process simply exits. Before MPI has begun, MPICH's mpiexec would not end the others. Later
+it would kill them, and would return the status of the error or of the kill.
 
 Imports no NumPy. Imports mpi4py only under mpiexec.
 """
