@@ -3,7 +3,7 @@
 import os
 import sys
 
-from .core import launch
+from . import launch
 from .errors import UserError
 
 

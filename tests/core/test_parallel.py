@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from tinygpt.core import launch, parallel, train
+from tinygpt import launch
+from tinygpt.core import parallel, train
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.optim import AdamW
 from tinygpt.errors import UserError

@@ -37,8 +37,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from .. import launch
 from ..errors import UserError
-from . import kernels, launch
+from . import kernels
 from .ops import Array
 
 PARTS = 256  # parts of the gradients, each with one sum of squares; a slice begins and ends between two parts

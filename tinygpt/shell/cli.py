@@ -8,8 +8,7 @@ import warnings
 
 import click
 
-from .. import __version__
-from ..core import launch
+from .. import __version__, launch
 from ..errors import UserError
 from .terminal import one_line, printable, say
 

@@ -1,4 +1,4 @@
-"""How the processes of `mpiexec -n 4 tinygpt ...` begin and end. Their work is in `parallel`.
+"""How the processes of `mpiexec -n 4 tinygpt ...` begin and end. Their work is in `core/parallel`.
 
 An error of one process ends all processes. mpiexec prints one error and returns its exit status.
 
@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from ..errors import UserError
+from .errors import UserError
 
 LAUNCHERS = ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")  # MPICH's, Open MPI's
 FAILURE = 1  # the tag of the messages of processes that end
