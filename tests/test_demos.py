@@ -119,7 +119,8 @@ def test_the_glossary_names_what_is_there():
 @pytest.mark.skipif(not (DEMOS.parent / "tinygpt").exists(), reason="needs the sources")
 def test_the_glossary_explains_words_that_a_demo_prints():
     """Guards: a word of the output that was renamed."""
-    page = (DEMOS / "README.md").read_text(encoding="utf-8").split("## What the demos print")[1].split("\n## ")[0]
+    page = (DEMOS / "README.md").read_text(encoding="utf-8")
+    page = page.split("## What the demos print")[1].split("\n## ")[0]
     report = (DEMOS.parent / "tinygpt/lab/report.py").read_text(encoding="utf-8")
     rows = dict(re.findall(r"(?m)^\| (\d) \|.*?\|(.*)", page))
     for path in DEMOS.glob("[0-9]_*.py"):

@@ -95,7 +95,8 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
         "base", "sft", "rlhf", "lora", "ptuning",
     ]  # fmt: skip
-    again = CliRunner().invoke(main, [*asked, "--compare", "base,sft,rlhf,lora,ptuning"], input="\n \nWhere?\n")
+    command = [*asked, "--compare", "base,sft,rlhf,lora,ptuning"]
+    again = CliRunner().invoke(main, command, input="\n \nWhere?\n")
     assert again.output == result.output  # an empty line is no question
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "is_terminal", lambda stream: True)
