@@ -116,6 +116,19 @@ def test_the_glossary_names_what_is_there():
     assert {int(n) for n in re.findall(r"[Cc]laim (\d+)", page)} <= set(CLAIMS)
 
 
+@pytest.mark.skipif(not (DEMOS.parent / "tinygpt").exists(), reason="needs the sources")
+def test_the_glossary_explains_words_that_a_demo_prints():
+    """Guards: a word of the output that was renamed."""
+    page = (DEMOS / "README.md").read_text(encoding="utf-8")
+    page = page.split("## What the demos print")[1].split("\n## ")[0]
+    report = (DEMOS.parent / "tinygpt/lab/report.py").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| (\d) \|.*?\|(.*)", page))
+    for path in DEMOS.glob("[0-9]_*.py"):
+        words = re.findall(r"`([^`]+)`", re.sub("`questions, .*?`", "", rows.pop(path.name[0])))
+        assert words and all(word in path.read_text(encoding="utf-8") + report for word in words), path
+    assert not rows
+
+
 def test_questions_about_natural_text(tmp_path, monkeypatch):
     """Guards: a question whose answer tuning has taught; choices without the right one; a page whose commands
     do not exist."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from tinygpt.check import course, exercises, submission
+from tinygpt.check.gradcheck import Result
+from tinygpt.lab import texts
+from tinygpt.shell import checks
 from tinygpt.shell.cli import main
 
 RIGHT = "    return dout @ w.T, x.T @ dout, dout.sum(0)\n"
@@ -112,6 +116,7 @@ SUBMISSIONS = {  # a file, and its message; "" if the file is right
 }  # fmt: skip
 MAY_BE_EITHER = {"forks"}  # two processes write into one file, which is readable or not
 HOSTILE = {"forged", "forks", "deep_json"}  # wrong or unreadable, with any message
+PYTHONS = {"syntax", "indentation", "import", "raises", "no_array", "reads_input"}  # a message of Python
 
 
 @pytest.fixture
@@ -141,8 +146,12 @@ def test_a_folder_is_graded_in_one_call(folder):
             continue
         assert row["ok"] == name.startswith("right"), (name, problems)
         assert row["ok"] == (not problems)
-        texts = [f"{g['name']}: {g['problem'] or 'relative error'}" for g in problems]
-        assert name in HOSTILE or row["ok"] or any(message in text for text in texts), (name, texts)
+        lines = [f"{g['name']}: {g['problem'] or 'relative error'}" for g in problems]
+        assert name in HOSTILE or row["ok"] or any(message in line for line in lines), (name, lines)
+        for result in (Result(**{n: x for n, x in g.items() if n != "ok"}) for g in row["gradients"]):
+            korean = [texts.translated("ko", line) for line in checks._text(result).splitlines()]
+            english = re.search("[a-z]{2,} [a-z]{2,}", re.sub("`.*?`", "", str(korean)))
+            assert name in HOSTILE | PYTHONS or not english, korean
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")

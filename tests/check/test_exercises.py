@@ -21,6 +21,7 @@ from tinygpt.check.exercises import EXERCISES
 from tinygpt.core import ops
 from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT, Pass
+from tinygpt.lab import texts
 from tinygpt.shell.cli import main
 from tinygpt.stages import dpo, rlhf, variants
 from tinygpt.stages.adapter import AdapterConfig
@@ -260,6 +261,8 @@ def test_a_mistake_is_named(run, name, mistake, wrong):
     assert result.exit_code == 1
     bad = [line for line in result.output.splitlines() if line.startswith("WRONG")]
     assert len(bad) == 1 and re.match(rf"WRONG  {wrong}: relative error .* at \[[\d, ]+\]: backward", bad[0])
+    for line in result.output.splitlines():
+        assert not re.search("[a-z]{2,} [a-z]{2,}", texts.translated("ko", line)), line
 
 
 # --- the command -------------------------------------------------------------------------------------------

@@ -95,11 +95,15 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert [line.split(":")[0] for line in result.output.splitlines() if ":" in line] == [
         "base", "sft", "rlhf", "lora", "ptuning",
     ]  # fmt: skip
+    command = [*asked, "--compare", "base,sft,rlhf,lora,ptuning"]
+    again = CliRunner().invoke(main, command, input="\n \nWhere?\n")
+    assert again.output == result.output  # an empty line is no question
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "is_terminal", lambda stream: True)
         patch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
         korean, english = (CliRunner().invoke(main, [*asked, "--lang", lang]).output for lang in ("ko", "en"))
     assert "질문도 영어로 하십시오." in korean and "ask in English." in english
+    assert "Ctrl-D" in korean and "Ctrl-D" in english
     assert [line for line in korean.splitlines() if line.startswith("  ")] == english.splitlines()[2:-1]
     one = CliRunner().invoke(main, [*asked, "--stage", "base"], input="Where?\n")
     base, _ = adapters.load_model(*story.where(out, "base"))

@@ -209,8 +209,42 @@ def test_an_exercise_in_korean(name, tmp_path, monkeypatch):
     head, rest = korean.split('\n"""\n', 1)
     assert not ENGLISH.search(head.replace(f"tinygpt exercise {name}", ""))
     assert exercises.EXERCISES[name][1].split(", ")[0] in head
-    code = re.compile(r'""".*?"""|#.*', re.S)
+    code = re.compile(r'""".*?"""|#[^\n]*', re.S)
     assert code.sub("", rest) == code.sub("", english.split('\n"""\n', 1)[1])
+    words = " ".join(code.findall(rest)).replace("et al.", "")
+    assert not re.search(r"\b(the|is|are|of|and|with|each|for|has|gets?|no|a \w{3,})\b", words), words
+
+
+def test_the_code_of_the_exercises_has_each_english_text():
+    """Guards: a translation that waits for a comment that was changed."""
+    source = inspect.getsource(exercises)
+    assert all(pair["en"] in source for key, pair in texts.texts().items() if key.startswith("code "))
+
+
+WRONG = "    return dout @ w.T, 2 * x.T @ dout, dout\n"
+
+
+def test_a_grade_in_korean(tmp_path, monkeypatch):
+    """Guards: a verdict in English; a command that forgets the language; JSON with other words."""
+    monkeypatch.chdir(tmp_path)
+    made = CliRunner().invoke(main, ["exercise", "linear", "--lang", "ko"])
+    assert made.stdout.endswith("--check my_linear.py --lang ko\n")
+    check, file = ["exercise", "linear", "--check", "my_linear.py"], Path("my_linear.py")
+    blank = CliRunner().invoke(main, [*check, "--lang", "ko"])
+    assert blank.exit_code == 1 and blank.stdout.startswith("틀림 linear_backward: backward가 None을")
+    source = re.sub("    # 여기에 .*\n", WRONG, file.read_text(encoding="utf-8"))
+    file.write_text(source, encoding="utf-8")
+    wrong = CliRunner().invoke(main, [*check, "--lang", "ko"])
+    assert wrong.exit_code == 1 and not ENGLISH.search(wrong.stdout)
+    right, factor, likely, shape, total = wrong.stdout.splitlines()
+    assert right.startswith("맞음 dx: 상대 오차 ") and factor.startswith("틀림 dw: 상대 오차 5.0e-01, 위치 [")
+    assert likely == "짐작: 맞는 값의 2배입니다" and shape.startswith("틀림 db: 모양이 (5, 3)입니다.")
+    assert total == "짐작: 축 0에 대한 합이 빠졌습니다"
+    folder = CliRunner().invoke(main, ["exercise", "linear", "--check", ".", "--lang", "ko"])
+    assert folder.stdout.startswith("틀림 my_linear.py  db: 모양이")
+    korean, english = (CliRunner().invoke(main, [*check, "--json", *lang], env={"LANG": "ko_KR.UTF-8"}).output
+                       for lang in (["--lang", "ko"], []))  # fmt: skip
+    assert korean == english and json.loads(english)[1]["diagnosis"] == "it is 2 times the right one"
 
 
 def test_the_list_of_exercises_in_korean():

@@ -4,8 +4,9 @@
 
     ["note recall", {"times": 256, "often": 1.0, "never": 0.05, "chance": 0.06}]      key, values
 
-So a story that was measured once can be read in both languages. Not here: help texts and errors, which are
-English, and the hints of the exercises in English, which stand in `check/exercises.py`.
+So a story that was measured once can be read in both languages. The gradient checker has English
+sentences. `translated` finds them in the table. Not here: help texts and errors, which are English, and the
+hints of the exercises in English, which stand in `check/exercises.py`.
 """
 
 import re
@@ -42,6 +43,18 @@ def spoken(language: str, item: object) -> object:
         case [*items]:
             return ", ".join(spoken(language, each) for each in items)
     return item
+
+
+def translated(language: str, sentence: str) -> str:
+    """A sentence of the gradient checker in another language. The first text `checker ...` whose English
+    fits decides. Its {values} are translated too; {name} has no space. Other sentences stay, as Python's."""
+    for key, pair in texts().items():
+        if key.startswith("checker ") and language != LANGUAGES[0]:
+            pattern = re.escape(pair["en"]).replace(r"\ ", r"\s+").replace(r"\{name\}", r"(?P<name>\S+)")
+            if fit := re.fullmatch(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", pattern), sentence):
+                values = {name: translated(language, value) for name, value in fit.groupdict().items()}
+                return text(language, key, **values)
+    return sentence
 
 
 def language_of(environment: Mapping[str, str]) -> str:

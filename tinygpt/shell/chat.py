@@ -33,7 +33,7 @@ def speaker(folder: Path, adapter_folder: Path | None, seed: int, dtype: str, **
 @lang
 def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: str | None, stop: str | None,
          adapter_folder: Path | None, language: str, **options) -> None:  # fmt: skip
-    """Talk with the model in FOLDER, line by line; Ctrl-D ends it.
+    """Talk with the model in FOLDER, line by line; Ctrl-D ends it. An empty line is no question.
 
     A model that was tuned to instructions (tinygpt sft) gets your line as a question. Any other model
     continues the conversation as plain text. The oldest lines are forgotten when the context is full. A
@@ -65,6 +65,8 @@ def chat(folder: Path | None, story_folder: Path | None, stage: str, compare: st
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = from_stdin(lambda: input("> " if person else ""))
+            if not line.strip():
+                continue
             for name, talk in partners.items():
                 try:
                     pieces = talk(line)

@@ -40,23 +40,24 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     separate process. Exit status 0: everything is right. In a folder, each .py file is a submission and gets
     one row.
     """
+    again = ["--lang", language] * (language != texts.LANGUAGES[0])
     if name is None:
         if submissions or out:
             raise click.UsageError("name the exercise: tinygpt exercise NAME --check FILE")
         for each, (about, _) in exercises.EXERCISES.items():
             say(f"{each:16} {about if language == 'en' else texts.text(language, f'exercise {each}')}")
-        say("\n" + texts.text(language, "exercise next", command=command("exercise", "linear")))
+        say("\n" + texts.text(language, "exercise next", command=command("exercise", "linear", *again)))
         sys.exit()
     if name not in exercises.EXERCISES:
         raise UserError(f"there is no exercise {name}: choose from {', '.join(exercises.EXERCISES)}")
     if submissions:
-        sys.exit(_grade(name, submissions, time_limit, as_json))
+        sys.exit(_grade(name, submissions, time_limit, as_json, language))
     out = out or Path(f"my_{name}.py")
     if out.suffix != ".py":
         raise UserError(f"{out}: does not end in .py; name another file")
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
-    following = command("exercise", name, "--check", out.as_posix())
+    following = command("exercise", name, "--check", out.as_posix(), *again)
     source = exercises.text(name, following)
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -68,8 +69,8 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
 
 
 def _translated(source: str, name: str, following: str, language: str) -> str:
-    """The file of an exercise in another language: its head, the forward's docstring, its hint, the comment
-    of its blank. The rest is code, shapes and formulas."""
+    """The file of an exercise in another language: its head, docstrings, hint and comments. The rest is
+    code, shapes and formulas."""
 
     def paragraph(key: str, **values) -> str:
         return texts.fill(texts.text(language, key, **values), 100)
@@ -87,11 +88,13 @@ def _translated(source: str, name: str, following: str, language: str) -> str:
         source = re.sub(rf'(def {name}_forward.*?:\n)    "{{3}}.*?"{{3}}', rf"\1{about}", source, flags=re.S)
     names = re.search("# write (.*) here", source)[1].replace(" and ", ", ")
     source = re.sub("(?<=# )write .* here", texts.text(language, "exercise write", names=names), source)
+    for key, pair in texts.texts().items():
+        source = source.replace(pair["en"], pair[language]) if key.startswith("code ") else source
     return '"""' + "\n\n".join(head) + '\n"""\n' + source
 
 
-def _grade(name: str, path: Path, limit: float, as_json: bool) -> bool:
-    """Grades a file or a folder of files. True if one of them is wrong."""
+def _grade(name: str, path: Path, limit: float, as_json: bool, language: str) -> bool:
+    """Grades a file or a folder of files. True if one of them is wrong. JSON is English."""
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: there is no .py file in it")
@@ -109,7 +112,7 @@ def _grade(name: str, path: Path, limit: float, as_json: bool) -> bool:
             rows += map(_row, results)
             text = "\n".join(map(_text, results))
         if not as_json:
-            say(text)
+            say("\n".join(texts.translated(language, line) for line in text.splitlines()))
     if as_json:
         say(json.dumps(rows, indent=1))
     return not all(row["ok"] for row in rows)

@@ -105,7 +105,7 @@ def lang(command: Callable) -> Callable:
     def language(ctx: click.Context, option: click.Parameter, value: str | None) -> str:
         options = ctx.params  # click reads the options on the command line first
         has_no_story = ctx.info_name == "chat" and not options.get("story_folder")
-        is_english = has_no_story or bool(options.get("submissions"))
+        is_english = has_no_story or bool(options.get("as_json"))
         locale = texts.language_of(os.environ)
         if value is None and not is_english and locale != texts.LANGUAGES[0]:
             say(texts.text(locale, "language"), err=True)
