@@ -78,12 +78,7 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
 
     check_out(out)
     if (out / telling.FILE).exists():
-        there = read_object(out / telling.FILE)
-        before = there.get("dtype", "float32")
-        if (there.get("seed"), there.get("quick"), before) != (seed, quick, dtype):
-            which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
-            which += f" --dtype {short(before)}" * (before != "float32")
-            raise UserError(f"{out}: has the story of {which}; --out takes another folder")
+        _check_same(out, read_object(out / telling.FILE), seed, quick, dtype)
     text, stages = partial(texts.text, language), list(telling.STAGES)
     if not quick and kernels.backend().__name__ != kernels.__name__:
         say(text("story without C"))
@@ -130,6 +125,15 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
     words += ["--lang", language] * (language != texts.LANGUAGES[0])
     say(text("story saved", out=out, command=command(*words)))
     sys.exit(any("failed" in result for result in story["stages"].values()))
+
+
+def _check_same(out: Path, there: dict, seed: int, quick: bool, dtype: str) -> None:
+    """Raises UserError if the folder has a story of other options."""
+    before = there.get("dtype", "float32")
+    if (there.get("seed"), there.get("quick"), before) != (seed, quick, dtype):
+        which = f"--seed {short(there.get('seed'))}" + " --quick" * bool(there.get("quick"))
+        which += f" --dtype {short(before)}" * (before != "float32")
+        raise UserError(f"{out}: has the story of {which}; --out takes another folder")
 
 
 @click.command()
