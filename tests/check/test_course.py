@@ -207,6 +207,17 @@ def test_a_folder_of_right_ones_is_right(tmp_path):
     assert (result.exit_code, result.stdout) == (0, "ok     a.py\nok     one/b.py\n")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs links and a newline in a name")
+def test_a_strange_name_has_a_row_too(tmp_path):
+    """Guards: a row of two lines, and an AttributeError for a file that is not there."""
+    (tmp_path / "a\nb.py").write_text(linear(), encoding="utf-8")
+    (tmp_path / "link.py").symlink_to("nowhere")
+    result = CliRunner().invoke(main, ["exercise", "linear", "--check", str(tmp_path)])
+    first, second = result.stdout.splitlines()
+    assert first == "ok     a\\nb.py"
+    assert second.startswith("WRONG  link.py  linear_backward: FileNotFoundError: ") and "nowhere" in second
+
+
 @pytest.mark.parametrize("path, says", [("nowhere.py", "there is no such file"), (".", "no .py file in it")])
 def test_nothing_to_grade_is_one_line(tmp_path, monkeypatch, path, says):
     monkeypatch.chdir(tmp_path)

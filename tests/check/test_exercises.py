@@ -220,9 +220,9 @@ def no_stream(dout, cache):
     return dx - dout, dp
 
 
-def decay_in_the_gradient(w, g, m, v, t):
-    _, m, v = exercises.solution("adamw")(w, g, m, v, t)
-    return exercises.solution("adamw")(w, g + 0.1 * w, m, v, t)[0], m, v
+def decay_in_the_gradient(w, g, m, v, t, *constants):
+    _, m, v = exercises.solution("adamw")(w, g, m, v, t, *constants)
+    return exercises.solution("adamw")(w, g + 0.1 * w, m, v, t, *constants)[0], m, v
 
 
 def the_oldest_forgotten(q, k, v, keys, values):

@@ -111,7 +111,8 @@ def embedding_backward(dout, cache):
 
 
 def embedding_inputs(rng):
-    return {"ids": np.array([[0, 2, 2, 6], [1, 2, 0, 4]]), "w": rng.standard_normal((7, 3))}
+    ids = rng.permutation(6)[[[0, 2, 2, 5], [1, 2, 0, 4]]]  # the last row of w has no id
+    return {"ids": ids, "w": rng.standard_normal((7, 3))}
 
 
 # --- GELU ---------------------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def layernorm_backward(dout, cache):
 
 def layernorm_inputs(rng):
     x, g, b = map(rng.standard_normal, [(2, 3, 5), 5, 5])
+    x[0] *= 0.01  # so small that eps matters
     return {"x": x, "g": g, "b": b}
 
 
@@ -238,8 +240,8 @@ def attention_backward(dout, cache):
 
 
 def attention_inputs(rng):
-    q, k, v = rng.standard_normal((3, 2, 5, 6))
-    return {"q": q, "k": k, "v": v, "n_head": 2}
+    q, k, v = rng.standard_normal((3, 4, 5, 6))
+    return {"q": q, "k": k, "v": v, "n_head": 3}
 
 
 # --- a block ------------------------------------------------------------------------------------------------
@@ -275,10 +277,10 @@ def block_backward(dout, cache):
 
 
 def block_inputs(rng):
-    sizes = {"ln_1": (4,), "attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "ln_2": (4,), "mlp.c_fc": (4, 16)}
+    sizes = {"ln_1": (6,), "attn.c_attn": (6, 18), "attn.c_proj": (6, 6), "ln_2": (6,), "mlp.c_fc": (6, 24)}
     p = {name: (rng.standard_normal(n), rng.standard_normal(n[-1])) for name, n in sizes.items()}
-    p["mlp.c_proj"] = rng.standard_normal((16, 4)), rng.standard_normal(4)
-    return {"x": rng.standard_normal((1, 3, 4)), "p": p}
+    p["mlp.c_proj"] = rng.standard_normal((24, 6)), rng.standard_normal(6)
+    return {"x": rng.standard_normal((4, 5, 6)), "p": p}
 
 
 # --- AdamW --------------------------------------------------------------------------------------------------
@@ -309,7 +311,11 @@ def adamw_step(w, g, m, v, t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_d
 
 def adamw_inputs(rng):
     w, g, m, v = rng.standard_normal((4, 6))
-    return {"w": w, "g": g, "m": m, "v": v * v, "t": int(rng.integers(1, 9))}
+    size = np.array([1, 0, 1e-8, 1e-7, 1, 1])  # so small that eps matters
+    lr, beta1, beta2, eps, decay = rng.uniform(0.5, 0.9, 5).tolist()
+    constants = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": 1e-7 * eps, "weight_decay": decay}
+    arrays = {"w": w, "g": size * g, "m": size * m, "v": np.square(size * v)}
+    return {**arrays, "t": int(rng.integers(2, 6)), **constants}
 
 
 # --- KV cache -----------------------------------------------------------------------------------------------
@@ -335,7 +341,7 @@ def kv_cache_step(q, k, v, keys, values):
 
 
 def kv_cache_inputs(rng):
-    (q, k, v), (keys, values) = rng.standard_normal((3, 2, 1, 4)), rng.standard_normal((2, 2, 3, 4))
+    (q, k, v), (keys, values) = rng.standard_normal((3, 2, 1, 6)), rng.standard_normal((2, 2, 3, 6))
     return {"q": q, "k": k, "v": v, "keys": keys, "values": values}
 
 
@@ -363,7 +369,7 @@ def lora_backward(dout, cache):
 def lora_inputs(rng):
     w = rng.integers(-3, 4, (4, 12))  # frozen: gradcheck checks no gradient of integers
     x, A, B = map(rng.standard_normal, [(5, 4), (4, 2), (2, 12)])
-    return {"x": x, "w": w, "A": A, "B": B, "alpha": 3.0}
+    return {"x": x, "w": w, "A": A, "B": B, "alpha": float(rng.uniform(1, 9))}
 
 
 # --- policy gradient ----------------------------------------------------------------------------------------
@@ -396,7 +402,8 @@ def policy_gradient_backward(dloss, cache):
 
 def policy_gradient_inputs(rng):
     logits, ids = rng.standard_normal((3, 4, 5)), rng.integers(5, size=(3, 4))
-    return {"logits": logits, "ids": ids, "advantages": np.array([2, -1, -1])}  # constants: integers
+    advantages = np.array([0, -9, 9]) + rng.integers(1, 5, 3)  # constants: integers
+    return {"logits": logits, "ids": ids, "advantages": advantages}
 
 
 # --- RLOO ---------------------------------------------------------------------------------------------------
@@ -425,7 +432,7 @@ def rloo_backward(dloss, rewards):
 
 
 def rloo_inputs(rng):
-    return {"logp": rng.standard_normal((3, 4)), "rewards": rng.integers(-3, 4, (3, 4))}
+    return {"logp": rng.standard_normal((3, 5)), "rewards": rng.integers(-3, 4, (3, 5))}
 
 
 # --- DPO ----------------------------------------------------------------------------------------------------
@@ -453,7 +460,7 @@ def dpo_backward(dloss, cache):
 def dpo_inputs(rng):
     refs = rng.integers(-9, -2, (2, 5))  # frozen: integers get no gradient
     chosen, rejected = refs + rng.standard_normal((2, 5))
-    frozen = {"ref_chosen": refs[0], "ref_rejected": refs[1], "beta": 0.7}
+    frozen = {"ref_chosen": refs[0], "ref_rejected": refs[1], "beta": float(rng.uniform(0.2, 2))}
     return {"chosen": chosen, "rejected": rejected, **frozen}
 
 
@@ -479,9 +486,9 @@ def _block(dout, cache):
     return dx, {p: (grads[f"h.0.{p}.weight"], grads[f"h.0.{p}.bias"]) for p in filter(None, parts)}
 
 
-def _adamw(w, g, m, v, t):
+def _adamw(w, g, m, v, t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
     w, m, v = w.copy(), m.copy(), v.copy()
-    ops.adamw(w, g, m, v, step=t, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    ops.adamw(w, g, m, v, step=t, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     return w, m, v
 
 

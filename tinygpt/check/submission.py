@@ -6,6 +6,7 @@ decides whether an answer is right.
 """
 
 import contextlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -44,7 +45,8 @@ def main(path: str, function: str, limit: str) -> None:
     sys.path[0] = os.path.dirname(path)
     answers = []
     try:
-        spec = importlib.util.spec_from_file_location("submission", path)
+        loader = importlib.machinery.SourceFileLoader("submission", path)  # a link may lead to any name
+        spec = importlib.util.spec_from_file_location("submission", path, loader=loader)
         module = sys.modules["submission"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for arguments in calls:

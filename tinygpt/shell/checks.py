@@ -107,7 +107,8 @@ def _grade(name: str, path: Path, limit: float, as_json: bool, language: str) ->
         ok = all(result.ok for result in results)
         if path.is_dir():
             rows.append({"file": str(file.relative_to(path)), "ok": ok, "gradients": [*map(_row, results)]})
-            text = f"{'ok' if ok else 'WRONG':6} {file.relative_to(path)}" + f"  {worst}" * (not ok)
+            row = str(file.relative_to(path)).replace("\n", "\\n")
+            text = f"{'ok' if ok else 'WRONG':6} {row}" + f"  {worst}" * (not ok)
         else:
             rows += map(_row, results)
             text = "\n".join(map(_text, results))
