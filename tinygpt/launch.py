@@ -30,7 +30,7 @@ from .errors import UserError
 
 LAUNCHERS = ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")  # MPICH's, Open MPI's
 FAILURE = 1  # the tag of the messages of processes that end
-STARTING = 60.0  # seconds in which all processes begin MPI
+STARTING = 300.0  # seconds in which all processes begin MPI
 GRACE = 3.0  # seconds in which the other processes answer
 PRINTING = 0.5  # seconds in which mpiexec prints a text; after the end it prints no more
 
@@ -74,6 +74,7 @@ def time_limit() -> Iterator[None]:
         yield
         return
     clock, end = os.pipe()
+    parent = os.getpid()
     if not (child := os.fork()):
         try:
             os.close(end)  # of the child. That of the parent closes with the parent at the latest
@@ -82,7 +83,10 @@ def time_limit() -> Iterator[None]:
                 text = f"MPI has not begun for {STARTING:g} seconds: a process did not start, or hangs"
                 print(f"tinygpt: {text}", file=sys.__stderr__, flush=True)
                 _abort(2)
-                os.kill(os.getppid(), signal.SIGKILL)
+                if os.getppid() == parent:
+                    os.kill(parent, signal.SIGKILL)
+        except KeyboardInterrupt:  # the parent gets Ctrl-C too, and waits in MPI's start
+            _abort(130)
         finally:
             os._exit(0)
     os.close(clock)
@@ -90,7 +94,8 @@ def time_limit() -> Iterator[None]:
         yield
     finally:
         os.close(end)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(child, 0)
 
 
 def together(program: Callable[[], None]) -> None:
@@ -125,11 +130,13 @@ def _end_all(status: int, is_peer: bool) -> None:
     if has_begun and (rank or is_peer):
         failed, _ = answers(not is_peer)
     is_first = not is_peer and min([rank, *failed]) == rank
-    if not is_first or rank and not has_begun:
+    if not is_first:
         time.sleep(GRACE)  # another process ends this one
+    elif rank and not has_begun:
+        time.sleep(GRACE + 2 * PRINTING * rank)  # a process with a lower number may end this one
     if is_first and rank:
-        text = f"process {rank} on {platform.node()}: {sys.stderr.getvalue()}"
-        print(text, end="", file=sys.__stderr__, flush=True)
+        text = sys.stderr.getvalue() or "interrupted\n"
+        print(f"process {rank} on {platform.node()}: {text}", end="", file=sys.__stderr__, flush=True)
     _abort(status)
     if has_begun:
         MPI.COMM_WORLD.Abort(status)
@@ -140,7 +147,8 @@ def _abort(status: int) -> None:
     """Ends all processes, if mpiexec is MPICH's. It understands this also before MPI has begun."""
     time.sleep(PRINTING)
     if pipe := os.environ.get("PMI_FD"):
-        os.write(int(pipe), f"cmd=abort exitcode={status}\n".encode())
+        with contextlib.suppress(OSError):  # mpiexec is gone
+            os.write(int(pipe), f"cmd=abort exitcode={status}\n".encode())
         time.sleep(GRACE)
 
 

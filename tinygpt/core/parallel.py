@@ -145,7 +145,7 @@ class MPIGroup(Group):
             pieces = [part[i : i + count] for part in parts]
             piece = pieces[self.rank]
             summands = [buffer[: piece.size] for buffer in buffers]
-            requests = [self.comm.Irecv(summands[rank], rank) for rank in self.others]
+            requests = [self.comm.Irecv(summands[rank], rank, 0) for rank in self.others]  # no other tag
             requests += [self.comm.Isend(pieces[rank], rank) for rank in self.others]
             summands[self.rank] = piece
             self._wait(requests, AWAKE)
@@ -177,8 +177,9 @@ class MPIGroup(Group):
                 if now - failure > PATIENCE:
                     raise launch.PeerError(2)
             if now - begin > self.hang_timeout:
-                silent = ", ".join(map(str, launch.answers(True)[1])) or "that has answered now"
-                raise UserError(f"no answer from process {silent} for {self.hang_timeout:g} seconds")
+                silent = ", ".join(map(str, launch.answers(True)[1]))
+                text = f"no answer from process {silent} for" if silent else "an exchange took more than"
+                raise UserError(f"{text} {self.hang_timeout:g} seconds (--hang-timeout)")
             time.sleep(min(max(0.0, now - begin - awake) / 10, NAP))
 
 

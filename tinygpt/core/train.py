@@ -141,6 +141,7 @@ def train(
                 save()
                 last_save = n
             if broken:
+                group.meet()  # the error of one process would end process 0 in its save
                 raise failure or UserError("another process failed")
             if stop:
                 raise KeyboardInterrupt

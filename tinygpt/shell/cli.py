@@ -53,7 +53,8 @@ class Commands(click.Group):
                 self.add_command(each)
 
     def invoke(self, ctx: click.Context):
-        warnings.showwarning = lambda message, *_: say(f"tinygpt: {message}", err=True)
+        rank, _ = launch.launched()  # process 0 prints the warnings
+        warnings.showwarning = lambda message, *_: rank or say(f"tinygpt: {message}", err=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal lacks
         try:

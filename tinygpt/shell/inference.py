@@ -25,6 +25,7 @@ from .chat import speaker
 from .options import (
     COUNT,
     COUNT_OR_0,
+    DATA,
     FILE,
     FOLDER,
     MORE_THAN_0,
@@ -114,7 +115,7 @@ def look(folder: Path, text: str, adapter_folder: Path | None, answer: str, toke
 @click.command()
 @click.argument("folder", type=FOLDER)
 @adapter_folder_option
-@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+@click.option("--data", type=DATA, metavar="FILE", show_default="the world that the model was trained on",
               help=f'JSON Lines: {USUAL[1]}, perhaps with "choices": [...], or another form of '
                    "demos/formats.md; or the folder of tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--task", default="mappings",
@@ -176,7 +177,7 @@ def tokenizer() -> None:
 
 
 @tokenizer.command("train")
-@click.option("--data", multiple=True, metavar="PATH", show_default="Python's own documentation", help=
+@click.option("--data", type=DATA, multiple=True, show_default="Python's own documentation", help=
               "A UTF-8 text file, or a folder of .txt, .md and .rst files; repeat for several.")  # fmt: skip
 @click.option("--plain-text", is_flag=True, help=f"Take {tokenizers.END_OF_TEXT} in a file as text.")
 @click.option("--vocab-size", default=1024, type=COUNT, help="256 bytes, 1 end of text, merges.")

@@ -15,7 +15,7 @@ from ..stages.samples import prompt_ids, sample
 from ..text import instructions
 from ..text.examples import USUAL, Notes
 from ..world import corpus
-from .options import COUNT, COUNT_OR_0, FOLDER, PATH
+from .options import COUNT, COUNT_OR_0, DATA, FOLDER, PATH
 from .progress import command
 from .terminal import from_stdin, is_terminal, say
 from .worlds import world_of
@@ -25,7 +25,7 @@ TEMPERATURES = (1.0, 1.5, 2.0)  # the next one is tried where all answers are eq
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--data", metavar="FILE", show_default="the world that the model was trained on",
+@click.option("--data", type=DATA, metavar="FILE", show_default="the world that the model was trained on",
               help=f"JSON Lines: {USUAL[0]}, or another form of demos/formats.md; or a folder of "
                    "tinygpt world, or world:SEED.")  # fmt: skip
 @click.option("--out", default="comparisons.jsonl", type=PATH, help="The file.")

@@ -32,26 +32,28 @@ class Number(click.ParamType):
 
 
 def _name(param: click.Parameter) -> str:
-    return flag(param.name) if isinstance(param, click.Option) else param.name
+    return max(param.opts, key=len)
 
 
 COUNT, COUNT_OR_0 = Number(int, "[1, inf)"), Number(int, "[0, inf)")
 REAL, MORE_THAN_0 = Number(float, "[0, inf)"), Number(float, "(0, inf)")
 
 
-class PathType(click.ParamType):
+class PathType(click.Path):
     """A path, which --help calls `name`. Refuses an empty text, for example of an unset shell variable."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, path_type: type = Path) -> None:
+        super().__init__(path_type=path_type)
         self.name = name
 
     def convert(self, value, param, ctx):
         if not str(value):
             raise UserError(f"{_name(param)} is an empty text: give a path")
-        return Path(value)
+        return super().convert(value, param, ctx)
 
 
 PATH, FOLDER, FILE = map(PathType, ("path", "folder", "file"))
+DATA = PathType("path", str)  # a file, a folder, or a world such as world:7
 
 
 def together(options: Iterable[Callable]) -> Callable:

@@ -21,6 +21,7 @@ from . import afterwards, beforehand, registry
 from .cli import IN_PARALLEL
 from .options import (
     COUNT,
+    FOLDER,
     MORE_THAN_0,
     check,
     chosen,
@@ -57,7 +58,7 @@ def command_of(stage: type[Stage]) -> click.Command:
     decorate = together([
         *from_fields((option for option in options if option[0] in FIRST), stage.defaults),
         out(stage.out or stage.name),
-        click.option("--resume", metavar="FOLDER", help=resume),
+        click.option("--resume", type=FOLDER, help=resume),
         *EXTRA.get(stage.name, ()),
         *([hang_timeout] if stage.name in IN_PARALLEL else ()),
         *from_fields((option for option in options if option[0] not in FIRST), stage.defaults),
@@ -138,7 +139,7 @@ def _begin_or_resume(
         moved = _moved(stage)
         refuse(written - {"resume", "hang_timeout", *moved}, "--resume takes all settings from its folder")
         paths = {field: values[name] for name, field in moved.items()}
-        return runs.resume(stage, Path(values["resume"]), group, **paths)
+        return runs.resume(stage, values["resume"], group, **paths)
     values |= {name: value for name, value in stage.recipe(values).items() if name not in written}
     _ask_for(options, values)
     check(options, values, written)

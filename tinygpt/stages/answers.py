@@ -85,11 +85,10 @@ def likelihoods(
     packed = pack(parts, model.context)
     logps = [np.zeros(len(options)) for options in choices]
     for marks, _, logits in outputs(model, packed, rows):
-        logp = logits.astype(np.float64)
-        logp -= logp.max(-1, keepdims=True)  # exp cannot overflow
-        logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
         for mark in np.unique(marks):
-            n, here = keys[mark - 1][0], logp[marks == mark]  # (length of these choices, V)
+            n, here = keys[mark - 1][0], logits[marks == mark].astype(np.float64)  # (length of choices, V)
+            here -= here.max(-1, keepdims=True)  # exp cannot overflow
+            here -= np.log(np.exp(here).sum(-1, keepdims=True))
             for m in groups[keys[mark - 1]]:
                 logps[n][m] = here[np.arange(len(here)), choices[n][m]].sum()
     return logps
