@@ -262,7 +262,8 @@ def test_an_exception_of_a_layer_is_its_own():
 def test_a_shape_that_is_wrong_in_a_large_or_an_empty_tensor():
     """Guards: a diagnosis that takes 10,000 forwards, or that raises an exception."""
     for x in np.ones((100, 30)), np.ones((0, 3)):
-        (wrong, *_) = gradcheck(lambda x: (2 * x, None), lambda dout, c: dout.T, x)
+        forward, backward = lambda x, y: ((2 * x, y + 0), None), lambda douts, c: (douts[0].T, douts[1])
+        (wrong, *_) = gradcheck(forward, backward, [x, np.ones(2)])
         assert "its shape is" in wrong.problem and not wrong.diagnosis
 
 
@@ -284,7 +285,7 @@ def test_what_has_no_gradient_is_said():
             self.W = self.W - 0.1 * self.dW
             return dx
 
-    assert "backward replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
+    assert "another array replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
 
     class Half(Methods):
         def grads(self):
@@ -503,7 +504,7 @@ def test_a_layer_that_keeps_its_first_input_is_diagnosed():
             return dx
 
     (wrong,) = [r for r in gradcheck(Keeps(1), lambda rng: rng.standard_normal((4, 3))) if not r.ok]
-    assert wrong.name == "dW" and wrong.diagnosis.startswith("it is right at the first inputs and the same")
+    assert wrong.name == "dW" and wrong.diagnosis.startswith("it passes at the first inputs and is the same")
 
 
 def test_a_factor_at_one_point_is_no_diagnosis():
