@@ -1,7 +1,8 @@
 """Calls a forward/backward pair for `gradcheck.py`, and holds the pair to the contract of `ops.py`.
 
 The contract: forward returns (out, cache), and the same for the same inputs. Backward called twice gives the
-same answer, and is linear in dout. Neither writes to its arguments. This file judges no gradient's numbers.
+same answer, and is linear in dout. Neither writes to its arguments. Backward does not write to the parameters
+of a layer. This file judges no gradient's numbers.
 """
 
 from __future__ import annotations

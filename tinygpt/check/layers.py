@@ -113,7 +113,7 @@ class Layer(Pair):
             same = [q for q in parts.values() if overlap(p.value, q.value)]
             if not same:
                 parts[p.name] = p
-            elif p.value.size > same[0].value.size or not overlap(p.gradient, same[0].gradient):
+            elif p.views() != same[0].views():
                 names = same[0].name + ", ..." * (len(same) > 1)
                 self.notes.append(f"{p.path} shares its memory: checked only as {names}, against the total")
         self.params = {p.name: p for p in places if parts.get(p.name) is p}
@@ -163,6 +163,10 @@ class Place(NamedTuple):
     gradient: object
     store: Callable | None  # puts another gradient in its place
 
+    def views(self) -> list:
+        """The memory, shape and strides of the array and of the gradient, or a gradient that is no array."""
+        return [getattr(a, "__array_interface__", a) for a in (self.value, self.gradient)]
+
     def clear(self) -> None:
         """Sets the gradient to 0, in place where that is possible."""
         if isinstance(self.gradient, np.ndarray) and self.gradient.flags.writeable:
@@ -202,7 +206,7 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Pla
         here, value = _content(owner, name)
         there, grads = _content(owner, beside) if beside else ("", None)
         grads = dict(leaves(grads, ".")) | {".": grads}
-        store = partial(setattr, owner, beside) if beside in getattr(owner, "__dict__", ()) else None
+        store = partial(setattr, owner, beside) if beside in attributes else None
         for at, leaf in leaves(value, "."):
             g = grads.get(at, grads.get(re.sub(r"\['(\w+)'\]$", r"['d\1']", at)))
             number = isinstance(leaf, NUMBER) and np.asarray(leaf).dtype.kind in "iufc"
@@ -215,6 +219,8 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Pla
 
 def _attributes(owner: object) -> list[str]:
     """The names of an object's attributes and slots, and of properties and class attributes beside them."""
+    if not (hasattr(owner, "__dict__") or hasattr(owner, "__slots__")):  # such as a word of a vocabulary
+        return []
     slots = [name for kind in type(owner).__mro__ if "__slots__" in vars(kind)
              for name, value in vars(kind).items() if isinstance(value, MemberDescriptorType)]  # fmt: skip
     own = [*getattr(owner, "__dict__", ()), *slots]
