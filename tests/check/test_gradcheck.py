@@ -630,6 +630,7 @@ def test_what_cannot_be_checked_is_refused(forward, backward, message):
             gradcheck(forward, backward, {"x": nothing})
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
 @pytest.mark.parametrize("kind", [np.matrix, np.ma.MaskedArray])
 def test_other_kinds_of_arrays_are_refused(kind):
     """Guards: a mask that is dropped; a * of matrices that becomes a product of elements."""

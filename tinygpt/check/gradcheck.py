@@ -281,7 +281,8 @@ class _Judge:
                 if result.ok and len(self.notes) > kinks and alone <= small:
                     same = np.flatnonzero(x == x[i])
                     sample = rng.choice(same, min(small // 4 + 1, len(same)), replace=False)
-                    self.notes[kinks] += f"; {len(sample)} of {len(same):,} such elements are judged"
+                    if len(sample) < len(same):
+                        self.notes[kinks] += f"; {len(sample)} of {len(same):,} such elements are judged"
                     kink[same], alone, result = True, alone + len(sample), self.elements(sample)
                     if result.ok:
                         continue
