@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -289,7 +289,7 @@ def same(a: Array, b: Array, rel: float = 0.0) -> bool:
 # --- the second point --------------------------------------------------------------------------------------
 
 
-def moved(values: dict, rng: np.random.Generator, still: Container[str]) -> dict:
+def moved(values: dict, rng: np.random.Generator, still: list[str]) -> dict:
     """Arrays at a second point: x (1 + 0.05 r), r uniform in [-1, 1). Zeros, which may hide a term, become
     0.05 r. Of the inputs `still` only a tensor of zeros moves."""
     second = {}
