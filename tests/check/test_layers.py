@@ -196,6 +196,134 @@ class Network:
         return dout
 
 
+class Buffers(Attributes):
+    """Arrays that every call fills again. They are no parameters, though dx is beside x."""
+
+    def __init__(self, factor):
+        super().__init__(factor)
+        self.x, self.dx = np.empty((4, 3)), np.empty((4, 3))
+
+    def forward(self, x):
+        np.copyto(self.x, x)
+        return self.x @ self.W + self.b
+
+    def backward(self, dout):
+        self.dx[...] = super().backward(dout)
+        return self.dx
+
+
+class Flat(Attributes):
+    """All parameters are views of one array, and so are their gradients, as in llm.c."""
+
+    def __init__(self, factor):
+        self.factor, self.dflat = factor, np.zeros(8)
+        self.flat = np.concatenate([p.ravel() for p in weights()])
+        self.W, self.b = self.parts(self.flat)
+        self.dW, self.db = self.parts(self.dflat)
+
+    def parts(self, flat):
+        return flat[:6].reshape(3, 2), flat[6:]
+
+    def backward(self, dout):
+        self.dW[...], self.db[...] = self.factor * self.x.T @ dout, dout.sum(0)
+        return dout @ self.W.T
+
+
+class NewViews(Flat):
+    """Methods that make new views at every call."""
+
+    parameters = lambda self: self.parts(self.flat)  # noqa: E731
+    gradients = lambda self: self.parts(self.dflat)  # noqa: E731
+
+
+class Late(Attributes):
+    """A method that gives the gradients only after a backward, and gives copies."""
+
+    def __init__(self, factor):
+        self.factor, (self.W, self.b) = factor, weights()
+
+    parameters = lambda self: [self.W, self.b]  # noqa: E731
+    gradients = lambda self: [self.dW.copy(), self.db.copy()]  # noqa: E731
+
+
+class InLists(Attributes):
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW, self.db = self.dW.tolist(), self.db.tolist()
+        return dx
+
+
+class Constant(Attributes):
+    """A gradient to which nobody can write."""
+
+    def forward(self, x):
+        return super().forward(x) + self.W.sum()
+
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW = np.broadcast_to(self.factor * (dout.sum() + self.x.T @ dout), (3, 2))
+        self.dW.flags.writeable = False
+        return dx
+
+
+class Number:
+    """A gradient that is a number and adds up from call to call."""
+
+    __slots__ = ("factor", "scale", "dscale", "x")
+
+    def __init__(self, factor):
+        self.factor, self.scale, self.dscale = factor, np.array(1.5), 0.0
+
+    def forward(self, x):
+        self.x = x
+        return x * self.scale
+
+    def backward(self, dout):
+        self.dscale += self.factor * float((dout * self.x).sum())
+        return dout * self.scale
+
+
+class Slots:
+    __slots__ = ("b", "db", "factor")
+
+    def __init__(self, factor):
+        self.factor, self.b, self.db = factor, np.ones(3), None
+
+    def forward(self, x):
+        return x + self.b
+
+    def backward(self, dout):
+        self.db = self.factor * dout.sum(0)
+        return dout
+
+
+class Shared(Slots):
+    """b belongs to the class."""
+
+    b = np.ones(3)
+
+    def __init__(self, factor):
+        self.factor = factor
+
+
+class Containers:
+    """Layers in a deque, in a set and in an array of objects."""
+
+    def __init__(self, factor):
+        self.first, self.second = deque([Slots(factor)]), {Slots(1)}
+        self.third = np.array([Slots(1)], object)
+
+    def forward(self, x):
+        for layer in (*self.first, *self.second, *self.third):
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dout):
+        for layer in (*self.first, *self.second, *self.third):
+            layer.backward(dout)
+        return dout
+
+
 NAMES = {
     Lists: ["grads[0]", "grads[1]"],
     Attributes: ["dW", "db"],
@@ -209,7 +337,24 @@ NAMES = {
     WithCache: ["dW", "db"],
     Relu: [],
     Network: ["named['last'].dweights", "layers[0].dW", "layers[0].db", "named['last'].dbiases"],
+    Buffers: ["dW", "db"],
+    Flat: ["dW", "db"],
+    NewViews: ["gradients()[0]", "gradients()[1]"],
+    Late: ["gradients()[0]", "gradients()[1]"],
+    InLists: ["dW", "db"],
+    Constant: ["dW", "db"],
+    Number: ["dscale"],
+    Slots: ["db"],
+    Shared: ["db"],
+    Containers: ["first[0].db", "second[0].db", "third[0].db"],
 }
+NOTES = {
+    Buffers: ("forward overwrites x: not checked",),
+    Flat: ("flat shares its memory: checked only as db, ..., against the total",),
+    NewViews: ("flat shares its memory: checked only as gradients()[1], ..., against the total",),
+    Late: tuple(f"{name} shares its memory: checked only as gradients()[{i}], against the total"
+                for i, name in ((1, "b"), (0, "W"))),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -219,7 +364,7 @@ def test_each_convention(kind):
     results = gradcheck(layer, X)
     dx = "dinputs" if kind is Stored else "dx"
     assert results[0].name == dx and {r.name for r in results[1:]} == set(NAMES[kind])
-    assert all(r.ok for r in results) and not results[0].notes, results
+    assert all(r.ok for r in results) and results[0].notes == NOTES.get(kind, ()), results
     tinygpt.assert_gradients(layer, lambda rng: {dx[1:]: rng.standard_normal((4, 3))})
     wrong = {r.name: r for r in gradcheck(kind(1.01), X) if not r.ok}
     assert list(wrong) == [NAMES[kind][0] if NAMES[kind] else "dx"]
@@ -262,7 +407,8 @@ def test_an_exception_of_a_layer_is_its_own():
 def test_a_shape_that_is_wrong_in_a_large_or_an_empty_tensor():
     """Guards: a diagnosis that takes 10,000 forwards, or that raises an exception."""
     for x in np.ones((100, 30)), np.ones((0, 3)):
-        (wrong, *_) = gradcheck(lambda x: (2 * x, None), lambda dout, c: dout.T, x)
+        forward, backward = lambda x, y: ((2 * x, y + 0), None), lambda douts, c: (douts[0].T, douts[1])
+        (wrong, *_) = gradcheck(forward, backward, [x, np.ones(2)])
         assert "its shape is" in wrong.problem and not wrong.diagnosis
 
 
@@ -284,7 +430,7 @@ def test_what_has_no_gradient_is_said():
             self.W = self.W - 0.1 * self.dW
             return dx
 
-    assert "backward replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
+    assert "another array replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
 
     class Half(Methods):
         def grads(self):
@@ -292,6 +438,122 @@ def test_what_has_no_gradient_is_said():
 
     verdicts = {r.name: r.verdict for r in gradcheck(Half(1), X)}
     assert verdicts == {"dx": "ok", "grads()['W']": "missing", "grads()['b']": "ok"}
+
+
+def changed_layer(forward=Attributes.forward, backward=Attributes.backward, **attributes):
+    """Attributes with another forward or backward and with more attributes."""
+    layer = type("Changed", (Attributes,), {"forward": forward, "backward": backward})(1)
+    vars(layer).update(attributes)
+    return layer
+
+
+def after_backward(change):
+    """The right backward, and then a change."""
+
+    def backward(layer, dout):
+        dx = Attributes.backward(layer, dout)
+        change(layer)
+        return dx
+
+    return backward
+
+
+def before_forward(change):
+    def forward(layer, x):
+        change(layer)
+        return Attributes.forward(layer, x)
+
+    return forward
+
+
+def setting(name, value):
+    return lambda layer: setattr(layer, name, value(layer))
+
+
+@pytest.mark.parametrize("layer, notes", [
+    (changed_layer(before_forward(setting("W", lambda layer: layer.W.clip(-9, 9))),
+                   after_backward(setting("dW", lambda layer: 7 * layer.dW))),
+     ["another array replaces W: not checked"]),
+    (changed_layer(backward=after_backward(setting("dalpha", lambda layer: 7.0)), alpha=0.25),
+     ["alpha is no float64 array, such as np.array(0.25): not checked"]),
+    (changed_layer(backward=after_backward(setting("db", lambda layer: 7 * layer.db)), b=np.arange(2)),
+     ["b is no float64 array, such as np.array(0.25): not checked"]),
+    (changed_layer(before_forward(lambda layer: np.copyto(layer.b, layer.W[0]))),
+     ["forward overwrites b: not checked"]),
+])  # fmt: skip
+def test_a_gradient_that_is_not_checked_is_said(layer, notes):
+    """Guards: a wrong gradient beside which nothing is said."""
+    dx, *rest = gradcheck(layer, X)
+    assert list(dx.notes) == notes and not {"dalpha"} & {r.name for r in rest}
+
+
+@pytest.mark.parametrize("change, name", [
+    (lambda layer: np.copyto(layer.b, layer.db), "b"),
+    (lambda layer: np.subtract(layer.W, 0.1 * layer.dW, out=layer.W), "W"),
+])  # fmt: skip
+def test_a_backward_that_writes_to_its_parameter_is_caught(change, name):
+    """Guards: a step of gradient descent inside backward, and a gradient that is stored in the parameter."""
+    (wrong,) = gradcheck(changed_layer(backward=after_backward(change)), X)
+    assert str(wrong) == f"{name}: backward writes to it"
+
+
+@pytest.mark.parametrize("value, says", [
+    (lambda layer: layer.db + 5j, "complex128 for db"), (lambda layer: layer.db.astype(str), "<U32 for db"),
+    (lambda layer: [1, [2, 3]], "object for db"), (lambda layer: {"rows": layer.db}, "object for db"),
+    (lambda layer: layer.db > 0, "bool for db"),
+])  # fmt: skip
+def test_a_gradient_that_is_no_number_is_refused(value, says):
+    """Guards: a TypeError of the checker, and ok for a complex gradient."""
+    with pytest.raises(UserError, match=f"^backward returns {says}; it must return numbers$"):
+        gradcheck(changed_layer(backward=after_backward(setting("db", value))), X)
+
+
+def test_two_gradients_of_one_name_are_two_results():
+    """Guards: the gradient of the input x, hidden by that of a parameter x."""
+    class Same:
+        def __init__(self):
+            self.x = np.ones(3)
+
+        def forward(self, x):
+            return x + self.x
+
+        def backward(self, dout):
+            self.dx = dout.sum(0)
+            return 7 * dout
+
+    assert [(r.name, r.verdict) for r in gradcheck(Same(), X)] == [("dx", "wrong"), ("self.dx", "ok")]
+
+
+@pytest.mark.parametrize("view", [lambda W: W, lambda W: W.T], ids=["itself", "transposed"])
+def test_parameters_that_share_memory_are_one(view):
+    """Guards: the total gradient of a tied weight called wrong, and no word about a second gradient."""
+    class Tied:
+        def __init__(self, share):
+            self.W, self.share, self.V = np.random.default_rng(0).standard_normal((3, 3)), share, None
+            self.V = view(self.W)
+
+        def forward(self, x):
+            self.x, self.h = x, np.tanh(x @ self.W)
+            return self.h @ self.V
+
+        def backward(self, dout):
+            dh = (dout @ self.V.T) * (1 - self.h**2)
+            self.dW = self.x.T @ dh + view(self.h.T @ dout)
+            self.dV = view(self.dW) if self.share else 7 * self.dW
+            return dh @ self.W.T
+
+    note = ("V shares its memory: checked only as dW, against the total",)
+    for share in True, False:
+        dx, dW = gradcheck(Tied(share), X)
+        silent = share and Tied(share).V.strides == Tied(share).W.strides
+        assert dx.ok and dW.ok and dx.notes == (() if silent else note)
+
+
+def test_methods_without_gradients_are_missing():
+    class Empty(Methods):
+        grads = lambda self: None  # noqa: E731
+
+    assert [r.verdict for r in gradcheck(Empty(1), X)] == ["ok", "missing", "missing"]
 
 
 def test_a_layer_of_ids_has_no_gradient_of_its_input():
@@ -337,10 +599,11 @@ def test_an_array_that_is_a_gradient_and_dout_is_no_mistake():
 
 
 def test_parameters_of_float32_are_refused():
-    layer = Attributes(1)
-    layer.W = layer.W.astype(np.float32)
-    with pytest.raises(UserError, match="^W is float32: parameters must be float64 arrays"):
-        gradcheck(layer, X)
+    single, fixed = changed_layer(W=weights()[0].astype(np.float32)), changed_layer(W=weights()[0])
+    fixed.W.flags.writeable = False
+    for layer, says in (single, "float32"), (fixed, "read-only"):
+        with pytest.raises(UserError, match=f"^W is {says}: parameters must be float64 arrays"):
+            gradcheck(layer, X)
 
 
 @pytest.mark.parametrize("thing, says", [
@@ -503,7 +766,7 @@ def test_a_layer_that_keeps_its_first_input_is_diagnosed():
             return dx
 
     (wrong,) = [r for r in gradcheck(Keeps(1), lambda rng: rng.standard_normal((4, 3))) if not r.ok]
-    assert wrong.name == "dW" and wrong.diagnosis.startswith("it is right at the first inputs and the same")
+    assert wrong.name == "dW" and wrong.diagnosis.startswith("it passes at the first inputs and is the same")
 
 
 def test_a_factor_at_one_point_is_no_diagnosis():

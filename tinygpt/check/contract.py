@@ -1,7 +1,8 @@
 """Calls a forward/backward pair for `gradcheck.py`, and holds the pair to the contract of `ops.py`.
 
 The contract: forward returns (out, cache), and the same for the same inputs. Backward called twice gives the
-same answer, and is linear in dout. Neither writes to its arguments. This file judges no gradient's numbers.
+same answer, and is linear in dout. Neither writes to its arguments. Backward does not write to the parameters
+of a layer. This file judges no gradient's numbers.
 """
 
 from __future__ import annotations
@@ -81,6 +82,17 @@ def like(out, vector: Array):
     return shaped if isinstance(out, tuple | list) else shaped[0]
 
 
+def numbers(name: str, gradient: object) -> Array:
+    """A copy of a gradient. Raises UserError unless it is an array of real numbers, or can become one."""
+    try:
+        array = np.array(gradient)
+    except ValueError:  # lists of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"backward returns {array.dtype} for {name}; it must return numbers")
+    return array
+
+
 # --- a pair ------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +108,13 @@ class Pair:
 
     def __init__(self, forward: Callable, backward: Callable) -> None:
         self.forward, self.backward, self.notes = forward, backward, []
+        self.state: dict[str, Array] = {}  # parameters of a layer, to which backward must not write
+        self.contents: list[tuple[Array, Array]] = []  # arrays of a layer, and copies
 
     def restore(self) -> None:
-        """A pair of functions has no state."""
+        """Gives the arrays of a layer their content back."""
+        for array, content in self.contents:
+            array[...] = content
 
     def point(self, inputs: Inputs) -> dict[str, Array]:
         """The float arrays among the inputs, by path, as float64 copies."""
@@ -108,6 +124,9 @@ class Pair:
         else:
             names += [f"input {i}" for i in range(len(as_tuple(inputs)))]  # for forward(*args)
             self.inputs = dict(zip(names, as_tuple(inputs), strict=False))
+        for name, x in leaves(self.inputs):
+            if isinstance(x, np.matrix | np.ma.MaskedArray):
+                raise UserError(f"{name} is a {type(x).__name__}: pass a plain array")
         self.names = [n for n, x in self.inputs.items() if any(is_float(a) for _, a in leaves(x))]
         return {name: np.array(x, np.float64) for name, x in leaves(self.inputs) if is_float(x)}
 
@@ -164,14 +183,12 @@ class Pair:
         parts = {path: g for nest in nests for path, g in nest}
         left_out = tuple(f"{path}[" for path, g in parts.items() if g is None or g is False)
         due = [n for n in values if not f"{n}[".startswith(left_out)]
-        kinds = {n: np.asarray(parts[n]).dtype for n in due if n in parts}
         problems = [f"no gradient for {n}" for n in due if n not in parts]
         problems += [f"a gradient for {n}" for n, g in answer.items() if n not in names and g is not None]
-        problems += [f"{kind} for {n}" for n, kind in kinds.items() if kind.kind not in "fiu"]
         if problems:
             rule = f"it must return numbers for {', '.join(names)}, and a nest of numbers for a nest"
             raise UserError(f"backward returns {problems[0]}; {rule}{self.advice()}")
-        return {n: np.array(parts[n]) if n in due else None for n in values}
+        return {n: numbers(n, parts[n]) if n in due else None for n in values}
 
 
 # --- the rules ---------------------------------------------------------------------------------------------
@@ -193,8 +210,9 @@ def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, 
     if forward or backward writes to its arguments, if forward gives two answers, or if backward raises an
     exception when it is called again.
     """
-    if not values:
-        raise UserError(f"no input is a float array: there is nothing to differentiate{pair.advice()}")
+    if not any(x.size for x in values.values()):
+        why = "no input is a float array with elements"
+        raise UserError(f"{why}: there is nothing to differentiate{pair.advice()}")
     before, first = snapshot(values), vector(pair(values)[0])
     out, cache = pair(values)
     if np.isnan(first).any():
@@ -207,7 +225,7 @@ def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, 
     rows = rng.standard_normal((DOUTS, first.size))
     douts = [like(out, row) for row in (rows[0], *rows, *(factor * rows[0] for factor in FACTORS))]
     before = [array for dout in douts for array in snapshot({"dout": dout})]
-    before += snapshot({"cache": cache, **values})
+    before += snapshot({"cache": cache, **values}) + snapshot(pair.state)
     returned: list[dict] = []
     for dout in douts:
         try:
@@ -243,10 +261,10 @@ def _answer(label: str, name: str, shape: tuple, grads: list) -> Answer:
     linear = all(same(f * np.float64(first), g, 1e-6) for f, g in zip(FACTORS, (up, down), strict=True))
     if linear or first.dtype.itemsize < 4:  # in float16 a multiple may be infinite
         return Answer(np.array(row))
-    if same(first, up) and same(first, down):
+    if all(same(first, g) for g in (*row, up, down)):
         problem = "backward does not depend on dout: multiply by it (chain rule)"
         return Answer(np.array([]), problem, "dout is ignored")
-    problem = "backward is not linear in dout: 1024 dout must give 1024 gradients (is dout cut off?)"
+    problem = "backward is not linear in dout: 1024 dout must give 1024 gradients (is dout cut or scaled?)"
     return Answer(np.array(row), problem)
 
 
@@ -279,7 +297,7 @@ def moved(values: dict, rng: np.random.Generator, still: list[str]) -> dict:
         r = 0.05 * rng.uniform(-1, 1, x.shape)
         if not x.any():
             second[name] = np.array(r)
-        elif name.split("[")[0] not in still:
+        elif name not in still:
             second[name] = np.array(x * (1 + r))
     return second
 

@@ -41,7 +41,7 @@ from .differences import Differences, rms
 __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
-KEPT = "it is right at the first inputs and the same at others: something is kept, or a term is missing"
+KEPT = "it passes at the first inputs and is the same at others: something is kept, or a term is missing"
 SEVERITY = ("ok", "not judged", "missing", "wrong")  # the verdicts
 
 
@@ -104,9 +104,10 @@ def gradcheck(
     such a nest. `layers.py` lists the conventions for layers, whose parameters are checked too. Two methods
     of a layer count as the layer.
 
-    `inputs` may be a function of a random generator: it then makes both points. Otherwise the second point is
-    x (1 + 0.05 r), r uniform in [-1, 1). A tensor of zeros becomes 0.05 r in both cases. A tensor of at most
-    `small` elements is judged element by element, with 8 forwards for each, or up to 100 near bends.
+    `inputs` may be a function of a random generator: it then makes both points. Otherwise, and if both points
+    of the function are equal, the second point is x (1 + 0.05 r), r uniform in [-1, 1). A tensor of zeros
+    becomes 0.05 r in all cases. A tensor of at most `small` elements is judged element by element, with 8
+    forwards for each, or up to 100 near bends.
 
     Returns a `Result` for each gradient and for each broken rule of the contract (`contract.py`). Raises
     UserError (a ValueError) if nothing can be judged: no float array, no pair, a gradient too many.
@@ -133,7 +134,9 @@ def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, 
     first = pair.point(inputs(points) if callable(inputs) else inputs)
     results, grads = check(first)
     second, notes = pair.point(inputs(points) if callable(inputs) else inputs), pair.notes
-    second |= contract.moved(second, points, still=list(pair.inputs) if callable(inputs) else [])
+    drawn = callable(inputs) and any(not contract.same(first.get(n), x) for n, x in second.items())
+    still = [n for n in second if drawn and n.split("[")[0] in pair.inputs]
+    second |= contract.moved(second, points, still)
     if why := contract.outside(pair, first, second):
         again, kept, notes = {}, [], [*notes, f"only one point is judged: at a second one {why}"]
     else:
@@ -145,7 +148,7 @@ def _at_two_points(pair: contract.Pair, inputs: Inputs | MakeInputs, seed: int, 
             results[n] = r.explained(r.diagnosis * confirmed)
     else:
         for n, r in again.items():
-            results[n] = results.get(n, r).worse(r.explained(KEPT * (n in kept)))
+            results[n] = results.get(n, r).worse(r.explained(KEPT * (n in kept and results[n].ok)))
     first, *rest = results.values()
     return [dataclasses.replace(first, notes=(*first.notes, *notes)), *rest]
 
@@ -173,7 +176,7 @@ def assert_gradients(*arguments, allow_missing: bool = False, strict: bool = Tru
 
 
 def _check(pair: contract.Pair, values: dict, dout_rng, rng, rtol, atol, small) -> tuple[dict, dict]:
-    """The verdict on each gradient at the point `values`, and the gradients for all dout, by label."""
+    """The verdict on each gradient at the point `values`, and the gradients for all dout, by input."""
     try:
         douts, answers = contract.answers(pair, values, dout_rng)
     except contract.BrokenError as broken:
@@ -204,7 +207,7 @@ def _check(pair: contract.Pair, values: dict, dout_rng, rng, rtol, atol, small) 
         if result.verdict == "wrong":
             text = diagnosis.diagnose(name, answers[name].grads, whole, answers[name].if_right)
             results[name] = result.explained(text)
-    return {r.name: r for r in results.values()}, {pair.label(n): g for n, g in judged.items()}
+    return results, judged
 
 
 class _Judge:
@@ -278,6 +281,8 @@ class _Judge:
                 if result.ok and len(self.notes) > kinks and alone <= small:
                     same = np.flatnonzero(x == x[i])
                     sample = rng.choice(same, min(small // 4 + 1, len(same)), replace=False)
+                    if len(sample) < len(same):
+                        self.notes[kinks] += f"; {len(sample)} of {len(same):,} such elements are judged"
                     kink[same], alone, result = True, alone + len(sample), self.elements(sample)
                     if result.ok:
                         continue
