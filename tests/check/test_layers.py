@@ -432,6 +432,24 @@ def test_what_has_no_gradient_is_said():
 
     assert "another array replaces W: not checked" in gradcheck(Updates(1), X)[0].notes
 
+    class OfOthers(Attributes):
+        """`parameters` is for an optimizer, `grads` for a plot: dW and db are beside W and b."""
+
+        def parameters(self):
+            return [self.W, self.b]
+
+        def backward(self, dout):
+            dx = super().backward(dout)
+            self.grads = {"W": self.dW}
+            return dx
+
+    assert [(r.name, r.verdict) for r in gradcheck(OfOthers(1), X)] == [(n, "ok") for n in ("dx", "dW", "db")]
+
+    class Both(Lists):
+        PARAMETERS, GRADIENTS, grads = "parameters", "gradients", None
+
+    assert all(r.ok for r in gradcheck(Both(1), X))
+
     class Half(Methods):
         def grads(self):
             return {"b": self.db}

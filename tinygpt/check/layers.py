@@ -31,7 +31,10 @@ __tracebackhide__ = True  # for pytest, as in gradcheck.py
 NUMBER = np.ndarray | np.number | float | int
 METHODS = ("params", "parameters")  # these and their gradients may be methods without arguments
 GRADIENTS = [  # the name of a parameter, the name of its gradient
-    *((parameter, gradient) for parameter in METHODS for gradient in ("grads", "gradients")),
+    ("params", "grads"),
+    ("parameters", "gradients"),
+    ("params", "gradients"),
+    ("parameters", "grads"),
     ("data", "grad"),
     ("value", "grad"),
     ("{}", "d{}"),
@@ -204,11 +207,14 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Pla
         names = [gradient.format(name) for parameter, gradient in GRADIENTS if parameter in (name, "{}")]
         beside = next((gradient for gradient in names if hasattr(owner, gradient)), None)
         here, value = _content(owner, name)
-        there, grads = _content(owner, beside) if beside else ("", None)
-        grads = dict(leaves(grads, ".")) | {".": grads}
+        there, nest = _content(owner, beside) if beside else ("", None)
+        grads, parts = dict(leaves(nest, ".")) | {".": nest}, list(leaves(value, "."))
+        keys = [at if at in grads else re.sub(r"\['(\w+)'\]$", r"['d\1']", at) for at, _ in parts]
+        if nest is not None and not any(key in grads for key in keys):  # gradients of other parameters
+            beside = None
         store = partial(setattr, owner, beside) if beside in attributes else None
-        for at, leaf in leaves(value, "."):
-            g = grads.get(at, grads.get(re.sub(r"\['(\w+)'\]$", r"['d\1']", at)))
+        for (at, leaf), key in zip(parts, keys, strict=True):
+            g = grads.get(key)
             number = isinstance(leaf, NUMBER) and np.asarray(leaf).dtype.kind in "iufc"
             if is_float(leaf) or (number and g is not None):
                 full = before + there + at[1:] if beside else None
