@@ -277,6 +277,64 @@ def test_a_full_disk_of_process_0_keeps_the_last_save(home, whole):
     assert run(home, 2, "pretrain", "--resume", "full").returncode == 0 and state(home / "full") == whole
 
 
+SLOW = """
+import time
+from tinygpt import __main__ as program
+program.launch.start()
+from tinygpt.errors import UserError
+from tinygpt.files import atomic
+from tinygpt.folders import runs
+records, sync, writing = [], atomic.sync, runs.writing
+
+def full(path):
+    records.append(path)
+    if len(records) == 3:
+        raise UserError("no room for the third record")
+    return writing(path)
+
+def slow(path):  # after the moments have been gathered
+    time.sleep((program.launch.GRACE + 2) * (len(records) == 3 and "trainer" in path.name))
+    sync(path)
+
+runs.writing, atomic.sync = full, slow
+program.run()
+"""
+
+
+def test_an_error_of_process_0_does_not_end_its_save(home):
+    """Guards: process 1, which ends process 0 in the middle of a long save, and hides its error."""
+    args = [*STAGES["pretrain"], *SIZES, *BATCHES, "--out", "slow"]
+    line = failure(each(home, [sys.executable, "-c", SLOW, *args], command(1, *args)))
+    assert line == "tinygpt: no room for the third record" and not list((home / "slow").glob(".*part"))
+    assert run(home, 2, "pretrain", "--resume", "slow").returncode == 0
+
+
+LATE = """
+import sys, time
+import numpy as np
+from tinygpt import launch
+from tinygpt.core import parallel
+from tinygpt.errors import UserError
+
+def late():
+    try:
+        group = parallel.join(1.0)
+        time.sleep(3 * group.rank)
+        group.reduce(np.zeros(600, np.float32), [0, 300, 600], 0.0)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+launch.together(late)
+"""
+
+
+def test_a_late_process_takes_no_failure_for_gradients(home):
+    """Guards: an exchange that receives the message of a process that has given up."""
+    late = [sys.executable, "-c", LATE]
+    assert "1 seconds (--hang-timeout)" in failure(each(home, late, late))
+
+
 PIECES = """
 import numpy as np
 from tinygpt.core import parallel
