@@ -43,8 +43,8 @@ def recorded(
 ) -> Callable[..., Array]:
     """A function with the results of `function`. Its first call with some shapes records a tape.
 
-    A tape is the list of the operations. Later calls with these shapes run the tape, where the function can
-    be replayed (see above).
+    A tape is the list of the operations. If the function can be replayed, later calls with these shapes run
+    the tape.
 
     An input is an argument that is an array. Other arguments must be hashable. There is one tape for each
     combination of the inputs' shapes and types and the values of other arguments. `function` must return one
