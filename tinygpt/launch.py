@@ -77,8 +77,8 @@ def time_limit() -> Iterator[None]:
     parent = os.getpid()
     if not (child := os.fork()):
         try:
-            os.close(end)  # of the child. That of the parent closes with the parent at the latest
-            # the lowest process that waits is the first to end all
+            os.close(end)  # the parent's copy closes at the latest when the parent ends
+            # the waiting process with the lowest number is the first to end all
             if not select.select([clock], [], [], STARTING + rank)[0]:
                 text = f"MPI has not begun for {STARTING:g} seconds: a process did not start, or hangs"
                 print(f"tinygpt: {text}", file=sys.__stderr__, flush=True)
@@ -144,7 +144,7 @@ def _end_all(status: int, is_peer: bool) -> None:
 
 
 def _abort(status: int) -> None:
-    """Ends all processes, if mpiexec is MPICH's. It understands this also before MPI has begun."""
+    """Ends all processes, if mpiexec is MPICH's: it understands the message also before MPI has begun."""
     time.sleep(PRINTING)
     if pipe := os.environ.get("PMI_FD"):
         with contextlib.suppress(OSError):  # mpiexec is gone

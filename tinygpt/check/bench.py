@@ -70,9 +70,8 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
     """Measures `jobs` in their order, and yields one row for each measurement. No jobs: all except SLOW.
 
     A job is timed for `seconds`, and for three calls at least. `gemm` divides `seconds` among its rows. Each
-    row of `scaling` gets a quarter of `seconds`. Before each row the limits of the machine are
-    measured, for at most a second. dtype: see GPT.compute_in. A
-    row has these fields, each None where it has no meaning:
+    row of `scaling` gets a quarter of `seconds`. Before each row the limits of the machine are measured, for
+    at most a second. dtype: see GPT.compute_in. A row has these fields, each None where it has no meaning:
 
         job                             such as train/nano
         ms                              the median time of a step; of generate: one token for each prompt

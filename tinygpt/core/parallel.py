@@ -65,9 +65,10 @@ class Group:
         return count // self.size
 
     def share(self, batches: Sequence, rng: np.random.Generator, draws: int) -> Sequence:
-        """The batches of this process, neighbours in the order of `batches`.
+        """The batches of this process: one unbroken part of `batches`.
 
-        Every batch draws `draws` numbers of 64 bits from `rng`. rng skips those of earlier batches.
+        Each batch takes `draws` numbers of 64 bits from `rng`. `share` moves rng past the numbers of the
+        batches before this part.
         """
         count = self.share_size(len(batches))
         rng.bit_generator.advance(self.rank * count * draws)
@@ -184,10 +185,10 @@ class MPIGroup(Group):
 
 
 def join(hang_timeout: float = 1800.0) -> Group:
-    """The group of the processes that mpiexec started, or ALONE.
+    """The group of the processes that mpiexec started. Without mpiexec, or with one process: ALONE.
 
-    Processes on one machine divide its processors: each has its part of the threads. TINYGPT_THREADS sets
-    another number. Raises UserError as `launch.start` does.
+    Processes on one machine share the processors: each has processors / processes threads, at least 1. If
+    TINYGPT_THREADS is set, each process has this number of threads. Raises UserError as `launch.start` does.
     """
     if (mpi := launch.start()) is None:
         return ALONE

@@ -141,11 +141,11 @@ def make_folder(folder: Path) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Locks a folder against other writers, until `unlock` or the end of this process, also by a kill.
+    """Locks a folder against other writers until `unlock`. The end of this process, or a kill, unlocks it too.
 
-    Makes the folder if necessary. The lock is on the folder itself (flock), not in a file. Raises UserError
-    if another process has the lock. Then does the rest of an interrupted `together`, and removes files that a
-    kill left half written.
+    Makes the folder if necessary. The lock is on the folder itself (flock), not in a file. With the lock, it
+    completes an interrupted `together` and removes files that a kill left half written. Without flock, as on
+    Windows, nothing is locked. Raises UserError if another process has the lock.
     """
     make_folder(folder)
     folder = folder.resolve()

@@ -68,12 +68,10 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
 
     The model is pre-trained. It gets examples in the prompt. It is tuned to instructions, then judged and
     steered (RLHF). Then adapters are trained beside the pre-trained model, which stays unchanged. The table
-    at the end has numbers of these models. After Ctrl-C the same command continues: pre-training at
-    its last update, another stage at its beginning. After the story, `tinygpt chat --story FOLDER` talks to
-    the models.
+    at the end has numbers of these models. The same command continues after Ctrl-C: pre-training at its last
+    update, another stage at its beginning. Then `tinygpt chat --story FOLDER` talks to the models.
     """
-    from ..lab import page  # --help does not need the laboratory
-    from ..lab import story as telling
+    from ..lab import story as telling  # --help does not need the laboratory
     from ..lab.models import Lab
 
     check_out(out)
@@ -114,17 +112,24 @@ def story(seed: int, quick: bool, out: Path, no_report: bool, dtype: str, langua
     if quick:
         say(text("story quick"))
     if not no_report:
-        try:
-            (out / "report.html").write_text(page.html(story, language), encoding="utf-8")
-            say(text("story page", page=out / "report.html"))
-        except ImportError:
-            install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
-            say(text("story no page", install=install))
+        _write_page(out / "report.html", story, language)
     say(text("story models", folder=out / story["folder"]))
     words = ["chat", "--story", str(out), "--compare", "base,sft,rlhf"]
     words += ["--lang", language] * (language != texts.LANGUAGES[0])
     say(text("story saved", out=out, command=command(*words)))
     sys.exit(any("failed" in result for result in story["stages"].values()))
+
+
+def _write_page(path: Path, story: dict, language: str) -> None:
+    """Writes the curves of a story, or says how to install what they need."""
+    from ..lab import page
+
+    try:
+        path.write_text(page.html(story, language), encoding="utf-8")
+        say(texts.text(language, "story page", page=path))
+    except ImportError:
+        install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
+        say(texts.text(language, "story no page", install=install))
 
 
 def _check_same(out: Path, there: dict, seed: int, quick: bool, dtype: str) -> None:

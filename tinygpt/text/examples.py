@@ -117,6 +117,7 @@ def read(paths: Iterable[Path | str], needs: int = EXAMPLE, notes: Notes | None 
     An <|endoftext|> at the end of an answer is removed. An example with an empty prompt or answer is left
     out. EXAMPLE also leaves out examples whose answers all have weight 0. COMPARISON also leaves out two
     equal answers, and answers to different prompts.
+
     Raises UserError, with file and line, for a row without a form that `needs` accepts, and for a wrong
     message. Raises UserError if no example is left.
     """

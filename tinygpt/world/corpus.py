@@ -6,8 +6,8 @@
 
 The corpus begins with refrains alone: one for ten of the documents after them, in a small world one for
 three. In about 550 updates they teach the model to copy from its context. A corpus that mixes refrains with
-the other documents from the beginning hardly teaches this. This is pre-pre-training
-(Hu et al. 2025, "Between Circuits and Chomsky"). It needs the documents in their order.
+the other documents from the beginning hardly teaches this. This is pre-pre-training (Hu et al. 2025, "Between
+Circuits and Chomsky"). It needs the documents in their order.
 
 In tables that a model reads from its context, nothing stands between a word and its label. Then the same
 copying reads these tables. With "hat -> dax" a model must look two tokens back. In so few minutes it learned

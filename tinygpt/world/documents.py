@@ -98,8 +98,8 @@ def _hidden(count: int, size: int, shown: Container[int]) -> list[int]:
     """Relative probabilities of the numbers 0 .. size - 1 in the next draw of a document.
 
     The document draws from `count` of these numbers, or from all if `size` is smaller. The reader knows only
-    the numbers in `shown`. Each shown number has the probability 1 / min(count, size). The
-    others share the rest.
+    the numbers in `shown`. Each shown number has the probability 1 / min(count, size). The others share
+    the rest.
     """
     old = [n in shown for n in range(size)]
     new = size - sum(old)
