@@ -141,7 +141,7 @@ def make_folder(folder: Path) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Locks a folder against other writers until `unlock`. The end of this process, or a kill, unlocks it too.
+    """Locks a folder against other writers, until `unlock` or the end of this process, even by a kill.
 
     Makes the folder if necessary. The lock is on the folder itself (flock), not in a file. With the lock, it
     completes an interrupted `together` and removes files that a kill left half written. Without flock, as on
