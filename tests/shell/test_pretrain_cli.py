@@ -475,6 +475,23 @@ def test_a_run_whose_folder_is_removed_writes_it_again(folder):
     assert (optimizer.model.flat == before).all()
 
 
+@pytest.mark.parametrize("module, name, call", [(runs, "writing", 4), (checkpoint, "save_trainer", 2)])
+def test_a_folder_that_is_removed_in_the_middle_of_a_write(folder, monkeypatch, module, name, call):
+    """Guards: a run that ends with "no such file", because the folder was removed at this moment."""
+    real, calls = getattr(module, name), []
+
+    def removed(*args):
+        calls.append(args)
+        if len(calls) == call:  # the fourth record, or the last save
+            Path("out").rename("removed")
+        return real(*args)
+
+    monkeypatch.setattr(module, name, removed)
+    begin("--eval-interval", "1000")
+    state = json.loads(tensorfile.tensors(Path("out/trainer.safetensors"))[1]["tinygpt"])
+    assert state["step"] == 60 and checkpoint.load("out") and Path("removed").exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX files")
 @pytest.mark.parametrize("how", ["pipe", "device", "long line"])
 def test_records_that_never_end_are_left_out(folder, how):

@@ -266,22 +266,33 @@ def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
     if group.rank:
         return {"save": lambda: save(folder, *state)}
 
-    def save_all() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            sync(metrics)  # the record of an update is on the disk before the update is
+    def write_again(write: Callable[[], None]) -> bool:
+        """Calls write(). Where the folder was removed, makes the folder and calls write() again.
+
+        Returns whether the folder was removed.
+        """
         try:
-            save(folder, *state)
+            if holds(folder):
+                write()
+                return False
         except UserError:
             if holds(folder) or group.size > 1:
                 raise
-            save(folder, *state)  # the folder was removed in the middle of the save
+        lock(folder)
+        write()
+        return True
+
+    def save_all() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            sync(metrics)  # the record of an update is on the disk before the update is
+        write_again(lambda: save(folder, *state))
 
     def log(record: train.Record) -> None:
-        if removed := not holds(folder):
-            lock(folder)
-        with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if removed and group.size == 1:
+        def append() -> None:
+            with writing(metrics), open(metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+        if write_again(append) and group.size == 1:
             save_all()
         report(record)
 
