@@ -45,19 +45,6 @@ def test_an_estimate_is_students_interval_and_a_pilots_span():
     assert 0.93 < hits / 2000 < 0.97
 
 
-@pytest.mark.parametrize("text", [
-    "[]", "{", '{"99": 1}', '{"99": {}}', '{"99": {"recipe": 1}}', '{"99": {"recipe": "a", "seeds": []}}',
-    '{"99": {"recipe": "a", "seeds": {"1": 2}}}', '{"99": {"recipe": "a", "seeds": {"1": {"e": 1e999}}}}',
-    '{"99": {"recipe": "a", "seeds": {"1": {"effect": "x"}}}}',
-])  # fmt: skip
-def test_a_damaged_file_is_one_line_before_the_measuring(tmp_path, monkeypatch, text):
-    """Guards: a traceback after forty minutes."""
-    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "none", lambda lab: pytest.fail("measured")))
-    (tmp_path / "claims.json").write_text(text)
-    result = CliRunner().invoke(main, ["claims", "99", "--out", str(tmp_path)])
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "claims.json" in result.stderr
-
-
 def test_a_damaged_measurement_is_made_again(tmp_path, monkeypatch):
     """Guards: a text among the numbers that are averaged; a file that nobody can mend."""
     calls = []
@@ -76,6 +63,17 @@ def test_a_damaged_measurement_is_made_again(tmp_path, monkeypatch):
     assert len(calls) == 7
 
 
+def test_claims_are_written_again_whatever_the_file_was(tmp_path, monkeypatch):
+    """Guards: a row that is no number, or a damaged file, after which no claim could be measured."""
+    monkeypatch.setitem(claims.CLAIMS, 98, Claim(98, "nothing", lambda lab: {"effect": math.nan}))
+    monkeypatch.setitem(claims.CLAIMS, 99, Claim(99, "one", lambda lab: {"effect": 1.0}))
+    for text in ("", "[]", "{", '{"99": {"recipe": "a", "seeds": {"1": 2}}}'):
+        (tmp_path / "claims.json").write_text(text)
+        result = CliRunner().invoke(main, ["claims", "98", "99", "--seed", "1", "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "claims.json").read_text())["99"]["seeds"] == {"1": {"effect": 1.0}}
+
+
 def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
     """Guards: an interrupted run that begins anew, numbers of one seed given for another."""
     calls = []
@@ -92,7 +90,8 @@ def test_what_was_measured_is_kept_and_the_rest_goes_on(tmp_path, monkeypatch):
         claims.run(tmp_path, [99], [1, 2], print)
     results = claims.run(tmp_path, [99], [1, 2], print)
     estimates = {"effect": Estimate(pytest.approx(0.15), 0.1, 0.2, 2)}
-    assert calls == [1, 2, 2] and results == {99: Result(estimates, {"effect": (">=", 0.15)})}
+    seeds = {"1": {"effect": 0.1}, "2": {"effect": 0.2}}
+    assert calls == [1, 2, 2] and results == {99: Result(seeds, estimates, {"effect": (">=", 0.15)})}
     saved = json.loads((tmp_path / "claims.json").read_text())["99"]
     assert saved["estimates"]["effect"]["low"] == 0.1 and saved["seeds"]["2"] == {"effect": 0.2}
     assert saved["verdicts"] == ["effect >= 0.15: undecided"]
@@ -149,7 +148,6 @@ def test_a_claim_that_fails_does_not_take_the_others_along(tmp_path, monkeypatch
     saved = json.loads((tmp_path / "claims.json").read_text())  # of all seeds that were ever measured
     assert {number: list(saved[number]["seeds"]) for number in saved} == {"98": ["2"], "99": ["1", "2"]}
     assert saved["99"]["estimates"]["effect"]["n"] == 2
-    monkeypatch.setattr(claims.Lab, "measurement", lambda lab, name, *how: {"effect": 3.0})
     other = dataclasses.replace(recipes.FULL, sft=recipes.SFT | {"max_iters": 7})
     CliRunner().invoke(main, ["claims", "99", "--seed", "5", "--out", str(tmp_path)], obj=other)
     assert list(json.loads((tmp_path / "claims.json").read_text())["99"]["seeds"]) == ["5"]

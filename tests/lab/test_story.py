@@ -76,7 +76,7 @@ def test_a_story_and_what_comes_after_it(toy, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
     where = out / told["folder"]
-    for path in (where / "rlhf" / "config.json", where / "stage RLHF.json"):
+    for path in (where / "rlhf" / "training.json", where / "stage RLHF.json"):
         path.unlink()  # as a kill would leave it
     assert CliRunner().invoke(main, command, obj=toy).exit_code == 0
     assert instructions.is_tuned(adapters.load_model(*story.where(out, "rlhf"))[1])
@@ -180,7 +180,13 @@ def test_every_number_is_finite_in_json(toy, tmp_path):
     assert all(math.isfinite(x) for x in result["stages"]["pre-training"]["change"].values())
 
 
-DAMAGES = [], {}, {"instruction tuning": []}, {"instruction tuning": {"samples": 1}}
+def test_a_story_that_was_stopped_early_has_no_questions_yet(tmp_path):
+    """Guards: "is damaged" for a story that a user has stopped, or one that another run tells again."""
+    (tmp_path / story.FILE).write_text('{"stages": {"pre-training": {}}, "folder": "seed-1"}')
+    assert story.questions(tmp_path) == []
+
+
+DAMAGES = [], {"instruction tuning": []}, {"instruction tuning": {"samples": 1}}
 
 
 @pytest.mark.parametrize("stages", DAMAGES)

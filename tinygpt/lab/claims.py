@@ -32,17 +32,17 @@ from ..core.model import GPT
 from ..core.train import weight_change
 from ..errors import UserError
 from ..files.atomic import replacing
-from ..files.jsonfile import read_object
 from ..stages import evaluate, fewshot, recall, reward, variants
 from ..stages.adapter import AdapterConfig, fingerprint
 from ..stages.answers import Estimate, estimate, verdict
 from ..stages.recipes import FULL, Recipe
 from ..text import instructions
 from ..world import corpus, tasks
-from .models import Lab
+from .models import Lab, kept
 
 Rows = dict[str, float | tuple[float, str, float]]  # a number, or a number with a sign and a limit
 
+ROWS = "rows of claim {}"  # a measurement's name
 CORE = (1, 2, 3, 5, 6, 7, 9, 10, 11, 14, 15, 19)
 KNOWN, NEVER = "questions, known", "questions, never seen"  # two of `Lab.sets`
 
@@ -692,8 +692,9 @@ def named_tasks(lab: Lab) -> Rows:
 
 
 class Result(NamedTuple):
-    """A claim's rows: the Estimate of each row over the seeds that have the row, and the limits."""
+    """A claim's values by seed, the Estimate of each row over the seeds that have the row, and the limits."""
 
+    seeds: dict[str, dict[str, float]]
     estimates: dict[str, Estimate]
     limits: dict[str, tuple[str, float]]  # sign and limit
 
@@ -703,68 +704,57 @@ class Result(NamedTuple):
 
 
 def run(
-    folder: Path, numbers: Iterable[int], seeds: Iterable[int], say: Callable[[str], None],
+    folder: Path, numbers: Sequence[int], seeds: Iterable[int], say: Callable[[str], None],
     recipe: Recipe = FULL,
 ) -> dict[int, Result]:  # fmt: skip
     """Measures the claims of these numbers, seed by seed, except the measurements that `folder` has.
 
     A measurement that fails prints the reason, and the others continue. A user can mend UserError and
-    OSError, so these end the run. The file claims.json has estimates, verdicts, and the values of all seeds
-    that were measured with these recipes.
+    OSError, so these end the run. The file claims.json has estimates, verdicts and values of all claims and
+    seeds that were measured with these recipes.
     """
-    measured: dict[int, list[dict]] = {number: [{}, {}] for number in numbers}  # numbers by seed, limits
-    _read(folder / "claims.json")  # a damaged file is refused before the measuring, not after it
+    labs = []
     for seed in seeds:
-        lab = Lab(folder, seed, recipe, say)
-        for number, (by_seed, limits) in measured.items():
-            claim = CLAIMS[number]
+        labs.append(lab := Lab(folder, seed, recipe, say))
+        for number in numbers:
             try:
-                rows = lab.measurement(f"rows of claim {number}", partial(claim.measure, lab))
+                lab.measurement(ROWS.format(number), partial(CLAIMS[number].measure, lab))
             except (UserError, OSError):
                 raise
             except Exception as error:
                 say(f"seed {seed}: claim {number} failed: {type(error).__name__}: {error}")
                 continue
-            limited = {name: row for name, row in rows.items() if isinstance(row, list)}
-            by_seed[str(seed)] = rows | {name: value for name, (value, *_) in limited.items()}
-            limits |= {name: (sign, limit) for name, (_, sign, limit) in limited.items()}
-            _write(folder / "claims.json", claim, by_seed, limits, lab.mark)
-    return {number: Result(_estimates(by_seed), limits)
-            for number, (by_seed, limits) in measured.items() if by_seed}  # fmt: skip
+            _write(folder, lab.mark)
+    return _results([lab.folder for lab in labs], numbers)
 
 
-def _estimates(by_seed: dict[str, dict[str, float]]) -> dict[str, Estimate]:
-    rows = by_seed.values()
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: estimate([row[name] for row in rows if name in row]) for name in names}
+def _results(folders: Sequence[Path], numbers: Iterable[int]) -> dict[int, Result]:
+    """The results of claims, from all measurements in the folders of these Labs."""
+    results = {}
+    for number in numbers:
+        seeds, limits = {}, {}
+        for folder in folders:
+            for name, row in (kept(folder, ROWS.format(number)) or {}).items():
+                value, *limit = row if isinstance(row, list) else [row]
+                seeds.setdefault(folder.name.rpartition("-")[2], {})[name] = value
+                limits |= {name: tuple(limit)} if limit else {}
+        names = dict.fromkeys(name for rows in seeds.values() for name in rows)
+        estimates = {n: estimate([rows[n] for rows in seeds.values() if n in rows]) for n in names}
+        if seeds:
+            results[number] = Result(seeds, estimates, limits)
+    return results
 
 
-def _read(path: Path) -> dict[str, dict]:
-    """The content of claims.json, by claim. Raises UserError where the file is damaged."""
-    claims = read_object(path) if path.exists() else {}
-    try:
-        rows = [row for claim in claims.values() for row in claim["seeds"].values()]
-        right = all("recipe" in claim for claim in claims.values())
-        right = right and all(abs(value) < 1e300 for row in rows for value in row.values())
-        json.dumps(claims, ensure_ascii=False).encode()  # half a character cannot be written
-    except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
-        right = False
-    if not right:
-        raise UserError(f"{path}: is damaged: remove it, and the same command writes it again")
-    return claims
-
-
-def _write(path: Path, claim: Claim, by_seed: dict[str, dict], limits: dict, mark: str) -> None:
-    claims = _read(path)
-    before = claims.get(str(claim.number), {})
-    all_seeds = (before["seeds"] if before.get("recipe") == mark else {}) | by_seed
-    result = Result(_estimates(all_seeds), limits)
-    claims[str(claim.number)] = {
-        "says": claim.says,
-        "verdicts": [f"{name} {text}" for name, text in result.verdicts().items()],
-        "estimates": {name: e._asdict() for name, e in result.estimates.items()},
-        "recipe": mark,
-        "seeds": all_seeds,
+def _write(folder: Path, mark: str) -> None:
+    claims = {
+        str(number): {
+            "says": CLAIMS[number].says,
+            "verdicts": [f"{name} {text}" for name, text in result.verdicts().items()],
+            "estimates": {name: e._asdict() for name, e in result.estimates.items()},
+            "recipe": mark,
+            "seeds": result.seeds,
+        }
+        for number, result in _results(sorted(folder.glob(f"{mark}-seed-*")), CLAIMS).items()
     }
-    with replacing(path) as beside:
+    with replacing(folder / "claims.json") as beside:
         beside.write_text(json.dumps(claims, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

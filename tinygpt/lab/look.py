@@ -17,7 +17,6 @@ import copy
 import inspect
 import json
 import math
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -323,5 +322,4 @@ def html(data: dict) -> str:
     page, script = (Path(__file__).with_suffix(s).read_text(encoding="utf-8") for s in (".html", ".js"))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")
-    before, between, after = re.split(r"/\* look\.js(?:on)? \*/", page)
-    return before + text + between + script + after
+    return page.replace("/* look.js */", script).replace("/* look.json */", text)

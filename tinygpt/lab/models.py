@@ -23,7 +23,7 @@ from ..core.model import GPT
 from ..core.train import Record, TrainConfig
 from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
-from ..files.jsonfile import parse, read_object, read_text
+from ..files.jsonfile import read_object, read_text
 from ..folders import adapters, checkpoint, runs
 from ..stages import evaluate, fewshot, recall, reward, rlhf, sft, variants
 from ..stages.adapter import AdapterConfig
@@ -36,7 +36,6 @@ from ..text.tokenizer import BPETokenizer
 from ..world import VERSION, Person, corpus, tasks
 
 SNAPSHOTS = 20  # models that are kept during pre-training
-SECONDS = "seconds"  # a file beside a model: the time of its training
 
 
 class Lab:
@@ -61,6 +60,7 @@ class Lab:
         lock(self.folder)
         self.source = f"world:{seed}" + f":{recipe.world}" * bool(recipe.world)
         self.world = corpus.world_of(self.source)
+        self.trainings: dict[str, dict] = {}  # model -> seconds and records of its training, in any run
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -74,19 +74,15 @@ class Lab:
         options: name -> value; each goes to the part of the settings that has the name. own: other settings.
         """
         options = {"seed": self.seed, "min_lr": options["learning_rate"] / 10} | options
-
-        def part(cls: type) -> dict:
-            return {name: options[name] for name in cls.__dataclass_fields__.keys() & options.keys()}
-
-        if "rl" in stage.Settings.__dataclass_fields__:
-            own["rl"] = rlhf.Config(**part(rlhf.Config))
-        train = TrainConfig(**part(TrainConfig))
-        own = part(stage.Settings) | {"model": model, "train": train, "block_size": model.block_size} | own
+        train = TrainConfig(**_part(TrainConfig, options))
+        sizes = {"model": model, "train": train, "block_size": model.block_size}
+        own = _part(stage.Settings, options) | sizes | own
         self.say(f"seed {self.seed}: {title.format(train.max_iters)}")
         made, progress = make(stage.Settings(**own)), self.progress(train.max_iters)
-        trained = made.stage if isinstance(made, runs.Run) else made
+        trained, self.records = made.stage if isinstance(made, runs.Run) else made, []
 
         def tell(record: Record) -> None:
+            self.records.append(record)
             report(trained, record)
             progress(record)
 
@@ -112,12 +108,14 @@ class Lab:
                 at.mkdir(exist_ok=True)
                 checkpoint.save(at, stage.model, stage.tokenizer)
 
-        if not (folder / "done").exists():
-            sizes = {size: options[size] for size in GPTConfig.__dataclass_fields__.keys() & options.keys()}
-            model, data = dataclasses.replace(PRESETS["nano"], **sizes), (source or self.source,)
+        def training() -> dict:
+            model = dataclasses.replace(PRESETS["nano"], **_part(GPTConfig, options))
             self._train(f"pre-training {name}", Pretrain, options, model, begin_or_resume, snapshot,
-                        data=data, adapter=adapter)  # fmt: skip
-            (folder / "done").touch()
+                        data=(source or self.source,), adapter=adapter)  # fmt: skip
+            records = [json.loads(line) for line in read_text(folder / runs.METRICS, 1 << 28).splitlines()]
+            return {"seconds": records[-1]["elapsed_s"], "records": records}
+
+        self.trainings[name] = self.measurement(f"{name}/training", training)
         return checkpoint.load(folder)
 
     def tune(
@@ -156,26 +154,24 @@ class Lab:
         The model is a copy of the tuned model, or the tuned model with an adapter.
         changes: other options of the recipe.
         """
-        model, records = self._with(adapter, self.tuned), []
+        model, options = self._with(adapter, self.tuned), self.recipe.rlhf | changes
         material = rlhf.Material(self.tuned, judge, rlhf.read_prompts(self.source), [],
                                  rlhf.ptx_examples([self.source]), self.world)  # fmt: skip
         self._train(
-            "{} updates of RLHF", rlhf.RLHF, self.recipe.rlhf | changes, model.config,
+            "{} updates of RLHF", rlhf.RLHF, options, model.config,
             lambda settings: rlhf.RLHF(settings, settings.train.optimizer(model), self.tokenizer, material),
-            lambda stage, record: records.append(record), block_size=model.context,
+            block_size=model.context, rl=rlhf.Config(**_part(rlhf.Config, options)),
         )  # fmt: skip
-        return model, records
+        return model, self.records
 
     def _with(self, adapter: AdapterConfig | None, model: GPT) -> GPT:
         if adapter is None:
             return model.copy()
         return variants.create(model, adapter, np.random.default_rng([self.seed, 0, 3]))
 
-    def comparisons(
-        self, people: Sequence[Person], count: int, error: float = 0.1, blind: bool = False
-    ) -> list[reward.Comparison]:
-        how = {"error": error, "seed": self.seed, "blind": blind}
-        return reward.collect(self.tuned, self.tokenizer, self.world, people, count, **how)
+    def comparisons(self, people: Sequence[Person], count: int, **how) -> list[reward.Comparison]:
+        """See `reward.collect`."""
+        return reward.collect(self.tuned, self.tokenizer, self.world, people, count, seed=self.seed, **how)
 
     # --- the models of the recipe ---------------------------------------------------------------------------
 
@@ -220,14 +216,7 @@ class Lab:
     @cached_property
     def steered(self) -> GPT:
         """The tuned model after RLHF by its judge."""
-
-        def make() -> GPT:
-            model, records = self.steer(self.judge)
-            with replacing(self.folder / "rlhf" / "records.jsonl") as beside:
-                beside.write_text("".join(json.dumps(record) + "\n" for record in records))
-            return model
-
-        return checkpoint.load(self._saved("rlhf", make))[0]
+        return checkpoint.load(self._saved("rlhf", lambda: self.steer(self.judge)[0]))[0]
 
     def beside(self, name: str, adapter: AdapterConfig, items: Sequence[tasks.Item], **changes) -> GPT:
         """The base with an adapter that is tuned to these items. The folder `name` keeps the adapter."""
@@ -235,32 +224,25 @@ class Lab:
         return adapters.load_model(self.folder / "base", folder)[0]
 
     def _saved(self, name: str, make: Callable[[], GPT]) -> Path:
-        """The folder of a model or an adapter. A missing model is made, with a file of the seconds."""
+        """The folder of a model or an adapter. A missing model is made."""
         folder = self.folder / name
-        whole = (folder / file for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG))  # written last
-        if not any(file.exists() for file in whole):
+
+        def training() -> dict:
             make_folder(folder)
             start, model = time.perf_counter(), make()
-            with replacing(folder / SECONDS) as beside:
-                beside.write_text(f"{time.perf_counter() - start}")
+            seconds = time.perf_counter() - start
             if model.trained is model:
                 checkpoint.save(folder, model, self.tokenizer)
             else:
                 adapters.save(folder, model, self.tokenizer, str((self.folder / "base").resolve()))
+            return {"seconds": seconds, "records": self.records}
+
+        self.trainings[name] = self.measurement(f"{name}/training", training)
         return folder
 
     def seconds(self, name: str) -> float:
         """The seconds that the training of a model took, in this run or an earlier one."""
-        if (path := self.folder / name / SECONDS).exists():
-            try:
-                return float(read_text(path))
-            except ValueError:
-                raise damaged(path) from None
-        return self.records(name)[-1]["elapsed_s"]
-
-    def records(self, name: str) -> list[Record]:
-        """The records of the updates of a model that `pretrained` made."""
-        return read_records(self.folder / name / runs.METRICS, "iter", "train_loss", "elapsed_s")
+        return self.trainings[name]["seconds"]
 
     # --- measuring ------------------------------------------------------------------------------------------
 
@@ -269,14 +251,11 @@ class Lab:
 
         The file has a checksum. A damaged file is measured again.
         """
-        path = self.folder / f"{name}.json"
-        with contextlib.suppress(UserError, KeyError, TypeError):
-            record = read_object(path)
-            if record["sha256"] == _sha256(record["values"]):
-                return record["values"]
+        if (values := kept(self.folder, name)) is not None:
+            return values
         self.say(f"seed {self.seed}: {name}")
         values = json.loads(json.dumps(measure()))
-        with replacing(path) as beside:
+        with replacing(self.folder / f"{name}.json") as beside:
             text = json.dumps({"sha256": _sha256(values), "values": values}, indent=1)
             beside.write_text(text + "\n", encoding="utf-8")
         return values
@@ -330,23 +309,19 @@ class Lab:
         return [int(self.tokenizer.encode(f" {word}")[0]) for word in self.world.things]
 
 
+def _part(cls: type, options: dict) -> dict:
+    """The options that are fields of a dataclass."""
+    return {name: options[name] for name in cls.__dataclass_fields__.keys() & options.keys()}
+
+
+def kept(folder: Path, name: str) -> dict | None:
+    """A measurement that a Lab has kept in its folder, or None: also where the file is damaged."""
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        record = read_object(folder / f"{name}.json")
+        if record["sha256"] == _sha256(record["values"]):
+            return record["values"]
+    return None
+
+
 def _sha256(values: object) -> str:
     return sha256(json.dumps(values).encode()).hexdigest()
-
-
-def read_records(path: Path, *names: str) -> list[Record]:
-    """The records of a training, one per line. Each record has a number for each of `names`. Raises UserError
-    for a damaged file."""
-    try:
-        rows = [parse(line) for line in read_text(path, most=1 << 28).splitlines()]
-        right = rows and all(abs(row[name]) < 1e300 for row in rows for name in names)
-    except (ValueError, TypeError, KeyError):
-        right = False
-    if not right:
-        raise damaged(path)
-    return rows
-
-
-def damaged(path: Path) -> UserError:
-    """The error for a damaged file of a model that a Lab has made."""
-    return UserError(f"{path}: is damaged: remove {path.parent}, and the same command makes it again")

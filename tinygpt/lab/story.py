@@ -35,7 +35,7 @@ from ..stages.adapter import AdapterConfig, fingerprint
 from ..stages.recipes import QUICK
 from ..world import tasks
 from ..world.corpus import DOCUMENTS
-from .models import Lab, read_records
+from .models import Lab
 
 FILE = "story.json"
 DAMAGED = "is damaged: remove it, and the same tinygpt story command writes it again"
@@ -94,7 +94,7 @@ def pretraining(lab: Lab) -> dict:
     model, options = lab.base, lab.recipe.pretrain
     tokens = math.prod(options[size] for size in ("max_iters", "batch_size", "block_size"))
     result = trained(lab, model, lab.random, ["data text", {"millions": tokens / 1e6}], lab.seconds("base"))
-    updates, gap = lab.records("base"), lab.gaps(model, 1000)["all"]
+    updates, gap = lab.trainings["base"]["records"], lab.gaps(model, 1000)["all"]
     recalled = evaluate.recall_by_exposure(model, lab.tokenizer, lab.world, DOCUMENTS // lab.world.part)
     often, never = recalled[0], recalled[-1]
     every = max(1, len(updates) // 300)
@@ -183,9 +183,8 @@ def rlhf(lab: Lab) -> dict:
     """The steered model beside the tuned one. Its samples are one answer, and two that RLHF changed."""
     model = lab.steered
     result = trained(lab, model, lab.tuned, ["data own", {}], lab.seconds("rlhf"))
-    names = ("iter", "reward", "gold", "kl", "entropy")
-    rows = read_records(lab.folder / "rlhf" / "records.jsonl", *names)
-    curves = {name: [row[name] for row in rows] for name in names}
+    rows = lab.trainings["rlhf"]["records"]
+    curves = {name: [row[name] for row in rows] for name in ("iter", "reward", "gold", "kl", "entropy")}
     strangers = lab.sets[SAMPLED[1]][:50]
     answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]
     changes = [[item["prompt"], a.text, b.text, item["completion"]]
@@ -289,7 +288,7 @@ def tell(lab: Lab, report: Callable[[str, dict | None], None] = lambda name, res
 def questions(folder: Path) -> list[str]:
     """The questions of the samples of the story in this folder."""
     try:
-        samples = read_object(folder / FILE)["stages"]["instruction tuning"].get("samples", ())
+        samples = read_object(folder / FILE)["stages"].get("instruction tuning", {}).get("samples", ())
         return [str(question) for question, *_ in samples]
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{folder / FILE}: {DAMAGED}") from None
