@@ -71,16 +71,6 @@ def test_every_code_point_is_split_by_its_unicode_category():
     assert list(pieces("".join(members))) == members
 
 
-def test_long_text_is_split_in_parts_at_the_same_places(monkeypatch):
-    # Cut in the wrong place, the white space before a word is split in another way.
-    rng = random.Random(0)
-    text = "".join(rng.choices(["a", "1", "!", "'s", " ", "  ", "\n", " \n", "\t", "\x1c", "\u2028"], k=5000))
-    whole = list(pieces(text))
-    for part in (1, 2, 7, 100):
-        monkeypatch.setattr(bpe, "_PART", part)
-        assert list(pieces(text)) == whole
-
-
 # --- Byte-pair encoding -------------------------------------------------------------------------------------
 
 def slow_merges(words: Counter, count: int) -> list[tuple[int, int]]:

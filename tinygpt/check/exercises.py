@@ -36,10 +36,6 @@ EXERCISES = {  # in the order of learning: the lesson; the project's own solutio
     "dpo": ("comparisons steer a model without a judge", "dpo, stages/dpo.py"),
 }
 STEPS = {"adamw": ("w", "m", "v"), "kv_cache": ("out", "keys", "values")}  # the results of their blank
-BACKWARD = """It gets the gradient of some loss with respect to the result of the
-forward, and returns the gradients with respect to the inputs of the forward. Any way to the right numbers
-will do. Return None in place of a gradient that you leave for later: the others are checked."""
-STEP = "All steps together must give the result of the forward."
 
 
 def blank(name: str) -> str:
@@ -47,25 +43,13 @@ def blank(name: str) -> str:
     return f"{name}_step" if name in STEPS else f"{name}_backward"
 
 
-def text(name: str, command: str) -> str:
-    """The file of an exercise, which `command` will check."""
-    about, place = EXERCISES[name]
-    solution, file = place.split(", ")
+def code(name: str) -> str:
+    """The code of an exercise's file."""
     functions = [inspect.getsource(f) for key, f in globals().items() if key.startswith(f"{name}_")]
     imports = "import numpy as np\n"
     if any("ops." in function for function in functions):
         imports += "\nfrom tinygpt.core import ops\n"
-    head = f'''"""Exercise {name}: {about}.
-
-Fill in {blank(name)}. {STEP if name in STEPS else BACKWARD} Then
-
-    {command}
-
-prints ok, or the mistake and its element. When all is ok, compare with the project's own,
-{solution} in tinygpt/{file}.
-"""
-'''
-    return "\n\n".join([f"{head}\n{imports}", *functions])
+    return "\n\n".join([imports, *functions])
 
 
 # --- linear -------------------------------------------------------------------------------------------------

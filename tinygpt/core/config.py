@@ -39,11 +39,6 @@ class GPTConfig:
             raise UserError(f"{sizes}: these make more than {MOST_WEIGHTS:,} weights; choose smaller sizes")
 
     @property
-    def is_gpt2(self) -> bool:
-        """Whether this is GPT-2, and not a variant."""
-        return not (self.post_norm or self.num_labels)
-
-    @property
     def size(self) -> int:
         """The number of weights: C (12 C + 13) in a layer, 2 C in ln_f, and the tables."""
         C, tables = self.n_embd, self.vocab_size + self.block_size + self.num_labels

@@ -23,7 +23,6 @@ from .replay import Packs, recorded
 
 Ids = Sequence[int] | Array
 
-DRAWS = 64  # random numbers that a prompt draws at a time
 PACK_AFTER = 8  # steps after which copies of the weights save time; bfloat16 copies are half as large: 1 step
 
 
@@ -99,7 +98,6 @@ def steps(
     kv = KVCache(model, len(texts), model.prefix + min(model.context, longest + max_new_tokens))
     seeds = rng.integers(2**63, size=len(texts)) if temperature else ()
     draws = [np.random.default_rng(seed) for seed in seeds]
-    uniform = np.zeros((len(texts), DRAWS))  # the random numbers of DRAWS steps
     rows, ids, backlog, packs = np.arange(len(texts)), None, [], packs or packs_for(model)
 
     def newest(ids: Array, positions: Array, start: Array) -> Array:
@@ -107,7 +105,7 @@ def steps(
 
     # a replay takes less time than the Python of a small model's forward
     decode = recorded(newest, model, kv.keys, kv.values, kv.length, packs=packs, most=1)
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         if not len(rows):
             return
         if kv.length in (0, kv.capacity):
@@ -117,11 +115,8 @@ def steps(
             positions = (kv.length - model.prefix - pad).astype(np.int32)
             packs.count()
             logits = decode(ids[:, None], positions, pad)  # (B, 1, V)
-        if temperature and step % DRAWS == 0:
-            for row in rows:
-                draws[row].random(out=uniform[row])
-        logits, numbers = logits[:, -1, :vocab_size], uniform[rows, step % DRAWS]
-        ids = model.ops.sample(logits, numbers, temperature, top_k, top_p)
+        uniform = np.array([draws[row].random() if temperature else 0.0 for row in rows])
+        ids = model.ops.sample(logits[:, -1, :vocab_size], uniform, temperature, top_k, top_p)
         backlog.append((rows, ids))
         yield rows, ids
         if stop.size and (at_end := (ids[:, None] == stop).any(1)).any():

@@ -61,7 +61,7 @@ class GPT(memory.Parameters):
         self, config: GPTConfig, rng: Generator | None = None, dtype: type = np.float32,
         ops: ModuleType | None = None,
     ) -> None:  # fmt: skip
-        if type(self) is GPT and not config.is_gpt2:
+        if type(self) is GPT and (config.post_norm or config.num_labels):
             raise UserError("this configuration is not GPT-2's: variants.build makes a model of any kind")
         self.config = config
         self.ops = ops or kernels.backend()
@@ -245,7 +245,7 @@ class GPT(memory.Parameters):
 
     def attend(self, qkv: Array, layer: int, run: Pass) -> tuple[Array, tuple]:
         """qkv (B, T, 3C) -> y (B, T, C). A query sees the keys of `run.past`, earlier keys and its own."""
-        q, k, v = self.split(qkv)  # (B, T, C) each
+        q, k, v = np.split(qkv, 3, axis=-1)  # views, (B, T, C) each
         length = None
         if run.past is not None:
             k, v, length = run.past.extend(layer, k, v)  # (B, S, C) each
@@ -253,11 +253,6 @@ class GPT(memory.Parameters):
 
     def attend_backward(self, dy: Array, cache: tuple, grads: Grads) -> Array:
         return self.ops.attention_backward(dy, cache, packed=True)  # (B, T, 3C)
-
-    def split(self, qkv: Array) -> tuple[Array, Array, Array]:
-        """qkv (B, T, 3C) -> views of its queries, keys and values, (B, T, C) each."""
-        C = self.config.n_embd
-        return qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
 
     def join(self, x: Array, y: Array, name: str, run: Pass) -> tuple[Array, tuple]:
         """The end of a branch: x + dropout(y w + b). y (..., I), the stream x (..., C) -> (..., C)."""

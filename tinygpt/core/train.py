@@ -45,6 +45,10 @@ class Batch(NamedTuple):
     start: Array | None = None  # (B, T): the first key that each query sees, see ops.visible_keys
     positions: Array | None = None  # (B, T)
 
+    def at(self, places: Array | slice) -> "Batch":
+        """Some of the sequences."""
+        return Batch(*(field[places] for field in self))
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

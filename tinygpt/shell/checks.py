@@ -58,30 +58,32 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
     following = command("exercise", name, "--check", out.as_posix(), *again)
-    source = exercises.text(name, following)
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(source if language == "en" else _translated(source, name, following, language))
+            file.write(_file(name, following, language))
     except FileExistsError:
         raise UserError(f"{out}: exists, perhaps with your work; --out names another file") from None
     about = {"out": out, "blank": exercises.blank(name), "command": following}
     say(texts.text(language, "exercise saved", **about))
 
 
-def _translated(source: str, name: str, following: str, language: str) -> str:
-    """The file of an exercise in another language: its head, docstrings, hint and comments. The rest is
-    code, shapes and formulas."""
+def _file(name: str, following: str, language: str) -> str:
+    """The file of an exercise. In another language than English its docstrings, hint and comments are
+    translated too. The rest is code, shapes and formulas."""
 
     def paragraph(key: str, **values) -> str:
         return texts.fill(texts.text(language, key, **values), 100)
 
     blank, (function, file) = exercises.blank(name), exercises.EXERCISES[name][1].split(", ")
     kind = "step" if name in exercises.STEPS else "backward"
-    head = [paragraph("exercise about", name=name, about=[f"exercise {name}", {}]),
+    about = [f"exercise {name}", {}] if language != "en" else exercises.EXERCISES[name][0]
+    head = [paragraph("exercise about", name=name, about=about),
             paragraph(f"exercise {kind}", blank=blank), "    " + following,
             paragraph("exercise compare", file=file, function=function)]  # fmt: skip
+    head, source = '"""' + "\n\n".join(head) + '\n"""\n\n', exercises.code(name)
+    if language == "en":
+        return head + source
     hint = textwrap.indent(paragraph("exercise hint", hint=[f"exercise {name}, hint", {}]), "    ")
-    _, source = source.split('\n"""\n', 1)
     source = re.sub(r"    Hint: .*?(?=\n    \"{3})", lambda _: hint, source, flags=re.S)
     if (key := f"exercise {name}, forward") in texts.texts():  # others are a formula
         about = textwrap.indent(f'"""{paragraph(key)}\n"""', "    ")
@@ -90,7 +92,7 @@ def _translated(source: str, name: str, following: str, language: str) -> str:
     source = re.sub("(?<=# )write .* here", texts.text(language, "exercise write", names=names), source)
     for key, pair in texts.texts().items():
         source = source.replace(pair["en"], pair[language]) if key.startswith("code ") else source
-    return '"""' + "\n\n".join(head) + '\n"""\n' + source
+    return head + source
 
 
 def _grade(name: str, path: Path, limit: float, as_json: bool, language: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.generate import packs_for
 from ..core.model import GPT
 from ..text import instructions
-from ..text.data import Array, Packed, Tokenizer, pack
+from ..text.data import Array, Batch, Tokenizer, pack
 from ..text.instructions import Message
 from ..text.stream import encode_prompt, ended, new_ids
 
@@ -54,7 +54,7 @@ def answers(
     return [replies[n] for n in range(len(ids))]
 
 
-def outputs(model: GPT, packed: Packed, rows: int = 16) -> Iterator[tuple[Array, Array, Array]]:
+def outputs(model: GPT, packed: Batch, rows: int = 16) -> Iterator[tuple[Array, Array, Array]]:
     """The marked places of packed texts, `rows` rows at a time: marks (N,), targets (N,), outputs (N, V).
 
     The weights of `packed` are the marks, whole numbers. At the mark 0 nothing is computed.

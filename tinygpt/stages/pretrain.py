@@ -154,9 +154,8 @@ class Pretrain(Stage):
         return {"val_loss": train.mean_loss(self.model, batches, self.optimizer.group)}
 
 
-def _batches(rows: data.Packed, count: int) -> list[train.Batch]:
-    places = range(0, len(rows.ids), count)
-    return [train.Batch(*(field[i : i + count] for field in rows)) for i in places]
+def _batches(rows: train.Batch, count: int) -> list[train.Batch]:
+    return [rows.at(slice(i, i + count)) for i in range(0, len(rows.ids), count)]
 
 
 def _tokenizer(kind: str, vocab_size: int, source: Source) -> Tokenizer:

@@ -39,7 +39,7 @@ from ..core.optim import AdamW
 from ..core.option import option
 from ..errors import UserError
 from ..text import examples, instructions
-from ..text.data import Array, Packed, Tokenizer, pack, permuted, shuffled_places
+from ..text.data import Array, Batch, Tokenizer, pack, permuted, shuffled_places
 from ..text.examples import LeftOutError, Notes
 from ..text.instructions import Prompt
 from ..world import TASKS, Person, World, preferences, raw_integers, tasks
@@ -135,7 +135,7 @@ def encode(tokenizer: Tokenizer, context: int, question: Prompt, thought: str, a
     return np.concatenate([prompt, thought_ids[:room], answer_ids])
 
 
-def marked(texts: Sequence[Array], block_size: int) -> Packed:
+def marked(texts: Sequence[Array], block_size: int) -> Batch:
     """Texts side by side in rows; no text sees another. The last token of text n has the weight n + 1.
 
     Raises ValueError for a text that is longer than a row.
@@ -166,7 +166,7 @@ def bradley_terry(chosen: Array, rejected: Array) -> tuple[float, Array, Array]:
 
 
 def loss(
-    optimizer: AdamW, batches: Sequence[Packed], rng: np.random.Generator | None = None, share: float = 1.0
+    optimizer: AdamW, batches: Sequence[Batch], rng: np.random.Generator | None = None, share: float = 1.0
 ) -> float:
     """For `train.train`: `share` times the losses of batches, and the gradients.
 
@@ -174,7 +174,7 @@ def loss(
     """
     model = optimizer.model
 
-    def of_one(rows: Packed) -> float:
+    def of_one(rows: Batch) -> float:
         view = {"start": rows.start, "positions": rows.positions, "places": ends(rows.weights)}
         values, cache = model.forward(rows.ids, rng=rng, **view)  # (2 N, 1)
         nats, chosen, rejected = bradley_terry(values[::2, 0], values[1::2, 0])
@@ -227,7 +227,7 @@ def with_head(model: GPT, seed: int) -> GPT:
     return judge
 
 
-def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Packed:
+def batch(pairs: Sequence[tuple[Array, Array]], settings: Settings, n: int) -> Batch:
     """The comparisons of batch n of all updates, packed: their texts, chosen and rejected in turn."""
     places = shuffled_places(len(pairs), min(settings.batch_size, len(pairs)), n, settings.train.seed)
     return marked([ids for place in places for ids in pairs[place]], settings.block_size)
@@ -312,7 +312,7 @@ class Reward(Stage):
     def about(self) -> str:
         return f"; {len(self.pairs):,} comparisons, {len(self.val):,} to evaluate on"
 
-    def update(self, n: int, rng: np.random.Generator) -> list[Packed]:
+    def update(self, n: int, rng: np.random.Generator) -> list[Batch]:
         count = self.settings.gradient_accumulation_steps
         return [batch(self.pairs, self.settings, n * count + k) for k in range(count)]
 

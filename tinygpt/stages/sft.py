@@ -31,7 +31,7 @@ from ..core.model import GPT
 from ..core.option import option, written
 from ..errors import UserError
 from ..text import data, examples, instructions
-from ..text.data import Array, Packed, Tokenizer, permuted
+from ..text.data import Array, Batch, Tokenizer, permuted
 from ..text.examples import Example, LeftOutError, Notes
 from ..text.instructions import Message
 from ..world import corpus, tasks
@@ -197,11 +197,11 @@ def fitting(
     return notes.keep(((example.where, example) for example in examples), encoded)
 
 
-def _packed(encoded: list[Encoded], settings: Settings) -> Packed:
+def _packed(encoded: list[Encoded], settings: Settings) -> Batch:
     pairs = [pair for _, pair in encoded]
     groups = [pairs] if settings.packing else [[pair] for pair in pairs]
     rows = [data.pack(group, settings.block_size) for group in groups]
-    return Packed(*map(np.concatenate, zip(*rows, strict=True)))
+    return Batch(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def read_examples(paths: Iterable[str], split: str, notes: Notes | None = None, **which) -> list[Example]:
@@ -217,7 +217,7 @@ def read_examples(paths: Iterable[str], split: str, notes: Notes | None = None, 
     return together
 
 
-def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
+def update(rows: Batch, settings: Settings, n: int) -> list[train.Batch]:
     """The batches of update n: rows in a new order for each epoch, weights that sum to 1.
 
     Where there are fewer rows than batch_size, a batch has each row once.
@@ -230,13 +230,13 @@ def update(rows: Packed, settings: Settings, n: int) -> list[train.Batch]:
     return [batch._replace(weights=batch.weights / np.float32(learned)) for batch in batches]
 
 
-def consecutive(rows: Packed, count: int) -> Iterator[train.Batch]:
+def consecutive(rows: Batch, count: int) -> Iterator[train.Batch]:
     """All rows, up to `count` in a batch; each learned token has weight 1."""
     for i in range(0, len(rows.ids), count):
         yield _batch(rows, np.arange(i, min(i + count, len(rows.ids))))
 
 
-def _batch(rows: Packed, places: Array) -> train.Batch:
+def _batch(rows: Batch, places: Array) -> train.Batch:
     """The rows at `places`, cut after the last learned token of these rows. No result depends on the rest.
 
     The length is rounded up to a multiple of 32, but not beyond the length of the rows. So batches have few

@@ -25,7 +25,6 @@ import numpy as np
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
-CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 
 Pair = tuple[int, int]
 
@@ -51,24 +50,13 @@ def _splitter() -> re.Pattern:
                       rf"|[{space}]+(?![^{space}])|[{space}]+")
 
 
-# No piece continues from another character to white space. So a text may be cut there and split part by part:
-# a list of all its pieces would take ten times the memory of the text.
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
-_PART = 1_000_000
-
-
 def pieces(text: str) -> Iterator[str]:
     r"""The pieces of a text by GPT-2's rule. Joined they are the text.
 
     >>> list(pieces("I'm  here:\n42 cats"))
     ['I', "'m", ' ', ' here', ':', '\n', '42', ' cats']
     """
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + _PART)
-        stop = cut.start() if cut else len(text)
-        yield from _splitter().findall(text, start, stop)
-        start = stop
+    return (match[0] for match in _splitter().finditer(text))
 
 
 def learn_merges(words: dict[bytes, int], count: int) -> list[Pair]:

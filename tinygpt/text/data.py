@@ -24,10 +24,10 @@ import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from ..core.train import Batch
 from ..errors import UserError
 from ..files.atomic import make_folder, replacing
 from .tokenizer import END_OF_TEXT, Tokenizer
@@ -53,24 +53,19 @@ class TextFile:
         self.path, self.plain = path, plain
 
     def __iter__(self) -> Iterator[str]:
-        decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
-        with open(self.path, "rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:  # some Windows programs put this mark before a text
-                file.seek(0)
-            while True:
-                block = file.read(CHUNK)
-                try:
-                    text += decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:  # error.object: the block, after an unfinished character
-                    offset = file.tell() - len(error.object) + error.start
-                    problem = f"{self.path}: byte {offset} is not UTF-8{not_utf8(self.path, error.object)}"
-                    raise UserError(problem) from None
-                if not block:
-                    break
-                if cut := _LAST_CUT.match(text):
-                    yield cut[0]
-                    text = text[cut.end() :]
-            yield text
+        text = ""
+        with open(self.path, encoding="utf-8-sig", newline="") as file:  # sig: a byte order mark
+            try:
+                while block := file.read(CHUNK):
+                    text += block
+                    if cut := _LAST_CUT.match(text):
+                        yield cut[0]
+                        text = text[cut.end() :]
+            except UnicodeDecodeError as error:  # error.object: the block, after an unfinished character
+                offset = file.buffer.tell() - len(error.object) + error.start
+                problem = f"byte {offset} is not UTF-8{not_utf8(self.path, error.object)}"
+                raise UserError(f"{self.path}: {problem}") from None
+        yield text
 
 
 # Up to the last place where white space follows another character. No piece of GPT-2's rule spans it. A space
@@ -357,17 +352,7 @@ def permuted(items: Sequence, seed: int) -> list:
 # --- packing ------------------------------------------------------------------------------------------------
 
 
-class Packed(NamedTuple):
-    """Rows with several sequences each: the fields of `train.Batch`, each (rows, block_size)."""
-
-    ids: Array  # int32
-    targets: Array  # int32
-    weights: Array  # float32; 0 for padding
-    start: Array  # int32: for each place, the beginning of its sequence
-    positions: Array  # int32, from 0 in each sequence
-
-
-def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: int = 32) -> Packed:
+def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: int = 32) -> Batch:
     """Sequences side by side in rows. None is cut, none sees another, and each counts its own positions.
 
     An example is (ids (n,), supervised (n,)) with n >= 2. `supervised` has the weight of each id as a target;
@@ -390,8 +375,8 @@ def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: in
         free[row] -= n
         if not free[row]:
             del free[row]
-    dtypes = (np.float32 if name == "weights" else np.int32 for name in Packed._fields)
-    packed = Packed(*(np.zeros((count, block_size), dtype) for dtype in dtypes))
+    dtypes = (np.float32 if name == "weights" else np.int32 for name in Batch._fields)
+    packed = Batch(*(np.zeros((count, block_size), dtype) for dtype in dtypes))
     packed.start[:] = np.arange(block_size)
     for row, begin, ids, supervised in parts:
         n = len(ids) - 1
@@ -401,9 +386,9 @@ def pack(examples: Iterable[tuple[Array, Array]], block_size: int, open_rows: in
     return packed
 
 
-def rows_in_order(rows: Packed, count: int, step: int, seed: int = 0) -> Packed:
+def rows_in_order(rows: Batch, count: int, step: int, seed: int = 0) -> Batch:
     """The `count` rows of update `step`: in the first epoch in their order, in later epochs at random."""
     n = len(rows.ids)
     places = _turns(n, count, step, lambda epoch: np.random.default_rng([seed, epoch]).permutation(n)
                     if epoch else np.arange(n))  # fmt: skip
-    return Packed(*(field[places] for field in rows))
+    return rows.at(places)

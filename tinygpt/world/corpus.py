@@ -31,7 +31,7 @@ import numpy as np
 from ..errors import UserError
 from ..files.atomic import lock, make_folder, replacing
 from ..files.jsonfile import read_object, read_text
-from ..text.data import Array, Packed, Tokenizer, pack
+from ..text.data import Array, Batch, Tokenizer, pack
 from ..text.tokenizer import BPETokenizer
 from . import CORPUS, PRIMER, SIZES, VALIDATION, VERSION, World
 from .tasks import task_sets
@@ -142,7 +142,7 @@ def encoded(tokenizer: Tokenizer, document: str) -> Array:
     return np.concatenate([[tokenizer.eos_id], tokenizer.encode(document), [tokenizer.eos_id]])
 
 
-def rows(documents: Sequence[str], tokenizer: Tokenizer, block_size: int) -> Packed:
+def rows(documents: Sequence[str], tokenizer: Tokenizer, block_size: int) -> Batch:
     """Documents packed into rows; each sees only itself. Raises UserError if a document does not fit."""
     if tokenizer.eos_id is None:
         raise UserError("this tokenizer has no end-of-text token, which separates documents: use BPE")
