@@ -76,8 +76,8 @@ def _file(name: str, following: str, language: str) -> str:
 
     blank, (function, file) = exercises.blank(name), exercises.EXERCISES[name][1].split(", ")
     kind = "step" if name in exercises.STEPS else "backward"
-    about = [f"exercise {name}", {}] if language != "en" else exercises.EXERCISES[name][0]
-    head = [paragraph("exercise about", name=name, about=about),
+    lesson = [f"exercise {name}", {}] if language != "en" else exercises.EXERCISES[name][0]
+    head = [paragraph("exercise about", name=name, lesson=lesson),
             paragraph(f"exercise {kind}", blank=blank), "    " + following,
             paragraph("exercise compare", file=file, function=function)]  # fmt: skip
     head, source = '"""' + "\n\n".join(head) + '\n"""\n\n', exercises.code(name)
