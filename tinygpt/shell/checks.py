@@ -58,9 +58,10 @@ def exercise(name: str | None, out: Path | None, submissions: Path | None, time_
     if not str(out).isprintable() or '"' in str(out):
         raise UserError(f"{out}: this name cannot stand in the file itself; name another file")
     following = command("exercise", name, "--check", out.as_posix(), *again)
+    source = _file(name, following, language)
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(_file(name, following, language))
+            file.write(source)
     except FileExistsError:
         raise UserError(f"{out}: exists, perhaps with your work; --out names another file") from None
     about = {"out": out, "blank": exercises.blank(name), "command": following}
