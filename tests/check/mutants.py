@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from rows import all_pairs
+from solutions import solution
 
 from tinygpt.check import course, exercises
 from tinygpt.check.contract import Pair, leaves, like, moved, vector
@@ -195,7 +196,7 @@ def reason(change: str) -> str | None:
 def targets() -> dict[str, Callable]:
     """Every backward of `ops.py`, and the solution of every exercise, by name."""
     operations = {name: function for name, function in vars(ops).items() if name.endswith("_backward")}
-    return operations | {f"exercise {name}": exercises.solution(name) for name in exercises.EXERCISES}
+    return operations | {f"exercise {name}": solution(name) for name in exercises.EXERCISES}
 
 
 def own_pairs(name: str, function: Callable, seed: int) -> list[tuple]:
@@ -317,7 +318,7 @@ def _is_true(sentence: str, g: np.ndarray, R: np.ndarray, right: dict) -> bool:
 def false_alarms(seeds: Iterable[int], models: bool = True) -> Iterator[str]:
     """The complaints of the checker about right backwards: operations, models (at 10 seeds), exercises."""
     for seed in seeds:
-        pairs = [(name, course.pair(name, exercises.solution(name))) for name in exercises.EXERCISES]
+        pairs = [(name, course.pair(name, solution(name))) for name in exercises.EXERCISES]
         for backend in kernels.available():
             pairs += all_pairs(kernels.backend(backend), np.random.default_rng(seed))
         for name, pair in pairs:

@@ -38,9 +38,9 @@ def test_a_part_of_a_job_runs(job):
 
 def test_the_operations_of_a_part():
     """Guards: a share of the peak that counts each multiply-add once, or another size."""
-    step, steps, tokens, flops, read = bench._work("float32", "gemm", "8x4x2")
+    step, steps, tokens, flops, read = bench._gemm("8x4x2", "float32")
     assert (steps, tokens, flops, read) == (1, None, 2 * 8 * 4 * 2, None) and callable(step)
-    _, _, tokens, flops, _ = bench._work("float32", "scaling", "B=1", "1")
+    _, _, tokens, flops, _ = bench.ROWS["scaling/B=1/1"]("float32")
     assert tokens == bench.BASE["T"] and flops > 6 * 12 * 4 * bench.BASE["C"] ** 2 * tokens
 
 

@@ -65,6 +65,9 @@ SUBMISSIONS = {  # a file, and its message; "" if the file is right
     "right_with_another_forward": (linear(after=FORWARD_CHANGED), ""),
     "right_with_numpy_changed": (linear(before=NUMPY_CHANGED), ""),
     "right_in_a_dict": (linear("    return {'b': dout.sum(0), 'x': dout @ w.T, 'w': x.T @ dout}\n"), ""),
+    "right_in_a_buffer": (linear(before="import numpy as np\nBUFFER = np.zeros((5, 4))\n",
+                                 body="    np.matmul(dout, w.T, out=BUFFER)\n"
+                                      "    return BUFFER, x.T @ dout, dout.sum(0)\n"), ""),
     "right_with_a_thread": (linear(before="import threading, time\nthreading.Thread(target=time.sleep, "
                                           "args=(99,)).start()\n"), ""),
     "right_with_huge_output": (linear(before="print('x' * 20_000_000)\n"), ""),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from solutions import solution
 
 import tinygpt
 from tinygpt.check import exercises
@@ -104,7 +105,7 @@ def test_the_steps_of_adamw_make_its_forward():
     w, gradients = rng.standard_normal(5), rng.standard_normal((7, 5))
     stepped, m, v = w, np.zeros(5), np.zeros(5)
     for t, g in enumerate(gradients, 1):
-        stepped, m, v = exercises.solution("adamw")(stepped, g, m, v, t)
+        stepped, m, v = solution("adamw")(stepped, g, m, v, t)
     np.testing.assert_allclose(exercises.adamw_forward(w, gradients), stepped, rtol=1e-12)
 
 
@@ -113,7 +114,7 @@ def test_the_steps_of_the_kv_cache_make_its_forward():
     keys, values, outs = k[:, :0], v[:, :0], []
     for t in range(5):
         new = (a[:, t : t + 1] for a in (q, k, v))
-        out, keys, values = exercises.solution("kv_cache")(*new, keys, values)
+        out, keys, values = solution("kv_cache")(*new, keys, values)
         outs.append(out)
     np.testing.assert_allclose(exercises.kv_cache_forward(q, k, v), np.concatenate(outs, 1), rtol=1e-12)
 
@@ -121,7 +122,7 @@ def test_the_steps_of_the_kv_cache_make_its_forward():
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_solution_is_accepted(run, name):
     """Guards: an exercise without a solution; a hint that lists other gradients than the checker."""
-    result = check(run, name, exercises.solution(name))
+    result = check(run, name, solution(name))
     assert result.exit_code == 0, result.output
     names = [line.split(":")[0].split("[")[0] for line in result.output.splitlines() if line[0] != "n"]
     source = inspect.getsource(getattr(exercises, exercises.blank(name)))
@@ -154,7 +155,7 @@ def test_the_blank_is_refused(run, name):
 @pytest.mark.parametrize("name", ["linear", "block"])
 def test_gradcheck_takes_the_file_too(run, name):
     """The file has its forward and its inputs."""
-    Path(f"my_{name}.py").write_text(filled(name, exercises.solution(name)), encoding="utf-8")
+    Path(f"my_{name}.py").write_text(filled(name, solution(name)), encoding="utf-8")
     assert run("gradcheck", f"my_{name}.py:{name}").exit_code == 0
 
 
@@ -191,21 +192,21 @@ def a_transpose_lacks(dout, cache):
 
 def a_frozen_map_passes_nothing(dout, cache):
     x, w, *more = cache
-    return exercises.solution("lora")(dout, (x, 0 * w, *more))
+    return solution("lora")(dout, (x, 0 * w, *more))
 
 
 def no_scale(dout, cache):
-    dx, dA, dB = exercises.solution("lora")(dout, cache)
+    dx, dA, dB = solution("lora")(dout, cache)
     return dx, dA, dB / cache[-1]
 
 
 def tokens_averaged(dloss, cache):
-    return exercises.solution("policy_gradient")(dloss, cache) / cache[1].shape[1]
+    return solution("policy_gradient")(dloss, cache) / cache[1].shape[1]
 
 
 def no_advantages(dloss, cache):
     logp, ids, advantages = cache
-    return exercises.solution("policy_gradient")(dloss, (logp, ids, np.ones_like(advantages)))
+    return solution("policy_gradient")(dloss, (logp, ids, np.ones_like(advantages)))
 
 
 def ids_once(dout, cache):
@@ -216,18 +217,18 @@ def ids_once(dout, cache):
 
 
 def no_stream(dout, cache):
-    dx, dp = exercises.solution("block")(dout, cache)
+    dx, dp = solution("block")(dout, cache)
     return dx - dout, dp
 
 
 def decay_in_the_gradient(w, g, m, v, t, *constants):
-    _, m, v = exercises.solution("adamw")(w, g, m, v, t, *constants)
-    return exercises.solution("adamw")(w, g + 0.1 * w, m, v, t, *constants)[0], m, v
+    _, m, v = solution("adamw")(w, g, m, v, t, *constants)
+    return solution("adamw")(w, g + 0.1 * w, m, v, t, *constants)[0], m, v
 
 
 def the_oldest_forgotten(q, k, v, keys, values):
-    out, *_ = exercises.solution("kv_cache")(q, k, v, keys[:, 1:], values[:, 1:])
-    return out, *exercises.solution("kv_cache")(q, k, v, keys, values)[1:]
+    out, *_ = solution("kv_cache")(q, k, v, keys[:, 1:], values[:, 1:])
+    return out, *solution("kv_cache")(q, k, v, keys, values)[1:]
 
 
 def mean_of_all(dloss, rewards):
@@ -235,7 +236,7 @@ def mean_of_all(dloss, rewards):
 
 
 def no_beta(dloss, cache):
-    dchosen, drejected = exercises.solution("dpo")(dloss, cache)
+    dchosen, drejected = solution("dpo")(dloss, cache)
     return dchosen / cache[-1], drejected
 
 

@@ -21,7 +21,6 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.folders import checkpoint
 from tinygpt.shell.cli import IN_PARALLEL, main
-from tinygpt.stages.adapter import AdapterConfig
 from tinygpt.text.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "the cat sat on the mat. the dog lay in the sun. " * 20
@@ -142,9 +141,9 @@ def test_bench_reports_each_job(run):
 def test_the_operations_of_a_token_grow_with_its_context_by_attention_alone():
     """Guards: the table of positions, which is looked up, among the multiply-adds."""
     config = GPTConfig(50, 128, n_layer=2, n_head=2, n_embd=32)
-    for adapter in (None, AdapterConfig("lora", rank=2)):
-        short, long = (ops / tokens for _, tokens, ops in (
-            bench._training("float32", config, 3, T, adapter=adapter) for T in (64, 128)
+    for kind in ("train", "lora"):
+        short, long = (ops / tokens for _, _, tokens, ops, _ in (
+            bench._training(config, 3, T, "float32", kind) for T in (64, 128)
         ))  # fmt: skip
         assert long - short == 6 * 2 * 32 * 64
 

@@ -105,7 +105,7 @@ def test_packed_logits_are_those_of_each_example_alone(folder):
     rows = data.pack(pairs, 64)
     assert len(rows.ids) < len(pairs)
     alone = {tuple(ids[:-1]): model.forward(ids[None, :-1])[0][0].copy() for ids, _ in pairs}
-    padded = data.Packed(*map(np.concatenate, zip(*(data.pack([pair], 64) for pair in pairs), strict=True)))
+    padded = train.Batch(*map(np.concatenate, zip(*(data.pack([pair], 64) for pair in pairs), strict=True)))
     for batch in (rows, padded, *sft.consecutive(padded, 4)):
         logits, _ = model.forward(batch.ids, start=batch.start, positions=batch.positions)
         for r in range(len(batch.ids)):

@@ -591,7 +591,7 @@ def test_a_resumed_run_on_a_world_is_the_uninterrupted_one(small, monkeypatch):
 
 def test_rows_are_trained_on_in_their_order_and_then_in_another():
     """Guards: an order that leaves documents out, and one in which the primers do not come first."""
-    rows = data.Packed(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in data.Packed._fields))
+    rows = train.Batch(*(np.arange(10)[:, None] * np.ones((1, 3), int) for _ in train.Batch._fields))
     updates = [data.rows_in_order(rows, 4, step, seed=1).targets[:, 0].tolist() for step in range(5)]
     order = list(itertools.chain(*updates))
     assert order[:10] == list(range(10)) == sorted(order[10:]) != order[10:]

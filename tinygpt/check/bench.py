@@ -20,14 +20,14 @@ This file measures no other library. tests/peers/bench.py puts their figures bes
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -56,13 +56,6 @@ SCALING = {  # one of these sizes at a time, the others as in BASE
 }
 BASE = {"T": 128, "C": 256, "B": 8}
 THREADS = sorted({1, kernels.processors()})  # of scaling
-JOBS = [
-    "peak", "gemm", *(f"train/{size}" for size in TRAIN), "numpy/nano", *(f"lora/{size}" for size in LORA),
-    *(f"rlhf/{size}" for size in RLHF), "scaling",
-    *(f"generate/{size}/{batch}" for size, batches in GENERATE.items() for batch in batches),
-]  # fmt: skip
-SLOW = {job for job in JOBS if "gpt2" in job or job == "scaling"}
-
 Row = dict[str, object]
 
 
@@ -83,23 +76,17 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
     Raises UserError for an unknown job, for `seconds` that are not positive, without the C core, and if a
     measurement fails.
     """
-    if not 0 < seconds < math.inf:
-        raise UserError(f"seconds is {seconds}: it must be more than 0 and finite")
     for job in jobs:
         if job not in JOBS:
             raise UserError(f"{job}: not a job; there are {', '.join(JOBS)}")
     if "c" not in kernels.available():
         raise UserError("bench measures the C core, which is not built here")
-    parts = {
-        "gemm": [f"gemm/{shape}" for shape in GEMM],
-        "scaling": [f"scaling/{axis}={n}/{t}" for axis in SCALING for t in THREADS for n in SCALING[axis]],
-    }
     for job in jobs or [job for job in JOBS if job not in SLOW]:
         share = {"gemm": len(GEMM), "scaling": 4}.get(job, 1)
-        for part in parts.get(job, [job]):
-            threads = {"TINYGPT_THREADS": part.split("/")[2]} if job == "scaling" else {}
+        for name in JOBS[job]:
+            threads = {"TINYGPT_THREADS": name.split("/")[2]} if job == "scaling" else {}
             limits = _apart(threads, "machine", min(1.0, seconds / 4))
-            yield _apart(threads, "_measure", part, dtype, seconds / share, *limits)
+            yield _apart(threads, "_measure", name, dtype, seconds / share, *limits)
 
 
 def _apart(variables: dict[str, str], function: str, *args):
@@ -134,18 +121,18 @@ def machine(seconds: float) -> tuple[float, float]:
     return best[0], best[1]
 
 
-def _measure(job: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> Row:
-    """The row of one job."""
+def _measure(name: str, dtype: str, seconds: float, peak: float, bandwidth: float) -> Row:
+    """The row `name`."""
     import resource  # not on Windows, where there is no C core
 
     ms, tokens, flops, read = None, None, peak, bandwidth  # per second; this is the row of the job "peak"
-    if job != "peak":
-        step, steps, *amounts = _work(dtype, *job.split("/"))
+    if name != "peak":
+        step, steps, *amounts = ROWS[name](dtype)
         ms = median_ms(step, seconds) / steps
         tokens, flops, read = (amount and amount / ms * 1e3 for amount in amounts)
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
     return {
-        "job": job,
+        "job": name,
         "ms": ms and round(ms, 4),
         "tokens_per_s": tokens and round(tokens, 1),
         "gflops": flops and round(flops / 1e9, 1),
@@ -170,40 +157,24 @@ def median_ms(step: Callable[[], object], seconds: float) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def _work(dtype: str, kind: str, size: str, number: str = "") -> tuple:
-    """(a function to time, its number of steps; a step's tokens, operations, and bytes that it reads)."""
-    if kind == "gemm":
-        M, N, K = map(int, size.split("x"))
-        a, b, out = (memory.empty(shape, np.float32) for shape in ((M, K), (K, N), (M, N)))
-        a[:], b[:] = (np.random.default_rng(0).standard_normal(x.shape) for x in (a, b))
-        near = dtype == "bfloat16"
-        return lambda: kernels.gemm(a, b, out=out, bfloat16=near), 1, None, 2 * M * N * K, None
-    if kind == "generate":
-        step, weights = _generation(dtype, size, batch := int(number))
-        return step, NEW, batch, 2 * weights * batch, (2 if dtype == "bfloat16" else 4) * weights
-    if kind == "rlhf":
-        prompts, answers, _, new = RLHF[size]
-        return _rloo(dtype, size), 1, prompts * answers * new, None, None
-    if kind == "scaling":
-        axis, n = size.split("=")
-        T, C, B = (BASE | {axis: int(n)}).values()
-        config = GPTConfig(1024, T, n_layer=4, n_head=C // 64, n_embd=C)
-    else:
-        config, (B, T) = PRESETS[size], TRAIN[size]
-    adapter = AdapterConfig("lora") if kind == "lora" else None
-    step, tokens, flops = _training(dtype, config, B, T, ops if kind == "numpy" else None, adapter)
-    return step, 1, tokens, flops, None
+# The functions below return (a function to time, its number of steps; a step's tokens, operations, and bytes
+# that it reads).
 
 
-def _training(
-    dtype: str, config: GPTConfig, B: int, T: int, backend: ModuleType | None = None,
-    adapter: AdapterConfig | None = None,
-) -> tuple[Callable[[], object], int, int]:  # fmt: skip
-    """A training step, its tokens, its operations."""
+def _gemm(shape: str, dtype: str) -> tuple:
+    M, N, K = map(int, shape.split("x"))
+    a, b, out = (memory.empty(shape, np.float32) for shape in ((M, K), (K, N), (M, N)))
+    a[:], b[:] = (np.random.default_rng(0).standard_normal(x.shape) for x in (a, b))
+    near = dtype == "bfloat16"
+    return lambda: kernels.gemm(a, b, out=out, bfloat16=near), 1, None, 2 * M * N * K, None
+
+
+def _training(config: GPTConfig, B: int, T: int, dtype: str, kind: str = "train") -> tuple:
+    """A training step; `kind` may be numpy or lora."""
     config = dataclasses.replace(config, block_size=T)
     rng = np.random.default_rng(0)
-    model = GPT(config, rng, ops=backend)
-    model = create(model, adapter, rng) if adapter else model
+    model = GPT(config, rng, ops=ops if kind == "numpy" else None)
+    model = create(model, AdapterConfig("lora"), rng) if kind == "lora" else model
     model.compute_in(dtype)
     optimizer = AdamW(model)
     ids, targets = rng.integers(0, config.vocab_size, (2, B, T)).astype(np.int32)
@@ -216,21 +187,27 @@ def _training(
 
     attention = 6 * config.n_layer * config.n_embd * T
     size = model.flat.size - model.params["wpe.weight"].size  # a position's row is looked up
-    weights = 4 * size + 6 * model.trained.flat.size if adapter else 6 * size
-    return step, B * T, (weights + attention) * B * T
+    weights = 4 * size + 6 * model.trained.flat.size if kind == "lora" else 6 * size
+    return step, 1, B * T, (weights + attention) * B * T, None
 
 
-def _generation(dtype: str, size: str, batch: int) -> tuple[Callable[[], object], int]:
-    """A function that samples NEW tokens for each of `batch` prompts; the number of weights a step reads."""
+def _scaling(axis: str, n: int, dtype: str) -> tuple:
+    T, C, B = (BASE | {axis: n}).values()
+    return _training(GPTConfig(1024, T, n_layer=4, n_head=C // 64, n_embd=C), B, T, dtype)
+
+
+def _generation(size: str, batch: int, dtype: str) -> tuple:
+    """A function that samples NEW tokens for each of `batch` prompts."""
     rng = np.random.default_rng(0)
     model = GPT(dataclasses.replace(PRESETS[size], block_size=max(CONTEXT, PRESETS[size].block_size)), rng)
     model.compute_in(dtype)
     prompts = list(rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32))
     weights = model.flat.size - model.params["wpe.weight"].size
-    return lambda: generate(model, prompts, NEW, rng=rng), weights
+    read = (2 if dtype == "bfloat16" else 4) * weights
+    return lambda: generate(model, prompts, NEW, rng=rng), NEW, batch, 2 * weights * batch, read
 
 
-def _rloo(dtype: str, size: str) -> Callable[[], object]:
+def _rloo(size: str, dtype: str) -> tuple:
     """A whole update of RLOO, with the exact KL that it reports."""
     rng, config = np.random.default_rng(0), dataclasses.replace(PRESETS[size], block_size=128)
     model, (prompts, answers, length, new) = GPT(config, rng), RLHF[size]
@@ -248,7 +225,25 @@ def _rloo(dtype: str, size: str) -> Callable[[], object]:
         learner.compute(learner.update(optimizer.steps, rng), rng)
         optimizer.step(1e-5)
 
-    return step
+    return step, 1, prompts * answers * new, None, None
+
+
+ROWS: dict[str, Callable[[str], tuple] | None] = {  # what to measure, as a function of dtype
+    "peak": None,
+    **{f"gemm/{shape}": partial(_gemm, shape) for shape in GEMM},
+    **{f"train/{size}": partial(_training, PRESETS[size], *TRAIN[size]) for size in TRAIN},
+    "numpy/nano": partial(_training, PRESETS["nano"], *TRAIN["nano"], kind="numpy"),
+    **{f"lora/{size}": partial(_training, PRESETS[size], *TRAIN[size], kind="lora") for size in LORA},
+    **{f"rlhf/{size}": partial(_rloo, size) for size in RLHF},
+    **{f"scaling/{axis}={n}/{threads}": partial(_scaling, axis, n)
+       for axis in SCALING for threads in THREADS for n in SCALING[axis]},
+    **{f"generate/{size}/{batch}": partial(_generation, size, batch)
+       for size in GENERATE for batch in GENERATE[size]},
+}  # fmt: skip
+JOBS: dict[str, list[str]] = {}  # the names of a job's rows
+for name in ROWS:
+    JOBS.setdefault(name.split("/")[0] if name.startswith(("gemm", "scaling")) else name, []).append(name)
+SLOW = {job for job in JOBS if "gpt2" in job or job == "scaling"}
 
 
 def plotter(path: Path, jobs: Sequence[str]) -> Callable[[Sequence[Row]], None]:

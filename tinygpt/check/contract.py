@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -22,10 +24,55 @@ MakeInputs = Callable[[np.random.Generator], Inputs]
 DOUTS = 4  # upstream gradients at each point; each costs one backward
 FACTORS = (1024, 2**-20)  # of a multiple of dout; powers of 2: a product with them does not round
 FIRST_ONLY = "it is right at the first call only"
+SEVERITY = ("ok", "not judged", "missing", "wrong")  # the verdicts
 
 
 class AdviceError(UserError):
     """A mistake whose remedy takes several lines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The verdict on one gradient, or on a rule of the contract that is broken."""
+
+    name: str  # "dx" is the gradient of the input x
+    verdict: str  # one of SEVERITY
+    rel_err: float = math.nan  # wrong: |g - D| / max(|g|, |D|); else rtol |g - D| / the allowed difference
+    index: tuple[int, ...] | None = None  # the worst element
+    backward: float = math.nan  # g there
+    differences: float = math.nan  # D there
+    uncertainty: float = math.nan  # u there
+    extent: str = ""  # how many elements were judged one by one
+    problem: str = ""  # the broken rule, or the reason why the gradient is not judged
+    notes: tuple[str, ...] = ()  # a sentence each
+    diagnosis: str = ""  # the likely mistake, where the evidence is clear
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+    def badness(self) -> tuple[int, float]:
+        return SEVERITY.index(self.verdict), self.rel_err
+
+    def worse(self, other: Result) -> Result:
+        """The worse of two points, with the notes of both: one for each element."""
+        notes = {note.split(": ")[0]: note for note in other.notes + self.notes}
+        return dataclasses.replace(max(self, other, key=Result.badness), notes=tuple(notes.values()))
+
+    def explained(self, diagnosis: str) -> Result:
+        return dataclasses.replace(self, diagnosis=diagnosis * (self.verdict == "wrong"))
+
+    def lines(self) -> list[str]:
+        """The lines below the verdict: the diagnosis, and the notes."""
+        diagnosis = [f"likely {self.diagnosis}"] * bool(self.diagnosis)
+        return diagnosis + [f"note   {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        text, u = f"{self.name}: {self.problem or f'relative error {self.rel_err:.1e}'}", self.uncertainty
+        if self.index is not None:
+            text += f" at {list(self.index)}: backward {self.backward:.6g}, "
+            text += f"differences {self.differences:.6g}" + f" +- {u:.1g}" * (self.verdict == "not judged")
+        return text + f" (checked: {self.extent})" * bool(self.extent)
 
 
 class BrokenError(Exception):
@@ -194,17 +241,8 @@ class Pair:
 # --- the rules ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Answer:
-    """The gradients of one input for several dout."""
-
-    grads: Array | None  # (K, *shape) of backward's own dtype; empty: there is nothing to compare
-    problem: str = ""  # the rule that they break
-    if_right: str = ""  # the diagnosis if they are right all the same
-
-
-def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, dict[str, Answer]]:
-    """The upstream gradients (DOUTS, N), and the answer for each input.
+def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, dict[str, tuple]]:
+    """The upstream gradients (DOUTS, N), and the answer for each input (see `_answer`).
 
     Backward is called with each dout, with the first one twice, and with multiples of it. Raises BrokenError
     if forward or backward writes to its arguments, if forward gives two answers, or if backward raises an
@@ -243,29 +281,34 @@ def answers(pair: Pair, values: dict, rng: np.random.Generator) -> tuple[Array, 
     return rows, {n: _answer(pair.label(n), n, x.shape, [r[n] for r in returned]) for n, x in values.items()}
 
 
-def _answer(label: str, name: str, shape: tuple, grads: list) -> Answer:
-    """The answer for one input, from its gradients for all the dout of `answers`."""
+def _answer(label: str, name: str, shape: tuple, grads: list) -> tuple[Array, Result]:
+    """The gradients of one input for several dout, (K, *shape) of backward's own dtype, and the broken rule.
+
+    No gradients: there is nothing to compare. A diagnosis holds if the gradients are right all the same.
+    """
     first, *row, up, down = grads
+    wrong = partial(Result, label, "wrong", math.inf)
     if any(g is None for g in grads):
-        return Answer(None)
-    if wrong := [g for g in row if g.shape != shape]:
+        return np.array([]), Result(label, "missing", problem="backward returns no gradient for it")
+    if others := [g for g in row if g.shape != shape]:
         owner = name if label != name else "its parameter"
         one_shape = len({g.shape for g in row}) == 1
-        problem = f"its shape is {wrong[0].shape}, that of {owner} is {shape}"
-        return Answer(np.array(row if one_shape else []), problem)
+        problem = f"its shape is {others[0].shape}, that of {owner} is {shape}"
+        return np.array(row if one_shape else []), wrong(problem=problem)
     if not same(first, row[0], 1e-12):
-        return Answer(first[None], "backward called twice gives two answers", FIRST_ONLY)
+        problem = "backward called twice gives two answers"
+        return first[None], wrong(problem=problem, diagnosis=FIRST_ONLY)
     if not np.isfinite(row).all():
         k, *index = np.argwhere(~np.isfinite(row))[0].tolist()
-        return Answer(np.array(row), f"backward says {row[k][tuple(index)]} at {index}")
+        return np.array(row), wrong(problem=f"backward says {row[k][tuple(index)]} at {index}")
     linear = all(same(f * np.float64(first), g, 1e-6) for f, g in zip(FACTORS, (up, down), strict=True))
     if linear or first.dtype.itemsize < 4:  # in float16 a multiple may be infinite
-        return Answer(np.array(row))
+        return np.array(row), Result(label, "ok", 0.0)
     if all(same(first, g) for g in (*row, up, down)):
         problem = "backward does not depend on dout: multiply by it (chain rule)"
-        return Answer(np.array([]), problem, "dout is ignored")
+        return np.array([]), wrong(problem=problem, diagnosis="dout is ignored")
     problem = "backward is not linear in dout: 1024 dout must give 1024 gradients (is dout cut or scaled?)"
-    return Answer(np.array(row), problem)
+    return np.array(row), wrong(problem=problem)
 
 
 def snapshot(values: dict) -> list[tuple[str, Array, bytes]]:

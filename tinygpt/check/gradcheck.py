@@ -35,58 +35,13 @@ import numpy as np
 
 from ..errors import UserError
 from . import contract, diagnosis, layers
-from .contract import DOUTS, Array, Inputs, MakeInputs
+from .contract import DOUTS, Array, Inputs, MakeInputs, Result
 from .differences import Differences, rms
 
 __tracebackhide__ = True  # pytest then shows the message and the line of the test, not this file
 DIRECTIONS = 4  # through a large tensor
 STREAMS = [int.from_bytes(name, "big") for name in (b"point", b"dout", b"direction")]  # nobody else's
 KEPT = "it passes at the first inputs and is the same at others: something is kept, or a term is missing"
-SEVERITY = ("ok", "not judged", "missing", "wrong")  # the verdicts
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The verdict on one gradient, or on a rule of the contract that is broken."""
-
-    name: str  # "dx" is the gradient of the input x
-    verdict: str  # one of SEVERITY
-    rel_err: float = math.nan  # wrong: |g - D| / max(|g|, |D|); else rtol |g - D| / the allowed difference
-    index: tuple[int, ...] | None = None  # the worst element
-    backward: float = math.nan  # g there
-    differences: float = math.nan  # D there
-    uncertainty: float = math.nan  # u there
-    extent: str = ""  # how many elements were judged one by one
-    problem: str = ""  # the broken rule, or the reason why the gradient is not judged
-    notes: tuple[str, ...] = ()  # a sentence each
-    diagnosis: str = ""  # the likely mistake, where the evidence is clear
-
-    @property
-    def ok(self) -> bool:
-        return self.verdict == "ok"
-
-    def badness(self) -> tuple[int, float]:
-        return SEVERITY.index(self.verdict), self.rel_err
-
-    def worse(self, other: Result) -> Result:
-        """The worse of two points, with the notes of both: one for each element."""
-        notes = {note.split(": ")[0]: note for note in other.notes + self.notes}
-        return dataclasses.replace(max(self, other, key=Result.badness), notes=tuple(notes.values()))
-
-    def explained(self, diagnosis: str) -> Result:
-        return dataclasses.replace(self, diagnosis=diagnosis * (self.verdict == "wrong"))
-
-    def lines(self) -> list[str]:
-        """The lines below the verdict: the diagnosis, and the notes."""
-        diagnosis = [f"likely {self.diagnosis}"] * bool(self.diagnosis)
-        return diagnosis + [f"note   {note}" for note in self.notes]
-
-    def __str__(self) -> str:
-        text, u = f"{self.name}: {self.problem or f'relative error {self.rel_err:.1e}'}", self.uncertainty
-        if self.index is not None:
-            text += f" at {list(self.index)}: backward {self.backward:.6g}, "
-            text += f"differences {self.differences:.6g}" + f" +- {u:.1g}" * (self.verdict == "not judged")
-        return text + f" (checked: {self.extent})" * bool(self.extent)
 
 
 def gradcheck(
@@ -181,31 +136,25 @@ def _check(pair: contract.Pair, values: dict, dout_rng, rng, rtol, atol, small) 
         douts, answers = contract.answers(pair, values, dout_rng)
     except contract.BrokenError as broken:
         return {n: Result(n, "wrong", math.inf, problem=problem) for n, problem in broken.args[0].items()}, {}
-    judged = {n: a.grads for n, a in answers.items() if a.grads is not None and not a.problem}
+    judged = {n: g for n, (g, result) in answers.items() if result.ok}
     sizes = {n: rms(values[n]) * np.abs(g).max(initial=0) for n, g in judged.items()}
-    measured, results = {}, {}
-    for name, answer in answers.items():
-        x, label, g = values[name], pair.label(name), answer.grads
-        others = max((size for n, size in sizes.items() if n != name), default=0.0)
-        if g is None:
-            results[name] = Result(label, "missing", problem="backward returns no gradient for it")
-        elif answer.problem:
-            results[name] = Result(label, "wrong", math.inf, problem=answer.problem)
-            if 0 < x.size <= small:  # for the diagnosis
-                slopes = Differences(pair, values, name, douts, rtol, rng)
-                measured[name] = slopes.elements(np.arange(x.size), atol)
-        elif not x.size:
-            results[name] = Result(label, "ok", 0.0)
-        else:
-            slopes = Differences(pair, values, name, douts, rtol, rng)
-            judge = _Judge(label, slopes, np.float64(g.reshape(DOUTS, -1)), others, atol)
-            result = judge.elements(np.arange(x.size)) if x.size <= small else judge.directions(small)
-            notes = (*(f"{name}{note}" for note in judge.notes[:1]), *contract.notes(name, x, g))
-            measured[name], results[name] = judge.whole, dataclasses.replace(result, notes=notes)
+    measured, results = {}, {n: result for n, (_, result) in answers.items()}
+    for name, (g, result) in answers.items():
+        x, others = values[name], max((size for n, size in sizes.items() if n != name), default=0.0)
+        if not x.size or (not result.ok and (x.size > small or not len(g))):
+            continue
+        slopes = Differences(pair, values, name, douts, rtol, rng)
+        if not result.ok:  # for the diagnosis
+            measured[name] = slopes.elements(np.arange(x.size), atol)
+            continue
+        judge = _Judge(result.name, slopes, np.float64(g.reshape(DOUTS, -1)), others, atol)
+        result = judge.elements(np.arange(x.size)) if x.size <= small else judge.directions(small)
+        notes = (*(f"{name}{note}" for note in judge.notes[:1]), *contract.notes(name, x, g))
+        measured[name], results[name] = judge.whole, dataclasses.replace(result, notes=notes)
     whole = {n: m.reshape(2, DOUTS, *values[n].shape) for n, m in measured.items() if m is not None}
     for name, result in results.items():
         if result.verdict == "wrong":
-            text = diagnosis.diagnose(name, answers[name].grads, whole, answers[name].if_right)
+            text = diagnosis.diagnose(name, answers[name][0], whole, result.diagnosis)
             results[name] = result.explained(text)
     return results, judged
 
