@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
         size = model.trained.flat.size
         row(name, model, f"{size:,} {size / model.flat.size:.1%}")
         if config is not None and config.kind == "lora":
-            merged = variants.merge(model)
+            merged = model.merge()
             change = abs(merged.forward(question)[0] - model.forward(question)[0]).max()
             print(f"{'':22}merged into the weights: the logits change by {change:.0e}")
         elif config is not None:

@@ -65,7 +65,7 @@ def lora_op(x, w, A, B, alpha):
     model.params[f"{name}.weight"][:] = w
     model.adapter.params[f"{name}.lora_A"][:] = A.T
     model.adapter.params[f"{name}.lora_B"][:] = B
-    return ops.linear_forward(x, variants.merge(model).params[f"{name}.weight"])
+    return ops.linear_forward(x, model.merge().params[f"{name}.weight"])
 
 
 def policy_gradient_op(logits, ids, advantages):

@@ -41,8 +41,9 @@ CONFIG = GPTConfig(vocab_size=12, block_size=6, n_layer=2, n_head=2, n_embd=8, d
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    model: GPTConfig
+class Settings(runs.Settings):
+    train: TrainConfig = TrainConfig()
+    block_size: int = 6
     rate: float = 0.5
     names: tuple[str, ...] = ("a", "b")
 
@@ -215,7 +216,7 @@ def test_a_run_without_an_adapter_comes_back_from_an_older_version(tmp_path):
     train = TrainConfig()
     new = runs.Settings(model=CONFIG, train=train, block_size=6)
     values = vars(new) | {"adapter": {"kind": "", "rank": 8}}
-    old = dataclasses.make_dataclass("Settings", values)(**values)
+    old = dataclasses.make_dataclass("Settings", values, namespace={"has_base": False})(**values)
     checkpoint.save_trainer(tmp_path, AdamW(make()), TOKENIZER, old)
     assert checkpoint.read_run(tmp_path, runs.Settings)[0] == new
 
@@ -230,7 +231,7 @@ def test_a_run_comes_back(tmp_path, tokenizer):
     for seed, part in enumerate((optimizer.m, optimizer.v)):
         part[:] = np.random.default_rng(seed).normal(size=part.shape)
     optimizer.steps = 41
-    settings = Settings(config, 0.25, ("x",))
+    settings = Settings(config, rate=0.25, names=("x",))
     checkpoint.save_trainer(tmp_path, optimizer, tokenizer, settings)
     stored, again = checkpoint.read_run(tmp_path, Settings)
     assert stored == settings and type(again) is type(tokenizer) and again.eos == tokenizer.eos
@@ -388,7 +389,7 @@ def test_a_tokenizer_of_another_model(folder):
     (None, ["is not a run"]), ("nonsense", ["is not a run"]), ("[]", ["is not a run"]),
     ("3", ["is not a run"]),
     ({"step": -1}, ["is not a run"]), ({"step": 1.5}, ["is not a run"]), ({"step": "1"}, ["is not a run"]),
-    ({"settings": []}, ["JSON object"]), ({"settings": {}}, ["incomplete"]),
+    ({"settings": []}, ["is not a run"]), ({"settings": {}}, ["incomplete"]),
     ({"settings": {"model": {}, "what": 1}}, ["what"]), ({"settings": {"model": {"n_embd": 7}}}, ["n_head"]),
     ({"settings": {"model": {"n_embd": 10**9, "n_head": 1}}}, ["weights"]),
     ({"settings": {"model": {"n_layer": 10**12}}}, ["n_layer"]),
@@ -613,13 +614,13 @@ def kinds(folder):
     judge, judged = one("good evening", 16, num_labels=1)
     judging = runs.Settings(judge.config, TrainConfig(), block_size=8)
     merged, _ = one("good bye", 12)
-    merged = variants.merge(variants.create(merged, AdapterConfig("lora", rank=1), np.random.default_rng(0)))
+    merged = variants.create(merged, AdapterConfig("lora", rank=1), np.random.default_rng(0)).merge()
     return {
         "nothing": lambda: folder.mkdir(exist_ok=True),
         "model": lambda: runs.save_model(folder, model, tokenizer),
-        "run": lambda: runs.first_save(folder, run, one("good day", 8)[1], settings),
-        "adapter": lambda: runs.first_save(folder, AdamW(adapted), words, beside),
-        "judge": lambda: runs.first_save(folder, AdamW(judge), judged, judging),
+        "run": lambda: runs.save(folder, run, one("good day", 8)[1], settings),
+        "adapter": lambda: runs.save(folder, AdamW(adapted), words, beside),
+        "judge": lambda: runs.save(folder, AdamW(judge), judged, judging),
         "merged": lambda: runs.save_model(folder, merged, words),
     }
 

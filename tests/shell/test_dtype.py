@@ -57,7 +57,7 @@ def test_training_and_generation_from_the_command_line(tmp_path):
     dtypes = ("float32", "bfloat16")
     weights = {dtype: pretrained(dtype, "--max-iters", 4, "--dtype", dtype) for dtype in dtypes}
     assert 0 < abs(weights["float32"] - weights["bfloat16"]).max() < 0.1
-    stage = runs.resume(Pretrain, tmp_path / "bfloat16").stage
+    stage = runs.resume(Pretrain, tmp_path / "bfloat16")
     assert stage.settings.train.dtype == "bfloat16" and stage.model.bfloat16
     for dtype in dtypes:
         model, _, _ = speaker(tmp_path / dtype, None, 1, dtype)

@@ -206,7 +206,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     with pytest.raises(UserError, match="has GPT-1's blocks; a reward model has GPT-2's"):
         runs.begin(reward.Reward, tmp_path / "new", dataclasses.replace(s, init_from=str(tmp_path / "old")))
     run = runs.begin(reward.Reward, tmp_path / "judge", s)
-    stage = run.stage
+    stage = run
     assert len(stage.val) == 6 and len(stage.pairs) == 54
     texts = {ids.tobytes() for pair in stage.pairs for ids in pair}
     assert not texts & {ids.tobytes() for ids in stage.judge.texts(*reward._sides(stage.val))}
@@ -224,7 +224,7 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
         checkpoint.load(tmp_path / "base", judge=True)
     queries = ["What is it?", "What is it? "], ["red", "blue"]
     np.testing.assert_array_equal(runs.load_judge(tmp_path / "judge")(*queries), stage.judge(*queries))
-    resumed = runs.resume(reward.Reward, tmp_path / "judge").stage
+    resumed = runs.resume(reward.Reward, tmp_path / "judge")
     np.testing.assert_array_equal(resumed.model.flat, model.flat)
     data.write_text(data.read_text().replace("red", "pink"))
     with pytest.raises(UserError, match="not the data that this run began with"):

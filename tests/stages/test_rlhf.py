@@ -210,10 +210,10 @@ def test_dpo_learns_from_whole_answers_and_their_end():
             for sign, text in ((1, pair.chosen), (-1, pair.rejected))) for pair in pairs
     ]  # fmt: skip
     answers = dpo.samples_of(tokenizer, [dpo.encode(model, tokenizer, pair) for pair in pairs])
-    c = dpo.Batch(answers, sampling.logprobs(ref, answers).sum(1).reshape(2, -1))
-    loss, d = dpo.dpo_loss(sampling.logprobs(model, c.samples), None, c, 0.3)
+    c = answers._replace(ref=sampling.logprobs(ref, answers).sum(1).reshape(2, -1))
+    loss, d = dpo.dpo_loss(sampling.logprobs(model, c), None, c, 0.3)
     assert loss == pytest.approx(np.mean([math.log(1 + math.exp(-0.3 * margin)) for margin in margins]))
-    assert (d[:2][c.samples.mask[:2] > 0] < 0).all() and (d[2:][c.samples.mask[2:] > 0] > 0).all()
+    assert (d[:2][c.mask[:2] > 0] < 0).all() and (d[2:][c.mask[2:] > 0] > 0).all()
 
 
 def test_a_sampled_estimate_is_unbiased_within_its_error():
@@ -646,11 +646,11 @@ def test_dpo_goes_through_all_comparisons_in_each_pass(folders, monkeypatch):
     where = {"data": (str(folders / "rows.jsonl"),), "init_from": str(folders / "tuned")}
     how = {"rl": Config(algo="dpo"), "batch_size": 4, "block_size": 256}
     settings = rlhf.Settings(model.config, TrainConfig(), **where, **how)
-    stage = runs.begin(rlhf.RLHF, folders / "out", settings).stage
+    stage = runs.begin(rlhf.RLHF, folders / "out", settings)
     batches = [stage.update(n, np.random.default_rng(n))[0] for n in range(6)]
     for batch in batches:
-        np.testing.assert_allclose(batch.ref.ravel(), sampling.logprobs(model, batch.samples).sum(1), 1e-6)
-    firsts = [tuple(ids) for batch in batches for ids in batch.samples.ids[:4].tolist()]
+        np.testing.assert_allclose(batch.ref.ravel(), sampling.logprobs(model, batch).sum(1), 1e-6)
+    firsts = [tuple(ids) for batch in batches for ids in batch.ids[:4].tolist()]
     assert len(set(firsts[:6])) == 6 and sorted(firsts[:6]) == sorted(firsts[6:12]) != firsts[6:12]
 
 
@@ -668,7 +668,7 @@ def test_dpo_scores_a_pair_beside_the_same_pairs_after_a_resume(folders, monkeyp
     sets = []
     for first in (0, 2):
         neighbours.clear()
-        stage = runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True).stage
+        stage = runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True)
         for n in range(first, 8):
             stage.update(n, np.random.default_rng(n))
         sets.append(sorted(neighbours))
@@ -702,7 +702,7 @@ def test_a_world_that_was_moved_takes_no_other_examples_with_it(folders):
                                  init_from=str(folders / "tuned"), reward_from=str(folders / "judge"),
                                  block_size=256)  # fmt: skip
         runs.begin(rlhf.RLHF, folders / "out", settings, overwrite=True)
-        results = runs.resume(rlhf.RLHF, folders / "out", data=(str(folders / "world"),)).stage.settings
+        results = runs.resume(rlhf.RLHF, folders / "out", data=(str(folders / "world"),)).settings
         assert results.data == (str(folders / "world"),) and results.ptx_data == (after,)
 
 
@@ -759,6 +759,9 @@ def test_mistakes_of_the_command(folders):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and "no example can be used. Left out, as longer than" in result.output
         assert not (folders / "out").exists()
+    (folders / "rows.jsonl").write_text('{"prompt": "What?"}')
+    alone = run_command(folders, *judge, "--algo", "reinforce", "--num-generations", "1")
+    assert alone.exit_code == 2 and "reinforce compares two answers or more" in alone.output
     (folders / "rows.jsonl").write_text('{"chosen": 1}')
     output = run_command(folders, *judge).output
     assert """rows.jsonl:1: has ['chosen']: a line is {"prompt": "..."}""" in output

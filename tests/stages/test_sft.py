@@ -384,8 +384,8 @@ def test_tuning_in_memory_is_the_same_training(folder):
     """Guards: another order, packing or form of the examples than that of a run in a folder."""
     fields = settings("pairs.jsonl", train=TrainConfig(max_iters=5), val_data=("pairs.jsonl",))
     run = runs.begin(sft.SFT, folder / "out", dataclasses.replace(fields, init_from=str(folder / "base")))
-    run.stage.train(**runs.saving(run, lambda record: None))
+    run.train(**runs.saving(run, lambda record: None))
     model, tokenizer = checkpoint.load(folder / "base")
     talks = [e.messages for e in examples.read(["pairs.jsonl"])]
     sft.in_memory(model, tokenizer, talks, dataclasses.replace(fields, data=(), val_data=())).train()
-    assert model.flat.tobytes() == run.stage.model.flat.tobytes() and instructions.is_tuned(tokenizer)
+    assert model.flat.tobytes() == run.model.flat.tobytes() and instructions.is_tuned(tokenizer)

@@ -646,10 +646,14 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     tinygpt("sft", "--init-from", "a", "--data", "world", *short, "c")
     assert Path("b/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
     assert "majority" in tinygpt("sft", "--resume", "b") and seeds == [5] * 3
-    questions = runs.resume(sft.SFT, Path("b")).stage.questions
+    questions = runs.resume(sft.SFT, Path("b")).questions
     conversations = [example.messages for example in questions]
     prompts = {message["content"] for messages in conversations for message in messages[::2]}
     assert prompts == {item["prompt"] for item in tasks.tuning(World(5), "val")}
+    Path("own.jsonl").write_text('{"prompt": "What?", "completion": "That."}')
+    tinygpt("sft", "--init-from", "a", "--data", "world", "--data", "own.jsonl", *short, "d")
+    results = runs.resume(sft.SFT, Path("d"))
+    assert len(results.questions) == len(questions) and len(results.settings.data) == 2
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)
 
 

@@ -26,7 +26,7 @@ class GPTConfig:
     n_embd: int = option(768, "[1, inf)", "Channels.", shown="nano: 128", alone=_NEW)
     dropout: float = option(0.0, "[0, 1)", "Of embeddings and branches. Helps where there is little data.")
     post_norm: bool = option(False, help="GPT-1's blocks instead of GPT-2's.", alone=_NEW)
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: float = option(1e-5, "(0, 1)")
     num_labels: int = 0  # the number of scores of a text, in place of logits of the next token
 
     def __post_init__(self) -> None:

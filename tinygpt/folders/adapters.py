@@ -42,15 +42,6 @@ TYPES = {"lora": "LORA", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING", "pref
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
-def check_base(model: GPT, base_hash: str, folder: Path, base: str | Path) -> None:
-    """Raises UserError unless the model, loaded from `base`, is the base of the adapter in `folder`.
-
-    base_hash: the `fingerprint` of the base.
-    """
-    if fingerprint(model) != base_hash:
-        raise UserError(f"{folder}: was not trained beside the model in {base}: give its own base")
-
-
 def save(folder: Path, model: GPT, tokenizer: Tokenizer, base: str, base_hash: str = "") -> None:
     """Writes `model.adapter` in PEFT's format. base: the folder of the base; base_hash: its `fingerprint`."""
     adapter, config = model.adapter, model.adapter.config
@@ -143,8 +134,8 @@ def load(folder: Path | str, model: GPT, base: str | Path = "this model") -> Ada
             raise UserError(f"{where}: {name[:99]} is {short(value)}; only {allowed[0]} is supported")
     checkpoint.check_pickle(folder, WEIGHTS, "adapter_model.bin")
     weights, metadata = tensorfile.tensors(folder / WEIGHTS)
-    if "base_sha256" in metadata:
-        check_base(model, metadata["base_sha256"], folder, base)
+    if "base_sha256" in metadata and metadata["base_sha256"] != fingerprint(model):
+        raise UserError(f"{folder}: was not trained beside the model in {base}: give its own base")
     return (_load_lora if kind == "lora" else _load_prompt)(folder, model, kind, raw, weights)
 
 
@@ -161,8 +152,6 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str
         if not match:
             raise UserError(f"{folder}: the tensor {short(name)} is no part of a LoRA")
         tensors[match[1]] = tensor
-    if not tensors:
-        raise UserError(f"{folder / WEIGHTS}: holds no tensor: the adapter would do nothing")
     targets = _targets(raw, model.config)
     if targets is None:
         targets = {name[: -len(".lora_A")] for name in tensors}
@@ -194,10 +183,8 @@ def _targets(raw: dict, base: GPTConfig) -> set[str] | None:
 def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
-    shapes = {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}
-    tensorfile.check_shapes(weights, shapes, folder / WEIGHTS, ADAPTER_CONFIG)
-    plain = beside(model, config)
-    weights["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
+    tensors = {name.replace("prompt_embeddings", "embedding.weight"): t for name, t in weights.items()}
+    plain = _read_into(config, model, tensors, folder / WEIGHTS)
     if not (folder / ENCODER).is_file():
         return plain
     tensors, _ = tensorfile.tensors(folder / ENCODER)

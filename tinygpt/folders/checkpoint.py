@@ -36,7 +36,7 @@ from ..files import tensorfile
 from ..files.atomic import finish, remove, replacing, together
 from ..files.jsonfile import parse, read_object
 from ..files.tensorfile import Tensor
-from ..stages.stage import names_data
+from ..stages.stage import Settings, names_data
 from ..stages.variants import build
 from ..text import tokenizer as tokenizers
 from ..text.tokenizer import Tokenizer
@@ -125,8 +125,6 @@ def read_config(folder: Path) -> GPTConfig:
     config = from_json(GPTConfig, values | {"post_norm": kind == "openai-gpt"}, str(path))
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{path}: n_inner is {short(raw['n_inner'])}; only 4 n_embd is supported")
-    if not 0 < config.layer_norm_epsilon < 1:
-        raise UserError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon}; it is between 0 and 1")
     return config
 
 
@@ -290,9 +288,7 @@ def check_pickle(folder: Path, weights: str, pickle: str) -> None:
 # --- trainer.safetensors ------------------------------------------------------------------------------------
 
 
-def save_trainer(
-    folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: object, base: bool = False
-) -> None:
+def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes one file: everything that changes in training, the tokenizer, and `settings`, a dataclass.
 
     For a model with an adapter these are the weights of the adapter; with `base`, the model's own weights
@@ -308,7 +304,7 @@ def save_trainer(
     tensors = {"weights": optimizer.trained.flat}
     for name, moment in (("m", optimizer.m), ("v", optimizer.v)):
         tensors[name] = optimizer.flat.shape, partial(optimizer.whole, moment)
-    tensors |= {"base": optimizer.model.flat} if base else {}
+    tensors |= {"base": optimizer.model.flat} if settings.has_base else {}
     with replacing(folder / TRAINER) as beside:
         tensorfile.write(beside, tensors, {"tinygpt": json.dumps(state)})
 
@@ -346,13 +342,11 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
         what = f"has no {TRAINER}, so there is nothing to resume" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}")
     tensors, state = _read_trainer(path)
-    raw = state["settings"] if isinstance(state["settings"], dict) else {}
-    stage, adapter = raw.get("stage"), raw.get("adapter")
-    if isinstance(stage, str) and stage != getattr(cls, "stage", stage):
+    raw, relative = state["settings"], state.get("relative", {})
+    if (stage := raw.get("stage", cls.stage)) != cls.stage:
         raise UserError(f"{folder}: this run is one of tinygpt {short(stage)}: resume it with that command")
-    if isinstance(adapter, dict) and adapter.get("kind") == "":  # older versions: no adapter
+    if isinstance(raw.get("adapter"), dict) and raw["adapter"].get("kind") == "":  # older: no adapter
         raw["adapter"] = None
-    relative = state.get("relative") if isinstance(state.get("relative"), dict) else {}
 
     def present(path: str) -> str:
         """The path from this folder, if something is there."""
@@ -361,13 +355,10 @@ def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
         return beside if os.path.exists(beside) else path
 
     settings = with_paths(from_json(cls, state["settings"], str(path)), present)
-    size = math.prod(tensors["weights"].shape)
-    if getattr(settings, "size", settings.model.size) != size:
-        raise UserError(f"{path}: its {size} weights are not those of the model in its settings")
-    if getattr(settings, "has_base", False):
-        size = math.prod(tensors["base"].shape) if "base" in tensors else 0
-        if size != settings.model.size:
-            raise UserError(f"{path}: its base of {size} weights is not the model in its settings")
+    sizes = {"weights": settings.size} | ({"base": settings.model.size} if settings.has_base else {})
+    for name, size in sizes.items():
+        if (n := math.prod(tensors[name].shape) if name in tensors else 0) != size:
+            raise UserError(f"{path}: {name}: its {n} numbers are not those of the model in its settings")
     older = dict.fromkeys(("bos_token", "eos_token"), state.get("eos")) | {"split_special_tokens": True}
     tokenizer = tokenizers.from_spec(state["tokenizer"], state.get("tokenizer_config", older), str(path))
     if isinstance(template := state.get("chat_template"), str):  # an older version
@@ -396,9 +387,10 @@ def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = parse(metadata["tinygpt"])
-        step, _, _ = (state[name] for name in ("step", "settings", "tokenizer"))
+        step, settings, _ = (state[name] for name in ("step", "settings", "tokenizer"))
+        dicts = isinstance(settings, dict) and isinstance(state.get("relative", {}), dict)
     except (ValueError, KeyError, TypeError):
         step = None
-    if type(step) is not int or step < 0 or tensors.keys() - {"base"} != {"weights", "m", "v"}:
+    if type(step) is not int or step < 0 or not dicts or tensors.keys() - {"base"} != {"weights", "m", "v"}:
         raise UserError(f"{path}: is not a run that tinygpt saved")
     return tensors, state

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,16 +35,9 @@ MODELS = {"init_from": "--init-from", "reward_from": "--reward-model"}  # fields
 MOST_RECORD, MOST_BYTES = 1 << 16, 1 << 30  # characters in a line of metrics.jsonl; bytes of the file
 
 
-class Run(NamedTuple):
-    """A stage whose state is in a folder."""
-
-    folder: Path
-    stage: Stage
-
-
 def begin(
     cls: type[Stage], folder: Path, settings: Settings, overwrite: bool = False, group: Group = ALONE
-) -> Run:
+) -> Stage:
     """A new run in `folder`. It replaces an older model there only after all checks.
 
     A kill leaves the older files, or a run that `resume` continues. Process 0 of the group locks and writes
@@ -55,18 +47,21 @@ def begin(
     group.share_size(settings.gradient_accumulation_steps)
     if group.rank == 0:
         needs = [getattr(settings, field) for field in cls.needs]
-        check_folder(folder, overwrite, needs)
+        check_folder(folder, overwrite, needs if settings.has_model else [*needs, settings.init_from])
         if judge := getattr(settings, "reward_from", ""):
             check_folder(folder, overwrite, [_author(Path(judge)).init_from])
     group.meet()  # the lock has removed old files, before the others write new ones
     data = cls.read(settings, STORE)
     settings, model, tokenizer = cls.start(settings, data, STORE)
-    run = _run(cls, folder, settings, settings.train.optimizer(model, group=group), tokenizer, data)
-    first_save(folder, run.stage.optimizer, tokenizer, run.stage.settings)
-    return run
+    stage = _run(cls, folder, settings, settings.train.optimizer(model, group=group), tokenizer, data)
+    if group.rank == 0 and not holds(folder):  # it did not exist before: another process may have made it
+        make_folder(folder)
+        check_folder(folder, overwrite=False)
+    save(folder, stage.optimizer, tokenizer, stage.settings)
+    return stage
 
 
-def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequence[str] | str) -> Run:
+def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequence[str] | str) -> Stage:
     """The run in `folder`, as its last save left it.
 
     Process 0 of the group locks the folder. All processes of the group read it. changes: new paths of data or
@@ -79,8 +74,6 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
         lock(folder)
     group.meet()  # the lock has completed an interrupted save
     settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
-    if not (settings.data or settings.stage == "pretrain"):
-        raise UserError(f"{folder}: this run names no data")
     changes = {name: paths for name, paths in changes.items() if paths}
     before = vars(settings)
     fields = [n for n, value in before.items() if "data" in changes and value == settings.data and value]
@@ -96,19 +89,18 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
     if "init_from" in changes:
         _base(settings)  # raises UserError for another model
     data = cls.read(settings, STORE)
-    run = _run(cls, folder, settings, load(folder, settings, tokenizer, group), tokenizer, data)
-    if changes:  # saves the new paths, even if the run has no updates left
-        save(folder, run.stage.optimizer, tokenizer, run.stage.settings)
-    return run
+    stage = _run(cls, folder, settings, load(folder, settings, group), tokenizer, data)
+    save(folder, stage.optimizer, tokenizer, stage.settings)  # the new paths, and files that are missing
+    return stage
 
 
-def _run(cls: type[Stage], folder: Path, settings: Settings, optimizer: AdamW, *material) -> Run:
+def _run(cls: type[Stage], folder: Path, settings: Settings, optimizer: AdamW, *material) -> Stage:
     """The run of a stage, with absolute paths in its settings. material: its tokenizer and its data."""
     stage = cls(settings, optimizer, *material, folder)
     stage.settings = checkpoint.with_paths(stage.settings, os.path.realpath)
     if optimizer.group.size > 1:
         _check_alike(stage)
-    return Run(folder, stage)
+    return stage
 
 
 def _check_alike(stage: Stage) -> None:
@@ -149,17 +141,6 @@ def check_folder(folder: Path, overwrite: bool, needed: Iterable[Path | str] = (
         lock(folder)
 
 
-def first_save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes a new run. After a full disk or a kill the folder has the older files, or the new run."""
-    is_writer = optimizer.group.rank == 0
-    if is_writer and not settings.has_model:
-        check_folder(folder, True, needed=(settings.init_from,))
-    if is_writer and not holds(folder):  # it did not exist before: another process may have made it
-        make_folder(folder)
-        check_folder(folder, overwrite=False)
-    save(folder, optimizer, tokenizer, settings)
-
-
 def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes the state of a run. After a full disk or a kill the folder has the older state or this one.
 
@@ -171,8 +152,14 @@ def save(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Setting
         return
     lock(folder)
     with together(folder):
-        checkpoint.save_trainer(folder, optimizer, tokenizer, settings, settings.has_base)
-        _export(folder, optimizer.model, tokenizer, settings)
+        checkpoint.save_trainer(folder, optimizer, tokenizer, settings)
+        if settings.has_model:
+            model = optimizer.model
+            checkpoint.save(folder, model.merge() if settings.adapter else model, tokenizer)
+        else:
+            adapters.save(folder, optimizer.model, tokenizer, settings.init_from, settings.init_hash)
+        for name in adapters.FILES if settings.has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
+            remove(folder / name)
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -184,36 +171,17 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
             remove(folder / name)
 
 
-def _export(folder: Path, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Writes the files of the model or of the adapter, for other tools; removes those of the other kind."""
-    with together(folder):
-        if settings.has_model:
-            whole = variants.merge(model) if settings.adapter else model
-            checkpoint.save(folder, whole, tokenizer)
-        else:
-            adapters.save(folder, model, tokenizer, settings.init_from, settings.init_hash)
-        for name in adapters.FILES if settings.has_model else (checkpoint.CONFIG, checkpoint.WEIGHTS):
-            remove(folder / name)
+def load(folder: Path, settings: Settings, group: Group = ALONE) -> AdamW:
+    """The optimizer and its model, as the last save left them. settings: from `read_run`.
 
-
-def load(folder: Path, settings: Settings, tokenizer: Tokenizer, group: Group = ALONE) -> AdamW:
-    """The optimizer and its model, as the last save left them. settings and tokenizer are from `read_run`.
-
-    Writes the model's files again, because a kill may have come before they were written. Raises UserError if
-    the base of an adapter is missing, or another model.
+    Raises UserError if the base of an adapter is missing, or another model.
     """
-    if not settings.has_model:
-        model, _ = checkpoint.load(settings.init_from)
-        adapters.check_base(model, settings.init_hash, folder, settings.init_from)
-        model.config = settings.model
-    else:
-        model = variants.build(settings.model)
+    model = variants.build(settings.model) if settings.has_model else _base(settings)
+    model.config = settings.model
     if settings.adapter:
         model = variants.beside(model, settings.adapter)
     optimizer = settings.train.optimizer(model, group=group)
     checkpoint.load_trainer(folder, optimizer)
-    if group.rank == 0:
-        _export(folder, model, tokenizer, settings)
     return optimizer
 
 
@@ -255,14 +223,13 @@ STORE = Store(adapters.load_model, _base, load_judge)
 # --- while a run trains -------------------------------------------------------------------------------------
 
 
-def saving(run: Run, report: Callable[[train.Record], None]) -> dict:
+def saving(stage: Stage, report: Callable[[train.Record], None]) -> dict:
     """The arguments with which `Stage.train` saves a run: at every evaluation, at the end and on Ctrl-C.
 
     Each record becomes a line of metrics.jsonl, and then `report` receives it.
     """
-    folder, stage = run
-    metrics, group = folder / METRICS, stage.optimizer.group
-    state = stage.optimizer, stage.tokenizer, stage.settings
+    folder, group = stage.folder, stage.optimizer.group
+    metrics, state = folder / METRICS, (stage.optimizer, stage.tokenizer, stage.settings)
     if group.rank:
         return {"save": lambda: save(folder, *state)}
 

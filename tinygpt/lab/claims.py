@@ -32,7 +32,7 @@ from ..core.model import GPT
 from ..core.train import weight_change
 from ..errors import UserError
 from ..files.atomic import replacing
-from ..stages import evaluate, fewshot, recall, reward, variants
+from ..stages import evaluate, fewshot, recall, reward
 from ..stages.adapter import AdapterConfig, fingerprint
 from ..stages.answers import Estimate, estimate, verdict
 from ..stages.recipes import FULL, Recipe
@@ -338,7 +338,7 @@ def base_untouched(lab: Lab) -> Rows:
         changed += fingerprint(model) != before
         if config.kind == "lora":
             tuned = model.forward(ids)[0].copy()
-            merged = float(abs(variants.merge(model).forward(ids)[0] - tuned).max() / abs(tuned).max())
+            merged = float(abs(model.merge().forward(ids)[0] - tuned).max() / abs(tuned).max())
         off = max(off, float(abs(model.base.forward(ids)[0] - untuned).max()))
     (_, lora_added), (prompt_trained, prompt_added) = sizes.values()
     return {

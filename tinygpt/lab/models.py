@@ -66,7 +66,7 @@ class Lab:
 
     def _train(
         self, title: str, stage: type[Stage], options: dict, model: GPTConfig,
-        make: Callable[[Settings], Stage | runs.Run],
+        make: Callable[[Settings], Stage],
         report: Callable[[Stage, Record], None] = lambda stage, record: None, **own,
     ) -> Stage:  # fmt: skip
         """Makes a stage from its settings and trains it, in memory or in the folder of a run.
@@ -78,15 +78,15 @@ class Lab:
         sizes = {"model": model, "train": train, "block_size": model.block_size}
         own = _part(stage.Settings, options) | sizes | own
         self.say(f"seed {self.seed}: {title.format(train.max_iters)}")
-        made, progress = make(stage.Settings(**own)), self.progress(train.max_iters)
-        trained, self.records = made.stage if isinstance(made, runs.Run) else made, []
+        trained, progress = make(stage.Settings(**own)), self.progress(train.max_iters)
+        self.records = []
 
         def tell(record: Record) -> None:
             self.records.append(record)
             report(trained, record)
             progress(record)
 
-        trained.train(**runs.saving(made, tell) if trained is not made else {"report": tell})
+        trained.train(**runs.saving(trained, tell) if trained.folder else {"report": tell})
         return trained
 
     def pretrained(
@@ -98,7 +98,7 @@ class Lab:
         """
         folder, options = self.folder / name, self.recipe.pretrain | changes
 
-        def begin_or_resume(settings: Settings) -> runs.Run:
+        def begin_or_resume(settings: Settings) -> Stage:
             there = (folder / checkpoint.TRAINER).exists()
             return runs.resume(Pretrain, folder) if there else runs.begin(Pretrain, folder, settings)
 

@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core.train import weight_change
-from ..folders.runs import Run
 from ..lab import report
 from ..stages import evaluate, reward
 from ..stages.answers import answers
-from ..stages.pretrain import Pretrain
 from ..stages.prompts import nearest
 from ..stages.stage import Stage
 from ..text import instructions
@@ -23,16 +21,15 @@ from .worlds import world_of
 FEW = 30  # comparisons: the 95 % interval of a rate is up to +-18 % wide
 
 
-def saved(run: Run, following: str = "generate") -> None:
+def saved(stage: Stage, following: str = "generate") -> None:
     """Names the folder of a run, and the next command."""
-    settings = run.stage.settings
+    settings = stage.settings
     base = [] if settings.has_model else [settings.init_from, "--adapter-folder"]
-    say(f"\nSaved in {run.folder}. Next: {command(following, *base, str(run.folder))}")
+    say(f"\nSaved in {stage.folder}. Next: {command(following, *base, str(stage.folder))}")
 
 
-def _pretrain(run: Run) -> None:
+def _pretrain(stage: Stage) -> None:
     """A sample of text. Of a world, the loss above the floor, and recall by how often the text has a fact."""
-    stage: Pretrain = run.stage
     model, tokenizer = stage.model, stage.tokenizer
     if stage.world is None:
         rng, start = np.random.default_rng(0), stage.val_tokens[:1].tolist()
@@ -42,11 +39,11 @@ def _pretrain(run: Run) -> None:
         say(f"\n{report.gaps(evaluate.gaps(model, tokenizer, stage.world))}")
         recalled = evaluate.recall_by_exposure(model, tokenizer, stage.world, stage.documents)
         say(f"\n{report.recall(recalled, evaluate.chance(stage.world))}")
-    saved(run)
+    saved(stage)
 
 
-def _sft(run: Run) -> None:
-    stage, settings, model, tokenizer = run.stage, run.stage.settings, run.stage.model, run.stage.tokenizer
+def _sft(stage: Stage) -> None:
+    settings, model, tokenizer = stage.settings, stage.model, stage.tokenizer
     if stage.before is not None:
         say(f"\nThe weights moved by {weight_change(stage.before, model.params)[0]:.1%} of their norm.")
     if settings.adapter and settings.adapter.kind in ("ptuning", "prompt"):
@@ -61,11 +58,11 @@ def _sft(run: Run) -> None:
         question = before[-1]["content"].strip() if before else ""
         say(f"\n> {question}\n{answer.text}{'' if answer.stopped else ' ...'}")
         say(f"  (in the data: {expected['content'].strip()})")
-    saved(run, "chat")
+    saved(stage, "chat")
 
 
-def _reward(run: Run) -> None:
-    stage, judge = run.stage, run.stage.judge
+def _reward(stage: Stage) -> None:
+    judge = stage.judge
     judgement = reward.judged(judge, stage.val)
     in_world = any(judgement.by_kind)
     say(f"\nThe preferred answer has the higher score: {judgement.right}.")
@@ -84,13 +81,12 @@ def _reward(run: Run) -> None:
         say(f"About people of no comparison: {others.right}.")
         for kind, rate in others.by_kind.items():
             say(f"  {kind}: {rate}")
-    words = ["--init-from", stage.settings.init_from, "--reward-model", str(run.folder)]
+    words = ["--init-from", stage.settings.init_from, "--reward-model", str(stage.folder)]
     words += data_options(["world"] if source else stage.settings.data)
-    say(f"\nSaved in {run.folder}. Next: {command('rlhf', *words)}")
+    say(f"\nSaved in {stage.folder}. Next: {command('rlhf', *words)}")
 
 
-def _rlhf(run: Run) -> None:
-    stage = run.stage
+def _rlhf(stage: Stage) -> None:
     prompts = list(dict.fromkeys(stage.prompts))[:3]
     ids = [instructions.prompt(stage.tokenizer, prompt) for prompt in prompts]
     room = min(24, stage.model.context - max(map(len, ids)))
@@ -99,7 +95,7 @@ def _rlhf(run: Run) -> None:
     for prompt, old, new in zip(prompts, before, after, strict=True):
         say(f"\n> {instructions.shown(prompt)}\n  before: {old.text}\n  after:  {new.text}")
     _tasks(stage)
-    saved(run, "chat")
+    saved(stage, "chat")
 
 
 def _tasks(stage: Stage) -> None:
@@ -109,6 +105,6 @@ def _tasks(stage: Stage) -> None:
         say(f"\n{report.scores(scores)}")
 
 
-AFTERWARDS: dict[str, Callable[[Run], None]] = {
+AFTERWARDS: dict[str, Callable[[Stage], None]] = {
     "pretrain": _pretrain, "sft": _sft, "reward": _reward, "rlhf": _rlhf,
 }  # fmt: skip

@@ -13,7 +13,6 @@ from ..folders import adapters, runs
 from ..lab import look as looking
 from ..lab import report
 from ..stages import fewshot as prompting
-from ..stages import variants
 from ..text import instructions
 from ..text import tokenizer as tokenizers
 from ..text.data import about, documents, joined
@@ -49,7 +48,7 @@ def merge(folder: Path, adapter_folder: Path | None, out: Path, overwrite: bool)
         raise click.UsageError("name the adapter as --adapter-folder")
     runs.check_folder(out, overwrite, needed=(folder, adapter_folder))
     model, tokenizer = adapters.load_model(folder, adapter_folder)
-    runs.save_model(out, variants.merge(model), tokenizer)
+    runs.save_model(out, model.merge(), tokenizer)
     say(f"Saved in {out}. Next: {command('generate', str(out))}")
 
 

@@ -104,25 +104,25 @@ def _run(stage: type[Stage], options: list[tuple], hang_timeout: float = 1800, *
         afterwards.AFTERWARDS.get(stage.name, afterwards.saved)(run)
 
 
-def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group) -> runs.Run:
+def _train(stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group) -> Stage:
     run = _begin_or_resume(stage, options, values, group)
-    settings, model = run.stage.settings, run.stage.model
+    settings, model = run.settings, run.model
     each = group.share_size(settings.gradient_accumulation_steps)
     if group.size > 1 and each & (each - 1):
         say(f"Each process has {each} batches: so the weights depend on the number of processes. With 1, 2, "
             "4 or 8 batches each they do not.")  # fmt: skip
     total, trained = model.flat.size, model.trained.flat.size
     beside = f", {trained:,} trained ({trained / total:.2%})" if model.trained is not model else ""
-    say(f"{total:,} weights{beside}{run.stage.about()}")
-    if run.stage.notes:
-        say(run.stage.notes)
-    if run.stage.optimizer.steps >= settings.train.max_iters:
-        say(f"All {run.stage.optimizer.steps} updates of this run are made.")
+    say(f"{total:,} weights{beside}{run.about()}")
+    if run.notes:
+        say(run.notes)
+    if run.optimizer.steps >= settings.train.max_iters:
+        say(f"All {run.optimizer.steps} updates of this run are made.")
         if settings.stage in ("pretrain", "sft") and settings.has_model:
             words = ["--init-from", str(run.folder), *data_options(settings.data), "--out", "more"]
             say(f"To train more: {command(settings.stage, *words)}")
     try:
-        run.stage.train(**runs.saving(run, progress(settings.train.max_iters)))
+        run.train(**runs.saving(run, progress(settings.train.max_iters)))
     except KeyboardInterrupt:
         say(f"\nStopped. To continue: {command(settings.stage, '--resume', str(run.folder))}")
         group.leave()
@@ -132,7 +132,7 @@ def _train(stage: type[Stage], options: list[tuple], values: dict, group: parall
 
 def _begin_or_resume(
     stage: type[Stage], options: list[tuple], values: dict, group: parallel.Group
-) -> runs.Run:
+) -> Stage:
     written, data, folder = written_options(), _data(stage), Path(values.pop("out"))
     name_world(values, data, values["resume"] or values.get("init_from"))
     if values["resume"]:
@@ -171,7 +171,8 @@ def _settings(stage: type[Stage], values: dict, written: set[str]) -> Settings:
         base = checkpoint.read_config(Path(values["init_from"]))
     else:
         base = PRESETS[values.get("preset", "nano")]
-        base = dataclasses.replace(base, block_size=values.get("block_size") or base.block_size)
+        values["block_size"] = values.get("block_size") or base.block_size
+        base = dataclasses.replace(base, block_size=values["block_size"])
     sizes = {name: values[name] for name in stage.sizes if values[name] is not None}
     model, adapter = dataclasses.replace(base, **sizes), None
     if values.get("adapter_folder"):

@@ -123,3 +123,8 @@ class Adapted(GPT):
     def initialise(self, rng: np.random.Generator) -> None:
         """Draws the first weights of the adapter."""
         raise NotImplementedError
+
+    def merge(self) -> GPT:
+        """A new model with the adapter in its weights. Raises UserError where that cannot be."""
+        kind = self.adapter.config.kind
+        raise UserError(f"an adapter of kind {kind} cannot be merged: only lora changes weights")

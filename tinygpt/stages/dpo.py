@@ -8,7 +8,6 @@ Preference Optimization", equation 7.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -52,21 +51,10 @@ def samples_of(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Samples:
     return answered(tokenizer, prompts * 2, chosen + rejected)
 
 
-class Batch(NamedTuple):
-    """The answers of N pairs as `samples_of` has them, and the reference's log p of each answer."""
-
-    samples: Samples
-    ref: Array  # (2, N): chosen, rejected
-
-    @property
-    def ids(self) -> Array:
-        return self.samples.ids
-
-
-def dpo_loss(logp: Array, logits: Array | None, batch: Batch, beta: float) -> tuple[float, Array]:
+def dpo_loss(logp: Array, logits: Array | None, pairs: Samples, beta: float) -> tuple[float, Array]:
     """`dpo` of log-probabilities by token, (2 N, T), and its gradient by them, for `learn`."""
-    loss, *d = dpo(*logp.sum(1).reshape(2, -1), *batch.ref, beta)
-    return loss, np.concatenate(d)[:, None] * batch.samples.mask
+    loss, *d = dpo(*logp.sum(1).reshape(2, -1), *pairs.ref, beta)
+    return loss, np.concatenate(d)[:, None] * pairs.mask
 
 
 def learning(
@@ -83,15 +71,14 @@ def learning(
     def samples(places: Array) -> Samples:
         return samples_of(tokenizer, [pairs[place] for place in places])
 
-    def batches(n: int, rng: np.random.Generator) -> list[Batch]:
+    def batches(n: int, rng: np.random.Generator) -> list[Samples]:
         places = shuffled_places(len(pairs), size, n, seed)
         for group in np.unique(places[np.isnan(ref[0, places])] // size):
             some = np.arange(group * size, min((group + 1) * size, len(pairs)))
             ref[:, some] = logprobs(reference, samples(some)).sum(1).reshape(2, -1)
-        return [Batch(samples(places), ref[:, places])]
+        return [samples(places)._replace(ref=ref[:, places])]
 
-    def compute(batches: list[Batch], rng: np.random.Generator) -> float:
-        (batch,) = batches
-        return learn(optimizer, batch.samples, partial(dpo_loss, batch=batch, beta=beta))
+    def compute(batches: list[Samples], rng: np.random.Generator) -> float:
+        return learn(optimizer, batches[0], partial(dpo_loss, pairs=batches[0], beta=beta))
 
     return batches, compute

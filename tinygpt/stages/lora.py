@@ -65,24 +65,22 @@ class LoRA(Adapted):
             dx, _ = self.ops.residual_forward(dx, add)  # (B, T, I)
         return super().linear_backward(dout, (name, c), grads, add=dx)
 
-
-def merge(model: LoRA) -> GPT:
-    """A new model with w + s A B in place of w, without branches; `model` and its base stay as they are."""
-    merged, adapter = model.base.copy(), model.adapter
-    s = adapter.config.alpha / adapter.config.rank
-    for name, p in adapter.params.items():
-        if name.endswith(".lora_A"):
-            w, b = merged.params[name.replace("lora_A", "weight")], adapter.params[name[:-1] + "B"]
-            w[:] = merged.ops.linear_forward((p * p.dtype.type(s)).T, b, add=w)[0]
-        elif name in merged.params:
-            merged.params[name][:] = p
-    return merged
+    def merge(self) -> GPT:
+        """A new model with w + s A B in place of w, without branches; nothing else changes."""
+        merged, s = self.base.copy(), self.adapter.config.alpha / self.adapter.config.rank
+        for name, p in self.adapter.params.items():
+            if name.endswith(".lora_A"):
+                w, b = merged.params[name.replace("lora_A", "weight")], self.adapter.params[name[:-1] + "B"]
+                w[:] = merged.ops.linear_forward((p * p.dtype.type(s)).T, b, add=w)[0]
+            elif name in merged.params:
+                merged.params[name][:] = p
+        return merged
 
 
 def restart(optimizer: AdamW, rng: np.random.Generator) -> None:
     """ReLoRA's step from one low-rank update to the next: a merged base, new A and B with moments of zero."""
     model, end = optimizer.model, 0
-    model.base = merge(model)
+    model.base = model.merge()
     model.flat, params, part = model.base.flat, model.adapter.params, optimizer.slice
     model.params = model.base.params | {name: p for name, p in params.items() if name in model.base.params}
     model.initialise(rng)

@@ -24,7 +24,7 @@ from ..text.tokenizer import END_OF_TEXT
 from ..world import corpus
 from . import recipes, stage, variants
 from .adapter import AdapterConfig
-from .stage import Stage, Store, folder, room
+from .stage import Stage, Store, folder
 
 Source = corpus.Corpus | list[data.Text]
 FINE_TUNING = {"max_iters": 200, "learning_rate": 3e-5, "warmup_iters": 10, "eval_interval": 50}
@@ -70,7 +70,7 @@ class Pretrain(Stage):
     """
 
     name, out, Settings = "pretrain", "out", Settings
-    sizes = ("n_layer", "n_head", "n_embd", "post_norm", "dropout")
+    sizes, most_tokens = ("n_layer", "n_head", "n_embd", "post_norm", "dropout"), 64
 
     @classmethod
     def recipe(cls, options: dict) -> dict[str, object]:
@@ -82,8 +82,6 @@ class Pretrain(Stage):
     def complete(cls, options: dict, written: set[str], model: GPTConfig, adapter: AdapterConfig | None):
         if not options["init_from"]:
             written = written | {"learning_rate"}  # of a model that begins at random
-        elif options["block_size"] is None:
-            options["block_size"] = min(64, room(model, adapter))
         super().complete(options, written, model, adapter)
 
     def about(self) -> str:
@@ -97,7 +95,7 @@ class Pretrain(Stage):
         if not isinstance(source, corpus.Corpus):
             self.depends_on(mark := data.fingerprint(source, self.tokenizer))
             self.texts = data.about(source)
-            tokens = data.stream(source, self.tokenizer, self.scratch, mark)
+            tokens = data.stream(source, self.tokenizer, self.folder, mark)
             self.train_tokens, self.val_tokens = data.split(tokens, T)
             return
         self.depends_on(data.fingerprint(source.text(), self.tokenizer))

@@ -345,8 +345,6 @@ class Settings(stage.Settings):
     ptx_data: tuple[str, ...] = files(help="The tuning's examples, as tinygpt sft reads them; repeat.",
                                       only=_SAMPLED, shown="the world of --data")  # fmt: skip
     batch_size: int = option(32, "[1, inf)", "dpo: comparisons of an update.", only={"algo": ("dpo",)})
-    block_size: int = 64  # no option here: a row has the length of the model
-    gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -382,7 +380,7 @@ class RLHF(Stage):
     """
 
     name, Settings, needs = "rlhf", Settings, ("init_from", "reward_from")
-    unused = ("merge_every", "lora_dropout")  # answers are scored without dropout
+    unused = ("merge_every", "lora_dropout", "gradient_accumulation_steps")  # scores: no dropout
     most_updates = recipes.RLHF["max_iters"]
     defaults = recipes.RLHF | {"max_iters": f"{most_updates}; dpo: {MOST_PASSES} passes if less"}
 
@@ -433,6 +431,8 @@ class RLHF(Stage):
         encode = partial(prompt_ids, self.model, self.tokenizer)
         pairs = self.notes.keep(items, lambda p: (p, encode(p, settings.rl.max_new_tokens)))
         self.prompts, ptx = [prompt for prompt, _ in pairs], None
+        if settings.rl.algo == "reinforce" and settings.rl.num_generations * len(pairs) < 2:
+            raise UserError("num_generations is 1, for one prompt: reinforce compares two answers or more")
         if data.examples and settings.rl.ptx_coef:
             rows = sft.Settings(data.reference.config, how, block_size=self.model.context, batch_size=4)
             tuning = sft.Examples(data.examples, [], notes=self.notes)

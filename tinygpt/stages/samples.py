@@ -27,6 +27,7 @@ class Samples(NamedTuple):
     mask: Array  # (N, T): 1 where the target is a token of the answer, its end included
     answers: list[str]
     stopped: Array  # (N,): whether the answer has an end
+    ref: Array | None = None  # of DPO, (2, N / 2): the reference's log p of each chosen and rejected answer
 
     @property
     def places(self) -> Array:

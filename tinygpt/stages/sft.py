@@ -133,7 +133,7 @@ class SFT(Stage):
     def recipe(cls, options: dict) -> dict[str, object]:
         if not any(map(corpus.is_source, options["data"])):
             return {}
-        val = {"val_data": options["data"]}
+        val = {"val_data": tuple(filter(corpus.is_source, options["data"]))}
         has_adapter = options["adapter"] or options["adapter_folder"]  # which has its own learning rate
         return val | {k: v for k, v in recipes.SFT.items() if not has_adapter or k != "learning_rate"}
 

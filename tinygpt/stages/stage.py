@@ -126,10 +126,10 @@ class Stage:
     needs: tuple[str, ...] = ()  # fields of the settings that name folders which must stay unchanged
 
     def __init__(
-        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data=None, scratch=None
+        self, settings: Settings, optimizer: AdamW, tokenizer: Tokenizer, data=None, folder=None
     ) -> None:
-        """data: the result of `read`. scratch: a folder for files that can be made again, or None."""
-        self.settings, self.optimizer, self.tokenizer, self.scratch = settings, optimizer, tokenizer, scratch
+        """data: the result of `read`. folder: of the run, or None."""
+        self.settings, self.optimizer, self.tokenizer, self.folder = settings, optimizer, tokenizer, folder
         notes = getattr(data, "notes", None)
         self.notes = Notes() if notes is None else notes
         self.model, self.compute = optimizer.model, train.gradients(optimizer)

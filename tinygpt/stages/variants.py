@@ -15,7 +15,6 @@ import numpy as np
 from ..core.config import GPTConfig
 from ..core.model import GPT
 from ..errors import UserError
-from . import lora
 from .adapter import Adapted, Adapter, AdapterConfig
 from .gpt1 import GPT1
 from .lora import LoRA
@@ -34,13 +33,6 @@ def build(
     return (_joined(Score, cls) if config.num_labels else cls)(config, rng, dtype, ops)
 
 
-def view(variant: type[GPT], model: GPT) -> GPT:
-    """A shallow copy of a model with the parts of a variant. Both models have the same arrays."""
-    other = copy.copy(model)
-    other.__class__ = _joined(variant, type(model))
-    return other
-
-
 @functools.cache
 def _joined(variant: type[GPT], cls: type[GPT]) -> type[GPT]:
     return type(f"{variant.__name__}{cls.__name__}", (variant, cls), {})
@@ -54,7 +46,8 @@ def beside(model: GPT, config: AdapterConfig) -> Adapted:
     if isinstance(model, Adapted):
         raise UserError("the model has an adapter already: give its base")
     adapter = Adapter(config, model.config, model.flat.dtype)
-    other = view(ADAPTERS[config.kind], model)
+    other = copy.copy(model)  # a shallow copy: both models have the same arrays
+    other.__class__ = _joined(ADAPTERS[config.kind], type(model))
     other.base, other.adapter, other.prefix = model, adapter, config.prompt_length
     other.params = model.params | {name: p for name, p in adapter.params.items() if name in model.params}
     return other
@@ -65,11 +58,3 @@ def create(model: GPT, config: AdapterConfig, rng: np.random.Generator) -> Adapt
     other = beside(model, config)
     other.initialise(rng)
     return other
-
-
-def merge(model: Adapted) -> GPT:
-    """A new model, w + s A B in place of w. Raises UserError for a prompt, which is no part of any weight."""
-    if not isinstance(model, LoRA):
-        what = f"of kind {model.adapter.config.kind}" if isinstance(model, Adapted) else "that is not there"
-        raise UserError(f"an adapter {what} cannot be merged: only lora changes weights")
-    return lora.merge(model)
