@@ -256,10 +256,10 @@ def block_backward(dout, cache):
 
 
 def block_inputs(rng):
-    sizes = {"ln_1": (6,), "attn.c_attn": (6, 18), "attn.c_proj": (6, 6), "ln_2": (6,), "mlp.c_fc": (6, 24)}
+    sizes = {"ln_1": (4,), "attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "ln_2": (4,), "mlp.c_fc": (4, 16)}
     p = {name: (rng.standard_normal(n), rng.standard_normal(n[-1])) for name, n in sizes.items()}
-    p["mlp.c_proj"] = rng.standard_normal((24, 6)), rng.standard_normal(6)
-    return {"x": rng.standard_normal((4, 5, 6)), "p": p}
+    p["mlp.c_proj"] = rng.standard_normal((16, 4)), rng.standard_normal(4)
+    return {"x": rng.standard_normal((3, 5, 4)), "p": p}
 
 
 # --- AdamW --------------------------------------------------------------------------------------------------
