@@ -195,7 +195,7 @@ def test_an_end_token_that_is_spelled(tmp_path):
 @pytest.mark.parametrize(("line", "says"), [
     ("{", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
-    ('{"prompt": "a", "completion": "b"} x', "is not JSON (Expecting value: line 3 column 36"),
+    ('{"prompt": "a", "completion": "b"} x', "is not JSON (Extra data at character 35)"),
     ("[1]", "is [1], not an object"),
     ("{}", 'a line is {"prompt"'),
     ('{"prompt": "a"}', "has ['prompt']"),
@@ -228,10 +228,10 @@ def test_a_mistake_is_named_with_its_line(tmp_path, line, says):
 def test_files_that_hold_no_examples(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, says in (
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xfc"}', "a.jsonl:2: byte 47 is not UTF-8"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xfc"}', "a.jsonl:2: byte 12 is not UTF-8"),
         (b" \n\n", "a.jsonl: has no examples: a line is"),
         (b"[\n]\n", "a.jsonl: has no examples: a line is"),
-        (b'[{"prompt": "a", "completion": "b"}]\n[{"prompt": "a"}]', "a.jsonl:1: is not JSON"),
+        (b'[{"prompt": "a", "completion": "b"}]\n[{"prompt": "a"}]', "a.jsonl: has text after its list"),
         (b'PAR1\x15\x00\xff{"prompt"', "is no text file"),
         (b'[{"prompt": "a", "completion": "b"},\n {"prompt": }]', "a.jsonl:2: is not JSON"),
         (b'[{"prompt": "a", "completion": "b"}', "a.jsonl:1: is not JSON"),
@@ -248,8 +248,15 @@ def test_files_that_hold_no_examples(tmp_path):
         examples.read([tmp_path / "none.jsonl"])
 
 
-def test_rows_that_are_no_lines_are_read(tmp_path):
-    """Guards: "is not JSON" for objects of several lines, as `jq` prints them."""
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps(PAIR, indent=1) + "\n" + json.dumps(PAIR, indent=1))
-    assert [example.where for example in examples.read([path])] == [f"{path}:1", f"{path}:7"]
+def test_a_line_that_never_ends_is_one_line(tmp_path, monkeypatch):
+    """Guards: a file of zeros, or of ten million values, that takes all memory."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\0" * (examples.MOST_BYTES + 2))
+    with pytest.raises(UserError, match="pairs.jsonl:1: is longer than"):
+        examples.read([path])
+    path.write_text('{"prompt": [' + "[]," * (1 << 20) + '[]], "completion": "a"}')
+    with pytest.raises(UserError, match="pairs.jsonl:1: is not JSON .more than"):
+        examples.read([path])
+    monkeypatch.setattr(examples, "MOST_LIST", 10)
+    with pytest.raises(UserError, match="is one list, of more than 10 bytes.*json.dumps.*pairs.jsonl >"):
+        examples.read([write(path, [PAIR], indent=0)])

@@ -73,8 +73,7 @@ def run(jobs: list[str], seconds: float = 5.0, dtype: str = "float32") -> Iterat
         gb_per_s, share_of_bandwidth    10^9 bytes per second; their share of the memory's bandwidth
         peak_rss_mib                    the largest memory of the process, in MiB
 
-    Raises UserError for an unknown job, for `seconds` that are not positive, without the C core, and if a
-    measurement fails.
+    Raises UserError for an unknown job, without the C core, and if a measurement fails.
     """
     for job in jobs:
         if job not in JOBS:

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     def at(self, places: Array | slice) -> "Batch":
         """Some of the sequences."""
-        return Batch(*(field[places] for field in self))
+        return Batch(*(field if field is None else field[places] for field in self))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,6 +152,8 @@ def _load_lora(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str
         if not match:
             raise UserError(f"{folder}: the tensor {short(name)} is no part of a LoRA")
         tensors[match[1]] = tensor
+    if not tensors:
+        raise UserError(f"{folder / WEIGHTS}: holds no tensor: the adapter would do nothing")
     targets = _targets(raw, model.config)
     if targets is None:
         targets = {name[: -len(".lora_A")] for name in tensors}
@@ -183,8 +185,10 @@ def _targets(raw: dict, base: GPTConfig) -> set[str] | None:
 def _load_prompt(folder: Path, model: GPT, kind: str, raw: dict, weights: dict[str, Tensor]) -> Adapted:
     names = {"num_virtual_tokens": "num_virtual_tokens"}
     config = _config(raw, folder / ADAPTER_CONFIG, names, kind=kind)
-    tensors = {name.replace("prompt_embeddings", "embedding.weight"): t for name, t in weights.items()}
-    plain = _read_into(config, model, tensors, folder / WEIGHTS)
+    shapes = {"prompt_embeddings": config.shapes(model.config)["embedding.weight"]}
+    tensorfile.check_shapes(weights, shapes, folder / WEIGHTS, ADAPTER_CONFIG)
+    plain = beside(model, config)
+    weights["prompt_embeddings"].read(plain.adapter.params["embedding.weight"])
     if not (folder / ENCODER).is_file():
         return plain
     tensors, _ = tensorfile.tensors(folder / ENCODER)

@@ -291,8 +291,9 @@ def check_pickle(folder: Path, weights: str, pickle: str) -> None:
 def save_trainer(folder: Path, optimizer: AdamW, tokenizer: Tokenizer, settings: Settings) -> None:
     """Writes one file: everything that changes in training, the tokenizer, and `settings`, a dataclass.
 
-    For a model with an adapter these are the weights of the adapter; with `base`, the model's own weights
-    too. Each path of the settings is also written relative to this folder, so that a project can be moved.
+    For a model with an adapter these are the weights of the adapter; if `settings.has_base`, the model's own
+    weights too. Each path of the settings is also written relative to this folder, so that a project can be
+    moved.
 
     The file has no random numbers: a step draws its numbers from the seed and the number of the step.
     """
@@ -332,7 +333,7 @@ def with_paths(settings: T, change: Callable[[str], str]) -> T:
 
 
 def read_run(folder: Path, cls: type[T]) -> tuple[T, Tokenizer]:
-    """The settings, of type `cls`, and the tokenizer of a run. The field `model` of `cls` is a GPTConfig.
+    """The settings, of type `cls`, and the tokenizer of a run. `cls` is a subclass of `Settings`.
 
     Raises UserError if there is no run of this stage, and if the tensors or the tokenizer do not fit the
     model in the settings.
@@ -383,7 +384,7 @@ def load_trainer(folder: Path, optimizer: AdamW) -> None:
 
 
 def _read_trainer(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the state that `save_trainer` wrote. Only the step of the state is checked."""
+    """The tensors and the state that `save_trainer` wrote. Settings and tokenizer are not checked."""
     tensors, metadata = tensorfile.tensors(path)
     try:
         state = parse(metadata["tinygpt"])

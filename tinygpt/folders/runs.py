@@ -26,7 +26,7 @@ from ..files.atomic import holds, lock, make_folder, remove, replacing, sync, to
 from ..files.jsonfile import parse
 from ..stages import reward, variants
 from ..stages.adapter import fingerprint
-from ..stages.stage import Settings, Stage, Store
+from ..stages.stage import Settings, Stage, Store, names_data
 from ..text.tokenizer import Tokenizer
 from . import adapters, checkpoint
 
@@ -65,7 +65,7 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
     """The run in `folder`, as its last save left it.
 
     Process 0 of the group locks the folder. All processes of the group read it. changes: new paths of data or
-    models, by the field of the settings. Another field that had the old paths of `data` gets the new ones.
+    models, by the field of the settings. A path of `data` that changes, changes in the other fields too.
 
     Raises UserError if the folder has no run of the stage `cls`, or another program has the lock. Raises
     UserError, too, if the data or a needed model is missing or is not the one of the beginning.
@@ -75,9 +75,9 @@ def resume(cls: type[Stage], folder: Path, group: Group = ALONE, **changes: Sequ
     group.meet()  # the lock has completed an interrupted save
     settings, tokenizer = checkpoint.read_run(folder, cls.Settings)
     changes = {name: paths for name, paths in changes.items() if paths}
-    before = vars(settings)
-    fields = [n for n, value in before.items() if "data" in changes and value == settings.data and value]
-    settings = dataclasses.replace(settings, **dict.fromkeys(fields, changes.get("data")) | changes)
+    before, moved = vars(settings), dict(zip(settings.data, changes.get("data", ()), strict=False))
+    fields = {n: tuple(moved.get(path, path) for path in before[n]) for n in before if names_data(n)}
+    settings = dataclasses.replace(settings, **fields | changes)
     group.share_size(settings.gradient_accumulation_steps)
     for name, option in MODELS.items():
         path = getattr(settings, name, "")
@@ -191,7 +191,8 @@ def load(folder: Path, settings: Settings, group: Group = ALONE) -> AdamW:
 def _base(settings: Settings) -> GPT:
     model, _ = checkpoint.load(settings.init_from)
     if settings.init_hash not in ("", fingerprint(model)):
-        raise UserError(f"{settings.init_from}: has another model than the base of this run")
+        remedy = "give its own base, as --init-from"
+        raise UserError(f"{settings.init_from}: has another model than the base of this run: {remedy}")
     return model
 
 

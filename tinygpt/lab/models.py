@@ -22,7 +22,7 @@ from ..core.config import PRESETS, GPTConfig
 from ..core.model import GPT
 from ..core.train import Record, TrainConfig
 from ..errors import UserError
-from ..files.atomic import lock, make_folder, replacing
+from ..files.atomic import lock, make_folder, remove, replacing
 from ..files.jsonfile import read_object, read_text
 from ..folders import adapters, checkpoint, runs
 from ..stages import evaluate, fewshot, recall, reward, rlhf, sft, variants
@@ -60,7 +60,6 @@ class Lab:
         lock(self.folder)
         self.source = f"world:{seed}" + f":{recipe.world}" * bool(recipe.world)
         self.world = corpus.world_of(self.source)
-        self.trainings: dict[str, dict] = {}  # model -> seconds and records of its training, in any run
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -113,10 +112,11 @@ class Lab:
             self._train(f"pre-training {name}", Pretrain, options, model, begin_or_resume, snapshot,
                         data=(source or self.source,), adapter=adapter)  # fmt: skip
             records = [json.loads(line) for line in read_text(folder / runs.METRICS, 1 << 28).splitlines()]
+            if not records:
+                raise UserError(f"{folder}: lost its {runs.METRICS}: remove it, and run the command again")
             return {"seconds": records[-1]["elapsed_s"], "records": records}
 
-        self.trainings[name] = self.measurement(f"{name}/training", training)
-        return checkpoint.load(folder)
+        return checkpoint.load(self._once(name, training))
 
     def tune(
         self, items: Sequence[tasks.Item], adapter: AdapterConfig | None = None, base: GPT | None = None,
@@ -237,12 +237,23 @@ class Lab:
                 adapters.save(folder, model, self.tokenizer, str((self.folder / "base").resolve()))
             return {"seconds": seconds, "records": self.records}
 
-        self.trainings[name] = self.measurement(f"{name}/training", training)
+        return self._once(name, training)
+
+    def _once(self, name: str, train: Callable[[], dict]) -> Path:
+        """The folder of a model. A missing model is trained. training.json has the result of `train`."""
+        folder = self.folder / name
+        if not any((folder / file).exists() for file in (checkpoint.CONFIG, checkpoint.ADAPTER_CONFIG)):
+            remove(folder / "training.json")
+        self.measurement(f"{name}/training", train)
         return folder
 
     def seconds(self, name: str) -> float:
         """The seconds that the training of a model took, in this run or an earlier one."""
-        return self.trainings[name]["seconds"]
+        return self.training(name)["seconds"]
+
+    def training(self, name: str) -> dict:
+        """The seconds and the records of the training of a model, in this run or an earlier one."""
+        return kept(self.folder, f"{name}/training")
 
     # --- measuring ------------------------------------------------------------------------------------------
 
@@ -253,7 +264,8 @@ class Lab:
         """
         if (values := kept(self.folder, name)) is not None:
             return values
-        self.say(f"seed {self.seed}: {name}")
+        if not name.endswith("/training"):  # `_train` says more
+            self.say(f"seed {self.seed}: {name}")
         values = json.loads(json.dumps(measure()))
         with replacing(self.folder / f"{name}.json") as beside:
             text = json.dumps({"sha256": _sha256(values), "values": values}, indent=1)

@@ -94,7 +94,7 @@ def pretraining(lab: Lab) -> dict:
     model, options = lab.base, lab.recipe.pretrain
     tokens = math.prod(options[size] for size in ("max_iters", "batch_size", "block_size"))
     result = trained(lab, model, lab.random, ["data text", {"millions": tokens / 1e6}], lab.seconds("base"))
-    updates, gap = lab.trainings["base"]["records"], lab.gaps(model, 1000)["all"]
+    updates, gap = lab.training("base")["records"], lab.gaps(model, 1000)["all"]
     recalled = evaluate.recall_by_exposure(model, lab.tokenizer, lab.world, DOCUMENTS // lab.world.part)
     often, never = recalled[0], recalled[-1]
     every = max(1, len(updates) // 300)
@@ -183,7 +183,7 @@ def rlhf(lab: Lab) -> dict:
     """The steered model beside the tuned one. Its samples are one answer, and two that RLHF changed."""
     model = lab.steered
     result = trained(lab, model, lab.tuned, ["data own", {}], lab.seconds("rlhf"))
-    rows = lab.trainings["rlhf"]["records"]
+    rows = lab.training("rlhf")["records"]
     curves = {name: [row[name] for row in rows] for name in ("iter", "reward", "gold", "kl", "entropy")}
     strangers = lab.sets[SAMPLED[1]][:50]
     answers = [evaluate.ask(each, lab.tokenizer, strangers) for each in (lab.tuned, model)]

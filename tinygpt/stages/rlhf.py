@@ -380,7 +380,8 @@ class RLHF(Stage):
     """
 
     name, Settings, needs = "rlhf", Settings, ("init_from", "reward_from")
-    unused = ("merge_every", "lora_dropout", "gradient_accumulation_steps")  # scores: no dropout
+    # Answers are scored without dropout.
+    unused = ("merge_every", "lora_dropout", "gradient_accumulation_steps")
     most_updates = recipes.RLHF["max_iters"]
     defaults = recipes.RLHF | {"max_iters": f"{most_updates}; dpo: {MOST_PASSES} passes if less"}
 

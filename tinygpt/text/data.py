@@ -36,7 +36,7 @@ Array = np.ndarray
 Text = Iterable[str]
 
 SUFFIXES = (".txt", ".md", ".rst")  # of the files that are read from a folder
-CHUNK = 1 << 22  # bytes read at a time
+CHUNK = 1 << 22  # characters read at a time
 IN_MEMORY = 1 << 28  # bytes of ids; a larger stream goes to a file
 HEADER = 16  # bytes at the beginning of a file of ids: the number of ids, and the largest id
 

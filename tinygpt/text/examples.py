@@ -14,11 +14,13 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple, TypeVar
 
 from ..errors import UserError
+from ..files.jsonfile import MOST_BYTES, parse
 from .data import not_utf8
 from .instructions import Message, Prompt, answer_text, before
 from .tokenizer import END_OF_TEXT
@@ -216,26 +218,64 @@ def _content(value: object, role: str) -> str:
 
 # --- files --------------------------------------------------------------------------------------------------
 
+MOST_LIST = 1 << 26  # bytes of a file that is one list
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # the first three are a byte order mark
+
 
 def _rows(path: Path, needs: int) -> Iterator[tuple[str, object]]:
-    """(file:line, value) of each row of a file: JSON values one after the other, or one list of them."""
+    """(file:line, value) of each row of a file."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {problem}: --data takes files of JSON Lines")
-    try:
-        text = path.read_bytes().decode("utf-8-sig").rstrip()
-    except UnicodeDecodeError as error:
-        where = f"{path}:{1 + error.object.count(10, 0, error.start)}"
-        raise UserError(f"{where}: byte {error.start} is not UTF-8{not_utf8(path, error.object)}") from None
-    usual, decode, between = f"a line is {USUAL[needs]}", json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    is_list, n, start = text.lstrip().startswith("["), 1, 0  # the line at `start`
-    end, stop = (text.index("[") + 1, len(text) - 1) if is_list else (0, len(text))
-    while (place := between.match(text, end).end()) != stop:
+    with open(path, "rb") as file:
+        is_list = file.read(1 << 16).lstrip(_BLANK).startswith(b"[")
+    rows = (_listed if is_list else _lines)(path, needs)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: has no examples: a line is {USUAL[needs]}")
+    yield first
+    yield from rows
+
+
+def _lines(path: Path, needs: int) -> Iterator[tuple[str, object]]:
+    with open(path, "rb") as file:
+        for n, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), 1):
+            if len(line) > MOST_BYTES:
+                raise UserError(f"{path}:{n}: is longer than {MOST_BYTES:,} bytes: shorten or remove it")
+            if line.strip(_BLANK):
+                where = f"{path}:{n}"
+                yield where, _parsed(path, where, needs, lambda data: parse(_text(data)), line)
+
+
+def _listed(path: Path, needs: int) -> Iterator[tuple[str, object]]:
+    """The rows of a file that is one JSON list."""
+    if path.stat().st_size > MOST_LIST:
+        program = "import json; [print(json.dumps(row)) for row in json.load(open(0))]"
+        raise UserError(f"{path}: is one list, of more than {MOST_LIST:,} bytes. This makes lines of it: "
+                        f"python3 -c '{program}' <{path} >{path}l")  # fmt: skip
+    text = _parsed(path, str(path), needs, _text, path.read_bytes())
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    n, start, end = 1, 0, text.index("[") + 1
+    while not text.startswith("]", place := between.match(text, end).end()):
         n, start = n + text.count("\n", start, place), place
-        try:
-            value, end = decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{n}: is not JSON ({error}): {usual}") from None
+        value, end = _parsed(path, f"{path}:{n}", needs, decode, text, place)
         yield f"{path}:{n}", value
-    if text.strip("[] \n\r\t") == "":
-        raise UserError(f"{path}: has no examples: {usual}")
+    if text[place + 1 :].strip():
+        raise UserError(f"{path}: has text after its list: a file is one list, or has a row in each line")
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8-sig")
+
+
+def _parsed(path: Path, where: str, needs: int, decode: Callable[..., T], *arguments: object) -> T:
+    """decode(*arguments). Its errors become UserErrors."""
+    try:
+        return decode(*arguments)
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8{not_utf8(path, error.object)}"
+    except (ValueError, RecursionError) as error:
+        what = "brackets nested too deeply" if isinstance(error, RecursionError) else error
+        what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else what
+        problem = f"is not JSON ({what}): a line is {USUAL[needs]}"
+    raise UserError(f"{where}: {problem}")
