@@ -394,6 +394,50 @@ def test_a_kink_of_several_outputs_is_not_called_wrong():
         assert gradcheck(forward, backward, x, seed=seed)[0].verdict == "not judged"
 
 
+def test_kinks_in_a_loss_are_not_called_wrong():
+    """Guards: a false alarm where pixels are 0 and biases are 0, as in the first state of a network."""
+    rng = np.random.default_rng(0)
+    W1, W2 = rng.standard_normal((4, 5)), rng.standard_normal((30, 6))
+
+    def forward(x):
+        a = x.reshape(-1, 4) @ W1
+        y = np.maximum(a, 0).reshape(len(x), -1) @ W2
+        return (y**2).mean(), (x.shape, a, y)
+
+    def backward(dout, cache):
+        shape, a, y = cache
+        da = ((2 * dout * y / y.size) @ W2.T).reshape(a.shape) * (a > 0)
+        return (da @ W1.T).reshape(shape)
+
+    for seed in range(4):
+        x = rng.random((3, 24))
+        x[:, 12:] = 0
+        assert gradcheck(forward, backward, x, seed=seed)[0].verdict == "not judged"
+
+
+def test_a_gradient_of_zero_may_be_rounded():
+    """Guards: a false alarm for a bias before a normalisation, whose gradient is 0 but for its rounding."""
+    def forward(x, W1, W2, b, W3):
+        h = np.maximum(x @ W1, 0)
+        a = h @ W2 + b
+        s = np.sqrt(a.var(0) + 1e-7)
+        y = (a - a.mean(0)) / s
+        return y @ W3, (x, W1, W2, W3, h, y, s)
+
+    def backward(dout, cache):
+        x, W1, W2, W3, h, y, s = cache
+        dy = dout @ W3.T
+        da = (dy - dy.mean(0) - y * (dy * y).mean(0)) / s
+        dh = (da @ W2.T) * (h > 0)
+        return dh @ W1.T, x.T @ dh, h.T @ da, da.sum(0), y.T @ dout
+
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        sizes = {"x": (5, 4), "W1": (4, 8), "W2": (8, 6), "b": (6,), "W3": (6, 2)}
+        inputs = {name: rng.standard_normal(size) for name, size in sizes.items()}
+        assert all(r.verdict != "wrong" for r in gradcheck(forward, backward, inputs, seed=seed))
+
+
 def test_a_kink_at_one_of_two_points_is_noted():
     """Guards: a note that is lost when the worse of two points is reported."""
     points = iter([np.array([1.0, 0.0]), np.array([1.0, 2.0])] * 4)

@@ -412,6 +412,91 @@ def test_a_shape_that_is_wrong_in_a_large_or_an_empty_tensor():
         assert "its shape is" in wrong.problem and not wrong.diagnosis
 
 
+class InOrder:
+    """Layers in a container."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dout):
+        for layer in reversed(list(self)):
+            dout = layer.backward(dout)
+        return dout
+
+
+class ListOfLayers(InOrder, list):
+    pass
+
+
+class DictOfLayers(InOrder, dict):
+    def __iter__(self):
+        return iter(self.values())
+
+
+class BoundMethods(InOrder):
+    def __init__(self, layers):
+        self.steps = [(layer.forward, layer.backward) for layer in layers]
+
+    def __iter__(self):
+        return (SimpleNamespace(forward=forward, backward=backward) for forward, backward in self.steps)
+
+
+def of_the_class(layers):
+    layer = layers[0]
+
+    class Net:
+        only = layer
+        forward = staticmethod(lambda x: layer.forward(x))
+        backward = staticmethod(lambda dout: layer.backward(dout))
+
+    return Net()
+
+
+@pytest.mark.parametrize("net", [
+    ListOfLayers, lambda layers: DictOfLayers(enumerate(layers)), BoundMethods, of_the_class,
+    lambda layers: SimpleNamespace(forward=layers[0].forward, backward=layers[0].backward),
+])  # fmt: skip
+def test_layers_are_seen_wherever_a_net_has_them(net):
+    """Guards: a wrong dW of a layer in a container that nobody looked into, and the verdict ok."""
+    assert all(r.ok for r in gradcheck(net([Attributes(1)]), X))
+    wrong = [r.name for r in gradcheck(net([Attributes(1.01)]), X) if not r.ok]
+    assert len(wrong) == 1 and wrong[0].endswith("dW")
+
+
+def test_a_method_in_a_function_has_its_layer():
+    """Guards: parameters that are not checked, because forward takes one more argument."""
+    layer = Attributes(1.01)
+    results = gradcheck(lambda x: layer.forward(x), layer.backward, X)
+    assert [r.name for r in results if not r.ok] == ["dW"]
+
+
+def test_an_input_of_integers_has_no_gradient():
+    """Guards: the verdict ok for a dx that nobody compared."""
+    with pytest.raises(UserError, match="no input is a float array"):
+        gradcheck(Attributes(1), np.ones((4, 3), int))
+
+
+def test_a_constant_is_no_gradient():
+    """Guards: `dt`, a step of time, that the checker sets to 0 because `t` is an array."""
+    class Euler(Attributes):
+        def __init__(self, factor):
+            super().__init__(factor)
+            self.t, self.dt = np.ones(2), 0.25
+
+        def forward(self, x):
+            return super().forward(x) * self.dt * self.t
+
+        def backward(self, dout):
+            return super().backward(dout * self.dt * self.t)
+
+    layer = Euler(1)
+    assert all(r.ok for r in gradcheck(layer, X)) and layer.dt == 0.25
+    with pytest.warns(UserWarning, match="no gradient is beside t: not checked"):
+        tinygpt.assert_gradients(layer, X)
+
+
 def test_what_has_no_gradient_is_said():
     """Guards: no word about a parameter whose gradient the layer forgot."""
     class Forgets(Attributes):

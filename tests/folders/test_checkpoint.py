@@ -283,7 +283,7 @@ def test_a_config_that_disagrees_with_the_tensors(folder, change, words):
 @pytest.mark.parametrize(("name", "tensor", "words"), [
     ("transformer.wpe.weight", None, ["wpe.weight"]),
     ("transformer.score.weight", ("F32", (1,), bytes(4)), ["score.weight"]),
-    ("transformer.wpe.weight", ("F64", (6, 8), bytes(384)), ["F64"]),
+    ("transformer.wpe.weight", ("I64", (6, 8), bytes(384)), ["I64"]),
     ("transformer.wpe.weight", ("I32", (6, 8), bytes(192)), ["I32"]),
     ("transformer.wpe.weight", ("F32", (8, 6), bytes(192)), ["wpe.weight", "(8, 6)"]),
     ("lm_head.weight", ("F32", (12, 8), bytes(384)), ["lm_head.weight", "tied"]),

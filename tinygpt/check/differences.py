@@ -128,17 +128,21 @@ class Differences:
         changes = np.array([self.sides(h * np.eye(1, self.x.size, i)[0]) for h in steps])
         parts = changes[:, :, None] * self.douts / steps[:, None, None, None]  # (3 steps, 2 sides, K, N)
         slopes = parts.sum(-1)
-        (left, right), jumps = slopes[-1], np.abs(slopes[:, 1] - slopes[:, 0])
-        slack = self.rounding(np.any(changes[0], 0)) / steps[-1] + np.abs(slopes[-1] - slopes[-2]).sum(0)
-        k = int(np.argmax(jumps[-1]))
-        if not jumps[-1, k] > max(jumps[0, k] / 2, 4 * slack[k]):
+        jumps = np.abs(slopes[:, 1] - slopes[:, 0])
+        noise = self.rounding(np.any(changes[0], 0)) / steps[:, None]
+        for n in 2, 1:  # the smaller step first, unless rounding hides the jump
+            slack, k = noise[n] + np.abs(slopes[n] - slopes[n - 1]).sum(0), int(np.argmax(jumps[n]))
+            if jumps[n, k] > max(jumps[n - 1, k] / 2, 4 * slack[k]):
+                break
+        else:
             return "", ""
+        left, right = slopes[n]
         note = f"{self.index(i)} = {self.x[i]:.6g} is a kink: slopes {left[k]:.6g} and {right[k]:.6g}"
-        slack += 1e-12 * np.abs(slopes[-1]).max(0)
-        low, high = parts[-1].min(0).sum(-1) - slack, parts[-1].max(0).sum(-1) + slack
+        slack += 1e-12 * np.abs(slopes[n]).max(0)
+        low, high = parts[n].min(0).sum(-1) - slack, parts[n].max(0).sum(-1) + slack
         if ((low <= g) & (g <= high)).all():
             return "inside", note
-        return "mixed" if np.any(changes[-1], 0).sum() > 1 else "outside", note
+        return "mixed" if np.any(changes[-1], 0).sum() > 1 or self.base.size == 1 else "outside", note
 
     def index(self, i: int) -> list[int]:
         return [int(n) for n in np.unravel_index(i, self.values[self.name].shape)]

@@ -19,7 +19,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import MemberDescriptorType, ModuleType
+from types import MemberDescriptorType, MethodType, ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..errors import UserError
 from .contract import AdviceError, Array, Pair, as_tuple, is_float, leaves, like, numbers, parameters, vector
 
 __tracebackhide__ = True  # for pytest, as in gradcheck.py
+ITEMS = list | tuple | set | frozenset | deque
 NUMBER = np.ndarray | np.number | float | int
 METHODS = ("params", "parameters")  # these and their gradients may be methods without arguments
 GRADIENTS = [  # the name of a parameter, the name of its gradient
@@ -45,7 +46,9 @@ GRADIENTS = [  # the name of a parameter, the name of its gradient
 
 def pair_of(forward: object, backward: Callable | None) -> Pair:
     """The pair of a layer, or of two methods of one layer, with its parameters; or of two functions."""
-    layer = forward if backward is None else getattr(forward, "__self__", None)
+    layer = forward
+    if backward is not None:  # a method may be wrapped: lambda x: layer.forward(x, True)
+        layer = getattr(forward, "__self__", getattr(backward, "__self__", None))
     if backward is None:
         forward, backward = getattr(layer, "forward", layer), getattr(layer, "backward", None)
         problem = "" if callable(forward) else "has no forward"
@@ -145,6 +148,9 @@ class Layer(Pair):
         dx, inputs = self.run_backward(dout, cache), {n: x for n, x in values.items() if n not in self.params}
         grads = {p.name: p.gradient for p in walk(self.layer)}
         params = {n: None if grads.get(n) is None else numbers(n, grads[n]) for n in self.params}
+        if dx is not None and not inputs:
+            raise UserError("backward returns a gradient, and no input is a float array: pass floats, as in "
+                            "x.astype(float), or return None")  # fmt: skip
         return (self.by_path(dx, inputs) if inputs else {}) | params
 
     def run_backward(self, dout, cache):
@@ -199,9 +205,14 @@ def overlap(a: object, b: object) -> bool:
 def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Place]:
     """Every float array in a layer and in its layers, and every array or number with a gradient beside it."""
     seen = set() if seen is None else seen
-    if id(owner) in seen or isinstance(owner, type | ModuleType) or not (attributes := _attributes(owner)):
+    owner = getattr(owner, "__self__", owner) if isinstance(owner, MethodType) else owner
+    items = list(owner.values()) if isinstance(owner, dict) else owner if isinstance(owner, ITEMS) else ()
+    attributes = _attributes(owner)
+    if id(owner) in seen or isinstance(owner, type | ModuleType) or not (attributes or items):
         return
     seen.add(id(owner))
+    for i, item in enumerate(items):
+        yield from walk(item, f"{path}[{i}]", seen)
     before = f"{path}." if path else ""
     for name in attributes:
         names = [gradient.format(name) for parameter, gradient in GRADIENTS if parameter in (name, "{}")]
@@ -215,6 +226,8 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Pla
         store = partial(setattr, owner, beside) if beside in attributes else None
         for (at, leaf), key in zip(parts, keys, strict=True):
             g = grads.get(key)
+            if type(g) in (int, float) and g and np.ndim(leaf):  # a constant, such as self.dt beside self.t
+                g, beside = None, None
             number = isinstance(leaf, NUMBER) and np.asarray(leaf).dtype.kind in "iufc"
             if is_float(leaf) or (number and g is not None):
                 full = before + there + at[1:] if beside else None
@@ -232,7 +245,9 @@ def _attributes(owner: object) -> list[str]:
     own = [*getattr(owner, "__dict__", ()), *slots]
     patterns = [gradient.format("(.+)") for parameter, gradient in GRADIENTS if parameter == "{}"]
     beside = [match[1] for name in own for pattern in patterns if (match := re.fullmatch(pattern, name))]
-    return [name for name in dict.fromkeys([*METHODS, *own, *beside]) if hasattr(owner, name)]
+    shared = [name for kind in type(owner).__mro__ for name, value in vars(kind).items()
+              if not isinstance(value, type) and callable(getattr(value, "backward", None))]  # fmt: skip
+    return [name for name in dict.fromkeys([*METHODS, *own, *beside, *shared]) if hasattr(owner, name)]
 
 
 def _content(owner: object, name: str) -> tuple[str, object]:
@@ -241,6 +256,6 @@ def _content(owner: object, name: str) -> tuple[str, object]:
     if name in sum(GRADIENTS[:4], ()) and callable(value):
         name, value = f"{name}()", value()
         value = value if isinstance(value, dict | list | tuple | None) else list(value)
-    if isinstance(value, deque | set) or (isinstance(value, np.ndarray) and value.dtype == object):
+    if isinstance(value, ITEMS) or (isinstance(value, np.ndarray) and value.dtype == object):
         value = list(value)
     return name, value

@@ -25,6 +25,7 @@ Array = np.ndarray
 TYPES = {  # the type in the file, and the function from such values to numbers
     "F32": ("<f4", lambda values: values),
     "F16": ("<f2", lambda values: values),
+    "F64": ("<f8", lambda values: values.astype(np.float32)),
     "BF16": ("<u2", lambda values: (values.astype(np.uint32) << 16).view(np.float32)),  # the upper half
 }
 SIZES = {  # bytes per number, for all types of the format

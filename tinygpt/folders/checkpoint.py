@@ -274,6 +274,8 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
         files = [folder / name for name in sorted(set(names))]
     tensors = {name: tensor for file in files for name, tensor in tensorfile.tensors(file)[0].items()}
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if len(bare) < len(tensors):
+        raise UserError(f"{folder}: has a tensor with and without the prefix 'transformer.': get it again")
     return {name: t for name, t in bare.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
 
 
