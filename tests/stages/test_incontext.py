@@ -233,6 +233,9 @@ def test_the_command(made, tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"prompt": str(n), "completion": "dax"}) + "\n" for n in range(5)))
     assert "dax" in ask("--data", str(own), "--shots", "1").output
+    own.write_text("".join(json.dumps({"prompt": "a" * 60, "completion": "dax"}) + "\n" for n in range(5)))
+    result = ask("--data", str(own), "--shots", "0", "--shots", "4")  # with four examples 300 letters
+    assert result.exit_code == 0 and "With 4 examples no prompt fits the 160 positions" in result.output
     for more, words in (
         ((), "was trained on no world: give questions as --data FILE"),
         (("--data", "world:7", "--shots", "60"), "longer than the 160 positions of the model"),

@@ -152,7 +152,11 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
     for n, k in enumerate(sorted(set(shots))):
         if world is None:
             drawn = prompting.from_file(rows, k, count, seed)
-            prompts = [p for p in drawn if prompting.fits(model, tokenizer, p, style)] or drawn
+            fitting = [p for p in drawn if prompting.fits(model, tokenizer, p, style)]
+            if n and not fitting:
+                say(f"With {k} examples no prompt fits the {model.context} positions of the model.")
+                break
+            prompts = fitting or drawn  # of none that fits, `accuracy` raises UserError
             if left_out := len(drawn) - len(prompts):
                 say(f"Left out, as longer than {model.context} tokens with {k} examples: {left_out:,}")
         elif task == "mappings":

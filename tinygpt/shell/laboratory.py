@@ -128,7 +128,7 @@ def _write_page(path: Path, story: dict, language: str) -> None:
         path.write_text(page.html(story, language), encoding="utf-8")
         say(texts.text(language, "story page", page=path))
     except ImportError:
-        install = shlex.join([sys.executable, "-m", "pip", "install", ".[plots]"])
+        install = shlex.join([sys.executable, "-m", "pip", "install", "-e", ".[plots]"])
         say(texts.text(language, "story no page", install=install))
 
 
