@@ -63,6 +63,14 @@ def test_each_command_that_is_printed_runs(tmp_path, monkeypatch, pairs):
 
     output = run("label", "sft", "--data", "pairs.jsonl", keys="1" * 13 + "q")
     assert "I do not know" not in output and "13 comparisons in" in output
+    labels = Path(printed(output)[0][-1])
+    assert labels.name.endswith(".jsonl") and len(labels.read_text().splitlines()) == 13
+    labels.write_text(labels.read_text().rstrip())  # an editor may leave out the last end of a line
+    output = run("label", "sft", "--data", "pairs.jsonl", keys="1q")
+    assert "14 comparisons in" in output and len(labels.read_text().splitlines()) == 14
+    Path("list.jsonl").write_text(json.dumps([json.loads(line) for line in labels.read_text().splitlines()]))
+    mistake = CliRunner().invoke(main, ["label", "sft", "--data", "pairs.jsonl", "--out", "list.jsonl"])
+    assert mistake.exit_code == 2 and "is one list, and label adds lines" in mistake.output
     judge, without = printed(output)
     output = run(*judge)  # as it is printed: updates follow from 12 comparisons
     assert "/3  loss" in output and "Too few to judge" in output

@@ -236,7 +236,10 @@ def test_the_command(made, tmp_path):
     own.write_text("".join(json.dumps({"prompt": "a" * 60, "completion": "dax"}) + "\n" for n in range(5)))
     result = ask("--data", str(own), "--shots", "0", "--shots", "4")  # with four examples 300 letters
     assert result.exit_code == 0 and "With 4 examples no prompt fits the 160 positions" in result.output
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(own.read_text() + json.dumps({"prompt": "b", "completion": "x", "choices": ["x", "y"]}))
     for more, words in (
+        (("--data", str(mixed)), "only 1 of 6 lines have choices: add them, or give --free"),
         ((), "was trained on no world: give questions as --data FILE"),
         (("--data", "world:7", "--shots", "60"), "longer than the 160 positions of the model"),
         (("--data", str(own), "--control", "unseen"), "--control is for --task mappings"),

@@ -193,6 +193,8 @@ def test_batches_go_through_all_comparisons_anew_in_each_epoch(tokenizer):
 
 def test_a_run_and_its_folder(tokenizer, tmp_path):
     base, data = GPT(CONFIG, np.random.default_rng(0)), tmp_path / "pairs.jsonl"
+    checkpoint.save(tmp_path / "untuned", base, tokenizer)
+    tokenizer.chat_template = instructions.TEMPLATE
     checkpoint.save(tmp_path / "base", base, tokenizer)
     rows = [{"prompt": f"{n % 10} {c.prompt}", "chosen": c.chosen, "rejected": c.rejected}
             for n, c in enumerate(comparisons(60, 0))]  # fmt: skip
@@ -205,12 +207,14 @@ def test_a_run_and_its_folder(tokenizer, tmp_path):
     checkpoint.save(tmp_path / "old", old, tokenizer)
     with pytest.raises(UserError, match="has GPT-1's blocks; a reward model has GPT-2's"):
         runs.begin(reward.Reward, tmp_path / "new", dataclasses.replace(s, init_from=str(tmp_path / "old")))
-    run = runs.begin(reward.Reward, tmp_path / "judge", s)
-    stage = run
+    with pytest.raises(UserError, match="was not tuned to instructions"):  # as `tinygpt rlhf` says later
+        untuned = dataclasses.replace(s, init_from=str(tmp_path / "untuned"))
+        runs.begin(reward.Reward, tmp_path / "new", untuned)
+    stage = runs.begin(reward.Reward, tmp_path / "judge", s)
     assert len(stage.val) == 6 and len(stage.pairs) == 54
     texts = {ids.tobytes() for pair in stage.pairs for ids in pair}
     assert not texts & {ids.tobytes() for ids in stage.judge.texts(*reward._sides(stage.val))}
-    stage.train(**runs.saving(run, records.append))
+    stage.train(**runs.saving(stage, records.append))
     assert records[-1]["val_right"] > 0.6 and records[-1]["train_loss"] < records[0]["train_loss"]
     model, again = checkpoint.load(tmp_path / "judge", judge=True)
     assert model.config.num_labels == 1 and again.chat_template == instructions.TEMPLATE

@@ -759,6 +759,9 @@ def test_mistakes_of_the_command(folders):
         result = run_command(folders, *options)
         assert result.exit_code == 2 and "no example can be used. Left out, as longer than" in result.output
         assert not (folders / "out").exists()
+    room = 256 - 4 - len(instructions.prompt(checkpoint.load(folders / "tuned")[1], ""))
+    (folders / "rows.jsonl").write_text(json.dumps({"prompt": " " + "a" * room}))  # no room for judge's words
+    assert "than the 256 positions of the judge" in run_command(folders, *judge).output
     (folders / "rows.jsonl").write_text('{"prompt": "What?"}')
     alone = run_command(folders, *judge, "--algo", "reinforce", "--num-generations", "1")
     assert alone.exit_code == 2 and "reinforce compares two answers or more" in alone.output

@@ -104,6 +104,13 @@ def test_what_is_no_text_is_one_line(tmp_path, kind, words):
     assert "\n" not in str(error.value)
 
 
+def test_text_of_another_encoding_without_a_mark(tmp_path):
+    """Guards: training on UTF-16, of which each second byte is 0, as if it were text."""
+    (tmp_path / "a.txt").write_bytes("plain words".encode("utf-16-le"))
+    with pytest.raises(UserError, match="a.txt: has NUL characters"):
+        list(data.TextFile(tmp_path / "a.txt"))
+
+
 @pytest.mark.parametrize("before", [0, 8190, 100_001])  # Python decodes 8,192 bytes at a time
 @pytest.mark.parametrize(("content", "offset"), [
     (b"ab \xff cd", 3), ("é 東京 ".encode() + b"\xe6\x9d", 10), ("é 東 ".encode() + b"\xe6\x9d x", 7),

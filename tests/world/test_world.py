@@ -21,7 +21,7 @@ from tinygpt.core.config import GPTConfig
 from tinygpt.core.model import GPT
 from tinygpt.errors import UserError
 from tinygpt.folders import checkpoint, runs
-from tinygpt.shell import training
+from tinygpt.shell import training, worlds
 from tinygpt.shell.cli import main
 from tinygpt.stages import evaluate, recipes, sft
 from tinygpt.stages.answers import Answer, wilson
@@ -655,6 +655,20 @@ def test_tuning_on_a_world_tells_how_its_tasks_are_done(small, monkeypatch):
     results = runs.resume(sft.SFT, Path("d"))
     assert len(results.questions) == len(questions) and len(results.settings.data) == 2
     assert "world:x: a world's seed" in tinygpt("sft", "--init-from", "a", "--data", "world:x", status=2)
+
+
+def test_a_world_that_is_gone_is_said(small, capsys):
+    """Guards: tuning on the facts of another world, without a word, because a folder has another name."""
+    tinygpt("world", "--seed", 6, "--documents", 400)
+    tinygpt("pretrain", "--data", "world", *small, "--out", "a")
+    values = {"data": ("world",), "seed": 1337}
+    worlds.name_world(values, ["data"], "a")
+    assert Path(values["data"][0]).name == "world" and not capsys.readouterr().err
+    Path("world").rename("moved")
+    values = {"data": ("world",), "seed": 1337}
+    worlds.name_world(values, ["data"], "a")
+    assert values["data"] == ("world:1337",)
+    assert "a: no world of its training is there. So --data world is world:1337." in capsys.readouterr().err
 
 
 def test_conversations_have_every_item_once_and_some_have_several():

@@ -149,6 +149,9 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
     rows = None if world else prompting.read(data, model, tokenizer, style, notes)
     if notes:
         say(notes)
+    some = sum(bool(choices) for *_, choices in rows or ())
+    if not free and 0 < some < len(rows or ()):
+        raise UserError(f"{data}: only {some} of {len(rows)} lines have choices: add them, or give --free")
     for n, k in enumerate(sorted(set(shots))):
         if world is None:
             drawn = prompting.from_file(rows, k, count, seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..errors import UserError
 from ..folders import checkpoint
 from ..stages.reward import read_file
 from ..stages.rlhf import read_prompts
@@ -42,7 +43,12 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str 
     model, tokenizer = checkpoint.load(folder)
     instructions.check_tuned(tokenizer, folder)
     data = data or world_of(folder, "prompts")
-    earlier = read_file(out) if out.exists() else []
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder")
+    earlier, content = (read_file(out), out.read_bytes()) if out.exists() else ([], b"")
+    if content.strip().endswith(b"]"):
+        raise UserError(f"{out}: is one list, and label adds lines; --out names another file")
+    between = "\n" * (content[-1:] not in (b"", b"\n"))
     count, pairs_before = len(earlier), {(c.prompt, frozenset((c.chosen, c.rejected))) for c in earlier}
     notes = Notes()
     items = [(item.get("where", ""), item) for item in read_prompts(data, notes)]
@@ -83,8 +89,8 @@ def label(folder: Path, data: str, out: Path, max_new_tokens: int, refusal: str 
             turns = prompt if isinstance(prompt, str) else instructions.turns(prompt)
             row = {"prompt": turns, "chosen": chosen, "rejected": rejected}
             with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
+                file.write(between + json.dumps(row, ensure_ascii=False) + "\n")
+            count, between = count + 1, ""
     say(f"{count} comparisons in {out}." + " Next, with a judge or without:" * bool(count))
     for words in (["reward"], ["rlhf", "--algo", "dpo"]) if count else ():
         say("  " + command(*words, "--init-from", str(folder), "--data", str(out)))

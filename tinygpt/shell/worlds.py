@@ -7,6 +7,7 @@ from ..errors import UserError
 from ..folders import checkpoint
 from ..world.corpus import is_source
 from . import registry
+from .terminal import say
 
 
 def name_world(values: dict, names: list[str], base: str | None) -> None:
@@ -14,7 +15,10 @@ def name_world(values: dict, names: list[str], base: str | None) -> None:
     of --seed."""
     if any("world" in values[name] for name in names):
         usual = "world" if Path("world").exists() else f"world:{values['seed']}"
-        source = (world_of(Path(base)) if base else None) or usual
+        source = world_of(Path(base)) if base else usual
+        if source is None:
+            say(f"{base}: no world of its training is there. So --data world is {usual}.", err=True)
+            source = usual
         for name in names:
             values[name] = tuple(source if path == "world" else path for path in values[name])
 

@@ -305,7 +305,7 @@ class Reward(Stage):
         if data.author.config.post_norm:
             raise UserError(f"{settings.init_from}: has GPT-1's blocks; a reward model has GPT-2's")
         _, tokenizer = store.model(settings.init_from)
-        tokenizer.chat_template = instructions.TEMPLATE
+        instructions.check_tuned(tokenizer, settings.init_from)
         settings, model = cls.adapted(settings, with_head(data.author, settings.train.seed))
         return dataclasses.replace(settings, init_hash=fingerprint(data.author)), model, tokenizer
 

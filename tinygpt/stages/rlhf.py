@@ -37,7 +37,7 @@ from ..core.option import check_options, option
 from ..errors import UserError
 from ..text import examples, instructions
 from ..text.data import Array, Tokenizer, shuffled_places
-from ..text.examples import Example, Notes
+from ..text.examples import Example, LeftOutError, Notes
 from ..text.instructions import Prompt
 from ..world import World, corpus, preferences, tasks
 from . import dpo, recipes, reward, sft, stage
@@ -429,8 +429,15 @@ class RLHF(Stage):
             raise UserError(f"{settings.reward_from}: is another judge than the one that the run began with")
         self.settings = dataclasses.replace(settings, reward_hash=mark)
         items = ((item.get("where", ""), item["prompt"]) for item in data.prompts)
-        encode = partial(prompt_ids, self.model, self.tokenizer)
-        pairs = self.notes.keep(items, lambda p: (p, encode(p, settings.rl.max_new_tokens)))
+        longest, limit = settings.rl.max_new_tokens, data.judge.model.context
+
+        def encode(prompt: Prompt) -> tuple[Prompt, Array]:
+            ids = prompt_ids(self.model, self.tokenizer, prompt, longest)
+            if len(reward.encode(self.tokenizer, limit, prompt, "", "")) + longest > limit:
+                raise LeftOutError(f"as longer, with its answer, than the {limit} positions of the judge")
+            return prompt, ids
+
+        pairs = self.notes.keep(items, encode)
         self.prompts, ptx = [prompt for prompt, _ in pairs], None
         if settings.rl.algo == "reinforce" and settings.rl.num_generations * len(pairs) < 2:
             raise UserError("num_generations is 1, for one prompt: reinforce compares two answers or more")

@@ -57,6 +57,8 @@ class TextFile:
         with open(self.path, encoding="utf-8-sig", newline="") as file:  # sig: a byte order mark
             try:
                 while block := file.read(CHUNK):
+                    if "\0" in block:
+                        raise UserError(f"{self.path}: has NUL characters: it is no text, or no UTF-8 text")
                     text += block
                     if cut := _LAST_CUT.match(text):
                         yield cut[0]
