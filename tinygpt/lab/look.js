@@ -208,7 +208,8 @@ function attentions() {
 
 function predictions() {
   const t = state.token, next = quoted(look.ids[t + 1]), layers = look.lens.map((layer) => layer[t]);
-  const names = layers.map((_, n) => n ? `after layer ${n - 1}` : "embedding"), [last, p] = layers.at(-1)[0][0];
+  const names = layers.map((_, n) => n ? `after layer ${n - 1}` : "embedding");
+  const [last, p] = layers.at(-1)[0][0];
   const rows = layers.map(([likeliest, expected], n) => [names[n], percent(expected),
     ...likeliest.map(([id, p]) => `${quoted(id)} ${percent(p)}`)]);
   const decided = layers.findLastIndex(([likeliest]) => likeliest[0][0] !== last) + 1;
@@ -222,7 +223,8 @@ function predictions() {
 function gradients() {
   const t = state.token, passed = look.steps.map((step, n) => ({ ...step, n })).filter(({ norms }) => norms);
   const ends = passed.filter(({ layer }, i) => layer !== passed[i + 1]?.layer).reverse();
-  const names = ends.map(({ layer }) => layer === 0 ? "embedding" : `after layer ${(layer ?? look.layers) - 1}`);
+  const name = (layer) => layer === 0 ? "embedding" : `after layer ${(layer ?? look.layers) - 1}`;
+  const names = ends.map(({ layer }) => name(layer));
   const lowest = look.steps.find(({ op }) => op === "embedding_backward")?.arrays[0].g;
   const rows = passed.map((step) => [
     el("button", { onclick: () => go({ view: "Steps", step: step.n }) }, `step ${step.n + 1}`),
