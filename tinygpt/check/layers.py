@@ -6,7 +6,7 @@
     with a cache       layer.forward(x) returns (out, cache); layer.backward(dout, cache) returns dx
     parameters         arrays, lists, dicts in params or parameters (or methods); W, b, gamma; p.data, p.value
     their gradients    same order or same keys: grads or gradients (or methods); dW, grad_W, W_grad; p.grad
-    layers in layers   in attributes, classes, lists, dicts, deques, sets, as methods; all parameters are checked
+    layers in layers   in attributes, classes, lists, dicts, deques, sets, methods; all parameters are checked
 
 An array beside such a gradient is a parameter if every forward leaves its content as it is. Arrays that share
 memory are one parameter: its gradient is the total. A layer may add up its gradients from call to call: the
