@@ -497,6 +497,22 @@ def test_a_constant_is_no_gradient():
         tinygpt.assert_gradients(layer, X)
 
 
+@pytest.mark.parametrize("start", [None, 0, 0.5])
+def test_a_number_is_a_wrong_gradient_of_an_array(start):
+    """Guards: the verdict ok for a sum over all axes, because a number may be a constant."""
+    class Total(Attributes):
+        def __init__(self, factor):
+            super().__init__(factor)
+            self.db = start
+
+        def backward(self, dout):
+            dx = super().backward(dout)
+            self.db = float(dout.sum())
+            return dx
+
+    assert "its shape is ()" in {r.name: r.problem for r in gradcheck(Total(1), X)}["db"]
+
+
 def test_what_has_no_gradient_is_said():
     """Guards: no word about a parameter whose gradient the layer forgot."""
     class Forgets(Attributes):

@@ -85,7 +85,8 @@ class Layer(Pair):
     def find(self, values: dict) -> None:
         """Finds the parameters, after a first backward: then all arrays and gradients exist.
 
-        A parameter keeps a small change of its content in a forward. A buffer or an output does not.
+        A parameter keeps a small change of its content in a forward. A buffer or an output does not. A number
+        that is the same for 2 dout is no gradient of an array, such as self.dt beside self.t.
         """
         self.params, rng, copies = {}, np.random.default_rng(0), {n: x.copy() for n, x in values.items()}
         out, cache = self(values)
@@ -100,12 +101,14 @@ class Layer(Pair):
         before = [np.array(p.value) for p in places]
         _, cache = self(copies)
         between = {p.path: np.array(p.value) for p in walk(self.layer)}
-        self.run_backward(dout, cache)
-        after = {p.path: p.value for p in walk(self.layer)}
+        self.run_backward(like(out, 2 * vector(dout)), cache)
+        after = {p.path: p for p in walk(self.layer)}
+        places = [p._replace(name=None) if p.is_constant(after.get(p.path)) else p for p in places]
         fates: dict[str, list[Place]] = {}
         for p, content in zip(places, before, strict=True):
             kept = np.array_equal(content, between.get(p.path, ()), equal_nan=True)
-            fates.setdefault(p.fate(overlap(after.get(p.path), p.value), kept), []).append(p)
+            same = p.path in after and overlap(after[p.path].value, p.value)
+            fates.setdefault(p.fate(same, kept), []).append(p)
         self.share(fates.pop("parameter", []))
         others = [array for p in places if p.name for array in (p.value, p.gradient)]
         for fate, those in fates.items():
@@ -183,6 +186,11 @@ class Place(NamedTuple):
         elif self.store and isinstance(self.gradient, NUMBER):
             self.store(np.zeros(np.shape(self.gradient))[()])
 
+    def is_constant(self, later: Place | None) -> bool:
+        """Whether the gradient is a number beside an array, and the same object `later`, for another dout."""
+        g, is_array = self.gradient, np.ndim(self.value) > 0
+        return is_array and type(g) in (int, float) and g != 0 and later is not None and later.gradient is g
+
     def fate(self, same: bool, kept: bool) -> str:
         """The note, "parameter" or "". same: no other array has this path now. kept: its content stays."""
         if self.name is None:
@@ -226,8 +234,6 @@ def walk(owner: object, path: str = "", seen: set | None = None) -> Iterator[Pla
         store = partial(setattr, owner, beside) if beside in attributes else None
         for (at, leaf), key in zip(parts, keys, strict=True):
             g = grads.get(key)
-            if type(g) in (int, float) and g and np.ndim(leaf):  # a constant, such as self.dt beside self.t
-                g, beside = None, None
             number = isinstance(leaf, NUMBER) and np.asarray(leaf).dtype.kind in "iufc"
             if is_float(leaf) or (number and g is not None):
                 full = before + there + at[1:] if beside else None
