@@ -113,7 +113,7 @@ class Lab:
                         data=(source or self.source,), adapter=adapter)  # fmt: skip
             records = [json.loads(line) for line in read_text(folder / runs.METRICS, 1 << 28).splitlines()]
             if not records:
-                raise UserError(f"{folder}: lost its {runs.METRICS}: remove it, and run the command again")
+                raise UserError(f"{folder}: has no {runs.METRICS}: remove the folder, and run this again")
             return {"seconds": records[-1]["elapsed_s"], "records": records}
 
         return checkpoint.load(self._once(name, training))

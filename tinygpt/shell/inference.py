@@ -150,7 +150,7 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
     if notes:
         say(notes)
     some = sum(bool(choices) for *_, choices in rows or ())
-    if not free and 0 < some < len(rows or ()):
+    if rows and not free and 0 < some < len(rows):
         raise UserError(f"{data}: only {some} of {len(rows)} lines have choices: add them, or give --free")
     for n, k in enumerate(sorted(set(shots))):
         if world is None:
@@ -159,7 +159,7 @@ def fewshot(folder, adapter_folder, data, task, shots, style, control, free, cou
             if n and not fitting:
                 say(f"With {k} examples no prompt fits the {model.context} positions of the model.")
                 break
-            prompts = fitting or drawn  # of none that fits, `accuracy` raises UserError
+            prompts = fitting or drawn  # if no prompt fits, `accuracy` raises UserError
             if left_out := len(drawn) - len(prompts):
                 say(f"Left out, as longer than {model.context} tokens with {k} examples: {left_out:,}")
         elif task == "mappings":

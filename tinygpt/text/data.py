@@ -58,7 +58,7 @@ class TextFile:
             try:
                 while block := file.read(CHUNK):
                     if "\0" in block:
-                        raise UserError(f"{self.path}: has NUL characters: it is no text, or no UTF-8 text")
+                        raise UserError(f"{self.path}: has NUL characters: convert the file to UTF-8 text")
                     text += block
                     if cut := _LAST_CUT.match(text):
                         yield cut[0]
